@@ -1,0 +1,1 @@
+"""edgeml connects machines with little compute to machines with a lot."""

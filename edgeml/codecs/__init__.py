@@ -1,0 +1,1 @@
+"""The built-in codecs: plugins like any other, found by entry point."""

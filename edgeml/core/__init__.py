@@ -1,0 +1,54 @@
+"""The seam between what users call and how bytes move; knows no plugin."""
+
+from edgeml.core.codec import Codec
+from edgeml.core.errors import (
+    Closed,
+    ConfigMismatch,
+    DeadlineExceeded,
+    EdgemlError,
+    Malformed,
+    NotEncodable,
+    Overloaded,
+    PermissionDenied,
+    PluginError,
+    RemoteError,
+    UnknownInterface,
+    Unreachable,
+)
+from edgeml.core.message import Message, is_owned, own
+from edgeml.core.plugins import hookimpl, load_codec, load_transport
+from edgeml.core.transport import Credentials, Endpoint, OnRequest, Peer, Reply, Requester, Transport
+from edgeml.core.url import Url
+
+__all__ = [
+    # the seam
+    "Transport",
+    "Endpoint",
+    "Requester",
+    "Reply",
+    "Peer",
+    "OnRequest",
+    "Credentials",
+    "Codec",
+    "Message",
+    "Url",
+    "own",
+    "is_owned",
+    # plugins
+    "hookimpl",
+    "load_transport",
+    "load_codec",
+    # errors
+    "EdgemlError",
+    "Unreachable",
+    "DeadlineExceeded",
+    "Closed",
+    "Overloaded",
+    "RemoteError",
+    "UnknownInterface",
+    "Malformed",
+    "NotEncodable",
+    "ConfigMismatch",
+    "PermissionDenied",
+    "PluginError",
+]

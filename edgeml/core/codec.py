@@ -1,0 +1,49 @@
+"""The codec half of the seam: values to messages and back.
+
+A codec is a plugin: publish a class through the entry-point group ``edgeml.codecs`` whose module
+answers the hook ``edgeml_codec``, and hold it to `edgeml.testing.CodecTests` by subclassing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from edgeml.core.message import Message
+
+__all__ = ["Codec"]
+
+
+class Codec(ABC):
+    """Turns values into messages and back, arrays out of band.
+
+    A codec holds no state between calls and may be used from several threads at once.
+    """
+
+    name: ClassVar[str]
+    """What both ends call it in the handshake; the same as the entry point's name."""
+
+    executes: ClassVar[bool] = False
+    """Whether decoding can run code that the sender chose. Such a codec is offered only where a
+    server lists it, and refused on a listener beyond loopback that asks for no credentials."""
+
+    @abstractmethod
+    def encode(self, value: Any) -> Message:
+        """Encode a value.
+
+        The buffers alias the value's arrays: they are not copied, so the message is valid only
+        while nobody changes them (see `edgeml.core.message.own`).
+
+        Raises:
+            NotEncodable: the text gives the path to the part that can't be carried.
+        """
+
+    @abstractmethod
+    def decode(self, message: Message, *, writable: bool = False) -> Any:
+        """Decode a message, which may come from anybody.
+
+        Arrays alias the buffers and are read-only; with ``writable`` they are private copies.
+
+        Raises:
+            Malformed: on any bytes that `encode` could not have made.
+        """

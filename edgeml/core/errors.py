@@ -1,0 +1,101 @@
+"""Every error that edgeml raises, each also the built-in that people would catch.
+
+::
+
+    EdgemlError
+     ├── Unreachable(ConnectionError)       nobody answers there, or the connection was lost
+     ├── DeadlineExceeded(TimeoutError)     no answer within the time given
+     ├── Closed(ConnectionError)            this end, or the server, has been stopped
+     ├── Overloaded(ConnectionError)        too much is waiting already; try again later
+     ├── RemoteError(RuntimeError)          the handler on the far side raised
+     ├── UnknownInterface(LookupError)      no such interface, key, request type or store
+     ├── Malformed(ValueError)              bytes that are not what they claim to be
+     ├── NotEncodable(TypeError)            a value that the codec does not carry
+     ├── ConfigMismatch(ValueError)         the two sides were configured differently
+     ├── PermissionDenied(PermissionError)  not allowed, or an older self that was replaced
+     └── PluginError(ImportError)           a transport or codec that is missing or broken
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Closed",
+    "ConfigMismatch",
+    "DeadlineExceeded",
+    "EdgemlError",
+    "Malformed",
+    "NotEncodable",
+    "Overloaded",
+    "PermissionDenied",
+    "PluginError",
+    "RemoteError",
+    "UnknownInterface",
+    "Unreachable",
+]
+
+
+class EdgemlError(Exception):
+    """The root of the tree."""
+
+
+class Unreachable(EdgemlError, ConnectionError):
+    """Nobody answers at the address, or the connection was lost with requests under way.
+
+    Whether a request that was under way has been carried out is not known.
+    """
+
+
+class DeadlineExceeded(EdgemlError, TimeoutError):
+    """No answer came within the time given; the server may still be at work on it."""
+
+
+class Closed(EdgemlError, ConnectionError):
+    """This end has been closed, or the server says that it is stopping."""
+
+
+class Overloaded(EdgemlError, ConnectionError):
+    """A queue is at its limit, so this was refused rather than kept waiting unseen."""
+
+
+class RemoteError(EdgemlError, RuntimeError):
+    """The handler on the far side raised.
+
+    Attributes:
+        type_name: qualified name of the far side's exception type, e.g. ``"KeyError"``.
+        message: its text.
+        traceback: the far side's formatted traceback.
+    """
+
+    def __init__(self, type_name: str, message: str, traceback: str = "") -> None:
+        self.type_name = type_name
+        self.message = message
+        self.traceback = traceback
+        super().__init__(type_name, message, traceback)
+
+    def __str__(self) -> str:
+        text = f"{self.type_name}: {self.message}"
+        return f"{text}\n\nOn the far side:\n{self.traceback}" if self.traceback else text
+
+
+class UnknownInterface(EdgemlError, LookupError):
+    """The server has no interface, key, request type or store of that name; the text lists it."""
+
+
+class Malformed(EdgemlError, ValueError):
+    """Bytes that are not what they claim to be: truncated, forged, or not edgeml's at all."""
+
+
+class NotEncodable(EdgemlError, TypeError):
+    """A value that the codec does not carry; the text gives the path to it and what to do."""
+
+
+class ConfigMismatch(EdgemlError, ValueError):
+    """The server and the client were configured differently; the text names field and values."""
+
+
+class PermissionDenied(EdgemlError, PermissionError):
+    """The server does not let this client do that."""
+
+
+class PluginError(EdgemlError, ImportError):
+    """A transport or codec that is not installed, is broken, or is claimed by two packages."""

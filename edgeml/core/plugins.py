@@ -1,0 +1,135 @@
+"""Transports and codecs by name, from whatever packages are installed.
+
+The entry point's name is the name that users write, so listing them loads nothing and using one
+loads that one alone. What is loaded registers with pluggy and answers a hook; the built-in plugins
+do exactly what a stranger's do. Hooks are asked once for each name, never on the data path.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+import pluggy
+
+from edgeml.core.codec import Codec
+from edgeml.core.errors import PluginError
+from edgeml.core.transport import Transport
+
+__all__ = ["Found", "find", "hookimpl", "load_codec", "load_transport"]
+
+hookspec = pluggy.HookspecMarker("edgeml")
+hookimpl = pluggy.HookimplMarker("edgeml")
+"""Marks a plugin's answer to one of the two hooks below."""
+
+
+class Hooks:
+    """The two hooks; a plugin's module answers the one of its entry-point group."""
+
+    @hookspec(firstresult=True)
+    def edgeml_transport(self) -> type[Transport]:  # type: ignore[empty-body]
+        """The transport class of the module that the ``edgeml.transports`` entry point names."""
+
+    @hookspec(firstresult=True)
+    def edgeml_codec(self) -> type[Codec]:  # type: ignore[empty-body]
+        """The codec class of the module that the ``edgeml.codecs`` entry point names."""
+
+
+_manager = pluggy.PluginManager("edgeml")
+_manager.add_hookspecs(Hooks)
+_lock = threading.Lock()
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An installed plugin, loaded or not.
+
+    Attributes:
+        kind: ``"transport"`` or ``"codec"``.
+        name: the entry point's name.
+        package: the distribution that it comes from, with its version.
+        entry: what loads it.
+    """
+
+    kind: str
+    name: str
+    package: str
+    entry: EntryPoint
+
+
+def find(kind: str) -> list[Found]:
+    """List the installed plugins of a kind, ``"transport"`` or ``"codec"``; loads none of them."""
+    found = {}
+    for entry in entry_points(group=f"edgeml.{kind}s"):
+        dist = entry.dist
+        package = f"{dist.name} {dist.version}" if dist else "an unknown package"
+        # A distribution may be on sys.path twice; it is one plugin all the same.
+        found[entry.name, package] = Found(kind, entry.name, package, entry)
+    return sorted(found.values(), key=lambda f: (f.name, f.package))
+
+
+def _load(kind: str, name: str, base: type[T]) -> type[T]:
+    """Load the class that a plugin offers, and check that it can be used."""
+    installed = find(kind)
+    matches = [f for f in installed if f.name == name]
+    if not matches:
+        names = ", ".join(sorted({f.name for f in installed})) or "none; is edgeml installed?"
+        raise PluginError(f"there is no {kind} {name!r}; installed are: {names}")
+    if len(matches) > 1:
+        packages = " and ".join(f.package for f in matches)
+        raise PluginError(f"{kind} {name!r} is claimed by {packages}; uninstall one of them")
+    found = matches[0]
+    plugin_name = f"{kind}:{name}"
+    try:
+        with _lock:
+            if not _manager.has_plugin(plugin_name):
+                _manager.register(found.entry.load(), plugin_name)
+            others = [p for n, p in _manager.list_name_plugin() if n != plugin_name]
+            loaded = _manager.subset_hook_caller(f"edgeml_{kind}", others)()
+    except Exception as error:
+        raise PluginError(
+            f"{kind} {name!r} of {found.package} failed to load: {type(error).__name__}: {error}"
+        ) from error
+    problem = _unusable(loaded, kind, name, base)
+    if problem:
+        raise PluginError(f"{kind} {name!r} of {found.package} {problem}")
+    return loaded  # type: ignore[no-any-return]
+
+
+def _unusable(loaded: Any, kind: str, name: str, base: type) -> str | None:
+    """What is wrong with what a plugin answered; None if nothing is."""
+    if loaded is None:
+        return f"does not answer the hook edgeml_{kind}"
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        return f"answers edgeml_{kind} with {loaded!r}, which is no subclass of {base.__name__}"
+    if missing := getattr(loaded, "__abstractmethods__", None):
+        return f"lacks {', '.join(sorted(missing))}"
+    if getattr(loaded, "name", None) != name:
+        return f"is called {getattr(loaded, 'name', None)!r} by its class; make the names equal"
+    return None
+
+
+_transports: dict[str, Transport] = {}
+_codecs: dict[str, Codec] = {}
+
+
+def load_transport(name: str) -> Transport:
+    """The transport of that name, loaded when first asked for.
+
+    Raises:
+        PluginError: not installed, broken, or claimed by two packages; the text says which.
+    """
+    if name not in _transports:
+        _transports[name] = _load("transport", name, Transport)()  # type: ignore[type-abstract]
+    return _transports[name]
+
+
+def load_codec(name: str) -> Codec:
+    """The codec of that name, loaded when first asked for; raises as `load_transport` does."""
+    if name not in _codecs:
+        _codecs[name] = _load("codec", name, Codec)()  # type: ignore[type-abstract]
+    return _codecs[name]

@@ -1,0 +1,178 @@
+"""The transport half of the seam. One pattern only: a request, whose one reply may come at any
+time, from any thread, in any order. Calls, streams, heartbeats and batching are built on it once,
+in `edgeml.core.rpc` and `edgeml.core.streams`.
+
+A transport is a plugin: publish a class through the entry-point group ``edgeml.transports`` whose
+module answers the hook ``edgeml_transport``, and hold it to `edgeml.testing.TransportTests` by
+subclassing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+from edgeml.core.errors import DeadlineExceeded
+from edgeml.core.message import Message
+from edgeml.core.url import Url
+
+__all__ = ["Credentials", "Endpoint", "OnRequest", "Peer", "Reply", "Requester", "Transport"]
+
+Credentials = Any
+"""The place for keys and certificates, passed through to the transport as given; None for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who sent a request, as far as the transport knows.
+
+    Attributes:
+        id: the same for all requests over one connection of the transport.
+        address: for people to read.
+    """
+
+    id: str
+    address: str
+
+
+class Reply(Protocol):
+    """The right to answer one request: call it once, at any time, from any thread.
+
+    It returns at once and never raises for a peer that has gone or reads too slowly: such a reply
+    is dropped and counted (`Endpoint.dropped`). When it returns, the buffers may be changed.
+    """
+
+    @property
+    def peer(self) -> Peer:
+        """Who asks."""
+
+    @property
+    def expired(self) -> bool:
+        """True once the transport knows that nobody waits for this reply any more."""
+
+    def __call__(self, message: Message) -> None:
+        """Answer."""
+
+
+OnRequest = Callable[[Message, Reply], None]
+
+
+class Endpoint(ABC):
+    """One open end; a context manager that closes itself."""
+
+    url: Url
+    """Where peers reach it, the real port filled in."""
+
+    dropped: int = 0
+    """Messages that could not be delivered because the peer had gone or would not read."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything, join every thread, and wake blocked callers with `Closed`.
+
+        Idempotent, quick, and allowed from any thread. Replies already given are sent if the
+        peer takes them within a fraction of a second.
+        """
+
+    def relieve(self) -> None:  # noqa: B027 - many transports need nothing here
+        """Carry on although a call of ``on_request`` does not return.
+
+        Core calls this when a handler that it ran within ``on_request`` turns out slow. A transport
+        whose one loop is stuck in that call continues in a fresh thread.
+        """
+
+    def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
+        """Answer several requests of this endpoint with one message (a broadcast)."""
+        for reply in replies:
+            reply(message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Requester(Endpoint):
+    """A client's end: one connection. Once it is lost it stays lost, and core opens another.
+
+    Usable from several threads at once.
+    """
+
+    @abstractmethod
+    def request(self, message: Message) -> Future[Message]:
+        """Send, and return at once; the buffers may be changed as soon as this has returned.
+
+        The future gives the reply, or raises `Unreachable` when the connection is lost and
+        `Closed` when this end is closed. It has no deadline of its own; cancel it to forget it.
+
+        Raises:
+            Overloaded: too many requests are waiting already.
+            Unreachable: the connection has been lost.
+            Closed: this end has been closed.
+        """
+
+    def call(self, message: Message, timeout: float) -> Message:
+        """Send and wait for the reply: the hot path, so a transport may do better than this.
+
+        When it returns, *or raises*, the buffers may be changed.
+
+        Args:
+            message: the request.
+            timeout: seconds.
+
+        Raises:
+            DeadlineExceeded: no reply within ``timeout``.
+            Unreachable, Closed, Overloaded: as for `request`.
+        """
+        future = self.request(message)
+        try:
+            return future.result(timeout)
+        except FutureTimeout:
+            future.cancel()
+            raise DeadlineExceeded(f"{self.url} gave no reply within {timeout:g} s") from None
+
+
+class Transport(ABC):
+    """One way of moving messages, chosen by name or by URL scheme. Its instances hold no state."""
+
+    name: ClassVar[str]
+    """The URL scheme; the same as the entry point's name."""
+
+    @abstractmethod
+    def serve(
+        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+    ) -> Endpoint:
+        """Listen at ``url`` and give every request to ``on_request``, from the transport's thread.
+
+        Args:
+            url: where to listen; port 0 lets the system pick one.
+            on_request: is given the message and the right to reply. It returns quickly, or
+                `Endpoint.relieve` will be called; requests are passed to it one at a time until
+                then. An exception from it is logged, and the endpoint lives.
+            credentials: see `Credentials`.
+
+        Raises:
+            OSError: the address is taken, or isn't this machine's.
+        """
+
+    @abstractmethod
+    def connect(
+        self, url: Url, timeout: float, *, credentials: Credentials = None
+    ) -> Requester:
+        """Open a connection to the endpoint at ``url``.
+
+        Raises:
+            Unreachable: nobody listens there, or nobody answered within ``timeout`` seconds. A
+                transport that can't tell may leave this to the first request.
+        """

@@ -1,0 +1,88 @@
+"""Addresses: ``scheme://host:port``, where the scheme is the transport's name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
+
+__all__ = ["DEFAULT_TRANSPORT", "Url", "resolve"]
+
+DEFAULT_TRANSPORT = "zmq"
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """Where an endpoint is.
+
+    Attributes:
+        scheme: the transport's name.
+        host: a host name or an address, without brackets; may be empty.
+        port: 0 lets the system pick one when serving.
+        path: what follows, with its slash, for transports that are reached by a file; else empty.
+    """
+
+    scheme: str
+    host: str = "127.0.0.1"
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Url:
+        """Read ``scheme://host:port/path``; raise ValueError that says what is wrong with it."""
+        parts = urlsplit(text)
+        if not parts.scheme or "://" not in text:
+            raise ValueError(f"{text!r} is not a URL; write it as 'zmq://host:port'")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from None
+        return cls(parts.scheme, parts.hostname or "", port or 0, parts.path)
+
+    def with_port(self, port: int) -> Url:
+        """The same address with another port."""
+        return replace(self, port=port)
+
+    def with_host(self, host: str) -> Url:
+        """The same address with another host."""
+        return replace(self, host=host)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = f":{self.port}" if self.port or not self.path else ""
+        return f"{self.scheme}://{host}{port}{self.path}"
+
+
+def resolve(transport: str | None, host: str, port: int) -> list[Url]:
+    """Turn what a user gives to a service into addresses.
+
+    Args:
+        transport: a name (``"zmq"``), a URL (``"zmq://host:port"``), several of them separated by
+            commas, or None for ``$EDGEML_TRANSPORT``, which defaults to ``"zmq"``.
+        host: the host, where the transport names none.
+        port: the port, where the transport names none; 0 if it doesn't matter.
+
+    Returns:
+        One `Url` for each transport named.
+
+    Raises:
+        ValueError: a URL contradicts ``port``, or isn't one.
+    """
+    text = transport or os.environ.get("EDGEML_TRANSPORT") or DEFAULT_TRANSPORT
+    urls = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        if "://" not in name:
+            urls.append(Url(name, host, port))
+            continue
+        url = Url.parse(name)
+        if url.port and port and url.port != port:
+            raise ValueError(
+                f"transport {name!r} says port {url.port}, but port {port} was given as well; "
+                "give one of them"
+            )
+        if not url.path:
+            url = Url(url.scheme, url.host or host, url.port or port)
+        urls.append(url)
+    if not urls:
+        raise ValueError(f"transport {text!r} names no transport")
+    return urls

@@ -1,0 +1,1 @@
+"""The built-in transports: plugins like any other, found by entry point."""
