@@ -17,7 +17,15 @@ from edgeml.core.errors import (
 )
 from edgeml.core.message import Message, is_owned, own
 from edgeml.core.plugins import hookimpl, load_codec, load_transport
-from edgeml.core.transport import Credentials, Endpoint, OnRequest, Peer, Reply, Requester, Transport
+from edgeml.core.transport import (
+    Credentials,
+    Endpoint,
+    OnRequest,
+    Peer,
+    Reply,
+    Requester,
+    Transport,
+)
 from edgeml.core.url import Url
 
 __all__ = [

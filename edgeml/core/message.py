@@ -87,6 +87,4 @@ def own(message: Message) -> Message:
     """Return a message equal to this one whose buffers nobody else can change."""
     if all(map(is_owned, message.buffers)):
         return message
-    return Message(
-        message.header, [b if is_owned(b) else _pool.copy(b) for b in message.buffers]
-    )
+    return Message(message.header, [b if is_owned(b) else _pool.copy(b) for b in message.buffers])

@@ -167,9 +167,7 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def connect(
-        self, url: Url, timeout: float, *, credentials: Credentials = None
-    ) -> Requester:
+    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
         """Open a connection to the endpoint at ``url``.
 
         Raises:

@@ -1,0 +1,407 @@
+"""The client: one link to a server, kept alive and made anew, with calls and subscriptions on it.
+
+A link is a connection and the session that the server gave for it. A keeper thread always has one
+heartbeat credit parked at the server, so a server that dies or freezes is noticed within
+`edgeml.core.wire.SILENCE` seconds on any transport, and it makes a new link in the background.
+A call that finds no link makes one itself, so that the first call after a restart just works.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from edgeml.core import wire
+from edgeml.core.alarms import Alarms
+from edgeml.core.codec import Codec
+from edgeml.core.errors import (
+    Closed,
+    ConfigMismatch,
+    DeadlineExceeded,
+    EdgemlError,
+    PermissionDenied,
+    UnknownInterface,
+    Unreachable,
+)
+from edgeml.core.message import Message, own
+from edgeml.core.plugins import load_codec, load_transport
+from edgeml.core.streams import Subscription
+from edgeml.core.transport import Credentials, Requester
+from edgeml.core.url import Url
+
+__all__ = ["Client"]
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 2.0  # seconds; the longest pause between two attempts to connect in the background
+
+
+@dataclass(eq=False)
+class _Link:
+    """A connection with its session; see `edgeml.core.streams.Link`."""
+
+    requester: Requester
+    session: bytes
+    codec: Codec
+    topics: dict[str, int]
+    epoch: int
+    lost: EdgemlError | None = None
+
+    def lose(self, why: EdgemlError) -> None:
+        if self.lost is None:
+            self.lost = why
+        self.requester.close()
+
+
+class Client:
+    """Calls and subscriptions. Safe to use from several threads.
+
+    Args:
+        service: the kind of server wanted.
+        urls: where it is; the first that answers is taken.
+        config: what the server's configuration must equal, field by field.
+        client_id: an identity that outlives this object; random by default.
+        label: for people to read in the server's list of clients.
+        codec: the codec's name.
+        timeout: seconds that a call, or the first connection, may take unless told otherwise.
+        wait: seconds to go on trying when nobody serves there yet.
+        writable: whether received arrays are private copies rather than read-only views.
+        credentials: given to the transport.
+
+    Raises:
+        Unreachable: nobody answers there.
+        ConfigMismatch: the server is of another kind, or configured differently.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        urls: Sequence[Url],
+        *,
+        config: dict[str, Any] | None = None,
+        client_id: str | None = None,
+        label: str = "",
+        codec: str = "msgpack",
+        timeout: float = 10.0,
+        wait: float = 0.0,
+        writable: bool = False,
+        credentials: Credentials = None,
+    ) -> None:
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive, not {timeout}")
+        self.client_id = client_id or secrets.token_hex(8)
+        self.timeout = timeout
+        self._urls = list(urls)
+        self._codec = load_codec(codec)
+        self._hello = wire.pack(
+            wire.Hello(wire.PROTOCOL, service, self.client_id, label, codec, config or {})
+        )
+        self._writable = writable
+        self._credentials = credentials
+        self._link: _Link | None = None
+        self._connecting = threading.Lock()
+        self._changed = threading.Condition()  # of the link, and of being closed
+        self._closed = False
+        self._subscriptions: list[Subscription] = []
+        self._alarms = Alarms("edgeml client alarms")
+        self._connect_first(wait)
+        self._keeper = threading.Thread(target=self._keep, name="edgeml keeper", daemon=True)
+        self._keeper.start()
+
+    # Links --------------------------------------------------------------------------------
+
+    def _connect_first(self, wait: float) -> None:
+        deadline = time.monotonic() + wait
+        pause = 0.05
+        while True:
+            try:
+                self._connected(self.timeout)
+                return
+            except Unreachable:
+                if time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, _PATIENCE)
+
+    def _connected(self, timeout: float) -> _Link:
+        """The link, made anew if it is lost."""
+        link = self._link
+        if link is not None and link.lost is None:
+            return link
+        deadline = time.monotonic() + timeout
+        if not self._connecting.acquire(timeout=timeout):
+            raise DeadlineExceeded(f"no connection to {self._urls[0]} within {timeout:g} s")
+        try:
+            link = self._link
+            if link is not None and link.lost is None:
+                return link
+            if self._closed:
+                raise Closed("this client has been closed")
+            if link is not None:
+                link.requester.close()
+            made = self._connect(deadline)
+            with self._changed:
+                if self._closed:
+                    made.requester.close()
+                    raise Closed("this client has been closed")
+                self._link = made
+                self._changed.notify_all()
+            return made
+        finally:
+            self._connecting.release()
+
+    def _connect(self, deadline: float) -> _Link:
+        failures = []
+        for url in self._urls:
+            left = max(0.01, deadline - time.monotonic())
+            try:
+                requester = load_transport(url.scheme).connect(
+                    url, left, credentials=self._credentials
+                )
+            except Unreachable as error:
+                failures.append(str(error))
+                continue
+            try:
+                return self._greet(requester, deadline)
+            except (DeadlineExceeded, Unreachable) as error:
+                requester.close()
+                failures.append(f"no handshake with {url}: {error}")
+            except BaseException:
+                requester.close()
+                raise
+        raise Unreachable("; ".join(failures))
+
+    def _greet(self, requester: Requester, deadline: float) -> _Link:
+        header = wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, self._hello))
+        left = max(0.01, deadline - time.monotonic())
+        reply = wire.unpack(wire.Reply, requester.call(Message(header), left).header)
+        if reply.status != wire.OK:
+            raise wire.error_of(reply)
+        welcome = wire.unpack(wire.Welcome, reply.body)
+        return _Link(requester, welcome.session, self._codec, welcome.topics, welcome.epoch)
+
+    def _keep(self) -> None:
+        """Keep a heartbeat under way, and make a new link when one is lost."""
+        pause = 0.05
+        while not self._closed:
+            try:
+                self._beat(self._connected(self.timeout))
+                pause = 0.05
+            except EdgemlError as error:
+                if isinstance(error, (ConfigMismatch, PermissionDenied)):
+                    _log.warning("the server came back, but: %s", error)
+                    pause = _PATIENCE
+                with self._changed:
+                    if not self._closed:
+                        self._changed.wait(pause)
+                pause = min(2 * pause, _PATIENCE)
+
+    def _beat(self, link: _Link) -> None:
+        """Send one heartbeat credit, and lose the link if the answer isn't as it should be."""
+        credit = wire.pack(wire.Credit(0, 0, 0))
+        header = wire.pack(
+            wire.Request(wire.NEXT, link.session, wire.HEARTBEAT, wire.SILENCE, credit)
+        )
+        try:
+            future = link.requester.request(Message(header))
+            future.add_done_callback(lambda done: self._see(link, done))
+            # In small steps, so that a process which was itself held up gets another chance.
+            for _ in range(round(wire.SILENCE)):
+                try:
+                    future.result(1.0)
+                    break
+                except FutureTimeout:
+                    continue
+            else:
+                raise Unreachable(f"no heartbeat from {link.requester.url} in {wire.SILENCE:g} s")
+        except EdgemlError as error:
+            link.lose(error)
+        if link.lost is not None:
+            raise link.lost
+
+    def _see(self, link: _Link, done: Future[Message]) -> None:
+        """Mark a lost link at once, before anybody calls on it; runs in the transport's thread."""
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            try:
+                reply = wire.unpack(wire.Reply, done.result().header)
+                if reply.status == wire.NOTHING_YET:
+                    return
+                error = wire.error_of(reply)
+            except EdgemlError as malformed:
+                error = malformed
+        if link.lost is None:
+            link.lost = error if isinstance(error, EdgemlError) else Unreachable(str(error))
+
+    def _next_link(self) -> _Link | None:
+        """Wait for a link that works; None once this client is closed."""
+        with self._changed:
+            while not self._closed:
+                if self._link is not None and self._link.lost is None:
+                    return self._link
+                self._changed.wait()
+        return None
+
+    # Calls --------------------------------------------------------------------------------
+
+    def call(self, name: str, payload: Any, timeout: float | None = None) -> Any:
+        """Call an interface of the server and return its result.
+
+        The payload's arrays may be changed when this returns, and when it raises.
+
+        Args:
+            name: of the interface.
+            payload: any value that the codec carries.
+            timeout: seconds; the client's own by default. The server learns it, and drops what
+                nobody waits for any more.
+
+        Raises:
+            RemoteError: the handler raised.
+            DeadlineExceeded: no answer in time.
+            Unreachable: nobody answers, or the connection was lost while this call was under way.
+            UnknownInterface, Overloaded, PermissionDenied, Malformed: as the server says.
+            NotEncodable: the payload, before anything is sent.
+            Closed: this client has been closed, or the server is stopping.
+        """
+        limit = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        encoded = self._codec.encode(payload)
+        left = limit
+        while True:
+            link = self._link
+            if link is None or link.lost is not None:
+                link = self._connected(left)
+                left = max(0.01, deadline - time.monotonic())
+            header = wire.pack(wire.Request(wire.CALL, link.session, name, left, encoded.header))
+            try:
+                message = link.requester.call(Message(header, encoded.buffers), left)
+            except Unreachable as error:
+                link.lose(error)
+                raise
+            except Closed:
+                raise self._why_closed(link) from None
+            reply = wire.unpack(wire.Reply, message.header)
+            if reply.status != wire.NO_SESSION:
+                return self._value(reply, message)
+            link.lose(wire.error_of(reply))  # not carried out, so it can be sent again
+            left = max(0.01, deadline - time.monotonic())
+
+    def _value(self, reply: wire.Reply, message: Message) -> Any:
+        if reply.status != wire.OK:
+            raise wire.error_of(reply)
+        return self._codec.decode(Message(reply.body, message.buffers), writable=self._writable)
+
+    def _why_closed(self, link: _Link) -> EdgemlError:
+        """What to tell a caller whose connection was closed under it."""
+        if self._closed:
+            return Closed("this client has been closed")
+        return Unreachable(str(link.lost or "the connection was lost"))
+
+    def call_async(self, name: str, payload: Any, timeout: float | None = None) -> Future[Any]:
+        """Call an interface and return a future of its result, which raises what `call` does.
+
+        The payload's arrays may be changed when this returns. Callbacks of the future run in the
+        transport's thread and should be quick.
+
+        Raises:
+            NotEncodable: the payload.
+            Overloaded: too many calls are under way.
+            Closed: this client has been closed.
+        """
+        limit = self.timeout if timeout is None else timeout
+        outer: Future[Any] = Future()
+        self._start(outer, name, own(self._codec.encode(payload)), time.monotonic() + limit)
+        return outer
+
+    def _start(self, outer: Future[Any], name: str, encoded: Message, deadline: float) -> None:
+        left = max(0.01, deadline - time.monotonic())
+        try:
+            link = self._connected(left)
+            header = wire.pack(wire.Request(wire.CALL, link.session, name, left, encoded.header))
+            inner = link.requester.request(Message(header, encoded.buffers))
+        except (Unreachable, DeadlineExceeded) as error:
+            _settle(outer, error)
+            return
+
+        def expire() -> None:
+            inner.cancel()
+            _settle(outer, DeadlineExceeded(f"no answer to {name!r} in time"))
+
+        def finish(done: Future[Message]) -> None:
+            alarm.cancel()
+            if done.cancelled():
+                return
+            try:
+                message = done.result()
+                reply = wire.unpack(wire.Reply, message.header)
+                if reply.status == wire.NO_SESSION:
+                    # Not carried out, so it can be sent again; connecting takes time, and this
+                    # is the transport's thread.
+                    link.lose(wire.error_of(reply))
+                    again = (outer, name, encoded, deadline)
+                    threading.Thread(target=self._start, args=again, daemon=True).start()
+                    return
+                _settle(outer, self._value(reply, message))
+            except Closed as error:
+                _settle(outer, self._why_closed(link) if done.exception() else error)
+            except EdgemlError as error:
+                _settle(outer, error)
+
+        alarm = self._alarms.after(left, expire)
+        inner.add_done_callback(finish)
+
+    # Subscriptions ------------------------------------------------------------------------
+
+    def subscribe(self, topic: str, function: Callable[[Any], None]) -> Subscription:
+        """Call ``function`` with what the server publishes, from now on; see `Subscription`.
+
+        Raises:
+            UnknownInterface: the server has no such topic.
+            Unreachable, Closed: as for `call`.
+        """
+        topics = self._connected(self.timeout).topics
+        if topic not in topics:
+            known = ", ".join(sorted(filter(None, topics))) or "none"
+            raise UnknownInterface(f"there is no topic {topic!r}; known: {known}")
+        with self._changed:
+            number = len(self._subscriptions) + 1
+            made = Subscription(topic, number, function, self._next_link, self._writable)
+            self._subscriptions.append(made)
+        return made
+
+    # Life ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every thread and wake blocked callers with `Closed`; idempotent."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            link = self._link
+        if link is not None:
+            link.lose(Closed("this client has been closed"))
+        for subscription in self._subscriptions:
+            subscription.close()
+        self._alarms.close()
+        if self._keeper is not threading.current_thread():
+            self._keeper.join(2.0)
+
+
+def _settle(future: Future[Any], result: Any) -> None:
+    """Complete a future, unless somebody did before."""
+    with suppress(InvalidStateError):
+        if isinstance(result, EdgemlError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

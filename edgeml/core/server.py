@@ -1,0 +1,447 @@
+"""The server: handshake, calls and streams over any number of transports.
+
+Where handlers run. The hello, subscriptions and heartbeats are always answered by the transport's
+loop. A user's handler starts on a worker thread; once calls of its kind have shown themselves
+short, the next ones run in the loop, which saves two thread hops, and if one then isn't short, a
+tick notices and the transport carries on in another thread (`Endpoint.relieve`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import queue
+import secrets
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from edgeml.core import wire
+from edgeml.core.alarms import Alarms
+from edgeml.core.codec import Codec
+from edgeml.core.errors import (
+    Closed,
+    ConfigMismatch,
+    DeadlineExceeded,
+    EdgemlError,
+    Malformed,
+    Overloaded,
+    PermissionDenied,
+    RemoteError,
+    UnknownInterface,
+)
+from edgeml.core.message import Message
+from edgeml.core.plugins import load_codec, load_transport
+from edgeml.core.streams import Topic
+from edgeml.core.transport import Credentials, Endpoint, Peer, Reply
+from edgeml.core.url import Url
+
+__all__ = ["Handler", "Server", "Session"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SHORT = 0.5e-3  # seconds; a hop to a worker and back costs a good part of this
+_TRUSTED_AFTER = 3  # short runs in a row before a kind of call runs in the loop
+_STUCK = 0.1  # seconds that a call may take in the loop before the loop goes on elsewhere
+_TICK = 0.25  # seconds
+_MOST_SESSIONS = 1 << 16
+_MOST_WAITING = 1 << 12  # calls that wait for a worker
+_MOST_WAITING_BYTES = 1 << 30
+_FORGET = 30.0  # seconds without a sign of life after which a session ends
+
+
+@dataclass(slots=True)
+class Session:
+    """One client, from its hello on.
+
+    Attributes:
+        client_id: the identity that the client gave; random unless its user chose one.
+        label: what the client calls itself, for people to read.
+        peer: who the transport says it is.
+        codec: what it speaks.
+    """
+
+    key: bytes
+    client_id: str
+    label: str
+    peer: Peer
+    codec: Codec
+    seen: float
+    turn: float = 0.0  # when the next call may start, under a rate limit
+
+
+Handler = Callable[[Any, Session], Any]
+"""Takes a call's payload and who calls; returns the result, or raises."""
+
+# Raised by a service's own code, these reach the client as they are; all else is a RemoteError.
+_PASSED_ON = (UnknownInterface, Malformed, PermissionDenied, Overloaded)
+
+
+@dataclass(slots=True)
+class _Interface:
+    name: str
+    handler: Handler
+    short_runs: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def kind(self, message: Message) -> tuple[int, int]:
+        """Calls alike in size are taken to be alike in duration: a new shape may compile anew."""
+        return len(message.header).bit_length(), message.nbytes - len(message.header)
+
+    def took(self, kind: tuple[int, int], seconds: float) -> None:
+        runs = self.short_runs
+        if len(runs) > 256:
+            runs.clear()
+        runs[kind] = runs.get(kind, 0) + 1 if seconds < _SHORT else 0
+
+
+@dataclass(slots=True)
+class _Call:
+    interface: _Interface
+    session: Session
+    body: bytes
+    message: Message
+    reply: Reply
+    deadline: float
+
+
+class _Listener:
+    """An endpoint, and what it calls."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.endpoint: Endpoint | None = None
+        self.busy_since = 0.0  # monotonic time at which a call began in the loop; 0 if none runs
+
+    def __call__(self, message: Message, reply: Reply) -> None:
+        self._server._on_request(self, message, reply)
+
+    def answer(self, replies: Iterable[Reply], message: Message) -> None:
+        if self.endpoint is not None:
+            self.endpoint.reply_many(replies, message)
+        else:  # it is only just being opened
+            for reply in replies:
+                reply(message)
+
+
+class Server:
+    """Answers calls and carries streams, at several addresses if need be.
+
+    Args:
+        service: the kind of server, which a client must name: ``"action"``, say.
+        urls: where to listen.
+        config: what the client's configuration must equal, field by field.
+        codecs: names of the codecs that clients may speak.
+        workers: how many handlers may run at a time.
+        rate_limit: calls per second and client; None for any number.
+        credentials: given to the transports.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        urls: Sequence[Url],
+        *,
+        config: dict[str, Any] | None = None,
+        codecs: Sequence[str] = ("msgpack",),
+        workers: int = 1,
+        rate_limit: float | None = None,
+        credentials: Credentials = None,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers}")
+        if rate_limit is not None and not rate_limit > 0:
+            raise ValueError(f"rate_limit must be positive or None, not {rate_limit}")
+        self.service = service
+        self.epoch = time.time_ns()
+        self.counts: Counter[str] = Counter()
+        self._requested = list(urls)
+        self._config = config or {}
+        self._codecs = {name: load_codec(name) for name in codecs}
+        self._interval = 1 / rate_limit if rate_limit else 0.0
+        self._credentials = credentials
+        for codec in self._codecs.values():
+            self._refuse_strangers(codec)
+
+        self._interfaces: dict[str, _Interface] = {}
+        self._topics: dict[str, Topic] = {}
+        self.topic(wire.HEARTBEAT)
+        self._sessions: dict[bytes, Session] = {}
+        self._listeners: list[_Listener] = []
+        self._alarms = Alarms(f"edgeml {service} alarms")
+        self._lock = threading.Lock()
+        self._opened = False
+        self._closed = False
+
+        self._workers = workers
+        self._threads: list[threading.Thread] = []
+        self._waiting: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._waiting_bytes = 0
+        # Whoever runs a handler, worker or loop, holds one of these.
+        self._slots = threading.Lock() if workers == 1 else threading.Semaphore(workers)
+
+    def _refuse_strangers(self, codec: Codec) -> None:
+        if not codec.executes or self._credentials is not None:
+            return
+        for url in self._requested:
+            if url.host and not _is_loopback(url.host):
+                raise PermissionDenied(
+                    f"codec {codec.name!r} runs code that the sender chooses, and {url} lets in "
+                    "other machines without credentials; listen on 127.0.0.1, or leave it out"
+                )
+
+    # What is served -----------------------------------------------------------------------
+
+    def register(self, name: str, handler: Handler) -> None:
+        """Serve calls of ``name`` by ``handler``, from now on, in place of any other."""
+        self._interfaces[name] = _Interface(name, handler)
+
+    def topic(self, name: str, keep: int = 1) -> Topic:
+        """Make a stream that clients can subscribe to; see `Topic`."""
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        made = Topic(name, self._codecs.values() if name else (), self.epoch, keep)
+        self._topics[name] = made
+        return made
+
+    @property
+    def urls(self) -> list[Url]:
+        """Where clients reach this server, the real ports filled in; empty unless it is open."""
+        return [each.endpoint.url for each in self._listeners if each.endpoint]
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The clients that have been heard from of late."""
+        return list(self._sessions.values())
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: calls, and everything that was refused or dropped, by reason."""
+        dropped = sum(each.endpoint.dropped for each in self._listeners if each.endpoint)
+        return {**self.counts, "replies_dropped": dropped}
+
+    # Life ---------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Listen at every address, or at none: raises OSError if one is taken."""
+        with self._lock:
+            if self._opened:
+                raise RuntimeError("the server was started before; make a new one")
+            self._opened = True
+        try:
+            for url in self._requested:
+                listener = _Listener(self)
+                self._listeners.append(listener)
+                transport = load_transport(url.scheme)
+                listener.endpoint = transport.serve(url, listener, credentials=self._credentials)
+        except BaseException:
+            self.close()
+            raise
+        self._alarms.after(_TICK, self._tick)
+
+    def close(self) -> None:
+        """Tell every client, stop listening and end every thread; idempotent and quick.
+
+        A handler that is still running is waited for, up to two seconds; its thread ends with it.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for topic in self._topics.values():
+            topic.close()
+        with suppress(queue.Empty):
+            while call := self._waiting.get_nowait():
+                self._fail(call.reply, Closed("the server has been stopped"))
+        for _ in self._threads:
+            self._waiting.put(None)
+        me = threading.current_thread()
+        for thread in self._threads:
+            if thread is not me:
+                thread.join(2.0)
+                if thread.is_alive():
+                    _log.warning("a %s handler is still running; it was left behind", self.service)
+        for listener in self._listeners:
+            if listener.endpoint is not None:
+                listener.endpoint.close()
+        self._alarms.close()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for listener in self._listeners:
+            since = listener.busy_since
+            if since and now - since > _STUCK and listener.endpoint is not None:
+                listener.busy_since = 0.0
+                self.counts["relieved"] += 1
+                listener.endpoint.relieve()
+        for topic in self._topics.values():
+            topic.tick()
+        with self._lock:
+            for key, session in list(self._sessions.items()):
+                if now - session.seen > _FORGET:
+                    del self._sessions[key]
+        self._alarms.after(_TICK, self._tick)
+
+    # Requests, in the transport's loop ----------------------------------------------------
+
+    def _on_request(self, listener: _Listener, message: Message, reply: Reply) -> None:
+        try:
+            if self._closed:
+                raise Closed("the server has been stopped")
+            request = wire.unpack(wire.Request, message.header)
+            if request.kind == wire.HELLO:
+                reply(Message(self._hello(request.body, reply.peer)))
+                return
+            session = self._sessions.get(request.session)
+            if session is None:
+                reply(Message(wire.pack(wire.Reply(wire.NO_SESSION))))
+                return
+            session.seen = now = time.monotonic()
+            if request.kind == wire.CALL:
+                self._call(listener, request, session, now, message, reply)
+            elif request.kind == wire.NEXT:
+                credit = wire.unpack(wire.Credit, request.body)
+                topic = _named(self._topics, request.name, "topic")
+                topic.park(session.key, session.codec.name, credit, reply, listener.answer)
+            else:
+                raise Malformed(f"unknown kind of request: {request.kind}")
+        except EdgemlError as error:
+            self._fail(reply, error)
+
+    def _fail(self, reply: Reply, error: EdgemlError) -> None:
+        self.counts[type(error).__name__] += 1
+        reply(Message(wire.pack_error(error)))
+
+    def _hello(self, body: bytes, peer: Peer) -> bytes:
+        hello = wire.unpack(wire.Hello, body)
+        for name, ours, theirs in [
+            ("protocol", wire.PROTOCOL, hello.protocol),
+            ("service", self.service, hello.service),
+            *((f, self._config.get(f), hello.config.get(f)) for f in self._config),
+        ]:
+            if ours != theirs:
+                raise ConfigMismatch(f"{name}: the server has {ours!r}, the client has {theirs!r}")
+        if hello.codec not in self._codecs:
+            raise ConfigMismatch(
+                f"codec: the server offers {', '.join(self._codecs)}, the client has {hello.codec}"
+            )
+        if len(hello.client_id) > 200 or len(hello.label) > 200:
+            raise Malformed("a client id or label of over 200 characters")
+        session = Session(
+            secrets.token_bytes(16),
+            hello.client_id,
+            hello.label,
+            peer,
+            self._codecs[hello.codec],
+            time.monotonic(),
+        )
+        with self._lock:
+            if len(self._sessions) >= _MOST_SESSIONS:
+                raise Overloaded(f"the server has {_MOST_SESSIONS} clients already")
+            self._sessions[session.key] = session
+        topics = {topic.name: topic.keep for topic in self._topics.values()}
+        ports = [url.port for url in self.urls]
+        return wire.pack(
+            wire.Reply(wire.OK, wire.pack(wire.Welcome(session.key, self.epoch, topics, ports)))
+        )
+
+    def _call(
+        self,
+        listener: _Listener,
+        request: wire.Request,
+        session: Session,
+        now: float,
+        message: Message,
+        reply: Reply,
+    ) -> None:
+        interface = _named(self._interfaces, request.name, "interface")
+        deadline = now + request.timeout
+        call = _Call(interface, session, request.body, message, reply, deadline)
+        if self._interval:
+            turn = max(session.turn, now)
+            if turn > deadline:
+                raise Overloaded(
+                    f"over the rate limit of {1 / self._interval:g} calls/s: the next turn is in "
+                    f"{turn - now:.2f} s, beyond the deadline"
+                )
+            session.turn = turn + self._interval
+            if turn > now:
+                self._alarms.after(turn - now, partial(self._queue, call))
+                return
+        quick = interface.short_runs.get(interface.kind(message), 0) >= _TRUSTED_AFTER
+        if quick and self._waiting.empty() and self._slots.acquire(blocking=False):
+            listener.busy_since = now
+            try:
+                self._run(call)
+            finally:
+                listener.busy_since = 0.0
+                self._slots.release()
+        else:
+            self._queue(call)
+
+    # Handlers, in a worker or in the loop -------------------------------------------------
+
+    def _queue(self, call: _Call) -> None:
+        with self._lock:
+            room = self._waiting_bytes + call.message.nbytes <= _MOST_WAITING_BYTES
+            if self._waiting.qsize() < _MOST_WAITING and room:
+                self._waiting_bytes += call.message.nbytes
+                self._waiting.put(call)
+                if len(self._threads) < self._workers:
+                    name = f"edgeml {self.service} worker"
+                    thread = threading.Thread(target=self._work, name=name, daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
+                return
+        self._fail(call.reply, Overloaded(f"{self._waiting.qsize()} calls are waiting already"))
+
+    def _work(self) -> None:
+        while call := self._waiting.get():
+            with self._lock:
+                self._waiting_bytes -= call.message.nbytes
+            with self._slots:
+                self._run(call)
+            del call  # or the buffers live until the next call
+
+    def _run(self, call: _Call) -> None:
+        began = time.monotonic()
+        if began > call.deadline or call.reply.expired:
+            self._fail(call.reply, DeadlineExceeded("nobody waits for this call any more"))
+            return
+        self.counts["calls"] += 1
+        codec, interface = call.session.codec, call.interface
+        try:
+            payload = codec.decode(Message(call.body, call.message.buffers))
+            encoded = codec.encode(interface.handler(payload, call.session))
+            answer = Message(wire.pack(wire.Reply(wire.OK, encoded.header)), encoded.buffers)
+        except _PASSED_ON as error:
+            self._fail(call.reply, error)
+        except Exception as error:
+            _log.warning("%s %r failed", self.service, interface.name, exc_info=True)
+            trace = traceback.format_exc()[-20_000:]
+            self._fail(call.reply, RemoteError(type(error).__qualname__, str(error), trace))
+        else:
+            call.reply(answer)
+        interface.took(interface.kind(call.message), time.monotonic() - began)
+
+
+def _named(known: dict[str, T], name: str, what: str) -> T:
+    try:
+        return known[name]
+    except KeyError:
+        names = ", ".join(sorted(filter(None, known))) or "none"
+        raise UnknownInterface(f"there is no {what} {name!r}; known: {names}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False

@@ -1,0 +1,348 @@
+"""Publications over parked requests.
+
+A subscriber sends a few requests ahead, its *credits*: each asks for one publication past its
+*cursor*, the newest that it has. The server keeps the last ``keep`` publications in one ring for
+all subscribers and answers a credit with the oldest of them past the cursor, now or when there is
+one. So a late joiner gets the current value at once, a slow subscriber skips what it had no time
+for, nobody queues for anybody, and the server knows what each subscriber holds.
+
+A publication's version is ``(epoch, number)``: the epoch changes with each start of the server, so
+a subscriber that comes back to a restarted one is answered at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Protocol
+
+from edgeml.core.codec import Codec
+from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
+from edgeml.core.message import Message, own
+from edgeml.core.transport import Reply, Requester
+from edgeml.core.wire import (
+    HOLD,
+    NEXT,
+    NOTHING_YET,
+    OK,
+    SILENCE,
+    Credit,
+    Request,
+    error_of,
+    pack,
+    pack_error,
+    unpack,
+)
+from edgeml.core.wire import Reply as Answer
+
+__all__ = ["Answerer", "Link", "Subscription", "Topic"]
+
+_log = logging.getLogger(__name__)
+
+_MOST_PARKED = 64  # credits of one subscription
+_MOST_CREDITS = 16  # that a subscriber sends ahead
+_BYTES_AHEAD = 64 << 20  # that a subscriber asks for ahead, beyond one publication
+_NOTHING_YET = Message(pack(Answer(NOTHING_YET)))
+
+Answerer = Callable[[Iterable[Reply], Message], None]
+"""Answers several requests of one endpoint with one message."""
+
+
+@dataclass(slots=True)
+class _Parked:
+    since: float
+    codec: str
+    answerer: Answerer
+    reply: Reply
+
+
+@dataclass(slots=True)
+class _Subscriber:
+    cursor: int  # the number of the newest publication that was sent to it; 0 for none
+    seen: float
+    parked: deque[_Parked] = field(default_factory=deque)
+
+
+class Topic:
+    """The server's side of one stream. Safe to use from any thread.
+
+    Args:
+        name: what subscribers ask for.
+        codecs: every publication is encoded once with each.
+        epoch: of this start of the server.
+        keep: how many publications are kept for subscribers that are behind.
+    """
+
+    def __init__(self, name: str, codecs: Iterable[Codec], epoch: int, keep: int = 1) -> None:
+        self.name = name
+        self.keep = keep
+        self.number = 0
+        """The number of the newest publication; 0 before the first."""
+        self._codecs = list(codecs)
+        self._epoch = epoch
+        self._ring: deque[dict[str, Message]] = deque(maxlen=keep)
+        self._subscribers: dict[Hashable, _Subscriber] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def publish(self, value: Any) -> int:
+        """Give ``value`` to all who subscribe, now or later; returns its number.
+
+        The value is encoded and copied before this returns, so it may be changed afterwards.
+        """
+        bodies = {codec.name: own(codec.encode(value)) for codec in self._codecs}
+        with self._lock:
+            if self._closed:
+                raise Closed(f"the server of {self.name!r} has been stopped")
+            self.number += 1
+            self._ring.append(
+                {
+                    name: Message(
+                        pack(Answer(OK, body.header, self._epoch, self.number)), body.buffers
+                    )
+                    for name, body in bodies.items()
+                }
+            )
+            due = [
+                (subscriber.parked.popleft(), self._next(subscriber))
+                for subscriber in self._subscribers.values()
+                if subscriber.parked
+            ]
+            number = self.number
+        self._answer((parked, publication[parked.codec]) for parked, publication in due)
+        return number
+
+    def _next(self, subscriber: _Subscriber) -> dict[str, Message]:
+        """The oldest publication past the cursor, which moves there."""
+        oldest = self.number - len(self._ring) + 1
+        subscriber.cursor = max(subscriber.cursor + 1, oldest)
+        return self._ring[subscriber.cursor - oldest]
+
+    def _answer(self, due: Iterable[tuple[_Parked, Message]]) -> None:
+        """Answer, all alike in one call: not under the lock, for a transport may call back."""
+        groups: dict[tuple[Answerer, int], tuple[Message, list[Reply]]] = {}
+        for parked, message in due:
+            group = groups.setdefault((parked.answerer, id(message)), (message, []))
+            group[1].append(parked.reply)
+        for (answerer, _), (message, replies) in groups.items():
+            answerer(replies, message)
+
+    def park(
+        self, who: Hashable, codec: str, credit: Credit, reply: Reply, answerer: Answerer
+    ) -> None:
+        """Take a credit: answer it at once if there is something past the cursor."""
+        now = time.monotonic()
+        parked = _Parked(now, codec, answerer, reply)
+        with self._lock:
+            if self._closed:
+                raise Closed("the server has been stopped")
+            cursor = credit.number if credit.epoch == self._epoch else 0
+            if not 0 <= cursor <= self.number:
+                raise Malformed(f"a cursor of {cursor} in {self.name!r}, which is at {self.number}")
+            key = (who, credit.subscription)
+            subscriber = self._subscribers.setdefault(key, _Subscriber(cursor, now))
+            subscriber.seen = now
+            subscriber.cursor = max(subscriber.cursor, cursor)
+            if subscriber.cursor == self.number:
+                if len(subscriber.parked) >= _MOST_PARKED:
+                    raise Overloaded(f"{_MOST_PARKED} credits of one subscription are parked")
+                subscriber.parked.append(parked)
+                return
+            publication = self._next(subscriber)
+        reply(publication[codec])
+
+    def tick(self) -> None:
+        """Answer what has been parked for long, and forget who has not been heard from."""
+        now = time.monotonic()
+        due: list[_Parked] = []
+        with self._lock:
+            for key, subscriber in list(self._subscribers.items()):
+                while subscriber.parked and now - subscriber.parked[0].since >= HOLD:
+                    due.append(subscriber.parked.popleft())
+                if now - subscriber.seen > 2 * SILENCE:
+                    del self._subscribers[key]
+        self._answer((parked, _NOTHING_YET) for parked in due)
+
+    def held(self) -> dict[Hashable, int]:
+        """The number of the newest publication sent to each subscriber of late; 0 for none."""
+        with self._lock:
+            return {key: subscriber.cursor for key, subscriber in self._subscribers.items()}
+
+    def close(self) -> None:
+        """Tell all who wait that the server has been stopped."""
+        with self._lock:
+            self._closed = True
+            due = [parked for s in self._subscribers.values() for parked in s.parked]
+            self._subscribers.clear()
+            self._ring.clear()
+        farewell = Message(pack_error(Closed("the server has been stopped")))
+        self._answer((parked, farewell) for parked in due)
+
+
+class Link(Protocol):
+    """A client's connection with its session, as far as a subscription needs it."""
+
+    requester: Requester
+    session: bytes
+    codec: Codec
+    topics: dict[str, int]
+
+    def lose(self, why: EdgemlError) -> None:
+        """Give the connection up; the client makes another."""
+
+
+class Subscription:
+    """A client's side of one stream: calls a function with each publication that it gets.
+
+    The function runs in a thread of its own, so a slow one delays nothing else; what is published
+    meanwhile is skipped and counted, unless the server keeps it.
+
+    How many credits are sent ahead follows what happens: one more whenever a publication was
+    missed and the wait for it was longer than the function's work (the round trip is the
+    bottleneck), one less whenever publications pile up behind the function (it is the bottleneck,
+    and asking later gives a newer value).
+
+    Attributes:
+        version: ``(epoch, number)`` of the newest publication received; ``(0, 0)`` before any.
+        received: publications given to the function.
+        missed: publications that were skipped since the first one received.
+        errors: exceptions that the function raised; they are logged.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        number: int,
+        function: Callable[[Any], None],
+        link: Callable[[], Link | None],
+        writable: bool = False,
+    ) -> None:
+        self.topic = topic
+        self.version = (0, 0)
+        self.received = 0
+        self.missed = 0
+        self.errors = 0
+        self._number = number
+        self._function = function
+        self._link = link
+        self._writable = writable
+        self._credits = 1
+        self._busy = 0.0  # seconds that the function took for what came last
+        self._under_way: deque[Future[Message]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(
+            target=self._run, name=f"edgeml subscription to {topic}", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop calling the function; idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+
+    def _run(self) -> None:
+        while not self._closed and (link := self._link()) is not None:
+            self._under_way.clear()
+            try:
+                while not self._closed:
+                    self._turn(link)
+            except EdgemlError as error:
+                link.lose(error)
+            except Exception as error:
+                _log.exception("the subscription to %r failed and starts anew", self.topic)
+                link.lose(Closed(f"a subscription failed: {error}"))
+
+    def _turn(self, link: Link) -> None:
+        """Send the credits that are due, wait for an answer, and hand on what has come."""
+        while len(self._under_way) < self._credits:
+            self._send_credit(link)
+        keep = link.topics[self.topic]
+        began = time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._ready(keep), SILENCE)
+            if self._closed:
+                return
+        waited = time.monotonic() - began
+        done = self._take(keep)
+        if not done:
+            raise Unreachable(f"no answer to a subscription for {SILENCE:g} s")
+        values = [pair for pair in map(_opened, done) if pair[0].status == OK]
+        values.sort(key=lambda pair: pair[0].number)
+        if keep == 1 and len(values) > 1:
+            # They piled up while the function was busy: skip to the newest, and ask for less.
+            self._credits = max(1, self._credits - 1)
+            self.missed += len(values) - 1
+            self._see(values[-2][0])
+            del values[:-1]
+        for answer, message in values:
+            self._deliver(link, answer, message, waited)
+
+    def _send_credit(self, link: Link) -> None:
+        credit = pack(Credit(self._number, *self.version))
+        header = pack(Request(NEXT, link.session, self.topic, SILENCE, credit))
+        future = link.requester.request(Message(header))
+        self._under_way.append(future)
+        future.add_done_callback(self._notify)
+
+    def _notify(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _ready(self, keep: int) -> bool:
+        # Where nothing may be skipped, answers are taken in the order of their credits.
+        if keep > 1:
+            return self._under_way[0].done()
+        return any(future.done() for future in self._under_way)
+
+    def _take(self, keep: int) -> list[Message]:
+        """Remove and return the answers that may be handed on."""
+        if keep > 1:
+            done = list(takewhile(Future.done, self._under_way))
+        else:
+            done = [future for future in self._under_way if future.done()]
+        for future in done:
+            self._under_way.remove(future)
+        return [future.result() for future in done]
+
+    def _see(self, answer: Answer) -> int:
+        """Move to this version; returns how many were missed before it."""
+        epoch, number = self.version
+        gap = answer.number - number - 1 if epoch == answer.epoch else 0
+        self.missed += gap
+        self.version = (answer.epoch, answer.number)
+        return gap
+
+    def _deliver(self, link: Link, answer: Answer, message: Message, waited: float) -> None:
+        epoch, number = self.version
+        if epoch == answer.epoch and number >= answer.number:
+            return  # overtaken by a newer one, and counted as missed then
+        if self._see(answer) and waited > self._busy:
+            ahead = (self._credits + 1) * message.nbytes
+            if self._credits < _MOST_CREDITS and ahead <= _BYTES_AHEAD:
+                self._credits += 1
+        value = link.codec.decode(Message(answer.body, message.buffers), writable=self._writable)
+        self.received += 1
+        began = time.monotonic()
+        try:
+            self._function(value)
+        except Exception:
+            self.errors += 1
+            _log.exception("the subscriber's function for %r failed", self.topic)
+        self._busy = time.monotonic() - began
+
+
+def _opened(message: Message) -> tuple[Answer, Message]:
+    answer = unpack(Answer, message.header)
+    if answer.status not in (OK, NOTHING_YET):
+        raise error_of(answer)
+    return answer, message

@@ -1,0 +1,200 @@
+"""The envelope: what core writes into the header of every message, in front of the codec's part.
+
+A request's header is the MessagePack array ``[kind, session, name, timeout, body]``, a reply's
+``[status, body, epoch, number]``. The buffers are the codec's alone. Whatever arrives is decoded
+into these types or refused as `Malformed`; nothing else of a message is looked at before its
+session is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from edgeml.core.errors import (
+    Closed,
+    ConfigMismatch,
+    DeadlineExceeded,
+    EdgemlError,
+    Malformed,
+    Overloaded,
+    PermissionDenied,
+    RemoteError,
+    UnknownInterface,
+)
+
+__all__ = [
+    "CALL",
+    "HEARTBEAT",
+    "HELLO",
+    "HOLD",
+    "NEXT",
+    "NOTHING_YET",
+    "NO_SESSION",
+    "OK",
+    "PROTOCOL",
+    "SILENCE",
+    "Credit",
+    "Hello",
+    "Reply",
+    "Request",
+    "Welcome",
+    "error_of",
+    "pack",
+    "pack_error",
+    "unpack",
+]
+
+PROTOCOL = 1
+"""Raised when the envelope changes; the two sides must agree."""
+
+HOLD = 1.0
+"""Seconds that a parked request is kept before it is answered "nothing yet"."""
+
+SILENCE = 5.0
+"""Seconds without an answer to a parked request after which a client gives its server up."""
+
+HEARTBEAT = ""
+"""The topic on which nothing is ever published: its credits are the heartbeat."""
+
+# Kinds of request.
+HELLO, CALL, NEXT = range(3)
+
+# What a reply can say. The numbers are the protocol's.
+OK = 0
+NOTHING_YET = 1
+NO_SESSION = 2
+_ERRORS: dict[int, type[EdgemlError]] = {
+    3: RemoteError,
+    4: UnknownInterface,
+    5: Malformed,
+    6: DeadlineExceeded,
+    7: Overloaded,
+    8: Closed,
+    9: ConfigMismatch,
+    10: PermissionDenied,
+}
+_STATUS = {error: status for status, error in _ERRORS.items()}
+
+
+class Request(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The envelope of a request.
+
+    Attributes:
+        kind: ``HELLO``, ``CALL`` or ``NEXT`` (a credit: one more publication, please).
+        session: what the server gave in its `Welcome`; empty in a ``HELLO``.
+        name: of the interface or topic.
+        timeout: seconds that the sender goes on waiting, counted from the sending.
+        body: the codec's header; for ``HELLO`` and ``NEXT`` a packed `Hello` or `Credit`.
+    """
+
+    kind: int
+    session: bytes
+    name: str
+    timeout: float
+    body: bytes
+
+
+class Reply(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The envelope of a reply.
+
+    Attributes:
+        status: ``OK``, or why not.
+        body: the codec's header; after an error its packed arguments.
+        epoch: of a publication: which start of the server made it.
+        number: of a publication: counts from 1 in each epoch and topic.
+    """
+
+    status: int
+    body: bytes = b""
+    epoch: int = 0
+    number: int = 0
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """The first request on a connection.
+
+    Attributes:
+        protocol: `PROTOCOL`.
+        service: which kind of server this client is for.
+        client_id: the client's identity, at most 200 characters.
+        label: for people to read.
+        codec: the name of the codec that the client speaks.
+        config: what both sides' configurations must share.
+    """
+
+    protocol: int
+    service: str
+    client_id: str
+    label: str
+    codec: str
+    config: dict[str, Any]
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """The answer to a `Hello`.
+
+    Attributes:
+        session: names this client from now on.
+        epoch: of this start of the server.
+        topics: what can be subscribed to, and how many publications the server keeps of each.
+        ports: every port on which the server answers.
+    """
+
+    session: bytes
+    epoch: int
+    topics: dict[str, int]
+    ports: list[int]
+
+
+class Credit(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The body of a ``NEXT``.
+
+    Attributes:
+        subscription: the client's number for it.
+        epoch: of the newest publication that the client has; 0 for none.
+        number: its number.
+    """
+
+    subscription: int
+    epoch: int
+    number: int
+
+
+pack = msgspec.msgpack.Encoder().encode
+"""Encode an envelope or a body."""
+
+_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in (Request, Reply, Hello, Welcome, Credit)
+}
+_arguments = msgspec.msgpack.Decoder(list[str])
+
+T = TypeVar("T")
+
+
+def unpack(kind: type[T], data: bytes) -> T:
+    """Decode an envelope or a body, or raise `Malformed`."""
+    try:
+        return _decoders[kind].decode(data)  # type: ignore[no-any-return]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"not an edgeml {kind.__name__.lower()}: {error}") from None
+
+
+def pack_error(error: EdgemlError) -> bytes:
+    """The header of a reply that says what went wrong."""
+    if isinstance(error, RemoteError):
+        arguments = [error.type_name, error.message, error.traceback]
+    else:
+        arguments = [str(error)]
+    return pack(Reply(_STATUS[type(error)], pack(arguments)))
+
+
+def error_of(reply: Reply) -> EdgemlError:
+    """The error that a reply tells of."""
+    if reply.status == NO_SESSION:
+        return Closed("the server does not know this session; it has restarted, or forgot it")
+    try:
+        return _ERRORS[reply.status](*_arguments.decode(reply.body))
+    except (KeyError, TypeError, msgspec.MsgspecError, UnicodeDecodeError):
+        return Malformed(f"the server answered with an unknown status, {reply.status}")

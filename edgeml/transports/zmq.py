@@ -1,0 +1,551 @@
+"""ZeroMQ over TCP: a ROUTER serves, DEALERs ask.
+
+A request or reply is one multipart message: an 8-byte number chosen by the client, directly
+followed by the header, then one frame for each buffer. The number comes back with the reply, so a
+late reply is never taken for the next one's.
+
+Threads. The listener has one loop, which alone touches the ROUTER; other threads leave their
+replies in an outbox and wake the loop through a DEALER that is connected to the same ROUTER over
+inproc, so that there is one socket to wait on and no poll. A connection gives each calling thread
+a DEALER of its own, on which `call` sends and waits without a thread hop; `request` goes
+through one I/O thread. A connection has its own context, since terminating that is the one way to
+wake a thread that is blocked in a socket.
+
+Copies. Frames from 256 KiB on are sent from where they lie (below that pyzmq's bookkeeping costs
+more than the copy). In `call` they are the user's own memory, which is why an abandoned call closes
+its socket and waits until libzmq has let go.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import secrets
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any, ClassVar
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from edgeml.core import (
+    Closed,
+    Credentials,
+    DeadlineExceeded,
+    Endpoint,
+    Message,
+    NotEncodable,
+    OnRequest,
+    Overloaded,
+    Peer,
+    Reply,
+    Requester,
+    Transport,
+    Unreachable,
+    Url,
+    hookimpl,
+    own,
+)
+
+_log = logging.getLogger(__name__)
+
+_ZERO_COPY = 1 << 18  # bytes
+_LARGEST_FRAME = 1 << 30  # bytes; a peer that announces more is cut off by libzmq
+_MOST_BUFFERS = 1 << 14  # in one message
+_MOST_PENDING = 4096  # requests under way on one connection
+_LINGER = 200  # ms that an endpoint which closes gives to what is still to be sent
+_NUMBER = struct.Struct("<Q")
+
+
+def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
+    made: zmq.Socket[bytes] = context.socket(kind)
+    made.linger = 0
+    made.maxmsgsize = _LARGEST_FRAME
+    return made
+
+
+def _check(message: Message) -> None:
+    """Refuse here, with a reason, what the other end would cut the connection for."""
+    if len(message.buffers) > _MOST_BUFFERS:
+        raise NotEncodable(
+            f"a message of {len(message.buffers)} arrays; zmq carries {_MOST_BUFFERS}: "
+            "stack the small ones into one"
+        )
+    for buffer in message.buffers:
+        if buffer.nbytes > _LARGEST_FRAME:
+            raise NotEncodable(
+                f"an array of {buffer.nbytes} bytes; zmq carries {_LARGEST_FRAME}: split it"
+            )
+    if len(message.header) > _LARGEST_FRAME - _NUMBER.size:
+        raise NotEncodable(f"a header of {len(message.header)} bytes; zmq carries {_LARGEST_FRAME}")
+
+
+def _send(
+    line: zmq.Socket[bytes],
+    number: bytes,
+    message: Message,
+    trackers: list[zmq.MessageTracker] | None = None,
+) -> None:
+    """Send one message; ``trackers`` receives what tells when buffers sent in place are free."""
+    buffers = message.buffers
+    last = len(buffers) - 1
+    line.send(number + message.header, zmq.SNDMORE if buffers else 0)
+    for index, buffer in enumerate(buffers):
+        flags = 0 if index == last else zmq.SNDMORE
+        if buffer.nbytes < _ZERO_COPY:
+            line.send(buffer, flags)
+        else:
+            tracker = line.send(buffer, flags, copy=False, track=trackers is not None)
+            if trackers is not None and tracker is not None:
+                trackers.append(tracker)
+
+
+def _receive(line: zmq.Socket[bytes]) -> tuple[zmq.Frame, Message]:
+    """Receive one message, number included in the header."""
+    head = line.recv(copy=False)
+    if not head.more:
+        return head, Message(head.bytes)
+    buffers: list[memoryview] = []
+    more = True
+    surplus = False
+    while more:
+        frame = line.recv(copy=False)
+        more = frame.more
+        if len(buffers) < _MOST_BUFFERS:
+            buffers.append(frame.buffer.toreadonly())
+        else:
+            surplus = True
+    if surplus:
+        return head, Message(b"")  # shorter than a number: treated as malformed
+    return head, Message(head.bytes, buffers)
+
+
+class _Reply:
+    __slots__ = ("_head", "_identity", "_listener", "_number")
+
+    def __init__(
+        self, listener: _Listener, identity: bytes, number: bytes, head: zmq.Frame
+    ) -> None:
+        self._listener = listener
+        self._identity = identity
+        self._number = number
+        self._head = head
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self._identity.hex(), f"zmq://{self._head.get('Peer-Address')}")
+
+    @property
+    def expired(self) -> bool:
+        return False  # a ROUTER learns that a peer has gone only when it sends
+
+    def __call__(self, message: Message) -> None:
+        if threading.get_ident() == self._listener.loop_ident:
+            self._listener.send(self._identity, self._number, message)
+        else:
+            self._listener.post([(self._identity, self._number, own(message))])
+
+    def posted(self, message: Message) -> tuple[bytes, bytes, Message]:
+        """This reply as the outbox takes it."""
+        return self._identity, self._number, message
+
+
+class _Listener(Endpoint):
+    def __init__(self, url: Url, on_request: OnRequest) -> None:
+        self._on_request = on_request
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._router = _socket(self._context, zmq.ROUTER)
+        self._router.router_mandatory = True
+        self._router.sndhwm = 2 * _MOST_PENDING  # more than an honest client has under way
+        # Frees what a peer holds that vanished without a word; a live client is heard each second.
+        self._router.heartbeat_ivl = 5_000
+        self._router.heartbeat_timeout = 15_000
+        self._door = _socket(self._context, zmq.DEALER)
+        self._door_id = secrets.token_bytes(16)
+        self._door.routing_id = self._door_id
+        self._door.sndhwm = 0
+        try:
+            self.url = self._bind(url)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        # Connected before any peer can be, so nobody else can have taken its name.
+        self._router.bind(f"inproc://{self._door_id.hex()}")
+        self._door.connect(f"inproc://{self._door_id.hex()}")
+        self._lock = threading.Lock()
+        self._outbox: list[tuple[bytes, bytes, Message]] = []
+        self._woken = False
+        self._closed = False
+        self._ended = False
+        self.loop_ident = 0
+        self._start_loop()
+
+    def _bind(self, url: Url) -> Url:
+        try:
+            found = socket.getaddrinfo(url.host or "0.0.0.0", url.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise OSError(f"cannot serve {url}: {error}") from error
+        address = found[0][4][0]
+        if ":" in str(address):
+            self._router.ipv6 = True
+            address = f"[{address}]"
+        try:
+            self._router.bind(f"tcp://{address}:{url.port or '*'}")
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"cannot serve {url}: {error}") from error
+        bound = self._router.get_string(zmq.LAST_ENDPOINT)
+        port = int(bound.rpartition(":")[2])
+        host = url.host
+        if str(found[0][4][0]) in ("0.0.0.0", "::"):  # what one listens on is not where one is
+            host = socket.gethostname()
+        return Url(url.scheme, host, port)
+
+    def _start_loop(self) -> None:
+        self._loop = threading.Thread(target=self._run, name=f"edgeml {self.url}", daemon=True)
+        self._loop.start()
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        self.loop_ident = threading.get_ident()
+        while self._loop is me:
+            identity = self._router.recv()
+            head, message = _receive(self._router)
+            if identity == self._door_id:
+                if self._empty_outbox():
+                    self._end()
+                    return
+                continue
+            if len(message.header) < _NUMBER.size:
+                _log.debug("%s: a message without a number from %s", self.url, identity.hex())
+                continue
+            number = message.header[: _NUMBER.size]
+            message = Message(message.header[_NUMBER.size :], message.buffers)
+            try:
+                self._on_request(message, _Reply(self, identity, number, head))
+            except Exception:
+                _log.exception("%s: on_request failed", self.url)
+            del head, message  # or the buffers live until the next request
+
+    def _empty_outbox(self) -> bool:
+        """Send what other threads left; True if the loop is to end."""
+        with self._lock:
+            outbox, self._outbox, self._woken = self._outbox, [], False
+            closed = self._closed
+        for posted in outbox:
+            self.send(*posted)
+        return closed
+
+    def _end(self) -> None:
+        with self._lock:
+            self._ended = True
+            self.dropped += len(self._outbox)
+            self._outbox.clear()
+            self._door.close()
+        self._router.close(linger=_LINGER)
+        self._context.term()
+
+    def send(self, identity: bytes, number: bytes, message: Message) -> None:
+        """Send a reply, from the loop's thread."""
+        try:
+            _check(message)
+            # Small buffers are copied by zmq as they are sent; large ones must be ours.
+            if any(buffer.nbytes >= _ZERO_COPY for buffer in message.buffers):
+                message = own(message)
+            self._router.send(identity, zmq.SNDMORE | zmq.DONTWAIT)
+            _send(self._router, number, message)
+        except (zmq.ZMQError, NotEncodable) as error:
+            self.dropped += 1
+            _log.debug("%s: a reply to %s is dropped: %s", self.url, identity.hex(), error)
+
+    def post(self, replies: list[tuple[bytes, bytes, Message]]) -> None:
+        """Leave owned replies for the loop, with one wake for them all."""
+        with self._lock:
+            if self._ended:
+                self.dropped += len(replies)
+                return
+            self._outbox += replies
+            self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken:
+            self._woken = True
+            self._door.send(b"")
+
+    def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
+        message = own(message)
+        self.post([r.posted(message) for r in replies if isinstance(r, _Reply)])
+
+    def relieve(self) -> None:
+        with self._lock:
+            if not self._ended:
+                self._start_loop()
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._wake()
+        me = threading.current_thread()
+        loop = self._loop
+        if loop is me:
+            return  # a handler that stops its own server: the loop ends when it returns
+        loop.join(1.0)
+        if loop.is_alive() and not self._ended:  # it is stuck in a handler
+            self.relieve()
+            self._loop.join(1.0)
+
+
+class _Line:
+    """The DEALER of one calling thread."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, url: Url) -> None:
+        self.lock = threading.Lock()
+        self._context = context
+        self._address = address
+        self._url = url
+        self._numbers = itertools.count(1)
+        self._open()
+
+    def _open(self) -> None:
+        self._timeout = -1  # ms, as set on the socket
+        self._socket: zmq.Socket[bytes] | None = _connected(self._context, self._address)
+
+    def call(self, message: Message, timeout: float) -> Message:
+        with self.lock:
+            if self._socket is None:
+                self._open()
+            line = self._socket
+            assert line is not None
+            number = _NUMBER.pack(next(self._numbers))
+            trackers: list[zmq.MessageTracker] = []
+            try:
+                _send(line, number, message, trackers)
+                return self._wait(line, number, timeout)
+            except BaseException:
+                self._abandon(trackers)
+                raise
+
+    def _wait(self, line: zmq.Socket[bytes], number: bytes, timeout: float) -> Message:
+        deadline = time.monotonic() + timeout
+        milliseconds = max(1, math.ceil(timeout * 1e3))
+        while True:
+            if milliseconds != self._timeout:  # setting it is a system call's worth
+                line.rcvtimeo = self._timeout = milliseconds
+            try:
+                _, reply = _receive(line)
+            except zmq.Again:
+                raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s") from None
+            header = reply.header
+            if header[: _NUMBER.size] == number:
+                return Message(header[_NUMBER.size :], reply.buffers)
+            milliseconds = math.ceil((deadline - time.monotonic()) * 1e3)
+            if milliseconds <= 0:
+                raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
+
+    def _abandon(self, trackers: list[zmq.MessageTracker]) -> None:
+        """Let go of the user's memory, of which libzmq may be sending still."""
+        if all(tracker.done for tracker in trackers):
+            return
+        self.close()
+        for tracker in trackers:
+            try:
+                tracker.wait(5.0)
+            except zmq.NotDone:
+                _log.warning("%s: libzmq still holds a buffer of an abandoned call", self._url)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+
+    def __del__(self) -> None:  # its thread has ended
+        self.close()
+
+
+def _connected(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
+    line = _socket(context, zmq.DEALER)
+    line.sndhwm = 0  # _MOST_PENDING bounds it
+    line.ipv6 = "[" in address
+    line.connect(address)
+    return line
+
+
+class _Future(Future[Message]):
+    """A request under way; to cancel it is to forget it."""
+
+    def __init__(self, pending: dict[bytes, _Future], number: bytes) -> None:
+        super().__init__()
+        self._pending = pending
+        self._number = number
+
+    def cancel(self) -> bool:
+        self._pending.pop(self._number, None)
+        return super().cancel()
+
+
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+class _Connection(Requester):
+    def __init__(self, url: Url, address: str) -> None:
+        self.url = url
+        self._address = address
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+        self._numbers = itertools.count(1)
+        self._pending: dict[bytes, _Future] = {}
+        self._outbox: list[tuple[bytes, Message]] = []
+        self._woken = False
+        self._why: Closed | Unreachable | None = None  # set once, when it is over
+        # Blocks until every socket is closed, and makes those that wait on one raise at once.
+        self._term = threading.Thread(target=self._context.term, name="edgeml term", daemon=True)
+        self._shared = _socket(self._context, zmq.DEALER)
+        self._shared.sndhwm = 0
+        self._shared.ipv6 = "[" in address
+        self._monitor = self._shared.get_monitor_socket(_LOST)
+        self._bell = _socket(self._context, zmq.PAIR)
+        self._listen = _socket(self._context, zmq.PAIR)
+        self._listen.bind("inproc://bell")
+        self._bell.connect("inproc://bell")
+        self._shared.connect(address)
+        self._io = threading.Thread(target=self._run, name=f"edgeml to {url}", daemon=True)
+        self._io.start()
+
+    def _over(self) -> Exception:
+        why = self._why or Unreachable(f"the connection to {self.url} was lost")
+        return type(why)(*why.args)
+
+    def call(self, message: Message, timeout: float) -> Message:
+        _check(message)
+        line: _Line | None = getattr(self._local, "line", None)
+        try:
+            if line is None:
+                line = self._new_line()
+            return line.call(message, timeout)
+        except (zmq.ContextTerminated, zmq.ZMQError) as error:
+            raise self._over() from error
+
+    def _new_line(self) -> _Line:
+        with self._lock:
+            if self._why is not None:
+                raise self._over()
+            line = _Line(self._context, self._address, self.url)
+            self._lines.add(line)
+        self._local.line = line
+        return line
+
+    def request(self, message: Message) -> Future[Message]:
+        _check(message)
+        message = own(message)
+        number = _NUMBER.pack(next(self._numbers))
+        future = _Future(self._pending, number)
+        with self._lock:
+            if self._why is not None:
+                raise self._over()
+            if len(self._pending) >= _MOST_PENDING:
+                raise Overloaded(f"{_MOST_PENDING} requests to {self.url} are under way")
+            self._pending[number] = future
+            self._outbox.append((number, message))
+            if not self._woken:
+                self._woken = True
+                self._bell.send(b"")
+        return future
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for sock in (self._listen, self._shared, self._monitor):
+            poller.register(sock, zmq.POLLIN)
+        try:
+            while True:
+                ready = dict(poller.poll())
+                if self._listen in ready:
+                    self._listen.recv()
+                    with self._lock:
+                        outbox, self._outbox, self._woken = self._outbox, [], False
+                    for number, message in outbox:
+                        _send(self._shared, number, message)
+                if self._shared in ready:
+                    _, message = _receive(self._shared)
+                    self._settle(message)
+                    del message
+                if self._monitor in ready:
+                    event = parse_monitor_message(self._monitor.recv_multipart())
+                    self._end(Unreachable(self._lost(event["event"])))
+                    return
+        except zmq.ContextTerminated:
+            self._end(Closed(f"the connection to {self.url} has been closed"))
+
+    def _lost(self, event: int) -> str:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            return f"what listens at {self.url} does not speak ZeroMQ"
+        return f"the connection to {self.url} was lost"
+
+    def _settle(self, message: Message) -> None:
+        number = message.header[: _NUMBER.size]
+        future = self._pending.pop(number, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_result(Message(message.header[_NUMBER.size :], message.buffers))
+
+    def _end(self, why: Closed | Unreachable) -> None:
+        """Free everything; runs in the I/O thread, for a loss as for a close."""
+        self._finish(why)
+        with self._lock:
+            pending = list(self._pending.values())
+            self._pending.clear()
+            self._outbox.clear()
+            self._bell.close()
+        for line in list(self._lines):
+            with line.lock:
+                line.close()
+        for sock in (self._monitor, self._listen, self._shared):
+            sock.close(linger=0)
+        self._term.join()
+        for future in pending:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._over())
+
+    def _finish(self, why: Closed | Unreachable) -> None:
+        with self._lock:
+            if self._why is None:
+                self._why = why
+                self._term.start()
+
+    def close(self) -> None:
+        self._finish(Closed(f"the connection to {self.url} has been closed"))
+        if self._io is not threading.current_thread():
+            self._io.join(5.0)
+
+
+class ZmqTransport(Transport):
+    """``zmq://host:port``: ZeroMQ over TCP."""
+
+    name: ClassVar[str] = "zmq"
+
+    def serve(
+        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+    ) -> Endpoint:
+        """See `Transport.serve`."""
+        return _Listener(url, on_request)
+
+    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+        """See `Transport.connect`. ZeroMQ itself never tells that nobody listens, so ask TCP."""
+        try:
+            with socket.create_connection((url.host, url.port), timeout) as probe:
+                host = probe.getpeername()[0]
+        except OSError as error:
+            raise Unreachable(f"nobody answers at {url}: {error}") from error
+        return _Connection(url, str(Url("tcp", host, url.port)))
+
+
+@hookimpl
+def edgeml_transport() -> type[Transport]:
+    """Answer the plugin hook."""
+    return ZmqTransport
