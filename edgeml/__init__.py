@@ -1,1 +1,91 @@
-"""edgeml connects machines with little compute to machines with a lot."""
+"""edgeml connects machines with little compute to machines with a lot, and processes to each other.
+
+- **Action**: the edge device is the server. `ActionServer`, `ActionClient`, `ActionConfig`.
+- **Inference**: the GPU machine is the server. `InferenceServer`, `InferenceClient`.
+- **Trainer**: the learner is the server. `TrainerServer`, `TrainerClient`, `TrainerConfig`, and
+  `TrainerTunnel` for both in one process.
+- `edgeml.data`: the stores that stand at either end of a trainer pair.
+- `edgeml.core`: the seam, for those who write transports and codecs.
+- `edgeml.testing`: the conformance suites for what they write.
+
+The errors are here too: all of them are `EdgemlError`. Each name is imported when first used, so
+that importing this costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from edgeml import core, data, services
+    from edgeml.core.errors import (
+        Closed,
+        ConfigMismatch,
+        DeadlineExceeded,
+        EdgemlError,
+        Malformed,
+        NotEncodable,
+        Overloaded,
+        PermissionDenied,
+        PluginError,
+        RemoteError,
+        UnknownInterface,
+        Unreachable,
+    )
+    from edgeml.services import (
+        ActionClient,
+        ActionConfig,
+        ActionServer,
+        InferenceClient,
+        InferenceServer,
+        TrainerClient,
+        TrainerConfig,
+        TrainerServer,
+        TrainerTunnel,
+    )
+
+__all__ = [
+    # the three pairs
+    "ActionConfig",
+    "ActionServer",
+    "ActionClient",
+    "InferenceServer",
+    "InferenceClient",
+    "TrainerConfig",
+    "TrainerServer",
+    "TrainerClient",
+    "TrainerTunnel",
+    # packages
+    "core",
+    "data",
+    "services",
+    # errors
+    "EdgemlError",
+    "Unreachable",
+    "DeadlineExceeded",
+    "Closed",
+    "Overloaded",
+    "RemoteError",
+    "UnknownInterface",
+    "Malformed",
+    "NotEncodable",
+    "ConfigMismatch",
+    "PermissionDenied",
+    "PluginError",
+]
+
+_PACKAGES = ("core", "data", "services")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"edgeml.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'edgeml' has no attribute {name!r}")
+    home = "services" if name.startswith(("Action", "Inference", "Trainer")) else "core.errors"
+    return getattr(import_module(f"edgeml.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

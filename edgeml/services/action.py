@@ -1,0 +1,220 @@
+"""Action: the edge device is the server. It offers observations and takes actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgeml.core.client import Client
+from edgeml.core.errors import Malformed, UnknownInterface
+from edgeml.core.server import Server
+from edgeml.core.streams import Subscription
+from edgeml.core.transport import Credentials
+from edgeml.core.url import resolve
+from edgeml.services.base import ServiceClient, ServiceServer, listening_urls, names
+
+__all__ = ["ActionClient", "ActionConfig", "ActionServer"]
+
+_OBSERVATIONS = "observations"
+
+
+@dataclass
+class ActionConfig:
+    """What a device offers; both sides have one, and what they must share is compared.
+
+    Attributes:
+        port_number: where the server listens; 0 lets the system pick. Not compared.
+        action_keys: the names of the actions that it takes.
+        observation_keys: the names of the observations that it offers.
+        broadcast_port: a second port that answers just as well; None for none. Not compared.
+        version: of the two programs' agreement.
+        transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
+            ``"zmq"``. Not compared.
+    """
+
+    port_number: int
+    action_keys: Sequence[str] = field(default_factory=list)
+    observation_keys: Sequence[str] = field(default_factory=list)
+    broadcast_port: int | None = None
+    version: str = "1"
+    transport: str | None = None
+
+    def shared(self) -> dict[str, Any]:
+        """What the two sides' configurations must agree on."""
+        return {
+            "version": self.version,
+            "action_keys": sorted(names("action_keys", self.action_keys)),
+            "observation_keys": sorted(names("observation_keys", self.observation_keys)),
+        }
+
+
+class ActionServer(ServiceServer):
+    """Offers a device's observations and takes actions for it.
+
+    Args:
+        config: see `ActionConfig`.
+        obs_callback: ``obs_callback(keys) -> dict``: the observations of these names. All of
+            ``config.observation_keys`` where a client asks for no particular ones.
+        act_callback: ``act_callback(key, payload) -> dict``: carry out an action; what it returns
+            is the client's answer.
+        host: the address to listen at; name another than 127.0.0.1 to let other machines in.
+        keep: how many publications are kept for clients that are behind; 1 for only the newest.
+        workers: how many callbacks may run at a time.
+        codecs: names of the codecs that clients may speak.
+        credentials: the transport's keys.
+
+    A callback that raises hurts only the call that it was for, whose client gets a `RemoteError`.
+    """
+
+    def __init__(
+        self,
+        config: ActionConfig,
+        obs_callback: Callable[[list[str]], dict[str, Any]] | None,
+        act_callback: Callable[[str, Any], Any] | None,
+        host: str = "127.0.0.1",
+        *,
+        keep: int = 1,
+        workers: int = 1,
+        codecs: Sequence[str] = ("msgpack",),
+        credentials: Credentials = None,
+    ) -> None:
+        self.config = config
+        self._obs_callback = obs_callback
+        self._act_callback = act_callback
+        server = Server(
+            "action",
+            listening_urls(config.transport, host, config.port_number, config.broadcast_port),
+            config=config.shared(),
+            codecs=codecs,
+            workers=workers,
+            credentials=credentials,
+        )
+        server.register("obs", lambda payload, _: self._obs(payload))
+        server.register("act", lambda payload, _: self._act(payload))
+        self._topic = server.topic(_OBSERVATIONS, keep)
+        super().__init__(server)
+
+    def publish_obs(self, payload: dict[str, Any]) -> int:
+        """Send observations to every client that registered for them; returns their number.
+
+        Never waits for a client: one that is behind gets the newest later. The payload may be
+        changed as soon as this returns.
+
+        Raises:
+            NotEncodable: the payload.
+            Closed: the server has been stopped.
+        """
+        return self._topic.publish(payload)
+
+    def _obs(self, keys: Any) -> dict[str, Any]:
+        known = list(self.config.observation_keys)
+        if keys is None:
+            keys = known
+        elif not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise Malformed("obs takes a list of names")
+        for key in keys:
+            if key not in known:
+                raise _unknown("observation", key, known)
+        if self._obs_callback is None:
+            raise UnknownInterface("this server offers no observations")
+        return self._obs_callback(keys)
+
+    def _act(self, payload: Any) -> Any:
+        match payload:
+            case [str(key), argument]:
+                pass
+            case _:
+                raise Malformed("act takes a name and a payload")
+        known = list(self.config.action_keys)
+        if key not in known:
+            raise _unknown("action", key, known)
+        if self._act_callback is None:
+            raise UnknownInterface("this server takes no actions")
+        return self._act_callback(key, argument)
+
+
+def _unknown(what: str, key: str, known: list[str]) -> UnknownInterface:
+    return UnknownInterface(f"there is no {what} {key!r}; known: {', '.join(known) or 'none'}")
+
+
+class ActionClient(ServiceClient):
+    """Reads a device's observations and sends it actions.
+
+    Args:
+        host: where the server is.
+        port_number: its port; the configuration's by default.
+        config: see `ActionConfig`.
+        task_id: what this client calls itself in the server's `ActionServer.clients`.
+        transport: in place of the configuration's.
+        timeout: seconds that connecting, or a call, may take.
+        client_id: this client's identity; random by default.
+        codec: the codec's name.
+        writable: whether received arrays are private copies rather than read-only views.
+        credentials: the transport's keys.
+
+    Raises:
+        Unreachable: nobody serves there.
+        ConfigMismatch: the server is configured differently; the text names field and values.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port_number: int | None = None,
+        *,
+        config: ActionConfig,
+        task_id: str | None = None,
+        transport: str | None = None,
+        timeout: float = 10.0,
+        client_id: str | None = None,
+        codec: str = "msgpack",
+        writable: bool = False,
+        credentials: Credentials = None,
+    ) -> None:
+        port = config.port_number if port_number is None else port_number
+        client = Client(
+            "action",
+            resolve(transport or config.transport, host, port),
+            config=config.shared(),
+            client_id=client_id,
+            label=task_id or "",
+            codec=codec,
+            timeout=timeout,
+            writable=writable,
+            credentials=credentials,
+        )
+        super().__init__(client)
+
+    def obs(self, keys: Sequence[str] | None = None, timeout: float | None = None) -> Any:
+        """Return the observations of these names, or all: whatever ``obs_callback`` gives.
+
+        Raises:
+            UnknownInterface: no observation of that name; the text lists those known.
+            RemoteError: ``obs_callback`` raised.
+            DeadlineExceeded, Unreachable: no answer.
+        """
+        wanted = None if keys is None else names("keys", keys)
+        return self._client.call("obs", wanted, timeout)
+
+    def act(self, key: str, payload: Any = None, timeout: float | None = None) -> Any:
+        """Carry out an action and return what ``act_callback`` gives.
+
+        Args:
+            key: the action's name.
+            payload: any value that the codec carries; an empty dict by default.
+            timeout: seconds; the client's own by default.
+
+        Raises:
+            UnknownInterface: no action of that name; the text lists those known.
+            RemoteError: ``act_callback`` raised.
+            DeadlineExceeded, Unreachable: no answer; whether the action was taken is not known.
+        """
+        return self._client.call("act", [key, {} if payload is None else payload], timeout)
+
+    def register_obs_callback(self, function: Callable[[Any], None]) -> Subscription:
+        """Call ``function`` with what the server publishes, the current value at once.
+
+        It runs in a thread of its own. A slow one skips to the newest (see `Subscription`).
+        """
+        return self._client.subscribe(_OBSERVATIONS, function)

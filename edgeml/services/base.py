@@ -1,0 +1,143 @@
+"""What the three pairs share: starting and stopping, addresses, and being context managers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from edgeml.core.client import Client
+from edgeml.core.errors import Closed
+from edgeml.core.server import Server
+from edgeml.core.transport import Peer
+from edgeml.core.url import Url, resolve
+
+__all__ = ["ServiceClient", "ServiceServer", "listening_urls"]
+
+
+def listening_urls(
+    transport: str | None, host: str, port: int, broadcast_port: int | None = None
+) -> list[Url]:
+    """Every address that a server listens at.
+
+    One listener does everything; a broadcast port that the user names answers in the same way.
+    Where the system picks the port (0), it picks the broadcast port too.
+    """
+    urls = resolve(transport, host, port)
+    if broadcast_port is not None and broadcast_port != port:
+        second = broadcast_port if port else 0
+        urls += [url.with_port(second) for url in urls if not url.path]
+    return urls
+
+
+class ServiceServer:
+    """A server of any of the three kinds; a context manager that stops it."""
+
+    _server: Server
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._stopped = threading.Event()
+
+    def start(self, threaded: bool = False) -> None:
+        """Serve, until `stop` or Ctrl-C; in the background with ``threaded``.
+
+        Raises:
+            OSError: the port is taken.
+            PluginError: the transport isn't installed, or is broken.
+            RuntimeError: it was started before.
+        """
+        self._server.open()
+        if not threaded:
+            self._block()
+
+    def _block(self) -> None:
+        try:
+            self._stopped.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Tell the clients, stop serving and end every thread; quick and idempotent."""
+        self._stopped.set()
+        self._server.close()
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it, the real port filled in.
+
+        Raises:
+            Closed: it isn't started.
+        """
+        return str(self._first())
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on; raises as `url` does."""
+        return self._first().port
+
+    def _first(self) -> Url:
+        urls = self._server.urls
+        if not urls:
+            raise Closed("the server isn't started, so it has no address yet")
+        return urls[0]
+
+    @property
+    def clients(self) -> list[Peer]:
+        """The clients heard from of late: their ids, and for people their labels and addresses."""
+        return [
+            Peer(session.client_id, f"{session.label} at {session.peer.address}".strip())
+            for session in self._server.sessions
+        ]
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: calls, and everything refused or dropped, by reason."""
+        return self._server.stats()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class ServiceClient:
+    """A client of any of the three kinds; a context manager that stops it."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @property
+    def client_id(self) -> str:
+        """This client's identity."""
+        return self._client.client_id
+
+    def stop(self) -> None:
+        """Close the connection and end every thread; quick and idempotent."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def names(what: str, given: Sequence[Any]) -> list[str]:
+    """Check a configuration's list of names; a single string is a mistake that is easily made."""
+    if isinstance(given, str) or not all(isinstance(name, str) and name for name in given):
+        raise ValueError(f"{what} must be a list of names, not {given!r}")
+    return list(given)

@@ -1,0 +1,141 @@
+"""Inference: the machine with the GPU is the server. Clients call registered functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from edgeml.core.client import Client
+from edgeml.core.server import Server
+from edgeml.core.transport import Credentials
+from edgeml.core.url import resolve
+from edgeml.services.base import ServiceClient, ServiceServer, listening_urls
+
+__all__ = ["InferenceClient", "InferenceServer"]
+
+_LIST = "/interfaces"  # users' own names do not start with a slash
+
+
+class InferenceServer(ServiceServer):
+    """Serves functions by name.
+
+    Args:
+        port_num: where to listen; 0 lets the system pick, and `url` tells.
+        host: the address to listen at; name another than 127.0.0.1 to let other machines in.
+        transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
+            ``"zmq"``.
+        workers: how many functions may run at a time.
+        codecs: names of the codecs that clients may speak.
+        credentials: the transport's keys.
+    """
+
+    def __init__(
+        self,
+        port_num: int,
+        host: str = "127.0.0.1",
+        transport: str | None = None,
+        *,
+        workers: int = 1,
+        codecs: Sequence[str] = ("msgpack",),
+        credentials: Credentials = None,
+    ) -> None:
+        self._names: list[str] = []
+        server = Server(
+            "inference",
+            listening_urls(transport, host, port_num),
+            codecs=codecs,
+            workers=workers,
+            credentials=credentials,
+        )
+        server.register(_LIST, lambda payload, _: sorted(self._names))
+        super().__init__(server)
+
+    def register_interface(self, name: str, function: Callable[[Any], Any]) -> None:
+        """Serve ``function(payload) -> result`` under a name, before or after the start.
+
+        The payload's arrays are read-only views; the result may be any value that the codec
+        carries, and may be changed once the function is called again.
+
+        Raises:
+            ValueError: the name is taken, empty, or starts with a slash.
+        """
+        if not name or name.startswith("/"):
+            raise ValueError(f"an interface can't be called {name!r}")
+        if name in self._names:
+            raise ValueError(f"there is an interface {name!r} already")
+        self._server.register(name, lambda payload, _: function(payload))
+        self._names.append(name)
+
+
+class InferenceClient(ServiceClient):
+    """Calls the functions of an `InferenceServer`.
+
+    Args:
+        host: where the server is.
+        port_num: its port.
+        transport: as for the server.
+        timeout: seconds that connecting, or a call, may take unless told otherwise.
+        client_id: this client's identity; random by default.
+        codec: the codec's name.
+        writable: whether received arrays are private copies rather than read-only views.
+        credentials: the transport's keys.
+
+    Raises:
+        Unreachable: nobody serves there.
+        ConfigMismatch: what serves there is no inference server.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port_num: int,
+        transport: str | None = None,
+        *,
+        timeout: float = 10.0,
+        client_id: str | None = None,
+        codec: str = "msgpack",
+        writable: bool = False,
+        credentials: Credentials = None,
+    ) -> None:
+        client = Client(
+            "inference",
+            resolve(transport, host, port_num),
+            client_id=client_id,
+            codec=codec,
+            timeout=timeout,
+            writable=writable,
+            credentials=credentials,
+        )
+        super().__init__(client)
+
+    def interfaces(self) -> list[str]:
+        """The names that can be called, sorted."""
+        return list(self._client.call(_LIST, None))
+
+    def call(self, name: str, payload: Any, timeout: float | None = None) -> Any:
+        """Call a function of the server and return its result.
+
+        The payload's arrays may be changed when this returns, and when it raises.
+
+        Args:
+            name: as registered.
+            payload: any value that the codec carries.
+            timeout: seconds; the client's own by default.
+
+        Raises:
+            RemoteError: the function raised; it carries the far side's traceback.
+            UnknownInterface: no function of that name; the text lists those known.
+            NotEncodable: the payload can't be carried; the text gives the path to what can't.
+            DeadlineExceeded: no answer in time.
+            Unreachable: nobody serves there, or the connection was lost under way.
+        """
+        return self._client.call(name, payload, timeout)
+
+    def call_async(self, name: str, payload: Any, timeout: float | None = None) -> Future[Any]:
+        """Call a function and return a future, whose result or exception is what `call`'s is.
+
+        The payload's arrays may be changed when this returns. The future's own callbacks run in
+        the transport's thread: keep them short.
+        """
+        return self._client.call_async(name, payload, timeout)

@@ -1,0 +1,427 @@
+"""Trainer: the learner is the server. Actors send it what they see and get new weights.
+
+Delivery. Every item that an actor uploads is known by who sends it (client id and incarnation),
+the store, and its number there. The server keeps one high-water mark for each: what is at or under
+it is there already and dropped, a gap is refused and answered with the mark, from which the client
+then goes on. So an update that is repeated, because its answer was lost, adds nothing twice. A
+newer incarnation of the same explicit client id shuts an older one out. This is Kafka's idempotent
+producer (KIP-98).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edgeml.core.client import Client
+from edgeml.core.errors import EdgemlError, Malformed, PermissionDenied, UnknownInterface
+from edgeml.core.server import Server, Session
+from edgeml.core.streams import Subscription
+from edgeml.core.transport import Credentials
+from edgeml.core.url import resolve
+from edgeml.data import Batch, DataStoreBase
+from edgeml.services.base import ServiceClient, ServiceServer, listening_urls, names
+
+__all__ = ["TrainerClient", "TrainerConfig", "TrainerServer", "TrainerTunnel"]
+
+_log = logging.getLogger(__name__)
+
+_NETWORK = "network"
+_CHUNK_BYTES = 4 << 20  # larger messages of images are slower, not faster
+_MOST_ITEMS = 4096  # in a chunk
+_FIRST_ITEMS = 256  # in a chunk of items whose size isn't known
+_WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
+_LAST_UPDATE = 1.0  # seconds that stopping may spend on what hasn't been sent
+
+
+@dataclass
+class TrainerConfig:
+    """What a learner serves; both sides have one, and what they must share is compared.
+
+    Attributes:
+        port_number: where the server listens; 0 lets the system pick. Not compared.
+        broadcast_port: a second port that answers just as well; None for none. Not compared.
+        request_types: the names that `TrainerClient.request` may be given.
+        rate_limit: calls per second and client; those beyond wait their turn within their
+            deadline. None for any number. Not compared.
+        version: of the two programs' agreement.
+        transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
+            ``"zmq"``. Not compared.
+    """
+
+    port_number: int = 5555
+    broadcast_port: int | None = 5556
+    request_types: Sequence[str] = field(default_factory=list)
+    rate_limit: float | None = None
+    version: str = "1"
+    transport: str | None = None
+
+    def shared(self) -> dict[str, Any]:
+        """What the two sides' configurations must agree on."""
+        return {
+            "version": self.version,
+            "request_types": sorted(names("request_types", self.request_types)),
+        }
+
+
+@dataclass
+class _Mark:
+    incarnation: int
+    number: int
+
+
+class TrainerServer(ServiceServer):
+    """A learner's side: collects the actors' data and publishes weights to them.
+
+    Args:
+        config: see `TrainerConfig`.
+        data_callback: ``data_callback(store_name, batch)``, called after a batch was inserted,
+            with a `Batch` of what is new.
+        request_callback: ``request_callback(type, payload)``; what it returns is the answer.
+        host: the address to listen at; name another than 127.0.0.1 to let other machines in.
+        workers: how many callbacks may run at a time.
+        codecs: names of the codecs that clients may speak.
+        credentials: the transport's keys.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        data_callback: Callable[[str, Batch], Any] | None = None,
+        request_callback: Callable[[str, Any], Any] | None = None,
+        host: str = "127.0.0.1",
+        *,
+        workers: int = 1,
+        codecs: Sequence[str] = ("msgpack",),
+        credentials: Credentials = None,
+    ) -> None:
+        self.config = config
+        self._data_callback = data_callback
+        self._request_callback = request_callback
+        self._stores: dict[str, DataStoreBase] = {}
+        self._marks: dict[tuple[str, str], _Mark] = {}
+        self._lock = threading.Lock()
+        server = Server(
+            "trainer",
+            listening_urls(config.transport, host, config.port_number, config.broadcast_port),
+            config=config.shared(),
+            codecs=codecs,
+            workers=workers,
+            rate_limit=config.rate_limit,
+            credentials=credentials,
+        )
+        server.register("update", self._update)
+        server.register("request", lambda payload, _: self._request(payload))
+        self._topic = server.topic(_NETWORK)
+        super().__init__(server)
+
+    def register_data_store(self, name: str, store: DataStoreBase) -> None:
+        """Put what clients of this name upload into ``store``.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._stores:
+            raise ValueError(f"there is a store {name!r} already")
+        self._stores[name] = store
+
+    def data_store(self, name: str) -> DataStoreBase:
+        """Return the store of a name; raises UnknownInterface, which lists those known."""
+        try:
+            return self._stores[name]
+        except KeyError:
+            known = ", ".join(self._stores) or "none"
+            raise UnknownInterface(f"there is no store {name!r}; known: {known}") from None
+
+    @property
+    def store_names(self) -> list[str]:
+        """The names of the registered stores."""
+        return list(self._stores)
+
+    def publish_network(self, params: Any) -> int:
+        """Send weights to every client, those that connect later included; returns their number.
+
+        Never waits for a client: one that is behind skips to the newest. The weights may be
+        changed as soon as this returns.
+
+        Raises:
+            NotEncodable: the weights.
+            Closed: the server has been stopped.
+        """
+        return self._topic.publish(params)
+
+    def _request(self, payload: Any) -> Any:
+        match payload:
+            case [str(kind), argument]:
+                pass
+            case _:
+                raise Malformed("request takes a type and a payload")
+        if kind not in self.config.request_types:
+            known = ", ".join(self.config.request_types) or "none"
+            raise UnknownInterface(f"there is no request type {kind!r}; known: {known}")
+        if self._request_callback is None:
+            raise UnknownInterface("this server answers no requests")
+        return self._request_callback(kind, argument)
+
+    def _update(self, payload: Any, session: Session) -> int:
+        """Insert what is new of an upload; returns the mark."""
+        match payload:
+            case {"store": str(name), "incarnation": int(incarnation), "after": int(after)}:
+                batch = Batch.from_payload(payload.get("batch"))
+            case _:
+                raise Malformed("update takes a store, an incarnation, a number and a batch")
+        if after < 0 or batch.first_id <= after:
+            raise Malformed(f"a batch from {batch.first_id} on cannot come after {after}")
+        store = self.data_store(name)
+        with self._lock:
+            mark = self._marks.setdefault((session.client_id, name), _Mark(incarnation, after))
+            if incarnation < mark.incarnation:
+                raise PermissionDenied(
+                    f"a newer client calls itself {session.client_id!r}; give each its own id"
+                )
+            if incarnation > mark.incarnation:
+                mark.incarnation, mark.number = incarnation, after
+            if after > mark.number:
+                return mark.number  # a gap: the client goes on from here
+            new = batch[max(0, mark.number + 1 - batch.first_id) :]
+            self._server.counts["items_repeated"] += len(batch) - len(new)
+            if len(new):
+                self._server.counts["items_lost_by_clients"] += max(
+                    0, batch.first_id - mark.number - 1
+                )
+                store.batch_insert(new)
+                self._server.counts["items"] += len(new)
+                mark.number = batch.first_id + len(batch) - 1
+            number = mark.number
+        if len(new) and self._data_callback is not None:
+            self._data_callback(name, new)
+        return number
+
+
+class TrainerClient(ServiceClient):
+    """An actor's side: uploads its data and receives weights.
+
+    Args:
+        name: selects the learner's store; every actor of a kind passes the same one.
+        host: where the learner is.
+        config: see `TrainerConfig`.
+        data_store: what is uploaded to the store of that name.
+        data_stores: further stores, by name.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, when no learner
+            answers yet.
+        timeout: seconds that connecting, or a call, may take.
+        client_id: this client's identity. Random by default; of two clients with the same one, the
+            newer shuts the older out.
+        transport: in place of the configuration's.
+        codec: the codec's name.
+        writable: whether received arrays are private copies rather than read-only views.
+        credentials: the transport's keys.
+
+    Raises:
+        Unreachable: no learner answers.
+        ConfigMismatch: the learner is configured differently; the text names field and values.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        config: TrainerConfig,
+        data_store: DataStoreBase | None = None,
+        data_stores: dict[str, DataStoreBase] | None = None,
+        wait_for_server: bool | float = False,
+        timeout: float = 10.0,
+        *,
+        client_id: str | None = None,
+        transport: str | None = None,
+        codec: str = "msgpack",
+        writable: bool = False,
+        credentials: Credentials = None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self._stores = dict(data_stores or {})
+        if data_store is not None:
+            if name in self._stores:
+                raise ValueError(f"data_store and data_stores both give a store for {name!r}")
+            self._stores[name] = data_store
+        self._sent = dict.fromkeys(self._stores, 0)  # what the server is known to have
+        self._chunk = dict.fromkeys(self._stores, _FIRST_ITEMS)  # items that make a good message
+        self._incarnation = time.time_ns()
+        self._updating = threading.Lock()
+        self._stopping = threading.Event()
+        self._updater: threading.Thread | None = None
+        wait = _WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server)
+        client = Client(
+            "trainer",
+            resolve(transport or config.transport, host, config.port_number),
+            config=config.shared(),
+            client_id=client_id,
+            label=name,
+            codec=codec,
+            timeout=timeout,
+            wait=wait,
+            writable=writable,
+            credentials=credentials,
+        )
+        super().__init__(client)
+        self.lost = 0
+        """Items that a store had overwritten before they could be sent."""
+
+    def update(self, timeout: float | None = None) -> int:
+        """Send what the learner doesn't have yet; returns how many items it now has more.
+
+        Nothing is sent twice or left out, whatever happens under way: an error means that the
+        rest will be sent by the next call.
+
+        Args:
+            timeout: seconds for each message; the client's own by default.
+
+        Raises:
+            DeadlineExceeded, Unreachable: no answer.
+            UnknownInterface: the learner has no store of that name; the text lists those known.
+            RemoteError: the learner's store refused the data, or its callback raised.
+            PermissionDenied: a newer client has the same explicit ``client_id``.
+        """
+        with self._updating:
+            return sum(self._update(name, store, timeout) for name, store in self._stores.items())
+
+    def _update(self, name: str, store: DataStoreBase, timeout: float | None) -> int:
+        before = self._sent[name]
+        newest = store.latest_data_id()  # what comes in meanwhile goes with the next update
+        lost = 0
+        while self._sent[name] < newest:
+            after = self._sent[name]
+            batch = store.get_latest_data(after, limit=self._chunk[name])
+            if not len(batch):
+                break
+            payload = batch.to_payload()
+            mark = self._client.call(
+                "update",
+                {"store": name, "incarnation": self._incarnation, "after": after, "batch": payload},
+                timeout,
+            )
+            if mark >= after:
+                lost += max(0, batch.first_id - after - 1)
+            self._sent[name] = mark
+            store.release(mark)
+            self._chunk[name] = _chunk_size(batch)
+        if lost:
+            self.lost += lost
+            _log.warning("%d items of %r were overwritten before they were sent", lost, name)
+        return max(0, self._sent[name] - before - lost)
+
+    def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
+        """Ask the learner something; returns what its ``request_callback`` gives.
+
+        Args:
+            type: one of the configuration's ``request_types``.
+            payload: any value that the codec carries; an empty dict by default.
+            timeout: seconds; the client's own by default.
+
+        Raises:
+            UnknownInterface: no such type; the text lists those known.
+            RemoteError: ``request_callback`` raised.
+            DeadlineExceeded, Unreachable: no answer.
+        """
+        return self._client.call("request", [type, {} if payload is None else payload], timeout)
+
+    def recv_network_callback(self, function: Callable[[Any], None]) -> Subscription:
+        """Call ``function`` with the weights that the learner publishes, the current at once.
+
+        It runs in a thread of its own. A slow one skips to the newest (see `Subscription`). Arrays
+        are read-only views, unless this client is ``writable``.
+        """
+        return self._client.subscribe(_NETWORK, function)
+
+    def start_async_update(self, interval: float = 10) -> None:
+        """Call `update` every ``interval`` seconds in the background, and once more at `stop`.
+
+        A failure is logged, and the data goes with a later update.
+        """
+        if not interval > 0:
+            raise ValueError(f"interval must be positive, not {interval}")
+        if self._updater is not None:
+            raise RuntimeError("updates are running already")
+        self._updater = threading.Thread(
+            target=self._keep_updating, args=(interval,), name="edgeml updates", daemon=True
+        )
+        self._updater.start()
+
+    def _keep_updating(self, interval: float) -> None:
+        while not self._stopping.wait(interval):
+            try:
+                self.update()
+            except EdgemlError as error:
+                _log.warning("an update of %r failed, and will be repeated: %s", self.name, error)
+
+    def stop(self) -> None:
+        """Send what start_async_update hasn't yet, close the connection and end every thread."""
+        self._stopping.set()
+        updater, self._updater = self._updater, None
+        if updater is not None and updater is not threading.current_thread():
+            updater.join(_LAST_UPDATE)
+            try:
+                self.update(_LAST_UPDATE)
+            except EdgemlError as error:
+                unsent = sum(s.latest_data_id() - self._sent[n] for n, s in self._stores.items())
+                _log.warning("%d items of %r were not sent: %s", unsent, self.name, error)
+        super().stop()
+
+
+def _chunk_size(batch: Batch) -> int:
+    """How many items like these make a message of a good size; few where that can't be told."""
+    if not batch.nbytes:
+        return _FIRST_ITEMS
+    return max(1, min(_MOST_ITEMS, _CHUNK_BYTES * len(batch) // batch.nbytes))
+
+
+class TrainerTunnel(TrainerServer):
+    """A learner and an actor that share one process, and one store.
+
+    It is both sides at once: a `TrainerServer` on the in-process transport, and the client's
+    methods, answered through it. What the actor inserts into the store that was registered is there
+    for the learner at once, so `update` has nothing to do.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig | None = None,
+        data_callback: Callable[[str, Batch], Any] | None = None,
+        request_callback: Callable[[str, Any], Any] | None = None,
+    ) -> None:
+        within = replace(
+            config or TrainerConfig(), port_number=0, broadcast_port=None, transport="inproc"
+        )
+        super().__init__(within, data_callback, request_callback)
+        super().start(threaded=True)
+        self._client = TrainerClient("tunnel", "", replace(within, transport=self.url))
+
+    def start(self, threaded: bool = False) -> None:
+        """Block until `stop` or Ctrl-C, unless ``threaded``: it serves from the beginning."""
+        if not threaded:
+            self._block()
+
+    def update(self, timeout: float | None = None) -> int:
+        """Nothing to send: both sides have the same store."""
+        return 0
+
+    def start_async_update(self, interval: float = 10) -> None:
+        """Nothing to send: both sides have the same store."""
+
+    def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
+        """See `TrainerClient.request`."""
+        return self._client.request(type, payload, timeout)
+
+    def recv_network_callback(self, function: Callable[[Any], None]) -> Subscription:
+        """See `TrainerClient.recv_network_callback`."""
+        return self._client.recv_network_callback(function)
+
+    def stop(self) -> None:
+        """End both sides; quick and idempotent."""
+        self._client.stop()
+        super().stop()
