@@ -1,0 +1,603 @@
+"""The default codec: msgpack, with arrays out of band. This docstring is the wire contract.
+
+A message is a *header* and a list of *buffers*. The header is exactly one msgpack object (the
+`specification <https://github.com/msgpack/msgpack/blob/master/spec.md>`_ of 2013 and later) with
+nothing after it. The key words below are the types of that specification; everything inside an
+ext that is ours is **little-endian**, while msgpack's own lengths and numbers stay big-endian.
+
+===========================  =====================================================================
+value                        on the wire
+===========================  =====================================================================
+None, bool, float, str       nil, bool, float 64 (float 32 is read too), str (valid UTF-8)
+int, -2**63 to 2**64 - 1     int, of any width
+list, mapping                array, map; a key is a str or an int (never bool, never an ext). Keys
+                             that repeat: the last one counts
+bytes                        bin, or ext 4, which `encode` uses above 8 KiB
+anything else                ext, of a type in the table below; no other type is allowed
+===========================  =====================================================================
+
+====  ==============  ============================================================================
+ext   value           payload
+====  ==============  ============================================================================
+1     array           descriptor, u32 index of the buffer that holds the elements
+2     small array     descriptor, the elements. `encode` uses it up to 8 KiB
+3     numpy scalar    descriptor with ndim 0, the element
+4     bytes           u32 index of the buffer that holds them
+5     tuple           one msgpack array: the items
+6     set             one msgpack array: the members, all of them hashable and different
+7     frozenset       as 6
+8     large int       two's complement, at most 1,024 bytes
+9     complex         f64 real part, f64 imaginary part
+10    datetime        ASCII, ISO 8601: ``YYYY-MM-DDTHH:MM:SS[.ffffff][+HH:MM[:SS[.ffffff]]]``;
+                      without the offset it is naive
+11    date            ASCII, ``YYYY-MM-DD``
+12    time            ASCII, ``HH:MM:SS[.ffffff]``, and an offset as in 10
+13    timedelta       i32 days, i32 seconds, i32 microseconds; their sum counts
+====  ==============  ============================================================================
+
+**Descriptor**: u8 length of the dtype's name, u8 ndim (at most 32), the name in ASCII, and ndim
+times a u64: the shape. **Elements** are little-endian, in C order (the last index runs fastest),
+without padding: exactly product of the shape (1 if ndim is 0) times the element's size in bytes.
+The names, with that size:
+
+- 1: ``bool`` (a byte 0 or 1), ``int8``, ``uint8``; 2: ``int16``, ``uint16``, ``float16``;
+  4: ``int32``, ``uint32``, ``float32``; 8: ``int64``, ``uint64``, ``float64``, ``complex64``
+  (real, imaginary); 16: ``complex128``
+- 8: ``datetime64[U]`` and ``timedelta64[U]`` with U one of D, h, m, s, ms, us, ns: an int64 count
+  of U (since 1970-01-01T00:00), -2**63 being "not a time"
+- 2: ``bfloat16``; 1: ``float8_e3m4``, ``float8_e4m3``, ``float8_e4m3b11fnuz``, ``float8_e4m3fn``,
+  ``float8_e4m3fnuz``, ``float8_e5m2``, ``float8_e5m2fnuz``, ``float8_e8m0fnu``, ``float4_e2m1fn``,
+  ``float6_e2m3fn``, ``float6_e3m2fn``, ``int2``, ``int4``, ``uint2``, ``uint4`` (a byte for each
+  element). Python needs the package ``ml_dtypes`` for these.
+
+**Rules for a reader.** Each buffer is used by exactly one ext 1 or 4: none twice, none left over.
+Arrays, maps and exts 5 to 7 nest at most 32 deep, an ext 5 to 7 with its array being one level.
+Bytes that break a rule are refused as a whole (`Malformed` here), before anything is allocated
+for what they claim. A set in which more than 64 members share Python's hash is refused as well:
+such sets are made to make the reader slow.
+
+What a Python value becomes: bytearray and memoryview arrive as bytes; dataclasses, namedtuples
+and `Mapping`s as dict; IntEnum and other subclasses of int, str, float, ... as their base; JAX
+arrays as numpy arrays; big-endian arrays as little-endian ones; a time zone as its offset.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import lru_cache
+from types import NoneType
+from typing import Any, ClassVar, TypeAlias
+
+import msgspec
+import numpy as np
+
+from edgeml.core.codec import Codec
+from edgeml.core.errors import Malformed, NotEncodable
+from edgeml.core.message import Message
+from edgeml.core.plugins import hookimpl
+
+__all__ = ["MsgpackCodec", "edgeml_codec"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+DType: TypeAlias = "np.dtype[Any]"
+
+_MAX_DEPTH = 32
+_MAX_NDIM = 32
+_MAX_INT = 1024  # bytes; arithmetic on larger ones, and printing them, can take for ever
+_INLINE = 8192  # bytes; up to here a copy costs less than a buffer more (measured, also on zmq)
+
+(_ARRAY, _SMALL, _SCALAR, _BYTES, _TUPLE, _SET, _FROZENSET, _INT) = range(1, 9)
+(_COMPLEX, _DATETIME, _DATE, _TIME, _TIMEDELTA) = range(9, 14)
+
+_Ext = msgspec.msgpack.Ext
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.decode
+_u32 = struct.Struct("<I")
+_pair = struct.Struct("<dd")
+_delta = struct.Struct("<iii")
+
+
+class MsgpackCodec(Codec):
+    """Carries plain Python values and arrays; safe to decode whoever sent the bytes.
+
+    The module's docstring is the contract, byte by byte.
+    """
+
+    name: ClassVar[str] = "msgpack"
+
+    def encode(self, value: Any) -> Message:
+        """Encode a value; arrays and bytes of more than 8 KiB become buffers that alias them.
+
+        An array that isn't contiguous in C order, or is big-endian, is copied.
+
+        Raises:
+            NotEncodable: for a type, dtype or nesting outside the contract, or a cycle; the text
+                says where, as in ``value['cam'][3].meta``, and what to do.
+        """
+        try:
+            try:
+                walk = _Walk()
+                header = _pack(walk.value(value, 0))
+            except (UnicodeEncodeError, OverflowError):
+                # Looking into each str and int would slow everyone for the few that need it.
+                walk = _CarefulWalk()
+                header = _pack(walk.value(value, 0))
+        except _Refused as refused:
+            raise NotEncodable(f"value{refused.path} {refused.why}") from None
+        return Message(header, walk.buffers)
+
+    def decode(self, message: Message, *, writable: bool = False) -> Any:
+        """Decode a message.
+
+        Arrays are read-only views of the buffers (a copy where a buffer isn't aligned for its
+        dtype), small ones read-only copies; with ``writable`` they all are private copies.
+
+        Raises:
+            Malformed: whatever else the bytes are, also if a dtype needs ``ml_dtypes`` and that
+                isn't installed.
+        """
+        reader = _Reader(message.buffers, writable)
+        try:
+            _check(message.header)
+            value = _unpack(message.header, ext_hook=reader.ext)
+            if reader.unused:
+                raise Malformed(f"{reader.unused} buffers are not used")
+        except Malformed:
+            raise
+        except _Refused as refused:
+            raise Malformed(f"an array {refused.why}") from None
+        except Exception as error:
+            # Forged bytes reach numpy, datetime, ... and each has its own ways to complain.
+            text = f"not a message of the msgpack codec: {type(error).__name__}: {error}"
+            raise Malformed(text) from error
+        return value
+
+
+@hookimpl
+def edgeml_codec() -> type[Codec]:
+    """Answer the registry."""
+    return MsgpackCodec
+
+
+# dtypes and descriptors
+
+_NUMPY: dict[str, DType] = {
+    np.dtype(code).name: np.dtype("<" + code)
+    for code in (
+        *("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"),
+        *(f"{k}8[{unit}]" for k in "mM" for unit in ("D", "h", "m", "s", "ms", "us", "ns")),
+    )
+}
+_ML_DTYPES = frozenset(
+    (
+        *("bfloat16", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"),
+        *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        *("float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "int2", "int4", "uint2", "uint4"),
+    )
+)
+_BOOL = np.dtype(bool)
+
+
+def _dtype(name: str) -> DType | None:
+    """The little-endian dtype of that name, None if the contract doesn't have it."""
+    if name in _ML_DTYPES:
+        try:
+            import ml_dtypes
+
+            known: DType = np.dtype(getattr(ml_dtypes, name))
+            return known
+        except (ImportError, AttributeError):
+            why = f"has dtype {name}, which needs a recent ml_dtypes: install it here"
+            raise _Refused(why) from None
+    return _NUMPY.get(name)
+
+
+@lru_cache(maxsize=1024)
+def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, DType | None]:
+    """The descriptor, and the dtype to convert to first, if it differs."""
+    wire = _dtype(dtype.name)
+    if wire is None or dtype.newbyteorder("<") != wire:
+        advice = _DTYPE_ADVICE.get(dtype.kind, "convert it to a dtype of numbers with .astype")
+        raise _Refused(f"has dtype {dtype}, which is not carried: {advice}")
+    if len(shape) > _MAX_NDIM:
+        raise _Refused(f"has {len(shape)} dimensions; at most {_MAX_NDIM} are carried")
+    name = dtype.name.encode()
+    head = struct.pack(f"<BB{len(name)}s{len(shape)}Q", len(name), len(shape), name, *shape)
+    return head, None if wire == dtype else wire
+
+
+@lru_cache(maxsize=1024)
+def _parse(head: bytes) -> tuple[DType, tuple[int, ...], int]:
+    """The dtype, the shape and the size in bytes that a descriptor claims."""
+    length, ndim = head[0], head[1]
+    if ndim > _MAX_NDIM:
+        raise Malformed(f"an array of {ndim} dimensions")
+    name, *shape = struct.unpack(f"<2x{length}s{ndim}Q", head)
+    dtype = _dtype(name.decode())
+    if dtype is None:
+        raise Malformed(f"unknown dtype {name!r}")
+    return dtype, tuple(shape), math.prod(shape) * dtype.itemsize
+
+
+# Encoding: one walk that replaces what msgpack lacks by exts, before msgspec sees the value.
+# (msgspec would flatten tuples, sets, namedtuples and enums without asking.)
+
+
+class _Refused(Exception):
+    """Something isn't carried; the path grows from its end while this unwinds."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        self.path = ""
+
+
+class _Walk:
+    """One encoding. `depth` is the number of containers around a value."""
+
+    __slots__ = ("buffers", "in_set")
+    plain: ClassVar[frozenset[type]] = frozenset({NoneType, bool, int, float, str})
+    plain_keys: ClassVar[frozenset[type]] = frozenset({str, int})
+
+    def __init__(self) -> None:
+        self.buffers: list[memoryview] = []
+        self.in_set = 0
+
+    def value(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if kind in self.plain:
+            return value
+        return _CONVERT[kind](self, value, depth)
+
+    def pairs(self, pairs: Iterable[tuple[Any, Any]], form: str, depth: int) -> dict[Any, Any]:
+        if self.in_set:
+            raise _Refused("would arrive as a dict, which no set can hold: send a list of them")
+        if depth == _MAX_DEPTH:
+            raise _Refused(f"is nested more than {_MAX_DEPTH} deep, or contains itself")
+        plain, plain_keys = self.plain, self.plain_keys
+        out = {}
+        key = None
+        try:
+            for key, item in pairs:
+                kind = type(item)
+                if type(key) not in plain_keys:
+                    key = self.key(key)
+                out[key] = item if kind in plain else _CONVERT[kind](self, item, depth + 1)
+        except _Refused as refused:
+            refused.path = form.format(key) + refused.path
+            raise
+        return out
+
+    def items(self, items: Iterable[Any], form: str, depth: int) -> list[Any]:
+        if depth == _MAX_DEPTH:
+            raise _Refused(f"is nested more than {_MAX_DEPTH} deep, or contains itself")
+        items = list(items)
+        if self.plain.issuperset(map(type, items)):
+            return items
+        out: list[Any] = []
+        try:
+            for item in items:
+                out.append(self.value(item, depth + 1))  # noqa: PERF401  (len(out) is the path)
+        except _Refused as refused:
+            refused.path = form.format(len(out)) + refused.path
+            raise
+        return out
+
+    def key(self, key: Any) -> str | int:
+        if isinstance(key, str):
+            return self.text(key, 0)
+        if not isinstance(key, int) or isinstance(key, bool):
+            raise _Refused(f"has a key of type {type(key).__name__}: use str or int")
+        value = int.__index__(key)
+        if not -(1 << 63) <= value < 1 << 64:
+            raise _Refused("has a key beyond 64 bits: use its str")
+        return value
+
+    def text(self, value: str, depth: int) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            why = "has surrogates, which UTF-8 lacks: send value.encode(errors='surrogateescape')"
+            raise _Refused(why) from None
+        return str.__str__(value)
+
+    def integer(self, value: int, depth: int) -> Any:
+        value = int.__index__(value)
+        if -(1 << 63) <= value < 1 << 64:
+            return value
+        size = (value if value >= 0 else ~value).bit_length() // 8 + 1
+        if size > _MAX_INT:
+            raise _Refused(f"is an int of more than {_MAX_INT} bytes: send it as bytes")
+        return _Ext(_INT, value.to_bytes(size, "little", signed=True))
+
+    def mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
+        return self.pairs(value.items(), "[{!r:.80}]", depth)
+
+    def dataclass(self, value: Any, depth: int) -> Any:
+        names = [field.name for field in fields(value)]
+        return self.pairs(((name, getattr(value, name)) for name in names), ".{}", depth)
+
+    def namedtuple(self, value: Any, depth: int) -> Any:
+        return self.pairs(zip(value._fields, value, strict=True), ".{}", depth)
+
+    def sequence(self, value: list[Any], depth: int) -> Any:
+        return self.items(value, "[{}]", depth)
+
+    def tuple_(self, value: tuple[Any, ...], depth: int) -> Any:
+        return _Ext(_TUPLE, _pack(self.items(value, "[{}]", depth)))
+
+    def set_(self, value: Iterable[Any], depth: int, code: int = _SET) -> Any:
+        self.in_set += 1
+        members = self.items(value, "{{...}}", depth)
+        self.in_set -= 1
+        return _Ext(code, _pack(members))
+
+    def frozenset_(self, value: frozenset[Any], depth: int) -> Any:
+        return self.set_(value, depth, _FROZENSET)
+
+    def bytes_(self, value: Any, depth: int) -> Any:
+        view = memoryview(value)
+        if view.nbytes <= _INLINE:
+            return view.tobytes()
+        flat = view.format == "B" and view.ndim == 1 and view.c_contiguous
+        self.buffers.append(view if flat else memoryview(view.tobytes()))
+        return _Ext(_BYTES, _u32.pack(len(self.buffers) - 1))
+
+    def array(self, value: Array, depth: int) -> Any:
+        head, wire = _describe(value.dtype, value.shape)
+        if wire is not None:
+            value = value.astype(wire)
+        if value.nbytes <= _INLINE:
+            return _Ext(_SMALL, head + value.tobytes())
+        # datetime64 and ml_dtypes export no buffer of their own, uint8 always does.
+        self.buffers.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        return _Ext(_ARRAY, head + _u32.pack(len(self.buffers) - 1))
+
+    def jax_array(self, value: Any, depth: int) -> Any:
+        try:
+            array = np.asarray(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise _Refused(f"is a JAX array without values that could be sent: {error}") from None
+        return self.array(array, depth)
+
+    def scalar(self, value: Any, depth: int) -> Any:
+        return _Ext(_SCALAR, _describe(value.dtype, ())[0] + value.tobytes())
+
+
+class _CarefulWalk(_Walk):
+    """Looks into every str and int too; slower, and wanted only after msgspec has refused one."""
+
+    __slots__ = ()
+    plain = frozenset({NoneType, bool, float})
+    plain_keys = frozenset()
+
+
+_Convert: TypeAlias = Callable[[_Walk, Any, int], Any]
+
+
+class _Converters(dict[type, _Convert]):
+    def __missing__(self, kind: Any) -> _Convert:
+        return _inherited(kind)
+
+
+_CONVERT = _Converters(
+    {
+        dict: _Walk.mapping,
+        list: _Walk.sequence,
+        tuple: _Walk.tuple_,
+        set: _Walk.set_,
+        frozenset: _Walk.frozenset_,
+        bytes: _Walk.bytes_,
+        bytearray: _Walk.bytes_,
+        memoryview: _Walk.bytes_,
+        np.ndarray: _Walk.array,
+        int: _Walk.integer,
+        str: _Walk.text,
+        float: lambda walk, value, depth: float.__float__(value),
+        complex: lambda walk, value, depth: _Ext(_COMPLEX, _pair.pack(value.real, value.imag)),
+        dt.datetime: lambda walk, value, depth: _Ext(_DATETIME, value.isoformat().encode()),
+        dt.date: lambda walk, value, depth: _Ext(_DATE, value.isoformat().encode()),
+        dt.time: lambda walk, value, depth: _Ext(_TIME, value.isoformat().encode()),
+        dt.timedelta: lambda walk, value, depth: _Ext(
+            _TIMEDELTA, _delta.pack(value.days, value.seconds, value.microseconds)
+        ),
+    }
+)
+_BASES = (int, str, float, complex, bytes, bytearray, list, tuple, set, frozenset, np.ndarray)
+
+
+@lru_cache(maxsize=256)
+def _inherited(kind: type) -> _Convert:
+    """How to convert a type that isn't in the table itself."""
+    if is_dataclass(kind):
+        return _Walk.dataclass
+    if issubclass(kind, np.generic) and not issubclass(kind, (str, bytes)):
+        return _Walk.scalar
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return _Walk.namedtuple
+    if issubclass(kind, np.ma.MaskedArray):
+        raise _Refused("is a MaskedArray: send its .data and its .mask")
+    for base in _BASES:
+        if issubclass(kind, base):
+            return _CONVERT[base]
+    if issubclass(kind, Mapping):
+        return _Walk.mapping
+    if issubclass(kind, getattr(sys.modules.get("jax"), "Array", ())):
+        return _Walk.jax_array
+    advice = _ADVICE.get(kind.__module__.partition(".")[0], "send a dict of what it holds")
+    if issubclass(kind, Enum):
+        advice = "send its .value"
+    raise _Refused(f"is a {kind.__module__}.{kind.__qualname__}, which is not carried: {advice}")
+
+
+_ADVICE = {
+    "torch": "send value.detach().cpu().numpy()",
+    "tensorflow": "send value.numpy()",
+    "pandas": "send value.to_numpy()",
+    "PIL": "send numpy.asarray(value)",
+}
+_DTYPE_ADVICE = {
+    "O": "send value.tolist(), or convert it to a dtype of numbers with value.astype",
+    "U": "send value.tolist()",
+    "S": "send value.tolist()",
+    "T": "send value.tolist()",
+    "V": "send a dict with an array for each field",
+}
+
+
+# Decoding: a check of the structure, which allocates nothing, and then msgspec.
+
+(_RAW, _EXT, _LIST, _MAP) = range(4)
+# What a token's first byte says: its whole size where that is fixed (0 where not) ...
+_SIZES = [1] * 128 + [0] * 32 + list(range(1, 33)) + [1, 0, 1, 1] + [0] * 6 + [5, 9]
+_SIZES += [2, 3, 5, 9, 2, 3, 5, 9] + [0] * 12 + [1] * 32
+# ... the same for a map's key, where only ints and strs may stand (-1 for the others) ...
+_KEYS = {*range(128), *range(0xA0, 0xC0), *range(0xCC, 0xD4), 0xD9, 0xDA, 0xDB, *range(0xE0, 256)}
+_KEY_SIZES = [size if tag in _KEYS else -1 for tag, size in enumerate(_SIZES)]
+# ... or else its kind, the width of the count that follows, and the count where none follows.
+_HEADS = (
+    {0x80 | n: (_MAP, 0, n) for n in range(16)}
+    | {0x90 | n: (_LIST, 0, n) for n in range(16)}
+    | {0xC4 + n: (_RAW, 1 << n, 0) for n in range(3)}
+    | {0xC7 + n: (_EXT, 1 << n, 0) for n in range(3)}
+    | {0xD4 + n: (_EXT, 0, 1 << n) for n in range(5)}
+    | {0xD9 + n: (_RAW, 1 << n, 0) for n in range(3)}
+    | {0xDC + n: (_LIST, 2 << n, 0) for n in range(2)}
+    | {0xDE + n: (_MAP, 2 << n, 0) for n in range(2)}
+)
+
+
+def _head(data: bytes, at: int) -> tuple[int, int, int]:
+    """Kind and count of the token at a position, and where its head ends."""
+    kind, width, count = _HEADS[data[at]]
+    at += 1
+    if width:
+        count = int.from_bytes(data[at : at + width], "big")
+    return kind, count, at + width
+
+
+def _check(data: bytes) -> None:
+    """Refuse what msgspec would accept: keys that flood a hash table, depth, foreign exts.
+
+    A dict is filled while msgspec decodes, so keys must have been looked at before.
+    """
+    stack: list[tuple[int, tuple[list[int], list[int]], int | None]] = []
+    values, keyed = (_SIZES, _SIZES), (_SIZES, _KEY_SIZES)
+    at = 0
+    left, sizes = 1, values
+    end: int | None = len(data)
+    while True:
+        while left:
+            left -= 1  # in a map, 2 tokens for each pair: odd from here on is a key
+            size = sizes[left & 1][data[at]]
+            if size > 0:
+                at += size
+                continue
+            if size < 0:
+                raise Malformed("a key that is neither str nor int")
+            kind, count, at = _head(data, at)
+            inner = None
+            if kind == _EXT:
+                code = data[at]
+                at += 1
+                if _TUPLE <= code <= _FROZENSET:
+                    inner = at + count
+                    kind, count, at = _head(data, at)
+                    if kind != _LIST:
+                        raise Malformed("a tuple or set that is no array")
+                elif _ARRAY <= code <= _TIMEDELTA:
+                    kind = _RAW
+                else:
+                    raise Malformed(f"unknown ext {code}")
+            if kind == _RAW:
+                at += count
+                continue
+            if len(stack) == _MAX_DEPTH:
+                raise Malformed(f"nested more than {_MAX_DEPTH} deep")
+            stack.append((left, sizes, end))
+            left, sizes = (count * 2, keyed) if kind == _MAP else (count, values)
+            end = inner
+        if end is not None and at != end:
+            raise Malformed("an object that is shorter or longer than it claims")
+        if not stack:
+            return
+        left, sizes, end = stack.pop()
+
+
+class _Reader:
+    """One decoding: the buffers that are left, and what msgspec asks for each ext."""
+
+    __slots__ = ("buffers", "unused", "writable")
+
+    def __init__(self, buffers: Sequence[memoryview], writable: bool) -> None:
+        self.buffers: list[memoryview | None] = list(buffers)
+        self.unused = len(buffers)
+        self.writable = writable
+
+    def ext(self, code: int, data: memoryview) -> Any:
+        if code <= _SCALAR:
+            return self.array(code, data)
+        if code == _BYTES:
+            return bytes(self.take(data))
+        if code <= _FROZENSET:
+            items = _unpack(data, ext_hook=self.ext)
+            if code == _TUPLE:
+                return tuple(items)
+            # int, float, complex and tuple have hashes that a sender can make equal at will.
+            if len(items) > 64 and max(Counter(map(hash, items)).values()) > 64:
+                raise Malformed("a set that floods its hash table")
+            return set(items) if code == _SET else frozenset(items)
+        return _READ[code](bytes(data))
+
+    def take(self, data: memoryview) -> memoryview:
+        index: int = _u32.unpack(data)[0]
+        buffer = self.buffers[index]
+        if buffer is None:
+            raise Malformed(f"buffer {index} is used twice")
+        self.buffers[index] = None
+        self.unused -= 1
+        return buffer.toreadonly()
+
+    def array(self, code: int, data: memoryview) -> Any:
+        split = 2 + data[0] + 8 * data[1]
+        dtype, shape, nbytes = _parse(bytes(data[:split]))
+        raw = self.take(data[split:]) if code == _ARRAY else bytes(data[split:])
+        if len(raw) != nbytes:
+            raise Malformed(f"{len(raw)} bytes for an array of {nbytes}")
+        array: Array
+        if code == _ARRAY:
+            # np.ndarray(buffer=...) would see through the memoryview to memory that may be
+            # writable, and let the receiver set the flag.
+            array = np.frombuffer(raw, dtype).reshape(shape)
+        else:
+            array = np.ndarray(shape, dtype, raw)
+        if dtype == _BOOL and array.view(np.uint8).max(initial=0) > 1:
+            raise Malformed("a bool that is neither 0 nor 1")
+        if self.writable:
+            array = array.copy()
+        elif not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return array[()] if code == _SCALAR else array
+
+
+def _read_int(data: bytes) -> int:
+    if len(data) > _MAX_INT:
+        raise Malformed(f"an int of {len(data)} bytes")
+    return int.from_bytes(data, "little", signed=True)
+
+
+_READ: dict[int, Callable[[bytes], Any]] = {
+    _INT: _read_int,
+    _COMPLEX: lambda data: complex(*_pair.unpack(data)),
+    _DATETIME: lambda data: dt.datetime.fromisoformat(data.decode("ascii")),
+    _DATE: lambda data: dt.date.fromisoformat(data.decode("ascii")),
+    _TIME: lambda data: dt.time.fromisoformat(data.decode("ascii")),
+    _TIMEDELTA: lambda data: dt.timedelta(*_delta.unpack(data)),
+}
