@@ -93,7 +93,7 @@ class _Interface:
 
     def kind(self, message: Message) -> tuple[int, int]:
         """Calls alike in size are taken to be alike in duration: a new shape may compile anew."""
-        return len(message.header).bit_length(), message.nbytes - len(message.header)
+        return len(message.header).bit_length(), sum(map(len, message.buffers))
 
     def took(self, kind: tuple[int, int], seconds: float) -> None:
         runs = self.short_runs
@@ -110,6 +110,7 @@ class _Call:
     message: Message
     reply: Reply
     deadline: float
+    kind: tuple[int, int]
 
 
 class _Listener:
@@ -362,7 +363,8 @@ class Server:
     ) -> None:
         interface = _named(self._interfaces, request.name, "interface")
         deadline = now + request.timeout
-        call = _Call(interface, session, request.body, message, reply, deadline)
+        kind = interface.kind(message)
+        call = _Call(interface, session, request.body, message, reply, deadline, kind)
         if self._interval:
             turn = max(session.turn, now)
             if turn > deadline:
@@ -374,7 +376,7 @@ class Server:
             if turn > now:
                 self._alarms.after(turn - now, partial(self._queue, call))
                 return
-        quick = interface.short_runs.get(interface.kind(message), 0) >= _TRUSTED_AFTER
+        quick = interface.short_runs.get(kind, 0) >= _TRUSTED_AFTER
         if quick and self._waiting.empty() and self._slots.acquire(blocking=False):
             listener.busy_since = now
             try:
@@ -428,7 +430,7 @@ class Server:
             self._fail(call.reply, RemoteError(type(error).__qualname__, str(error), trace))
         else:
             call.reply(answer)
-        interface.took(interface.kind(call.message), time.monotonic() - began)
+        interface.took(call.kind, time.monotonic() - began)
 
 
 def _named(known: dict[str, T], name: str, what: str) -> T:

@@ -61,6 +61,8 @@ _MOST_BUFFERS = 1 << 14  # in one message
 _MOST_PENDING = 4096  # requests under way on one connection
 _LINGER = 200  # ms that an endpoint which closes gives to what is still to be sent
 _NUMBER = struct.Struct("<Q")
+_MORE = int(zmq.SNDMORE)  # plain ints: enum flags cost a microsecond to combine
+_MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)
 
 
 def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
@@ -90,20 +92,25 @@ def _send(
     line: zmq.Socket[bytes],
     number: bytes,
     message: Message,
-    trackers: list[zmq.MessageTracker] | None = None,
+    lent: list[weakref.ref[memoryview]] | None = None,
 ) -> None:
-    """Send one message; ``trackers`` receives what tells when buffers sent in place are free."""
+    """Send one message; ``lent`` receives a reference to each buffer that is sent in place.
+
+    It dies when libzmq has let go of the buffer; pyzmq's own trackers cost several times as much.
+    """
     buffers = message.buffers
     last = len(buffers) - 1
-    line.send(number + message.header, zmq.SNDMORE if buffers else 0)
+    line.send(number + message.header, _MORE if buffers else 0)
     for index, buffer in enumerate(buffers):
-        flags = 0 if index == last else zmq.SNDMORE
+        flags = 0 if index == last else _MORE
         if buffer.nbytes < _ZERO_COPY:
             line.send(buffer, flags)
         else:
-            tracker = line.send(buffer, flags, copy=False, track=trackers is not None)
-            if trackers is not None and tracker is not None:
-                trackers.append(tracker)
+            view = memoryview(buffer)
+            if lent is not None:
+                lent.append(weakref.ref(view))
+            line.send(view, flags, copy=False)
+            del view
 
 
 def _receive(line: zmq.Socket[bytes]) -> tuple[zmq.Frame, Message]:
@@ -255,9 +262,9 @@ class _Listener(Endpoint):
         try:
             _check(message)
             # Small buffers are copied by zmq as they are sent; large ones must be ours.
-            if any(buffer.nbytes >= _ZERO_COPY for buffer in message.buffers):
+            if message.buffers and max(map(len, message.buffers)) >= _ZERO_COPY:
                 message = own(message)
-            self._router.send(identity, zmq.SNDMORE | zmq.DONTWAIT)
+            self._router.send(identity, _MORE_NOW)
             _send(self._router, number, message)
         except (zmq.ZMQError, NotEncodable) as error:
             self.dropped += 1
@@ -323,12 +330,12 @@ class _Line:
             line = self._socket
             assert line is not None
             number = _NUMBER.pack(next(self._numbers))
-            trackers: list[zmq.MessageTracker] = []
+            lent: list[weakref.ref[memoryview]] = []
             try:
-                _send(line, number, message, trackers)
+                _send(line, number, message, lent)
                 return self._wait(line, number, timeout)
             except BaseException:
-                self._abandon(trackers)
+                self._abandon(lent)
                 raise
 
     def _wait(self, line: zmq.Socket[bytes], number: bytes, timeout: float) -> Message:
@@ -348,16 +355,17 @@ class _Line:
             if milliseconds <= 0:
                 raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
 
-    def _abandon(self, trackers: list[zmq.MessageTracker]) -> None:
-        """Let go of the user's memory, of which libzmq may be sending still."""
-        if all(tracker.done for tracker in trackers):
+    def _abandon(self, lent: list[weakref.ref[memoryview]]) -> None:
+        """Have libzmq let go of the user's memory, which it may still be sending from."""
+        if not any(view() is not None for view in lent):
             return
         self.close()
-        for tracker in trackers:
-            try:
-                tracker.wait(5.0)
-            except zmq.NotDone:
+        deadline = time.monotonic() + 5.0
+        while any(view() is not None for view in lent):
+            if time.monotonic() > deadline:
                 _log.warning("%s: libzmq still holds a buffer of an abandoned call", self._url)
+                return
+            time.sleep(1e-3)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -430,8 +438,8 @@ class _Connection(Requester):
             if line is None:
                 line = self._new_line()
             return line.call(message, timeout)
-        except (zmq.ContextTerminated, zmq.ZMQError) as error:
-            raise self._over() from error
+        except zmq.ZMQError:
+            raise self._over() from None
 
     def _new_line(self) -> _Line:
         with self._lock:
