@@ -1,1 +1,10 @@
-"""The conformance suites: subclass them to hold a transport, a codec or a store of your own to its promise."""
+"""The conformance suites: subclass them to hold a plugin or store of your own to its promise."""
+
+import pytest
+
+# So that a failing assertion in a suite shows its values; it has to come before the imports.
+pytest.register_assert_rewrite("edgeml.testing.codecs")
+
+from edgeml.testing.codecs import CodecTests  # noqa: E402
+
+__all__ = ["CodecTests"]
