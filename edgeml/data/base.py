@@ -1,0 +1,74 @@
+"""The contract that every data store keeps; hold yours to it with `edgeml.testing.StoreTests`."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from edgeml.data.batch import Batch
+
+__all__ = ["DataStoreBase"]
+
+
+class DataStoreBase(ABC):
+    """Keeps the newest items, numbered as they come, and hands out those past a given one.
+
+    The first item ever inserted has id 1, and each later one the next id, whether or not it is
+    still held. All methods may be called from any thread, and none ever sees half of another.
+    What is inserted is copied: the caller may change its arrays afterwards.
+
+    Args:
+        capacity: how many items are held at most.
+
+    Attributes:
+        lock: reentrant, and held by all that inserts or reads items: take it to make several
+            operations one.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, got {capacity}")
+        self._capacity = capacity
+        self.lock = threading.RLock()
+
+    @property
+    def capacity(self) -> int:
+        """How many items are held at most."""
+        return self._capacity
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many items are held."""
+
+    @abstractmethod
+    def latest_data_id(self) -> int:
+        """Return the id of the newest item ever inserted; 0 where there was none."""
+
+    @abstractmethod
+    def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
+        """Return the items with ids above ``from_id`` that are still held.
+
+        The batch stays as it is, whatever happens to the store. Its ``first_id`` is above
+        ``from_id + 1`` where items in between are gone.
+
+        Args:
+            from_id: the id of the last item that the caller has; 0 for all.
+            limit: return at most so many, the oldest of them.
+        """
+
+    @abstractmethod
+    def insert(self, item: Any) -> None:
+        """Insert one item."""
+
+    @abstractmethod
+    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+        """Insert items, all or (where it raises) none; their ids are the store's next ones."""
+
+    def release(self, up_to_id: int) -> None:
+        """Tell that the items up to this id have reached their destination.
+
+        Does nothing in a store that keeps its items, such as a replay buffer.
+        """
+        del up_to_id

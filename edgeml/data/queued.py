@@ -1,0 +1,177 @@
+"""A queue of any items, for what is to be handed on rather than kept."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from edgeml.core.errors import DeadlineExceeded, Overloaded
+from edgeml.data.base import DataStoreBase
+from edgeml.data.batch import Batch, join
+
+__all__ = ["OnFull", "QueuedDataStore"]
+
+OnFull = Literal["drop_oldest", "block", "raise"]
+
+_RUN = 256  # single items are kept in runs of so many, which a reader skips whole
+_IMMUTABLE = frozenset({bool, int, float, complex, str, bytes, type(None)})
+
+
+class QueuedDataStore(DataStoreBase):
+    """A first-in, first-out queue of any items that a codec carries.
+
+    Items stay until `release` says that they have been taken; when it is full, ``on_full``
+    decides. Containers and arrays in an item are copied when it is inserted, anything with
+    ``__array__`` as a numpy array, and other objects by `copy.deepcopy`.
+
+    Args:
+        capacity: how many items are held at most.
+        on_full: "drop_oldest" (default) overwrites the oldest items, and counts them in
+            `dropped`; "block" waits for `release`; "raise" raises Overloaded at once.
+        timeout: for "block", how many seconds an insert waits (default 10).
+
+    Raises:
+        Overloaded: by the inserts of "raise", where there is no room.
+        DeadlineExceeded: by the inserts of "block", where there was no room in time.
+        ValueError: by the inserts of both, for a batch larger than the capacity.
+    """
+
+    def __init__(
+        self, capacity: int, on_full: OnFull = "drop_oldest", *, timeout: float = 10.0
+    ) -> None:
+        super().__init__(capacity)
+        if on_full not in get_args(OnFull):
+            raise ValueError(f"on_full is one of {get_args(OnFull)}, got {on_full!r}")
+        self._on_full = on_full
+        self._timeout = timeout
+        self._room = threading.Condition(self.lock)
+        self._chunks: deque[Batch | deque[Any]] = deque()  # batches of columns, and runs of items
+        self._held = 0
+        self._latest = 0
+        self._dropped = 0
+
+    @property
+    def dropped(self) -> int:
+        """How many items were overwritten before they were released."""
+        return self._dropped
+
+    def __len__(self) -> int:
+        with self.lock:
+            return self._held
+
+    def latest_data_id(self) -> int:
+        """Return the id of the newest item ever inserted; 0 where there was none."""
+        return self._latest
+
+    def insert(self, item: Any) -> None:
+        """Insert a copy of one item; the class tells what it raises."""
+        self._append([_copy(item)], 1)
+
+    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+        """Insert copies of items in one step; the class tells what it raises."""
+        if not isinstance(batch, Batch):
+            batch = list(batch)
+        kept = batch[-self.capacity :]
+        if isinstance(kept, Batch) and kept.columns is not None:
+            self._append(Batch.from_columns(_copy(kept.columns)), len(batch))
+        else:
+            self._append([_copy(item) for item in kept], len(batch))
+
+    def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
+        """Return the items with ids above ``from_id`` that are still held; see the base class."""
+        with self.lock:
+            oldest = self._latest + 1 - self._held
+            first = max(from_id + 1, oldest)
+            skip, left = first - oldest, self._latest + 1 - first
+            if limit is not None:
+                left = min(left, limit)
+            parts: list[Batch | list[Any]] = []
+            for chunk in self._chunks:
+                if left <= 0:
+                    break
+                if skip >= len(chunk):
+                    skip -= len(chunk)
+                    continue
+                end = skip + left
+                if isinstance(chunk, Batch):
+                    parts.append(chunk[skip:end])
+                elif parts and isinstance(parts[-1], list):
+                    parts[-1] += islice(chunk, skip, end)
+                else:
+                    parts.append([*islice(chunk, skip, end)])
+                left -= min(len(chunk) - skip, left)
+                skip = 0
+        # What is held is never changed, so the rest needs no lock.
+        batch = join([part if isinstance(part, Batch) else Batch.of(part) for part in parts], first)
+        return batch if batch.columns is not None else Batch.of([_copy(i) for i in batch], first)
+
+    def release(self, up_to_id: int) -> None:
+        """Free the items up to this id: they have reached their destination."""
+        with self.lock:
+            self._forget(up_to_id - (self._latest - self._held))
+            self._room.notify_all()
+
+    def _append(self, items: Batch | list[Any], n: int) -> None:
+        """Append the last of n items; the others are too many to be held."""
+        with self.lock:
+            if self._on_full != "drop_oldest":
+                self._require_room(n)
+            excess = self._held + n - self._capacity
+            if excess > 0:
+                self._dropped += excess
+                self._forget(excess)
+            if isinstance(items, Batch):
+                self._chunks.append(items)
+            else:
+                tail = self._chunks[-1] if self._chunks else None
+                if not isinstance(tail, deque) or len(tail) >= _RUN:
+                    tail = deque()
+                    self._chunks.append(tail)
+                tail.extend(items)
+            self._held += len(items)
+            self._latest += n
+
+    def _require_room(self, n: int) -> None:
+        if n > self._capacity:
+            raise ValueError(f"a batch of {n} can't fit in a store of {self._capacity}")
+        if self._on_full == "raise" and self._held + n > self._capacity:
+            raise Overloaded(f"the store is full: {self._held} of {self._capacity} not taken yet")
+        if not self._room.wait_for(lambda: self._held + n <= self._capacity, self._timeout):
+            raise DeadlineExceeded(
+                f"no room for {n} in {self._timeout} s: "
+                f"{self._held} of {self._capacity} not taken yet"
+            )
+
+    def _forget(self, count: int) -> None:
+        """Let go of the oldest items, up to ``count`` of them."""
+        while count > 0 and self._chunks:
+            chunk = self._chunks[0]
+            gone = min(count, len(chunk))
+            if gone == len(chunk):
+                self._chunks.popleft()
+            elif isinstance(chunk, Batch):
+                self._chunks[0] = chunk[gone:]
+            else:
+                for _ in range(gone):
+                    chunk.popleft()
+            self._held -= gone
+            count -= gone
+
+
+def _copy(node: Any) -> Any:
+    kind = type(node)
+    if kind is np.ndarray:
+        return node.copy()
+    if kind is dict:
+        return {key: _copy(child) for key, child in node.items()}
+    if kind in _IMMUTABLE or issubclass(kind, np.generic):
+        return node
+    if kind is tuple or kind is list:
+        return kind(map(_copy, node))
+    return np.array(node) if hasattr(kind, "__array__") else copy.deepcopy(node)
