@@ -1,0 +1,273 @@
+"""What every data store promises: subclass `StoreTests` to hold one of your own to it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeml.data import Batch, DataStoreBase
+
+__all__ = ["StoreTests"]
+
+
+class StoreTests:
+    """The conformance suite of data stores, for pytest.
+
+    ::
+
+        class TestMyStore(StoreTests):
+            def make_store(self, capacity):
+                return MyStore(capacity)
+
+            def make_item(self, i):
+                return {"state": np.full(3, i, np.float32), "reward": float(i)}
+    """
+
+    def make_store(self, capacity: int) -> DataStoreBase:
+        """Return an empty store that lets go of its oldest items when it is full."""
+        raise NotImplementedError
+
+    def make_item(self, i: int) -> Any:
+        """Return a fresh item, like no other i's, with at least one array in it."""
+        raise NotImplementedError
+
+    def filled(self, capacity: int, n: int) -> DataStoreBase:
+        """Return a store into which items 1 to n were inserted one by one."""
+        store = self.make_store(capacity)
+        for i in range(1, n + 1):
+            store.insert(self.make_item(i))
+        return store
+
+    def assert_holds(self, batch: Batch, first: int, last: int) -> None:
+        """Assert that a batch holds items ``first`` to ``last``, each as `make_item` made it."""
+        assert batch.first_id == first
+        assert len(batch) == last + 1 - first
+        for i, item in enumerate(batch, first):
+            assert _same(item, self.make_item(i)), f"item {i} came back as {item}"
+
+    def test_its_own_items_can_be_told_apart(self) -> None:
+        """What the other tests rest on: items differ, and have arrays."""
+        assert _same(self.make_item(1), self.make_item(1))
+        assert not _same(self.make_item(1), self.make_item(2))
+        assert _arrays(self.make_item(1)), "make_item(i) gives at least one array"
+
+    def test_an_empty_store(self) -> None:
+        """A new store is empty, and its first id will be 1."""
+        store = self.make_store(5)
+        assert store.capacity == 5
+        assert len(store) == store.latest_data_id() == 0
+        self.assert_holds(store.get_latest_data(0), 1, 0)
+
+    def test_a_store_has_room_for_something(self) -> None:
+        """A capacity below 1 is refused."""
+        with pytest.raises(ValueError, match="capacity"):
+            self.make_store(0)
+
+    def test_ids_count_insertions_from_one(self) -> None:
+        """Every insert takes the next id, and no more than the capacity is held."""
+        store = self.make_store(5)
+        for i in range(1, 13):
+            store.insert(self.make_item(i))
+            assert store.latest_data_id() == i
+            assert len(store) == min(i, 5)
+
+    @pytest.mark.parametrize("from_id", range(13))
+    def test_gives_what_is_past_an_id_and_still_held(self, from_id: int) -> None:
+        """A reader gets what it lacks, and sees by the first id what it missed."""
+        store = self.filled(capacity=5, n=12)
+        self.assert_holds(store.get_latest_data(from_id), max(from_id + 1, 8), 12)
+
+    def test_an_id_of_the_future_gives_nothing(self) -> None:
+        """A reader that has more than the store ever had gets nothing."""
+        assert len(self.filled(capacity=5, n=3).get_latest_data(7)) == 0
+
+    @pytest.mark.parametrize("limit", [0, 1, 3, 5, 100])
+    def test_a_limit_gives_the_oldest(self, limit: int) -> None:
+        """A limited read gives the oldest items, so that reading on misses none."""
+        store = self.filled(capacity=5, n=12)
+        self.assert_holds(store.get_latest_data(0, limit=limit), 8, min(7 + limit, 12))
+        self.assert_holds(store.get_latest_data(10, limit=limit), 11, min(10 + limit, 12))
+
+    @pytest.mark.parametrize("columns", [False, True])
+    def test_a_batch_is_inserted_as_its_items_would_be(self, columns: bool) -> None:
+        """A batch, of items or columns, ends as single inserts would."""
+        store = self.make_store(5)
+        last = 0
+        for n in (1, 3, 0, 4, 5, 2, 13, 5):  # across the end of a ring, and longer than it
+            items = [self.make_item(i) for i in range(last + 1, last + n + 1)]
+            store.batch_insert(Batch.of(items) if columns else items)
+            last += n
+            assert store.latest_data_id() == last
+            assert len(store) == min(last, 5)
+            self.assert_holds(store.get_latest_data(0), max(1, last - 4), last)
+
+    def test_singles_and_batches_mix(self) -> None:
+        """Reads span what came singly, as items and as columns."""
+        store = self.make_store(20)
+        store.insert(self.make_item(1))
+        store.batch_insert([self.make_item(i) for i in range(2, 6)])
+        store.batch_insert(Batch.of([self.make_item(i) for i in range(6, 10)]))
+        store.insert(self.make_item(10))
+        self.assert_holds(store.get_latest_data(0), 1, 10)
+        self.assert_holds(store.get_latest_data(3, limit=4), 4, 7)
+
+    @pytest.mark.parametrize("way", ["insert", "items", "columns"])
+    def test_what_was_inserted_may_be_changed_afterwards(self, way: str) -> None:
+        """The store holds copies of what it was given."""
+        store = self.make_store(5)
+        item = self.make_item(1)
+        if way == "insert":
+            store.insert(item)
+        elif way == "items":
+            store.batch_insert([item])
+        else:
+            batch = Batch.of([item])
+            if batch.columns is None:
+                pytest.skip("these items make no columns")
+            item = _mapped(batch.columns, np.copy)
+            store.batch_insert(Batch.from_columns(item))
+        _spoil(item)
+        self.assert_holds(store.get_latest_data(0), 1, 1)
+
+    def test_what_was_returned_may_be_changed(self) -> None:
+        """Changing what a reader got, where it can be, changes no store."""
+        store = self.filled(capacity=5, n=3)
+        batch = store.get_latest_data(0)
+        for item in [*batch, batch.columns]:
+            _spoil(item)
+        self.assert_holds(store.get_latest_data(0), 1, 3)
+
+    def test_what_was_returned_stays_as_it_is(self) -> None:
+        """Later inserts change nothing that a reader already has."""
+        store = self.filled(capacity=5, n=7)
+        batch = store.get_latest_data(0)
+        store.batch_insert([self.make_item(i) for i in range(8, 11)])
+        for i in range(11, 20):
+            store.insert(self.make_item(i))
+        self.assert_holds(batch, 3, 7)
+
+    def test_releasing_leaves_later_items(self) -> None:
+        """Releasing touches no later item and no id."""
+        store = self.filled(capacity=5, n=4)
+        store.release(2)
+        self.assert_holds(store.get_latest_data(2), 3, 4)
+        store.release(100)
+        assert store.latest_data_id() == 4
+        store.insert(self.make_item(5))
+        self.assert_holds(store.get_latest_data(4), 5, 5)
+
+    def test_a_batch_survives_its_payload(self) -> None:
+        """A batch is the same at the far side, and goes into a store there."""
+        batch = self.filled(capacity=5, n=7).get_latest_data(0)
+        received = Batch.from_payload(batch.to_payload())
+        self.assert_holds(received, 3, 7)
+        other = self.make_store(5)
+        other.batch_insert(received)
+        for here, there in zip(other.get_latest_data(0), batch, strict=True):
+            assert _same(here, there)
+
+    def test_readers_never_see_half_an_insert(self) -> None:
+        """Whatever threads do, an item read is one that was written, and its id is right."""
+        last = 1500
+        items = [self.make_item(i) for i in range(last + 1)]
+        store = self.make_store(16)
+        start = threading.Barrier(3, timeout=30)
+
+        def write() -> None:
+            start.wait()
+            i = 1
+            while i <= last:
+                n = min(1 + i % 4, last + 1 - i)
+                if n == 1:
+                    store.insert(items[i])
+                else:
+                    store.batch_insert(items[i : i + n])
+                i += n
+
+        def read() -> int:
+            start.wait()
+            newest = 0
+            while newest < last:
+                batch = store.get_latest_data(max(0, newest - 4))
+                for i, item in enumerate(batch, batch.first_id):
+                    assert _same(item, items[i]), f"torn: item {i} came back as {item}"
+                assert batch.first_id + len(batch) > newest, "older than before"
+                newest = batch.first_id + len(batch) - 1
+            return newest
+
+        with _eager_threads(), ThreadPoolExecutor(3) as pool:
+            writer, *readers = pool.submit(write), pool.submit(read), pool.submit(read)
+            assert [reader.result(timeout=60) for reader in readers] == [last, last]
+            writer.result(timeout=60)
+
+    def test_writers_lose_nothing_of_each_other(self) -> None:
+        """Two threads that insert at once both get everything in."""
+        n = 200
+        store = self.make_store(2 * n)
+        start = threading.Barrier(2, timeout=30)
+
+        def write(first: int) -> None:
+            start.wait()
+            for i in range(first, first + n):
+                store.insert(self.make_item(i))
+
+        with _eager_threads(), ThreadPoolExecutor(2) as pool:
+            list(pool.map(write, [0, n]))
+        assert store.latest_data_id() == len(store) == 2 * n
+        held = list(store.get_latest_data(0))
+        for i in [0, 1, n - 1, n, n + 1, 2 * n - 1]:
+            assert sum(_same(item, self.make_item(i)) for item in held) == 1, f"item {i} is lost"
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two items are equal, a numpy scalar being equal to Python's number."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (dict, tuple, list)) or isinstance(right, (dict, tuple, list)):
+        return (
+            type(left) is type(right) and len(left) == len(right) and all(map(_same, left, right))
+        )
+    return np.shape(left) == np.shape(right) and bool(np.all(left == right))
+
+
+def _mapped(node: Any, function: Any) -> Any:
+    """Return a tree with the function applied to each leaf."""
+    if isinstance(node, dict):
+        return {key: _mapped(child, function) for key, child in node.items()}
+    if isinstance(node, (tuple, list)):
+        return type(node)([_mapped(child, function) for child in node])
+    return function(node)
+
+
+def _arrays(node: Any) -> list[Any]:
+    """Return the arrays in a tree."""
+    arrays: list[Any] = []
+    _mapped(node, lambda leaf: arrays.append(leaf) if isinstance(leaf, np.ndarray) else None)
+    return arrays
+
+
+def _spoil(node: Any) -> None:
+    """Change all that can be changed in a tree."""
+    for array in _arrays(node):
+        if array.flags.writeable:
+            array[...] = np.where(array == 0, 1, 0)
+    if isinstance(node, (dict, list)):
+        node.clear()
+
+
+@contextmanager
+def _eager_threads() -> Iterator[None]:
+    """Let threads interrupt each other as often as Python can, so that a missing lock shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
