@@ -1,7 +1,8 @@
-"""What users keep: stores that actors fill and learners read."""
+"""What users keep: stores that actors fill and learners read, and the pace between them."""
 
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
+from edgeml.data.limiter import RateLimiter
 from edgeml.data.queued import QueuedDataStore
 from edgeml.data.replay import ReplayBuffer, ReplayBufferDataStore
 
@@ -11,4 +12,5 @@ __all__ = [
     "QueuedDataStore",
     "ReplayBuffer",
     "ReplayBufferDataStore",
+    "RateLimiter",
 ]
