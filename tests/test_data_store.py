@@ -196,6 +196,10 @@ class TestBatch:
 
         assert min(took() for _ in range(20)) < 5e-3  # 0.7 ms on a quiet machine
 
+    def test_bytes_are_those_of_columns(self) -> None:
+        assert Batch.of([step(1), step(2)]).nbytes == 2 * (3 * 4 + 8 + 1 + 1 + 8)
+        assert Batch.of(["a"]).nbytes == 0
+
     def test_a_payload_is_plain(self) -> None:
         payload = Batch.of([step(1), step(2)], first_id=3).to_payload()
         assert set(payload) == {"first_id", "columns"}
