@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import threading
 from concurrent.futures import Future
@@ -34,15 +35,15 @@ _lock = threading.Lock()
 _listeners: dict[int, _Listener] = {}
 _numbers = itertools.count(1)
 _MOST_PENDING = 4096  # requests under way on one connection
+_MOST_WAITING = 1 << 14  # that one listener has not come to, those cancelled meanwhile included
 
 
 class _Listener(Endpoint):
     def __init__(self, url: Url, on_request: OnRequest) -> None:
         with _lock:
-            taken = set(_listeners)
-            port = url.port or next(p for p in range(49152, 2**20) if p not in taken)
-            if port in taken:
-                raise OSError(f"inproc port {port} is taken in this process")
+            port = url.port or next((p for p in range(49152, 65536) if p not in _listeners), 0)
+            if not port or port in _listeners:
+                raise OSError(f"inproc port {port or ''} is taken in this process")
             _listeners[port] = self
         self.url = url.with_port(port)
         self.inbox: queue.SimpleQueue[tuple[Message, _Reply] | None] = queue.SimpleQueue()
@@ -52,19 +53,29 @@ class _Listener(Endpoint):
         self._start_loop()
 
     def _start_loop(self) -> None:
+        self._handling = False
         self._loop = threading.Thread(target=self._run, name=f"edgeml {self.url}", daemon=True)
         self._loop.start()
 
     def _run(self) -> None:
-        while self._loop is threading.current_thread() and (item := self.inbox.get()):
+        me = threading.current_thread()
+        while (item := self.inbox.get()) and not self.closed:
+            self._handling = True
             try:
-                self._on_request(*item)
-            except Exception:
+                if not item[1].expired:
+                    self._on_request(*item)
+            except BaseException:  # a handler's sys.exit() ends nothing here
                 _log.exception("%s: on_request failed", self.url)
             del item  # or the buffers live until the next request
+            with _lock:
+                if self._loop is not me:
+                    return
+                self._handling = False
 
     def relieve(self) -> None:
-        self._start_loop()
+        with _lock:
+            if self._handling and not self.closed:
+                self._start_loop()
 
     def close(self) -> None:
         with _lock:
@@ -73,9 +84,9 @@ class _Listener(Endpoint):
             self.closed = True
             del _listeners[self.url.port]
             connections = list(self.connections)
+        self.inbox.put(None)
         for connection in connections:
             connection.lose(Unreachable(f"{self.url} has closed"))
-        self.inbox.put(None)
         if self._loop is not threading.current_thread():
             self._loop.join(1.0)
 
@@ -98,7 +109,8 @@ class _Reply:
     def __call__(self, message: Message) -> None:
         message = own(message)
         if not self._connection.settle(self._future, message):
-            self._connection.listener.dropped += 1
+            with _lock:
+                self._connection.listener.dropped += 1
 
 
 class _Connection(Requester):
@@ -120,8 +132,8 @@ class _Connection(Requester):
         with _lock:
             if self._lost is not None:
                 raise type(self._lost)(*self._lost.args)
-            if len(self._pending) >= _MOST_PENDING:
-                raise Overloaded(f"{_MOST_PENDING} requests to {self.url} are under way")
+            if len(self._pending) >= _MOST_PENDING or self.listener.inbox.qsize() >= _MOST_WAITING:
+                raise Overloaded(f"{len(self._pending)} requests to {self.url} are under way")
             self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         self.listener.inbox.put((message, _Reply(self, future)))
@@ -149,7 +161,11 @@ class _Connection(Requester):
             self.listener.connections.discard(self)
             pending = list(self._pending)
         for future in pending:
-            self.settle(future, why)
+            self.settle(future, type(why)(*why.args))  # one each: raising adds to an exception
+
+    def forked(self) -> None:
+        """In a forked child: the listener's loop is not there."""
+        self._lost = Closed(f"the connection to {self.url} belongs to the process before the fork")
 
     def close(self) -> None:
         self.lose(Closed(f"the connection to {self.url} has been closed"))
@@ -169,6 +185,19 @@ class InprocTransport(Transport):
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
         """See `Transport.connect`; returns or raises at once."""
         return _Connection(url)
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()  # whoever held it is not there
+    for listener in _listeners.values():
+        listener.closed = True
+        for connection in listener.connections:
+            connection.forked()
+    _listeners.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @hookimpl

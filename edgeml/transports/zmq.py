@@ -9,7 +9,8 @@ replies in an outbox and wake the loop through a DEALER that is connected to the
 inproc, so that there is one socket to wait on and no poll. A connection gives each calling thread
 a DEALER of its own, on which `call` sends and waits without a thread hop; `request` goes
 through one I/O thread. A connection has its own context, since terminating that is the one way to
-wake a thread that is blocked in a socket.
+wake a thread that is blocked in a socket. Nothing of this survives a fork: in the child every
+connection is closed, and its sockets are left alone.
 
 Copies. Frames from 256 KiB on are sent from where they lie (below that pyzmq's bookkeeping costs
 more than the copy). In `call` they are the user's own memory, which is why an abandoned call closes
@@ -21,15 +22,20 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import secrets
+import select
+import signal
 import socket
 import struct
 import threading
 import time
+import traceback
 import weakref
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -59,7 +65,11 @@ _ZERO_COPY = 1 << 18  # bytes
 _LARGEST_FRAME = 1 << 30  # bytes; a peer that announces more is cut off by libzmq
 _MOST_BUFFERS = 1 << 14  # in one message
 _MOST_PENDING = 4096  # requests under way on one connection
+_MOST_QUEUED = 64  # requests given to libzmq, which can't be forgotten any more
 _LINGER = 200  # ms that an endpoint which closes gives to what is still to be sent
+_GRACE = 0.3  # seconds that calls under way are given then to take their last reply
+_LONGEST = 1 << 30  # ms that a socket is told to wait
+_WHO = "X-Edgeml-Connection"  # a property that sockets tell each other when they meet
 _NUMBER = struct.Struct("<Q")
 _MORE = int(zmq.SNDMORE)  # plain ints: enum flags cost a microsecond to combine
 _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)
@@ -69,6 +79,12 @@ def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
     made: zmq.Socket[bytes] = context.socket(kind)
     made.linger = 0
     made.maxmsgsize = _LARGEST_FRAME
+    # A machine that vanished without a word is noticed, and what is kept for it freed. By TCP,
+    # for ZeroMQ's own heartbeats wait behind the frame under way: they cut off whoever takes
+    # longer over one than they allow.
+    made.tcp_keepalive, made.tcp_keepalive_cnt = 1, 3
+    made.tcp_keepalive_idle, made.tcp_keepalive_intvl = 10, 5  # seconds
+    made.tcp_maxrt = 60_000  # ms
     return made
 
 
@@ -146,16 +162,18 @@ class _Reply:
 
     @property
     def peer(self) -> Peer:
-        return Peer(self._identity.hex(), f"zmq://{self._head.get('Peer-Address')}")
+        try:
+            who = str(self._head.get(_WHO))[:64]
+        except zmq.ZMQError:  # no client of ours
+            who = self._identity.hex()
+        return Peer(who, f"zmq://{self._head.get('Peer-Address')}")
 
     @property
     def expired(self) -> bool:
         return False  # a ROUTER learns that a peer has gone only when it sends
 
     def __call__(self, message: Message) -> None:
-        if threading.get_ident() == self._listener.loop_ident:
-            self._listener.send(self._identity, self._number, message)
-        else:
+        if not self._listener.send_inline(self._identity, self._number, message):
             self._listener.post([(self._identity, self._number, own(message))])
 
     def posted(self, message: Message) -> tuple[bytes, bytes, Message]:
@@ -170,9 +188,6 @@ class _Listener(Endpoint):
         self._router = _socket(self._context, zmq.ROUTER)
         self._router.router_mandatory = True
         self._router.sndhwm = 2 * _MOST_PENDING  # more than an honest client has under way
-        # Frees what a peer holds that vanished without a word; a live client is heard each second.
-        self._router.heartbeat_ivl = 5_000
-        self._router.heartbeat_timeout = 15_000
         self._door = _socket(self._context, zmq.DEALER)
         self._door_id = secrets.token_bytes(16)
         self._door.routing_id = self._door_id
@@ -190,14 +205,16 @@ class _Listener(Endpoint):
         self._woken = False
         self._closed = False
         self._ended = False
-        self.loop_ident = 0
+        self._turn = threading.Lock()  # held to use the ROUTER in a handler, or to pass it on
         self._start_loop()
+        _open_ends.add(self)
 
     def _bind(self, url: Url) -> Url:
         try:
             found = socket.getaddrinfo(url.host or "0.0.0.0", url.port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise OSError(f"cannot serve {url}: {error}") from error
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
         address = found[0][4][0]
         if ":" in str(address):
             self._router.ipv6 = True
@@ -214,13 +231,15 @@ class _Listener(Endpoint):
         return Url(url.scheme, host, port)
 
     def _start_loop(self) -> None:
+        self._handling = False
+        self._ident = 0
         self._loop = threading.Thread(target=self._run, name=f"edgeml {self.url}", daemon=True)
         self._loop.start()
 
     def _run(self) -> None:
         me = threading.current_thread()
-        self.loop_ident = threading.get_ident()
-        while self._loop is me:
+        self._ident = threading.get_ident()
+        while True:
             identity = self._router.recv()
             head, message = _receive(self._router)
             if identity == self._door_id:
@@ -233,11 +252,16 @@ class _Listener(Endpoint):
                 continue
             number = message.header[: _NUMBER.size]
             message = Message(message.header[_NUMBER.size :], message.buffers)
+            self._handling = True
             try:
                 self._on_request(message, _Reply(self, identity, number, head))
-            except Exception:
+            except BaseException:  # a handler's sys.exit() ends nothing here
                 _log.exception("%s: on_request failed", self.url)
             del head, message  # or the buffers live until the next request
+            with self._turn:
+                if self._loop is not me:
+                    return
+                self._handling = False
 
     def _empty_outbox(self) -> bool:
         """Send what other threads left; True if the loop is to end."""
@@ -245,7 +269,7 @@ class _Listener(Endpoint):
             outbox, self._outbox, self._woken = self._outbox, [], False
             closed = self._closed
         for posted in outbox:
-            self.send(*posted)
+            self._send(*posted)
         return closed
 
     def _end(self) -> None:
@@ -254,11 +278,21 @@ class _Listener(Endpoint):
             self.dropped += len(self._outbox)
             self._outbox.clear()
             self._door.close()
+        self._ident = 0  # another thread may come to bear it
         self._router.close(linger=_LINGER)
         self._context.term()
 
-    def send(self, identity: bytes, number: bytes, message: Message) -> None:
-        """Send a reply, from the loop's thread."""
+    def send_inline(self, identity: bytes, number: bytes, message: Message) -> bool:
+        """Send a reply from within a handler; False if this thread is not the loop's."""
+        if threading.get_ident() != self._ident:
+            return False
+        with self._turn:
+            if threading.get_ident() != self._ident:  # relieved just now
+                return False
+            self._send(identity, number, message)
+        return True
+
+    def _send(self, identity: bytes, number: bytes, message: Message) -> None:
         try:
             _check(message)
             # Small buffers are copied by zmq as they are sent; large ones must be ours.
@@ -267,8 +301,10 @@ class _Listener(Endpoint):
             self._router.send(identity, _MORE_NOW)
             _send(self._router, number, message)
         except (zmq.ZMQError, NotEncodable) as error:
-            self.dropped += 1
-            _log.debug("%s: a reply to %s is dropped: %s", self.url, identity.hex(), error)
+            with self._lock:
+                self.dropped += 1
+            level = logging.ERROR if isinstance(error, NotEncodable) else logging.DEBUG
+            _log.log(level, "%s: a reply to %s is dropped: %s", self.url, identity.hex(), error)
 
     def post(self, replies: list[tuple[bytes, bytes, Message]]) -> None:
         """Leave owned replies for the loop, with one wake for them all."""
@@ -281,17 +317,25 @@ class _Listener(Endpoint):
 
     def _wake(self) -> None:
         if not self._woken:
-            self._woken = True
             self._door.send(b"")
+            self._woken = True  # last: Ctrl-C may come before it, but must not undo it
 
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
         message = own(message)
         self.post([r.posted(message) for r in replies if isinstance(r, _Reply)])
 
     def relieve(self) -> None:
-        with self._lock:
-            if not self._ended:
+        with self._turn:
+            if self._handling:
                 self._start_loop()
+
+    def forked(self) -> None:
+        """Forget everything, in a forked child, where the loop is not."""
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._turn = threading.Lock()
+        self._closed = self._ended = True
+        self._handling = False
+        self._ident = 0
 
     def close(self) -> None:
         with self._lock:
@@ -311,77 +355,118 @@ class _Listener(Endpoint):
 class _Line:
     """The DEALER of one calling thread."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, url: Url) -> None:
+    def __init__(self, connection: _Connection) -> None:
         self.lock = threading.Lock()
-        self._context = context
-        self._address = address
-        self._url = url
+        self.calling = False
+        self._url = connection.url
+        self._connect: Callable[[], zmq.Socket[bytes]] | None = connection.socket
         self._numbers = itertools.count(1)
+        self._socket: zmq.Socket[bytes] | None = None
         self._open()
 
-    def _open(self) -> None:
+    def _open(self) -> zmq.Socket[bytes]:
+        if self._connect is None:
+            raise zmq.ContextTerminated
         self._timeout = -1  # ms, as set on the socket
-        self._socket: zmq.Socket[bytes] | None = _connected(self._context, self._address)
+        self._socket = self._connect()
+        return self._socket
 
     def call(self, message: Message, timeout: float) -> Message:
         with self.lock:
-            if self._socket is None:
-                self._open()
-            line = self._socket
-            assert line is not None
+            line = self._socket or self._open()
             number = _NUMBER.pack(next(self._numbers))
             lent: list[weakref.ref[memoryview]] = []
+            self.calling = True
             try:
                 _send(line, number, message, lent)
                 return self._wait(line, number, timeout)
-            except BaseException:
-                self._abandon(lent)
+            except DeadlineExceeded:
+                if _any_alive(lent):
+                    self._take_back(lent)
                 raise
+            except BaseException as error:
+                # Ctrl-C, say, may have come in the middle of a message: this socket can't go on.
+                traceback.clear_frames(error.__traceback__)  # they hold what was lent
+                self._take_back(lent)
+                raise
+            finally:
+                self.calling = False
 
     def _wait(self, line: zmq.Socket[bytes], number: bytes, timeout: float) -> Message:
         deadline = time.monotonic() + timeout
-        milliseconds = max(1, math.ceil(timeout * 1e3))
+        left = timeout
         while True:
+            milliseconds = max(1, math.ceil(min(left * 1e3, _LONGEST)))
             if milliseconds != self._timeout:  # setting it is a system call's worth
                 line.rcvtimeo = self._timeout = milliseconds
             try:
+                if _signals_come():
+                    _wait_readable(line, deadline)
                 _, reply = _receive(line)
+                header = reply.header
+                if header[: _NUMBER.size] == number:
+                    return Message(header[_NUMBER.size :], reply.buffers)
             except zmq.Again:
-                raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s") from None
-            header = reply.header
-            if header[: _NUMBER.size] == number:
-                return Message(header[_NUMBER.size :], reply.buffers)
-            milliseconds = math.ceil((deadline - time.monotonic()) * 1e3)
-            if milliseconds <= 0:
+                pass
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
 
-    def _abandon(self, lent: list[weakref.ref[memoryview]]) -> None:
+    def _take_back(self, lent: list[weakref.ref[memoryview]]) -> None:
         """Have libzmq let go of the user's memory, which it may still be sending from."""
-        if not any(view() is not None for view in lent):
-            return
         self.close()
         deadline = time.monotonic() + 5.0
-        while any(view() is not None for view in lent):
+        while _any_alive(lent):
             if time.monotonic() > deadline:
                 _log.warning("%s: libzmq still holds a buffer of an abandoned call", self._url)
                 return
             time.sleep(1e-3)
 
     def close(self) -> None:
+        """Close the socket; the next call opens another."""
         if self._socket is not None:
             self._socket.close(linger=0)
             self._socket = None
+
+    def end(self) -> None:
+        """Close the socket for good."""
+        with self.lock:
+            self._connect = None
+            self.close()
 
     def __del__(self) -> None:  # its thread has ended
         self.close()
 
 
-def _connected(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
-    line = _socket(context, zmq.DEALER)
-    line.sndhwm = 0  # _MOST_PENDING bounds it
-    line.ipv6 = "[" in address
-    line.connect(address)
-    return line
+def _any_alive(lent: list[weakref.ref[memoryview]]) -> bool:
+    return any(view() is not None for view in lent)
+
+
+def _events(line: zmq.Socket[bytes]) -> int:
+    """What could be done without waiting; cheaper than polling a single socket."""
+    return cast(int, line.getsockopt(zmq.EVENTS))
+
+
+def _signals_come() -> bool:
+    """Whether a timer interrupts this thread over and over.
+
+    pyzmq starts a receive that a signal interrupted anew, with all of its timeout: for ever, if
+    signals come more often than that.
+    """
+    if threading.get_ident() != threading.main_thread().ident:
+        return False
+    return signal.getitimer(signal.ITIMER_REAL)[1] > 0
+
+
+def _wait_readable(line: zmq.Socket[bytes], deadline: float) -> None:
+    """Wait until there is something to receive, but not beyond the deadline."""
+    poller = select.poll()
+    poller.register(cast(int, line.fd), select.POLLIN)
+    while not _events(line) & zmq.POLLIN:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise zmq.Again
+        poller.poll(min(left * 1e3, _LONGEST))
 
 
 class _Future(Future[Message]):
@@ -393,7 +478,7 @@ class _Future(Future[Message]):
         self._number = number
 
     def cancel(self) -> bool:
-        self._pending.pop(self._number, None)
+        self._pending.pop(self._number, None)  # whoever pops it settles it
         return super().cancel()
 
 
@@ -404,28 +489,43 @@ class _Connection(Requester):
     def __init__(self, url: Url, address: str) -> None:
         self.url = url
         self._address = address
+        self._who = secrets.token_hex(8)
         self._context: zmq.Context[Any] = zmq.Context()
         self._lock = threading.Lock()
         self._local = threading.local()
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
         self._numbers = itertools.count(1)
         self._pending: dict[bytes, _Future] = {}
-        self._outbox: list[tuple[bytes, Message]] = []
+        self._outbox: deque[tuple[bytes, Message]] = deque()
         self._woken = False
         self._why: Closed | Unreachable | None = None  # set once, when it is over
+        self._terminating = False
         # Blocks until every socket is closed, and makes those that wait on one raise at once.
         self._term = threading.Thread(target=self._context.term, name="edgeml term", daemon=True)
-        self._shared = _socket(self._context, zmq.DEALER)
-        self._shared.sndhwm = 0
-        self._shared.ipv6 = "[" in address
-        self._monitor = self._shared.get_monitor_socket(_LOST)
-        self._bell = _socket(self._context, zmq.PAIR)
-        self._listen = _socket(self._context, zmq.PAIR)
-        self._listen.bind("inproc://bell")
-        self._bell.connect("inproc://bell")
-        self._shared.connect(address)
+        try:
+            self._bell = _socket(self._context, zmq.PAIR)
+            self._listen = _socket(self._context, zmq.PAIR)
+            self._listen.bind("inproc://bell")
+            self._bell.connect("inproc://bell")
+            self._shared = self.socket(_MOST_QUEUED, connect=False)
+            self._monitor = self._shared.get_monitor_socket(_LOST)
+            self._shared.connect(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise Unreachable(f"no connection to {url} can be opened: {error}") from error
         self._io = threading.Thread(target=self._run, name=f"edgeml to {url}", daemon=True)
         self._io.start()
+        _open_ends.add(self)
+
+    def socket(self, room: int = 0, connect: bool = True) -> zmq.Socket[bytes]:
+        """A socket to the peer that queues ``room`` messages; 0 for any number."""
+        line = _socket(self._context, zmq.DEALER)
+        line.sndhwm = room
+        line.ipv6 = "[" in self._address
+        line.metadata = f"{_WHO}:{self._who}".encode()
+        if connect:
+            line.connect(self._address)
+        return line
 
     def _over(self) -> Exception:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
@@ -433,19 +533,23 @@ class _Connection(Requester):
 
     def call(self, message: Message, timeout: float) -> Message:
         _check(message)
+        if self._why is not None:
+            raise self._over()
         line: _Line | None = getattr(self._local, "line", None)
         try:
             if line is None:
                 line = self._new_line()
             return line.call(message, timeout)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
+            if self._why is None and not isinstance(error, zmq.ContextTerminated):
+                raise Unreachable(f"{self.url}: {error}") from error
             raise self._over() from None
 
     def _new_line(self) -> _Line:
         with self._lock:
             if self._why is not None:
                 raise self._over()
-            line = _Line(self._context, self._address, self.url)
+            line = _Line(self)
             self._lines.add(line)
         self._local.line = line
         return line
@@ -463,73 +567,122 @@ class _Connection(Requester):
             self._pending[number] = future
             self._outbox.append((number, message))
             if not self._woken:
-                self._woken = True
                 self._bell.send(b"")
+                self._woken = True  # last: Ctrl-C may come before it, but must not undo it
         return future
 
     def _run(self) -> None:
+        why: Closed | Unreachable
+        try:
+            if self._carry() == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                why = Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
+            else:
+                why = Unreachable(f"the connection to {self.url} was lost")
+        except zmq.ContextTerminated:
+            why = Closed(f"the connection to {self.url} has been closed")
+        except Exception as error:
+            _log.exception("the connection to %s failed", self.url)
+            why = Unreachable(f"the connection to {self.url} failed: {error}")
+        self._end(why)
+
+    def _carry(self) -> int:
+        """Send requests and settle replies until the connection is lost; returns the event."""
         poller = zmq.Poller()
         for sock in (self._listen, self._shared, self._monitor):
             poller.register(sock, zmq.POLLIN)
-        try:
-            while True:
-                ready = dict(poller.poll())
-                if self._listen in ready:
-                    self._listen.recv()
-                    with self._lock:
-                        outbox, self._outbox, self._woken = self._outbox, [], False
-                    for number, message in outbox:
-                        _send(self._shared, number, message)
-                if self._shared in ready:
-                    _, message = _receive(self._shared)
-                    self._settle(message)
-                    del message
-                if self._monitor in ready:
-                    event = parse_monitor_message(self._monitor.recv_multipart())
-                    self._end(Unreachable(self._lost(event["event"])))
+        queue: deque[tuple[bytes, Message]] = deque()
+        while True:
+            ready = dict(poller.poll())
+            if self._listen in ready:
+                self._listen.recv()
+                with self._lock:
+                    queue += self._outbox
+                    self._outbox.clear()
+                    self._woken = False
+            if queue:
+                self._send_some(queue)
+                # What finds no room waits here, where it can still be forgotten.
+                poller.register(self._shared, zmq.POLLIN | (zmq.POLLOUT if queue else 0))
+            if ready.get(self._shared, 0) & zmq.POLLIN:
+                self._settle_next()
+            if self._monitor in ready:
+                event: int = parse_monitor_message(self._monitor.recv_multipart())["event"]
+                while _events(self._shared) & zmq.POLLIN:  # what came before the loss
+                    self._settle_next()
+                return event
+
+    def _send_some(self, queue: deque[tuple[bytes, Message]]) -> None:
+        while queue:
+            number, message = queue[0]
+            if number in self._pending:  # not cancelled meanwhile
+                if not _events(self._shared) & zmq.POLLOUT:
                     return
-        except zmq.ContextTerminated:
-            self._end(Closed(f"the connection to {self.url} has been closed"))
+                _send(self._shared, number, message)
+            queue.popleft()
 
-    def _lost(self, event: int) -> str:
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            return f"what listens at {self.url} does not speak ZeroMQ"
-        return f"the connection to {self.url} was lost"
-
-    def _settle(self, message: Message) -> None:
-        number = message.header[: _NUMBER.size]
-        future = self._pending.pop(number, None)
+    def _settle_next(self) -> None:
+        _, message = _receive(self._shared)
+        future = self._pending.pop(message.header[: _NUMBER.size], None)
         if future is not None and future.set_running_or_notify_cancel():
             future.set_result(Message(message.header[_NUMBER.size :], message.buffers))
 
     def _end(self, why: Closed | Unreachable) -> None:
         """Free everything; runs in the I/O thread, for a loss as for a close."""
-        self._finish(why)
-        with self._lock:
-            pending = list(self._pending.values())
-            self._pending.clear()
-            self._outbox.clear()
-            self._bell.close()
-        for line in list(self._lines):
-            with line.lock:
-                line.close()
-        for sock in (self._monitor, self._listen, self._shared):
-            sock.close(linger=0)
-        self._term.join()
-        for future in pending:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(self._over())
-
-    def _finish(self, why: Closed | Unreachable) -> None:
         with self._lock:
             if self._why is None:
                 self._why = why
+            self._outbox.clear()
+            lines = list(self._lines)
+        while self._pending:
+            _, future = self._pending.popitem()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._over())
+        # Calls have TCP connections of their own, on which a last reply may still be under way.
+        deadline = time.monotonic() + _GRACE
+        for line in lines:
+            if line.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                line.lock.release()
+        self._terminate()
+        for line in lines:
+            line.end()
+        for sock in (self._bell, self._monitor, self._listen, self._shared):
+            sock.close(linger=0)
+        self._term.join()
+
+    def _terminate(self) -> None:
+        """Make everybody who waits on a socket raise."""
+        with self._lock:
+            if not self._terminating:
+                self._terminating = True
                 self._term.start()
 
+    def forked(self) -> None:
+        """Forget everything, in a forked child, where the I/O thread is not."""
+        self._why = Closed(f"the connection to {self.url} belongs to the process before the fork")
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._terminating = True
+        self._local = threading.local()
+
     def close(self) -> None:
-        self._finish(Closed(f"the connection to {self.url} has been closed"))
-        if self._io is not threading.current_thread():
+        with self._lock:
+            if self._why is None:
+                self._why = Closed(f"the connection to {self.url} has been closed")
+        self._terminate()
+        line: _Line | None = getattr(self._local, "line", None)
+        within_call = line is not None and line.calling  # in a signal's handler, say
+        if self._io is not threading.current_thread() and not within_call:
             self._io.join(5.0)
+
+
+_open_ends: weakref.WeakSet[_Listener | _Connection] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for end in list(_open_ends):
+        end.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class ZmqTransport(Transport):
@@ -548,7 +701,7 @@ class ZmqTransport(Transport):
         try:
             with socket.create_connection((url.host, url.port), timeout) as probe:
                 host = probe.getpeername()[0]
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise Unreachable(f"nobody answers at {url}: {error}") from error
         return _Connection(url, str(Url("tcp", host, url.port)))
 

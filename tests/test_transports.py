@@ -1,0 +1,10 @@
+from edgeml.testing import TransportTests
+
+
+class TestInproc(TransportTests):
+    url = "inproc://127.0.0.1:0"
+    between_processes = False
+
+
+class TestZmq(TransportTests):
+    url = "zmq://127.0.0.1:0"
