@@ -3,9 +3,12 @@
 import pytest
 
 # So that a failing assertion in a suite shows its values; it has to come before the imports.
-pytest.register_assert_rewrite("edgeml.testing.codecs", "edgeml.testing.stores")
+pytest.register_assert_rewrite(
+    "edgeml.testing.codecs", "edgeml.testing.stores", "edgeml.testing.transports"
+)
 
 from edgeml.testing.codecs import CodecTests  # noqa: E402
 from edgeml.testing.stores import StoreTests  # noqa: E402
+from edgeml.testing.transports import TransportTests  # noqa: E402
 
-__all__ = ["CodecTests", "StoreTests"]
+__all__ = ["CodecTests", "StoreTests", "TransportTests"]
