@@ -10,10 +10,11 @@ value                        on the wire
 ===========================  =====================================================================
 None, bool, float, str       nil, bool, float 64 (float 32 is read too), str (valid UTF-8)
 int, -2**63 to 2**64 - 1     int, of any width
-list, mapping                array, map; a key is a str or an int (never bool, never an ext). Keys
-                             that repeat: the last one counts
+list, mapping                array, map; a key is a str or an int (never bool; a writer uses no ext
+                             there). Keys that repeat: the last one counts
 bytes                        bin, or ext 4, which `encode` uses above 8 KiB
-anything else                ext, of a type in the table below; no other type is allowed
+anything else                ext, of a type in the table below; no other type is allowed, but for
+                             msgpack's own timestamp (-1), read as an aware datetime
 ===========================  =====================================================================
 
 ====  ==============  ============================================================================
@@ -35,9 +36,10 @@ ext   value           payload
 13    timedelta       i32 days, i32 seconds, i32 microseconds; their sum counts
 ====  ==============  ============================================================================
 
-**Descriptor**: u8 length of the dtype's name, u8 ndim (at most 32), the name in ASCII, and ndim
-times a u64: the shape. **Elements** are little-endian, in C order (the last index runs fastest),
-without padding: exactly product of the shape (1 if ndim is 0) times the element's size in bytes.
+**Descriptor**: u8 length of the dtype's name, u8 ndim (at most 32), the name in ASCII, zeros up to
+a multiple of 8 bytes, and ndim times a u64: the shape. **Elements** are little-endian, in C order
+(the last index runs fastest), without padding: exactly product of the shape (1 if ndim is 0) times
+the element's size in bytes.
 The names, with that size:
 
 - 1: ``bool`` (a byte 0 or 1), ``int8``, ``uint8``; 2: ``int16``, ``uint16``, ``float16``;
@@ -91,6 +93,7 @@ DType: TypeAlias = "np.dtype[Any]"
 _MAX_DEPTH = 32
 _MAX_NDIM = 32
 _MAX_INT = 1024  # bytes; arithmetic on larger ones, and printing them, can take for ever
+_SMALL_HEADER = 16_384  # bytes; too few to do harm before they are checked
 _INLINE = 8192  # bytes; up to here a copy costs less than a buffer more (measured, also on zmq)
 
 (_ARRAY, _SMALL, _SCALAR, _BYTES, _TUPLE, _SET, _FROZENSET, _INT) = range(1, 9)
@@ -145,8 +148,13 @@ class MsgpackCodec(Codec):
         """
         reader = _Reader(message.buffers, writable)
         try:
-            _check(message.header)
-            value = _unpack(message.header, ext_hook=reader.ext)
+            header = message.header
+            if len(header) > _SMALL_HEADER:
+                _check(header)
+                value = _unpack(header, ext_hook=reader.ext)
+            else:
+                value = _unpack(header, ext_hook=reader.ext)
+                _check_value(value)
             if reader.unused:
                 raise Malformed(f"{reader.unused} buffers are not used")
         except Malformed:
@@ -199,6 +207,11 @@ def _dtype(name: str) -> DType | None:
     return _NUMPY.get(name)
 
 
+def _room(length: int) -> int:
+    """Bytes in front of the shape, given the length of the dtype's name."""
+    return (length + 9) & ~7
+
+
 @lru_cache(maxsize=1024)
 def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, DType | None]:
     """The descriptor, and the dtype to convert to first, if it differs."""
@@ -209,7 +222,8 @@ def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, DType | None
     if len(shape) > _MAX_NDIM:
         raise _Refused(f"has {len(shape)} dimensions; at most {_MAX_NDIM} are carried")
     name = dtype.name.encode()
-    head = struct.pack(f"<BB{len(name)}s{len(shape)}Q", len(name), len(shape), name, *shape)
+    room = _room(len(name)) - 2
+    head = struct.pack(f"<BB{room}s{len(shape)}Q", len(name), len(shape), name, *shape)
     return head, None if wire == dtype else wire
 
 
@@ -219,8 +233,10 @@ def _parse(head: bytes) -> tuple[DType, tuple[int, ...], int]:
     length, ndim = head[0], head[1]
     if ndim > _MAX_NDIM:
         raise Malformed(f"an array of {ndim} dimensions")
-    name, *shape = struct.unpack(f"<2x{length}s{ndim}Q", head)
-    dtype = _dtype(name.decode())
+    name, *shape = struct.unpack(f"<2x{_room(length) - 2}s{ndim}Q", head)
+    if any(name[length:]):
+        raise Malformed("a descriptor that is padded with something")
+    dtype = _dtype(name[:length].decode())
     if dtype is None:
         raise Malformed(f"unknown dtype {name!r}")
     return dtype, tuple(shape), math.prod(shape) * dtype.itemsize
@@ -355,8 +371,12 @@ class _Walk:
             value = value.astype(wire)
         if value.nbytes <= _INLINE:
             return _Ext(_SMALL, head + value.tobytes())
-        # datetime64 and ml_dtypes export no buffer of their own, uint8 always does.
-        self.buffers.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        try:
+            flat = value.data.cast("B")
+        except (BufferError, NotImplementedError, TypeError, ValueError):
+            # Not contiguous, or of a dtype that exports no buffer of its own, as uint8 always does.
+            flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+        self.buffers.append(flat)
         return _Ext(_ARRAY, head + _u32.pack(len(self.buffers) - 1))
 
     def jax_array(self, value: Any, depth: int) -> Any:
@@ -482,6 +502,32 @@ def _head(data: bytes, at: int) -> tuple[int, int, int]:
     return kind, count, at + width
 
 
+def _check_value(value: Any) -> None:
+    """Refuse what msgspec accepted: keys and depth. Several times as fast as `_check`."""
+    level = [value]
+    depth = 0
+    while level:
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind not in _CONTAINERS:
+                continue
+            if depth == _MAX_DEPTH:
+                raise Malformed(f"nested more than {_MAX_DEPTH} deep")
+            if kind is not dict:
+                inner += item
+            elif _KEY_TYPES.issuperset(map(type, item)):
+                inner += item.values()
+            else:
+                raise Malformed("a key that is neither str nor int")
+        level = inner
+        depth += 1
+
+
+_KEY_TYPES = frozenset({str, int})
+_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
+
+
 def _check(data: bytes) -> None:
     """Refuse what msgspec would accept: keys that flood a hash table, depth, foreign exts.
 
@@ -508,7 +554,7 @@ def _check(data: bytes) -> None:
                     kind, count, at = _head(data, at)
                     if kind != _LIST:
                         raise Malformed("a tuple or set that is no array")
-                elif _ARRAY <= code <= _TIMEDELTA:
+                elif _ARRAY <= code <= _TIMEDELTA or code == 0xFF:  # -1 is msgpack's timestamp
                     kind = _RAW
                 else:
                     raise Malformed(f"unknown ext {code}")
@@ -541,6 +587,8 @@ class _Reader:
             return bytes(self.take(data))
         if code <= _FROZENSET:
             items = _unpack(data, ext_hook=self.ext)
+            if type(items) is not list:
+                raise Malformed("a tuple or set that is no array")
             if code == _TUPLE:
                 return tuple(items)
             # int, float, complex and tuple have hashes that a sender can make equal at will.
@@ -549,7 +597,7 @@ class _Reader:
             return set(items) if code == _SET else frozenset(items)
         return _READ[code](bytes(data))
 
-    def take(self, data: memoryview) -> memoryview:
+    def take(self, data: bytes | memoryview) -> memoryview:
         index: int = _u32.unpack(data)[0]
         buffer = self.buffers[index]
         if buffer is None:
@@ -559,19 +607,23 @@ class _Reader:
         return buffer.toreadonly()
 
     def array(self, code: int, data: memoryview) -> Any:
-        split = 2 + data[0] + 8 * data[1]
-        dtype, shape, nbytes = _parse(bytes(data[:split]))
-        raw = self.take(data[split:]) if code == _ARRAY else bytes(data[split:])
-        if len(raw) != nbytes:
-            raise Malformed(f"{len(raw)} bytes for an array of {nbytes}")
+        raw = bytes(data)
+        split = ((raw[0] + 9) & ~7) + 8 * raw[1]
+        dtype, shape, nbytes = _parse(raw[:split])
+        buffer = self.take(raw[split:]) if code == _ARRAY else None
+        size = len(raw) - split if buffer is None else len(buffer)
+        if size != nbytes:
+            raise Malformed(f"{size} bytes for an array of {nbytes}")
         array: Array
-        if code == _ARRAY:
+        if buffer is None:
+            array = np.ndarray(shape, dtype, raw, split)
+        else:
             # np.ndarray(buffer=...) would see through the memoryview to memory that may be
             # writable, and let the receiver set the flag.
-            array = np.frombuffer(raw, dtype).reshape(shape)
-        else:
-            array = np.ndarray(shape, dtype, raw)
-        if dtype == _BOOL and array.view(np.uint8).max(initial=0) > 1:
+            array = np.frombuffer(buffer, dtype)
+            if len(shape) != 1:
+                array = array.reshape(shape)
+        if dtype is _BOOL and array.view(np.uint8).max(initial=0) > 1:
             raise Malformed("a bool that is neither 0 nor 1")
         if self.writable:
             array = array.copy()
