@@ -37,9 +37,15 @@ class Hooks:
         """The codec class of the module that the ``edgeml.codecs`` entry point names."""
 
 
-_manager = pluggy.PluginManager("edgeml")
-_manager.add_hookspecs(Hooks)
-_lock = threading.Lock()
+def _manager() -> pluggy.PluginManager:
+    made = pluggy.PluginManager("edgeml")
+    made.add_hookspecs(Hooks)
+    return made
+
+
+# One for each kind, since one module may well offer one of each.
+_managers = {"transport": _manager(), "codec": _manager()}
+_lock = threading.RLock()  # a plugin may load another while it is being imported
 
 T = TypeVar("T")
 
@@ -65,15 +71,22 @@ def find(kind: str) -> list[Found]:
     """List the installed plugins of a kind, ``"transport"`` or ``"codec"``; loads none of them."""
     found = {}
     for entry in entry_points(group=f"edgeml.{kind}s"):
-        dist = entry.dist
-        package = f"{dist.name} {dist.version}" if dist else "an unknown package"
+        package = _package(entry)
         # A distribution may be on sys.path twice; it is one plugin all the same.
         found[entry.name, package] = Found(kind, entry.name, package, entry)
     return sorted(found.values(), key=lambda f: (f.name, f.package))
 
 
-def _load(kind: str, name: str, base: type[T]) -> type[T]:
-    """Load the class that a plugin offers, and check that it can be used."""
+def _package(entry: EntryPoint) -> str:
+    """The name and version of the distribution that an entry point comes from."""
+    try:
+        return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+    except Exception:  # half uninstalled, say; importlib.metadata fails in several ways
+        return "a package without metadata"
+
+
+def _load(kind: str, name: str, base: type[T]) -> T:
+    """Load the class that a plugin offers, check that it can be used, and make one."""
     installed = find(kind)
     matches = [f for f in installed if f.name == name]
     if not matches:
@@ -83,21 +96,33 @@ def _load(kind: str, name: str, base: type[T]) -> type[T]:
         packages = " and ".join(f.package for f in matches)
         raise PluginError(f"{kind} {name!r} is claimed by {packages}; uninstall one of them")
     found = matches[0]
-    plugin_name = f"{kind}:{name}"
     try:
-        with _lock:
-            if not _manager.has_plugin(plugin_name):
-                _manager.register(found.entry.load(), plugin_name)
-            others = [p for n, p in _manager.list_name_plugin() if n != plugin_name]
-            loaded = _manager.subset_hook_caller(f"edgeml_{kind}", others)()
+        loaded = _ask(kind, found.entry)
+        problem = _unusable(loaded, kind, name, base)
+        if not problem:
+            return loaded()  # type: ignore[no-any-return]
     except Exception as error:
         raise PluginError(
             f"{kind} {name!r} of {found.package} failed to load: {type(error).__name__}: {error}"
         ) from error
-    problem = _unusable(loaded, kind, name, base)
-    if problem:
-        raise PluginError(f"{kind} {name!r} of {found.package} {problem}")
-    return loaded  # type: ignore[no-any-return]
+    raise PluginError(f"{kind} {name!r} of {found.package} {problem}")
+
+
+def _ask(kind: str, entry: EntryPoint) -> Any:
+    """Import a plugin, and have it answer the hook of its kind; None if it does not."""
+    with _lock:
+        plugin = entry.load()
+        manager = _managers[kind]
+        try:
+            if not manager.is_registered(plugin):
+                manager.register(plugin, entry.name)
+            others = [other for other in manager.get_plugins() if other is not plugin]
+            return manager.subset_hook_caller(f"edgeml_{kind}", others)()
+        except BaseException:
+            # The next try should fail for the same reason, not for this one's remains.
+            if manager.is_registered(plugin):
+                manager.unregister(plugin)
+            raise
 
 
 def _unusable(loaded: Any, kind: str, name: str, base: type) -> str | None:
@@ -124,12 +149,12 @@ def load_transport(name: str) -> Transport:
         PluginError: not installed, broken, or claimed by two packages; the text says which.
     """
     if name not in _transports:
-        _transports[name] = _load("transport", name, Transport)()  # type: ignore[type-abstract]
+        _transports[name] = _load("transport", name, Transport)  # type: ignore[type-abstract]
     return _transports[name]
 
 
 def load_codec(name: str) -> Codec:
     """The codec of that name, loaded when first asked for; raises as `load_transport` does."""
     if name not in _codecs:
-        _codecs[name] = _load("codec", name, Codec)()  # type: ignore[type-abstract]
+        _codecs[name] = _load("codec", name, Codec)  # type: ignore[type-abstract]
     return _codecs[name]

@@ -11,6 +11,9 @@ __all__ = ["DEFAULT_TRANSPORT", "Url", "resolve"]
 DEFAULT_TRANSPORT = "zmq"
 
 
+_UNSAID = ("", "127.0.0.1")  # the services' defaults; to give one contradicts nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Url:
     """Where an endpoint is.
@@ -30,14 +33,17 @@ class Url:
     @classmethod
     def parse(cls, text: str) -> Url:
         """Read ``scheme://host:port/path``; raise ValueError that says what is wrong with it."""
-        parts = urlsplit(text)
-        if not parts.scheme or "://" not in text:
-            raise ValueError(f"{text!r} is not a URL; write it as 'zmq://host:port'")
         try:
+            parts = urlsplit(text)
             port = parts.port
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from None
-        return cls(parts.scheme, parts.hostname or "", port or 0, parts.path)
+        if not parts.scheme or "://" not in text:
+            raise ValueError(f"{text!r} is not a URL; write it as 'zmq://host:port'")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(f"{text!r} says more than scheme, host, port and path")
+        path = "" if parts.path == "/" else parts.path
+        return cls(parts.scheme, parts.hostname or "", port or 0, path)
 
     def with_port(self, port: int) -> Url:
         """The same address with another port."""
@@ -66,8 +72,10 @@ def resolve(transport: str | None, host: str, port: int) -> list[Url]:
         One `Url` for each transport named.
 
     Raises:
-        ValueError: a URL contradicts ``port``, or isn't one.
+        ValueError: a URL contradicts ``host`` or ``port``, or isn't one.
     """
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"port must be from 0 to 65535, not {port}")
     text = transport or os.environ.get("EDGEML_TRANSPORT") or DEFAULT_TRANSPORT
     urls = []
     for name in filter(None, (part.strip() for part in text.split(","))):
@@ -78,6 +86,11 @@ def resolve(transport: str | None, host: str, port: int) -> list[Url]:
         if url.port and port and url.port != port:
             raise ValueError(
                 f"transport {name!r} says port {url.port}, but port {port} was given as well; "
+                "give one of them"
+            )
+        if url.host and host not in (url.host, *_UNSAID):
+            raise ValueError(
+                f"transport {name!r} says host {url.host}, but host {host} was given as well; "
                 "give one of them"
             )
         if not url.path:
