@@ -66,7 +66,6 @@ class ColourBars(Source):
         self.name, self.fps = "test pattern", fps
 
     def read(self) -> Frame:
-        """Return the next frame."""
         self._shift += 4
         return np.roll(self._bars, self._shift, axis=1)
 
@@ -92,7 +91,6 @@ class Simulation(Source):
             raise
 
     def read(self) -> Frame:
-        """Return the next frame."""
         self._steps += 1
         space = self._env.action_space
         phase = np.arange(space.shape[0]) + 0.1 * self._steps
@@ -104,7 +102,6 @@ class Simulation(Source):
         return frame
 
     def close(self) -> None:
-        """Free the renderer."""
         self._env.close()
 
 
@@ -129,7 +126,6 @@ class Capture(Source):
         self.fps = fps or self._capture.get(cv2.CAP_PROP_FPS) or 30.0
 
     def read(self) -> Frame:
-        """Return the next frame."""
         cv2 = self._cv2
         ok, frame = self._capture.read()
         if not ok and self._is_file:
@@ -143,7 +139,6 @@ class Capture(Source):
         return rgb
 
     def close(self) -> None:
-        """Let go of the camera."""
         self._capture.release()
 
 
@@ -244,7 +239,6 @@ class Window(Sink):
         cv2.namedWindow(title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
 
     def write(self, number: int, frame: Frame) -> None:
-        """Show a frame."""
         self._cv2.imshow(self._title, self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2BGR))
 
     def key(self) -> str:
@@ -253,7 +247,6 @@ class Window(Sink):
         return chr(code & 0xFF) if code >= 0 else ""
 
     def close(self) -> None:
-        """Close the window."""
         self._cv2.destroyAllWindows()
 
 
@@ -296,7 +289,6 @@ class Folder(Sink):
         self.name = f"{path}{os.sep}"
 
     def write(self, number: int, frame: Frame) -> None:
-        """Write a picture, without loss."""
         bgr = self._cv2.cvtColor(frame, self._cv2.COLOR_RGB2BGR)
         if not self._cv2.imwrite(str(self._path / f"frame_{number:06}.png"), bgr):
             raise SystemExit(f"cannot write to {self._path}")
