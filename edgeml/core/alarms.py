@@ -13,6 +13,8 @@ __all__ = ["Alarm", "Alarms"]
 
 _log = logging.getLogger(__name__)
 
+_TIDY = 1024  # entries from which on those cancelled are looked for
+
 
 class Alarm:
     """One thing to do later."""
@@ -34,6 +36,7 @@ class Alarms:
         self._name = name
         self._heap: list[tuple[float, int, Alarm]] = []
         self._order = itertools.count()
+        self._tidy_at = _TIDY  # entries
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -45,6 +48,11 @@ class Alarms:
         with self._changed:
             if self._closed:
                 return alarm
+            if len(self._heap) >= self._tidy_at:
+                # Those cancelled go when they reach the top, which may be a day from now.
+                self._heap = [held for held in self._heap if held[2].action is not None]
+                heapq.heapify(self._heap)
+                self._tidy_at = max(_TIDY, 2 * len(self._heap))
             heapq.heappush(self._heap, entry)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)

@@ -1,0 +1,102 @@
+"""What the tests of the services share: the transports they run over, and how they wait."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgeml.services.base import ServiceServer
+
+TRANSPORTS = ("inproc", "zmq")
+"""Every test of the services runs over each of these."""
+
+T = TypeVar("T", bound=ServiceServer)
+
+
+def wait_until(predicate: Callable[[], Any], timeout: float = 10.0) -> None:
+    """Return as soon as something holds; fail if it doesn't within ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:g} s")
+        time.sleep(0.005)
+
+
+@contextmanager
+def started(server: T) -> Iterator[T]:
+    """Run a server in the background."""
+    with server:
+        server.start(threaded=True)
+        yield server
+
+
+@contextmanager
+def took(at_most: float, at_least: float = 0.0) -> Iterator[None]:
+    """Check how long something takes, in seconds."""
+    began = time.monotonic()
+    yield
+    seconds = time.monotonic() - began
+    assert at_least <= seconds <= at_most, f"it took {seconds:.3f} s"
+
+
+@contextmanager
+def no_thread_left() -> Iterator[None]:
+    """Check that no thread outlives the block, beyond a moment for those that are ending."""
+    before = threads()
+    yield
+    wait_until(lambda: threads() <= before, timeout=1.0)
+
+
+def threads() -> set[threading.Thread]:
+    """The threads that run, but for pyzmq's one for each process."""
+    return {t for t in threading.enumerate() if type(t).__name__ != "GarbageCollectorThread"}
+
+
+class Process:
+    """A Python program in a process of its own."""
+
+    def __init__(self, program: str, *arguments: object) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-u", "-c", program, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        if not line:
+            raise AssertionError(f"it ended: {self.popen.communicate()[1]}")
+        return line.strip()
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, and see it stop if that is what it says."""
+        self.popen.send_signal(number)
+        if number == signal.SIGSTOP:
+            stat = Path(f"/proc/{self.popen.pid}/stat")
+            wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+
+    def end(self, timeout: float = 10.0) -> tuple[int, str]:
+        """Wait for its end; return its exit code and what it wrote to stderr."""
+        stderr = self.popen.communicate(timeout=timeout)[1]
+        return self.popen.returncode, stderr
+
+
+@contextmanager
+def process(program: str, *arguments: object) -> Iterator[Process]:
+    """Run a Python program, and kill it at the end of the block if it still runs."""
+    made = Process(program, *arguments)
+    try:
+        yield made
+    finally:
+        made.popen.kill()
+        made.popen.communicate()
