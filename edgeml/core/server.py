@@ -31,6 +31,7 @@ from edgeml.core.errors import (
     DeadlineExceeded,
     EdgemlError,
     Malformed,
+    NotEncodable,
     Overloaded,
     PermissionDenied,
     RemoteError,
@@ -55,6 +56,7 @@ _TICK = 0.25  # seconds
 _MOST_SESSIONS = 1 << 16
 _MOST_WAITING = 1 << 12  # calls that wait for a worker
 _MOST_WAITING_BYTES = 1 << 30
+_GRACE = 2.0  # seconds that handlers have to return when the server is stopped
 _FORGET = 30.0  # seconds without a sign of life after which a session ends
 
 
@@ -119,10 +121,31 @@ class _Listener:
     def __init__(self, server: Server) -> None:
         self._server = server
         self.endpoint: Endpoint | None = None
-        self.busy_since = 0.0  # monotonic time at which a call began in the loop; 0 if none runs
+        self._lock = threading.Lock()
+        self._busy: list[float] | None = None  # since when a handler runs in the loop
 
     def __call__(self, message: Message, reply: Reply) -> None:
         self._server._on_request(self, message, reply)
+
+    def enter(self, now: float) -> list[float]:
+        """A handler starts in the loop; returns what to `leave` with."""
+        self._busy = mark = [now]
+        return mark
+
+    def leave(self, mark: list[float]) -> None:
+        """That handler has returned; from here on the loop must not be relieved of it."""
+        with self._lock:
+            if self._busy is mark:  # else this loop has been relieved, and the next may be busy
+                self._busy = None
+
+    def relieve(self, now: float) -> bool:
+        """Carry on in another thread if a handler does not return; says whether it was so."""
+        with self._lock:
+            if self._busy is None or self.endpoint is None or now - self._busy[0] <= _STUCK:
+                return False
+            self._busy = None
+            self.endpoint.relieve()
+            return True
 
     def answer(self, replies: Iterable[Reply], message: Message) -> None:
         if self.endpoint is not None:
@@ -180,6 +203,8 @@ class Server:
         self._lock = threading.Lock()
         self._opened = False
         self._closed = False
+        self._closer = 0  # the thread that closes
+        self._ended = threading.Event()
 
         self._workers = workers
         self._threads: list[threading.Thread] = []
@@ -187,12 +212,13 @@ class Server:
         self._waiting_bytes = 0
         # Whoever runs a handler, worker or loop, holds one of these.
         self._slots = threading.Lock() if workers == 1 else threading.Semaphore(workers)
+        self._running: set[int] = set()  # the threads that do
 
     def _refuse_strangers(self, codec: Codec) -> None:
         if not codec.executes or self._credentials is not None:
             return
         for url in self._requested:
-            if url.host and not _is_loopback(url.host):
+            if not url.path and not _is_loopback(url.host):
                 raise PermissionDenied(
                     f"codec {codec.name!r} runs code that the sender chooses, and {url} lets in "
                     "other machines without credentials; listen on 127.0.0.1, or leave it out"
@@ -232,8 +258,9 @@ class Server:
     def open(self) -> None:
         """Listen at every address, or at none: raises OSError if one is taken."""
         with self._lock:
-            if self._opened:
-                raise RuntimeError("the server was started before; make a new one")
+            if self._opened or self._closed:
+                done = "stopped" if self._closed else "started"
+                raise RuntimeError(f"the server was {done} before; make a new one")
             self._opened = True
         try:
             for url in self._requested:
@@ -241,6 +268,9 @@ class Server:
                 self._listeners.append(listener)
                 transport = load_transport(url.scheme)
                 listener.endpoint = transport.serve(url, listener, credentials=self._credentials)
+                if self._closed:
+                    listener.endpoint.close()
+                    raise Closed("the server has been stopped")
         except BaseException:
             self.close()
             raise
@@ -249,12 +279,25 @@ class Server:
     def close(self) -> None:
         """Tell every client, stop listening and end every thread; idempotent and quick.
 
-        A handler that is still running is waited for, up to two seconds; its thread ends with it.
+        Handlers that still run are waited for, up to two seconds, and may answer; the thread of
+        one that runs on ends with it. Whoever calls this second waits for the first, too.
         """
+        me = threading.get_ident()
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+            first = not self._closed
+            if first:
+                self._closed = True
+                self._closer = me
+        if first:
+            try:
+                self._close(me)
+            finally:
+                self._ended.set()
+        elif me != self._closer and me not in self._running:  # or it would wait for itself
+            self._ended.wait(5.0)
+
+    def _close(self, me: int) -> None:
+        deadline = time.monotonic() + _GRACE
         for topic in self._topics.values():
             topic.close()
         with suppress(queue.Empty):
@@ -262,32 +305,36 @@ class Server:
                 self._fail(call.reply, Closed("the server has been stopped"))
         for _ in self._threads:
             self._waiting.put(None)
-        me = threading.current_thread()
+        free = 0
+        for _ in range(self._workers - (me in self._running)):
+            if not self._slots.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                _log.warning("a %s handler is still running; it was left behind", self.service)
+                break
+            free += 1
+        for _ in range(free):
+            self._slots.release()
         for thread in self._threads:
-            if thread is not me:
-                thread.join(2.0)
-                if thread.is_alive():
-                    _log.warning("a %s handler is still running; it was left behind", self.service)
+            if thread.ident != me:
+                thread.join(max(0.1, deadline - time.monotonic()))
         for listener in self._listeners:
             if listener.endpoint is not None:
                 listener.endpoint.close()
         self._alarms.close()
 
     def _tick(self) -> None:
-        now = time.monotonic()
-        for listener in self._listeners:
-            since = listener.busy_since
-            if since and now - since > _STUCK and listener.endpoint is not None:
-                listener.busy_since = 0.0
-                self.counts["relieved"] += 1
-                listener.endpoint.relieve()
-        for topic in self._topics.values():
-            topic.tick()
-        with self._lock:
-            for key, session in list(self._sessions.items()):
-                if now - session.seen > _FORGET:
-                    del self._sessions[key]
-        self._alarms.after(_TICK, self._tick)
+        try:
+            now = time.monotonic()
+            for listener in self._listeners:
+                if listener.relieve(now):
+                    self.counts["relieved"] += 1
+            for topic in self._topics.values():
+                topic.tick()
+            with self._lock:
+                for key, session in list(self._sessions.items()):
+                    if now - session.seen > _FORGET:
+                        del self._sessions[key]
+        finally:
+            self._alarms.after(_TICK, self._tick)
 
     # Requests, in the transport's loop ----------------------------------------------------
 
@@ -378,11 +425,9 @@ class Server:
                 return
         quick = interface.short_runs.get(kind, 0) >= _TRUSTED_AFTER
         if quick and self._waiting.empty() and self._slots.acquire(blocking=False):
-            listener.busy_since = now
             try:
-                self._run(call)
+                self._run(call, listener)
             finally:
-                listener.busy_since = 0.0
                 self._slots.release()
         else:
             self._queue(call)
@@ -391,8 +436,9 @@ class Server:
 
     def _queue(self, call: _Call) -> None:
         with self._lock:
+            closed = self._closed
             room = self._waiting_bytes + call.message.nbytes <= _MOST_WAITING_BYTES
-            if self._waiting.qsize() < _MOST_WAITING and room:
+            if self._waiting.qsize() < _MOST_WAITING and room and not closed:
                 self._waiting_bytes += call.message.nbytes
                 self._waiting.put(call)
                 if len(self._threads) < self._workers:
@@ -401,43 +447,77 @@ class Server:
                     self._threads.append(thread)
                     thread.start()
                 return
-        self._fail(call.reply, Overloaded(f"{self._waiting.qsize()} calls are waiting already"))
+        if closed:
+            self._fail(call.reply, Closed("the server has been stopped"))
+        else:
+            self._fail(call.reply, Overloaded(f"{self._waiting.qsize()} calls are waiting already"))
 
     def _work(self) -> None:
         while call := self._waiting.get():
             with self._lock:
                 self._waiting_bytes -= call.message.nbytes
             with self._slots:
-                self._run(call)
+                try:
+                    self._run(call)
+                except Exception:
+                    _log.exception("an answer of %s could not be given", self.service)
             del call  # or the buffers live until the next call
 
-    def _run(self, call: _Call) -> None:
+    def _run(self, call: _Call, listener: _Listener | None = None) -> None:
+        """Carry out a call and answer it; ``listener`` is given in its loop."""
         began = time.monotonic()
+        if self._closed:
+            self._fail(call.reply, Closed("the server has been stopped"))
+            return
         if began > call.deadline or call.reply.expired:
             self._fail(call.reply, DeadlineExceeded("nobody waits for this call any more"))
             return
         self.counts["calls"] += 1
+        me = threading.get_ident()
+        self._running.add(me)
+        mark = listener.enter(began) if listener else None
+        try:
+            try:
+                outcome = self._outcome(call)
+            finally:
+                if listener and mark:
+                    listener.leave(mark)
+            # Still in its slot, for the next handler may use the same output arrays again.
+            if isinstance(outcome, Message):
+                try:
+                    call.reply(outcome)
+                except NotEncodable as error:  # too much for this transport
+                    outcome = RemoteError(type(error).__qualname__, wire.text_of(error))
+            if not isinstance(outcome, Message):
+                self._fail(call.reply, outcome)
+        finally:
+            self._running.discard(me)
+        call.interface.took(call.kind, time.monotonic() - began)
+
+    def _outcome(self, call: _Call) -> Message | EdgemlError:
+        """Run the handler; whatever it does, this returns."""
         codec, interface = call.session.codec, call.interface
         try:
             payload = codec.decode(Message(call.body, call.message.buffers))
             encoded = codec.encode(interface.handler(payload, call.session))
-            answer = Message(wire.pack(wire.Reply(wire.OK, encoded.header)), encoded.buffers)
+            return Message(wire.pack(wire.Reply(wire.OK, encoded.header)), encoded.buffers)
         except _PASSED_ON as error:
-            self._fail(call.reply, error)
-        except Exception as error:
+            return error
+        except BaseException as error:  # a SystemExit, too: it would end a thread that all need
             _log.warning("%s %r failed", self.service, interface.name, exc_info=True)
-            trace = traceback.format_exc()[-20_000:]
-            self._fail(call.reply, RemoteError(type(error).__qualname__, str(error), trace))
-        else:
-            call.reply(answer)
-        interface.took(call.kind, time.monotonic() - began)
+            try:
+                trace = traceback.format_exc()[-20_000:]
+            except Exception:  # Python 3.11 may fail where two threads format at once (gh-106905)
+                trace = ""
+            return RemoteError(type(error).__qualname__, wire.text_of(error), trace)
 
 
 def _named(known: dict[str, T], name: str, what: str) -> T:
     try:
         return known[name]
     except KeyError:
-        names = ", ".join(sorted(filter(None, known))) or "none"
+        # The heartbeat has no name, and what starts with a slash is not for users.
+        names = ", ".join(sorted(n for n in known if n and n[0] != "/")) or "none"
         raise UnknownInterface(f"there is no {what} {name!r}; known: {names}") from None
 
 

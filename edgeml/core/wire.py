@@ -43,6 +43,7 @@ __all__ = [
     "error_of",
     "pack",
     "pack_error",
+    "text_of",
     "unpack",
 ]
 
@@ -57,6 +58,8 @@ SILENCE = 5.0
 
 HEARTBEAT = ""
 """The topic on which nothing is ever published: its credits are the heartbeat."""
+
+_MOST_TEXT = 20_000  # characters of an error's text
 
 # Kinds of request.
 HELLO, CALL, NEXT = range(3)
@@ -75,7 +78,7 @@ _ERRORS: dict[int, type[EdgemlError]] = {
     9: ConfigMismatch,
     10: PermissionDenied,
 }
-_STATUS = {error: status for status, error in _ERRORS.items()}
+_STATUS: dict[type, int] = {error: status for status, error in _ERRORS.items()}
 
 
 class Request(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -181,13 +184,24 @@ def unpack(kind: type[T], data: bytes) -> T:
         raise Malformed(f"not an edgeml {kind.__name__.lower()}: {error}") from None
 
 
+def text_of(error: BaseException) -> str:
+    """The text of an exception, which may be any user's: one line of many, or none at all."""
+    try:
+        return str(error)[:_MOST_TEXT]
+    except Exception:
+        return "(its text cannot be had: __str__ failed)"
+
+
 def pack_error(error: EdgemlError) -> bytes:
-    """The header of a reply that says what went wrong."""
+    """The header of a reply that says what went wrong; of a subclass, what it is one of."""
+    kind = next((kind for kind in type(error).__mro__ if kind in _STATUS), RemoteError)
+    arguments = [text_of(error)]
     if isinstance(error, RemoteError):
         arguments = [error.type_name, error.message, error.traceback]
-    else:
-        arguments = [str(error)]
-    return pack(Reply(_STATUS[type(error)], pack(arguments)))
+    elif kind is RemoteError:
+        arguments = [type(error).__qualname__, *arguments, ""]
+    valid = [text.encode("utf-8", "backslashreplace").decode() for text in arguments]
+    return pack(Reply(_STATUS[kind], pack(valid)))
 
 
 def error_of(reply: Reply) -> EdgemlError:

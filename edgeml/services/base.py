@@ -24,6 +24,9 @@ def listening_urls(
     One listener does everything; a broadcast port that the user names answers in the same way.
     Where the system picks the port (0), it picks the broadcast port too.
     """
+    for number in (port, broadcast_port or 0):
+        if not 0 <= number < 1 << 16:
+            raise ValueError(f"a port is between 0 and 65535, not {number}")
     urls = resolve(transport, host, port)
     if broadcast_port is not None and broadcast_port != port:
         second = broadcast_port if port else 0
