@@ -8,25 +8,29 @@ A call that finds no link makes one itself, so that the first call after a resta
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from edgeml.core import wire
-from edgeml.core.alarms import Alarms
+from edgeml.core.alarms import Alarm, Alarms
 from edgeml.core.codec import Codec
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
     DeadlineExceeded,
     EdgemlError,
+    Overloaded,
     PermissionDenied,
     UnknownInterface,
     Unreachable,
@@ -42,6 +46,9 @@ __all__ = ["Client"]
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 2.0  # seconds; the longest pause between two attempts to connect in the background
+_GOODBYE = 3.0  # seconds that a server which stops may take to answer what it has begun
+_LONGEST = 1e6  # seconds; of a timeout, as a transport may count milliseconds in 32 bits
+_MOST_UNSENT = 1 << 12  # asynchronous calls that wait for a connection
 
 
 @dataclass(eq=False)
@@ -54,11 +61,34 @@ class _Link:
     topics: dict[str, int]
     epoch: int
     lost: EdgemlError | None = None
+    retired: bool = False
 
     def lose(self, why: EdgemlError) -> None:
+        """Use it no more; a server that says so itself may still answer what is under way."""
         if self.lost is None:
             self.lost = why
-        self.requester.close()
+        if not isinstance(why, Closed):
+            self.requester.close()
+
+
+@dataclass(eq=False)
+class _Asynchronous:
+    """A call whose caller has a future."""
+
+    future: Future[Any]
+    name: str
+    encoded: Message
+    deadline: float
+    alarm: Alarm
+    request: Future[Message] | None = None  # under way
+
+    def settled(self, future: Future[Any]) -> None:
+        """The caller's future is done, one way or another: let go of everything."""
+        self.alarm.cancel()
+        if future.cancelled():
+            future.set_running_or_notify_cancel()  # tells those who wait for it among others
+        if self.request is not None:
+            self.request.cancel()
 
 
 class Client:
@@ -98,7 +128,7 @@ class Client:
         if not timeout > 0:
             raise ValueError(f"timeout must be positive, not {timeout}")
         self.client_id = client_id or secrets.token_hex(8)
-        self.timeout = timeout
+        self.timeout = float(min(timeout, _LONGEST))
         self._urls = list(urls)
         self._codec = load_codec(codec)
         self._hello = wire.pack(
@@ -107,10 +137,16 @@ class Client:
         self._writable = writable
         self._credentials = credentials
         self._link: _Link | None = None
+        self._heartbeat: Future[Message] | None = None
+        self._retired: weakref.WeakSet[Requester] = weakref.WeakSet()
+        self._attempt: Requester | None = None  # a connection whose handshake is under way
         self._connecting = threading.Lock()
         self._changed = threading.Condition()  # of the link, and of being closed
         self._closed = False
-        self._subscriptions: list[Subscription] = []
+        self._subscriptions: weakref.WeakSet[Subscription] = weakref.WeakSet()
+        self._numbers = itertools.count(1)  # of subscriptions
+        self._unsent: deque[_Asynchronous] = deque()
+        self._sender: threading.Thread | None = None
         self._alarms = Alarms("edgeml client alarms")
         self._connect_first(wait)
         self._keeper = threading.Thread(target=self._keep, name="edgeml keeper", daemon=True)
@@ -125,7 +161,7 @@ class Client:
             try:
                 self._connected(self.timeout)
                 return
-            except Unreachable:
+            except (Unreachable, Closed):  # or one that is just stopping
                 if time.monotonic() + pause > deadline:
                     raise
             time.sleep(pause)
@@ -146,7 +182,7 @@ class Client:
             if self._closed:
                 raise Closed("this client has been closed")
             if link is not None:
-                link.requester.close()
+                self._retire(link)
             made = self._connect(deadline)
             with self._changed:
                 if self._closed:
@@ -157,6 +193,15 @@ class Client:
             return made
         finally:
             self._connecting.release()
+
+    def _retire(self, link: _Link) -> None:
+        """Close a lost connection, but one on which the server may still answer in a while."""
+        if not isinstance(link.lost, Closed):
+            link.requester.close()
+        elif not link.retired:
+            link.retired = True
+            self._retired.add(link.requester)
+            self._alarms.after(_GOODBYE, link.requester.close)
 
     def _connect(self, deadline: float) -> _Link:
         failures = []
@@ -169,7 +214,12 @@ class Client:
             except Unreachable as error:
                 failures.append(str(error))
                 continue
+            with self._changed:
+                self._attempt = requester
+                closed = self._closed
             try:
+                if closed:
+                    raise Closed("this client has been closed")
                 return self._greet(requester, deadline)
             except (DeadlineExceeded, Unreachable) as error:
                 requester.close()
@@ -177,6 +227,8 @@ class Client:
             except BaseException:
                 requester.close()
                 raise
+            finally:
+                self._attempt = None
         raise Unreachable("; ".join(failures))
 
     def _greet(self, requester: Requester, deadline: float) -> _Link:
@@ -195,10 +247,14 @@ class Client:
             try:
                 self._beat(self._connected(self.timeout))
                 pause = 0.05
-            except EdgemlError as error:
+            except Exception as error:
                 if isinstance(error, (ConfigMismatch, PermissionDenied)):
                     _log.warning("the server came back, but: %s", error)
                     pause = _PATIENCE
+                elif not isinstance(error, EdgemlError):  # no file descriptor is left, say
+                    _log.exception("the connection to the server failed, and is tried again")
+                    if self._link is not None:
+                        self._link.lose(Unreachable(f"the connection failed: {error}"))
                 with self._changed:
                     if not self._closed:
                         self._changed.wait(pause)
@@ -211,7 +267,7 @@ class Client:
             wire.Request(wire.NEXT, link.session, wire.HEARTBEAT, wire.SILENCE, credit)
         )
         try:
-            future = link.requester.request(Message(header))
+            self._heartbeat = future = link.requester.request(Message(header))
             future.add_done_callback(lambda done: self._see(link, done))
             # In small steps, so that a process which was itself held up gets another chance.
             for _ in range(round(wire.SILENCE)):
@@ -222,6 +278,12 @@ class Client:
                     continue
             else:
                 raise Unreachable(f"no heartbeat from {link.requester.url} in {wire.SILENCE:g} s")
+        except CancelledError:  # by being closed
+            return
+        except Overloaded:  # by calls, each of which has its own deadline
+            with self._changed:
+                if not self._closed:
+                    self._changed.wait(0.1)
         except EdgemlError as error:
             link.lose(error)
         if link.lost is not None:
@@ -273,10 +335,9 @@ class Client:
             NotEncodable: the payload, before anything is sent.
             Closed: this client has been closed, or the server is stopping.
         """
-        limit = self.timeout if timeout is None else timeout
+        left = limit = self._limit(timeout)
         deadline = time.monotonic() + limit
         encoded = self._codec.encode(payload)
-        left = limit
         while True:
             link = self._link
             if link is None or link.lost is not None:
@@ -294,7 +355,12 @@ class Client:
             if reply.status != wire.NO_SESSION:
                 return self._value(reply, message)
             link.lose(wire.error_of(reply))  # not carried out, so it can be sent again
-            left = max(0.01, deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded(f"no answer to {name!r} within {limit:g} s")
+
+    def _limit(self, timeout: float | None) -> float:
+        return self.timeout if timeout is None else float(max(0.0, min(timeout, _LONGEST)))
 
     def _value(self, reply: wire.Reply, message: Message) -> Any:
         if reply.status != wire.OK:
@@ -318,47 +384,93 @@ class Client:
             Overloaded: too many calls are under way.
             Closed: this client has been closed.
         """
-        limit = self.timeout if timeout is None else timeout
-        outer: Future[Any] = Future()
-        self._start(outer, name, own(self._codec.encode(payload)), time.monotonic() + limit)
-        return outer
-
-    def _start(self, outer: Future[Any], name: str, encoded: Message, deadline: float) -> None:
-        left = max(0.01, deadline - time.monotonic())
-        try:
-            link = self._connected(left)
-            header = wire.pack(wire.Request(wire.CALL, link.session, name, left, encoded.header))
-            inner = link.requester.request(Message(header, encoded.buffers))
-        except (Unreachable, DeadlineExceeded) as error:
-            _settle(outer, error)
-            return
+        limit = self._limit(timeout)
+        encoded = own(self._codec.encode(payload))
+        if self._closed:
+            raise Closed("this client has been closed")
+        future: Future[Any] = Future()
 
         def expire() -> None:
-            inner.cancel()
-            _settle(outer, DeadlineExceeded(f"no answer to {name!r} in time"))
+            _settle(future, DeadlineExceeded(f"no answer to {name!r} within {limit:g} s"))
 
-        def finish(done: Future[Message]) -> None:
+        alarm = self._alarms.after(limit, expire)
+        call = _Asynchronous(future, name, encoded, time.monotonic() + limit, alarm)
+        future.add_done_callback(call.settled)
+        try:
+            link = self._link
+            if link is not None and link.lost is None and not self._unsent:
+                with suppress(Unreachable):
+                    self._send(call, link)
+                    return future
+            self._send_later(call)
+        except EdgemlError:
             alarm.cancel()
-            if done.cancelled():
-                return
-            try:
-                message = done.result()
-                reply = wire.unpack(wire.Reply, message.header)
-                if reply.status == wire.NO_SESSION:
-                    # Not carried out, so it can be sent again; connecting takes time, and this
-                    # is the transport's thread.
-                    link.lose(wire.error_of(reply))
-                    again = (outer, name, encoded, deadline)
-                    threading.Thread(target=self._start, args=again, daemon=True).start()
-                    return
-                _settle(outer, self._value(reply, message))
-            except Closed as error:
-                _settle(outer, self._why_closed(link) if done.exception() else error)
-            except EdgemlError as error:
-                _settle(outer, error)
+            raise
+        return future
 
-        alarm = self._alarms.after(left, expire)
-        inner.add_done_callback(finish)
+    def _send(self, call: _Asynchronous, link: _Link) -> None:
+        """Send it, or raise what shows that it was not sent."""
+        left = max(0.01, call.deadline - time.monotonic())
+        header = wire.pack(
+            wire.Request(wire.CALL, link.session, call.name, left, call.encoded.header)
+        )
+        try:
+            call.request = link.requester.request(Message(header, call.encoded.buffers))
+        except Closed:
+            raise self._why_closed(link) from None
+        except Unreachable as error:
+            link.lose(error)
+            raise
+        call.request.add_done_callback(lambda done: self._receive(call, link, done))
+        if call.future.done():  # meanwhile
+            call.request.cancel()
+
+    def _receive(self, call: _Asynchronous, link: _Link, done: Future[Message]) -> None:
+        """Settle a call with what came for it; runs in the transport's thread."""
+        if done.cancelled():
+            return
+        try:
+            message = done.result()
+            reply = wire.unpack(wire.Reply, message.header)
+            if reply.status == wire.NO_SESSION:
+                link.lose(wire.error_of(reply))  # not carried out, so it can be sent again
+                self._send_later(call)
+            else:
+                _settle(call.future, self._value(reply, message))
+        except Closed as error:
+            _settle(call.future, self._why_closed(link) if done.exception() else error)
+        except Exception as error:
+            _settle(call.future, error)
+
+    def _send_later(self, call: _Asynchronous) -> None:
+        """Leave a call to a thread that connects first, which takes time."""
+        with self._changed:
+            if self._closed:
+                raise Closed("this client has been closed")
+            if len(self._unsent) >= _MOST_UNSENT:
+                raise Overloaded(f"{_MOST_UNSENT} calls wait for a connection already")
+            self._unsent.append(call)
+            if self._sender is None:
+                self._sender = threading.Thread(
+                    target=self._send_unsent, name="edgeml sender", daemon=True
+                )
+                self._sender.start()
+
+    def _send_unsent(self) -> None:
+        while True:
+            with self._changed:
+                if not self._unsent:
+                    self._sender = None
+                    return
+                call = self._unsent[0]
+            try:
+                if not call.future.done():
+                    left = max(0.01, call.deadline - time.monotonic())
+                    self._send(call, self._connected(left))
+            except Exception as error:
+                _settle(call.future, error)
+            self._unsent.popleft()  # only now, so that none overtakes it
+            del call  # or the buffers live until the next call
 
     # Subscriptions ------------------------------------------------------------------------
 
@@ -374,9 +486,9 @@ class Client:
             known = ", ".join(sorted(filter(None, topics))) or "none"
             raise UnknownInterface(f"there is no topic {topic!r}; known: {known}")
         with self._changed:
-            number = len(self._subscriptions) + 1
+            number = next(self._numbers)
             made = Subscription(topic, number, function, self._next_link, self._writable)
-            self._subscriptions.append(made)
+            self._subscriptions.add(made)  # and its thread keeps it until it is closed
         return made
 
     # Life ---------------------------------------------------------------------------------
@@ -388,20 +500,31 @@ class Client:
                 return
             self._closed = True
             self._changed.notify_all()
-            link = self._link
+            link, attempt, sender = self._link, self._attempt, self._sender
+            subscriptions = list(self._subscriptions)
         if link is not None:
             link.lose(Closed("this client has been closed"))
-        for subscription in self._subscriptions:
-            subscription.close()
+            link.requester.close()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()  # its keeper waits for it
+        for requester in [attempt, *self._retired]:
+            if requester is not None:
+                requester.close()
+        for subscription in subscriptions:
+            subscription.end()
+        deadline = time.monotonic() + 1.0
+        for subscription in subscriptions:
+            subscription.join(max(0.0, deadline - time.monotonic()))
         self._alarms.close()
-        if self._keeper is not threading.current_thread():
-            self._keeper.join(2.0)
+        for thread in (self._keeper, sender):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(2.0)
 
 
 def _settle(future: Future[Any], result: Any) -> None:
     """Complete a future, unless somebody did before."""
     with suppress(InvalidStateError):
-        if isinstance(result, EdgemlError):
+        if isinstance(result, Exception):
             future.set_exception(result)
         else:
             future.set_result(result)

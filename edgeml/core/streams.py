@@ -243,12 +243,20 @@ class Subscription:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop calling the function; idempotent."""
+        """Stop calling the function; idempotent. Waits for one that runs, up to a second."""
+        self.end()
+        self.join(1.0)
+
+    def end(self) -> None:
+        """Stop calling the function, without waiting for one that runs."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the end of the thread, unless this is it."""
         if self._thread is not threading.current_thread():
-            self._thread.join(1.0)
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while not self._closed and (link := self._link()) is not None:
@@ -260,12 +268,21 @@ class Subscription:
                 link.lose(error)
             except Exception as error:
                 _log.exception("the subscription to %r failed and starts anew", self.topic)
-                link.lose(Closed(f"a subscription failed: {error}"))
+                link.lose(Unreachable(f"a subscription failed: {error}"))
+        for future in self._under_way:
+            future.cancel()
+        self._under_way.clear()  # they refer to this
 
     def _turn(self, link: Link) -> None:
         """Send the credits that are due, wait for an answer, and hand on what has come."""
-        while len(self._under_way) < self._credits:
-            self._send_credit(link)
+        try:
+            while len(self._under_way) < self._credits:
+                self._send_credit(link)
+        except Overloaded:  # calls fill the connection; what is under way will do
+            if not self._under_way:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, 0.1)
+                return
         keep = link.topics[self.topic]
         began = time.monotonic()
         with self._changed:
@@ -276,15 +293,18 @@ class Subscription:
         done = self._take(keep)
         if not done:
             raise Unreachable(f"no answer to a subscription for {SILENCE:g} s")
-        values = [pair for pair in map(_opened, done) if pair[0].status == OK]
+        values = [pair for pair in map(_opened, done) if self._is_news(pair[0])]
         values.sort(key=lambda pair: pair[0].number)
         if keep == 1 and len(values) > 1:
             # They piled up while the function was busy: skip to the newest, and ask for less.
             self._credits = max(1, self._credits - 1)
             self.missed += len(values) - 1
-            self._see(values[-2][0])
+            for answer, _ in values[:-1]:
+                self._see(answer)
             del values[:-1]
         for answer, message in values:
+            if self._closed:
+                return
             self._deliver(link, answer, message, waited)
 
     def _send_credit(self, link: Link) -> None:
@@ -314,6 +334,11 @@ class Subscription:
             self._under_way.remove(future)
         return [future.result() for future in done]
 
+    def _is_news(self, answer: Answer) -> bool:
+        """Whether there is something newer in it; what was overtaken has been counted as missed."""
+        epoch, number = self.version
+        return answer.status == OK and not (epoch == answer.epoch and number >= answer.number)
+
     def _see(self, answer: Answer) -> int:
         """Move to this version; returns how many were missed before it."""
         epoch, number = self.version
@@ -323,9 +348,6 @@ class Subscription:
         return gap
 
     def _deliver(self, link: Link, answer: Answer, message: Message, waited: float) -> None:
-        epoch, number = self.version
-        if epoch == answer.epoch and number >= answer.number:
-            return  # overtaken by a newer one, and counted as missed then
         if self._see(answer) and waited > self._busy:
             ahead = (self._credits + 1) * message.nbytes
             if self._credits < _MOST_CREDITS and ahead <= _BYTES_AHEAD:
