@@ -293,7 +293,7 @@ class TrainerClient(ServiceClient):
     def _update(self, name: str, store: DataStoreBase, timeout: float | None) -> int:
         before = self._sent[name]
         newest = store.latest_data_id()  # what comes in meanwhile goes with the next update
-        lost = 0
+        missing = 0
         while self._sent[name] < newest:
             after = self._sent[name]
             batch = store.get_latest_data(after, limit=self._chunk[name])
@@ -305,15 +305,15 @@ class TrainerClient(ServiceClient):
                 {"store": name, "incarnation": self._incarnation, "after": after, "batch": payload},
                 timeout,
             )
-            if mark >= after:
-                lost += max(0, batch.first_id - after - 1)
+            lost = max(0, batch.first_id - after - 1) if mark >= after else 0
+            if lost:
+                self.lost += lost
+                missing += lost
+                _log.warning("%d items of %r were overwritten before they were sent", lost, name)
             self._sent[name] = mark
             store.release(mark)
             self._chunk[name] = _chunk_size(batch)
-        if lost:
-            self.lost += lost
-            _log.warning("%d items of %r were overwritten before they were sent", lost, name)
-        return max(0, self._sent[name] - before - lost)
+        return max(0, self._sent[name] - before - missing)
 
     def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
         """Ask the learner something; returns what its ``request_callback`` gives.
@@ -358,6 +358,8 @@ class TrainerClient(ServiceClient):
                 self.update()
             except EdgemlError as error:
                 _log.warning("an update of %r failed, and will be repeated: %s", self.name, error)
+            except Exception:  # of a user's own store, say
+                _log.exception("an update of %r failed, and will be repeated", self.name)
 
     def stop(self) -> None:
         """Send what start_async_update hasn't yet, close the connection and end every thread."""
