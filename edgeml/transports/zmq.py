@@ -19,6 +19,7 @@ its socket and waits until libzmq has let go.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import math
@@ -38,6 +39,7 @@ from concurrent.futures import Future
 from typing import Any, ClassVar, cast
 
 import zmq
+import zmq.utils.garbage  # registers with atexit what is to come after our own
 from zmq.utils.monitor import parse_monitor_message
 
 from edgeml.core import (
@@ -60,6 +62,7 @@ from edgeml.core import (
 )
 
 _log = logging.getLogger(__name__)
+_exiting = False
 
 _ZERO_COPY = 1 << 18  # bytes
 _LARGEST_FRAME = 1 << 30  # bytes; a peer that announces more is cut off by libzmq
@@ -119,7 +122,7 @@ def _send(
     line.send(number + message.header, _MORE if buffers else 0)
     for index, buffer in enumerate(buffers):
         flags = 0 if index == last else _MORE
-        if buffer.nbytes < _ZERO_COPY:
+        if buffer.nbytes < _ZERO_COPY or _exiting:
             line.send(buffer, flags)
         else:
             view = memoryview(buffer)
@@ -661,6 +664,7 @@ class _Connection(Requester):
         self._why = Closed(f"the connection to {self.url} belongs to the process before the fork")
         self._lock = threading.Lock()  # whoever held it is not there
         self._terminating = True
+        _inherited.append(self._local)
         self._local = threading.local()
 
     def close(self) -> None:
@@ -678,11 +682,22 @@ _open_ends: weakref.WeakSet[_Listener | _Connection] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    for end in list(_open_ends):
+    # Kept for good, for a parent's sockets are not the child's to close.
+    ends = list(_open_ends)
+    _inherited.append(ends)
+    for end in ends:
         end.forked()
 
 
+_inherited: list[Any] = []
 os.register_at_fork(after_in_child=_forked)
+
+
+@atexit.register
+def _exit() -> None:
+    """Copy from now on, since pyzmq sends nothing in place while the interpreter shuts down."""
+    global _exiting
+    _exiting = True
 
 
 class ZmqTransport(Transport):
