@@ -162,9 +162,10 @@ class Client:
                 self._connected(self.timeout)
                 return
             except (Unreachable, Closed):  # or one that is just stopping
-                if time.monotonic() + pause > deadline:
+                left = deadline - time.monotonic()
+                if left <= 0:
                     raise
-            time.sleep(pause)
+            time.sleep(min(pause, left))
             pause = min(2 * pause, _PATIENCE)
 
     def _connected(self, timeout: float) -> _Link:

@@ -18,7 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgeml.core.client import Client
-from edgeml.core.errors import EdgemlError, Malformed, PermissionDenied, UnknownInterface
+from edgeml.core.errors import (
+    DeadlineExceeded,
+    EdgemlError,
+    Malformed,
+    PermissionDenied,
+    UnknownInterface,
+)
 from edgeml.core.server import Server, Session
 from edgeml.core.streams import Subscription
 from edgeml.core.transport import Credentials
@@ -33,7 +39,7 @@ _log = logging.getLogger(__name__)
 _NETWORK = "network"
 _CHUNK_BYTES = 4 << 20  # larger messages of images are slower, not faster
 _MOST_ITEMS = 4096  # in a chunk
-_FIRST_ITEMS = 256  # in a chunk of items whose size isn't known
+_FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
 _WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
 _LAST_UPDATE = 1.0  # seconds that stopping may spend on what hasn't been sent
 
@@ -250,6 +256,7 @@ class TrainerClient(ServiceClient):
                 raise ValueError(f"data_store and data_stores both give a store for {name!r}")
             self._stores[name] = data_store
         self._sent = dict.fromkeys(self._stores, 0)  # what the server is known to have
+        self._unsure: dict[str, int] = {}  # first item of an upload whose answer was lost
         self._chunk = dict.fromkeys(self._stores, _FIRST_ITEMS)  # items that make a good message
         self._incarnation = time.time_ns()
         self._updating = threading.Lock()
@@ -294,26 +301,45 @@ class TrainerClient(ServiceClient):
         before = self._sent[name]
         newest = store.latest_data_id()  # what comes in meanwhile goes with the next update
         missing = 0
+        first = self._unsure.get(name)
+        if first is not None:  # ask how far it came, rather than send again what is there
+            mark = self._upload(name, Batch.of([], before + 1), before, timeout)
+            missing += self._count_lost(name, before, first, mark)
         while self._sent[name] < newest:
             after = self._sent[name]
             batch = store.get_latest_data(after, limit=self._chunk[name])
             if not len(batch):
                 break
-            payload = batch.to_payload()
-            mark = self._client.call(
-                "update",
-                {"store": name, "incarnation": self._incarnation, "after": after, "batch": payload},
-                timeout,
-            )
-            lost = max(0, batch.first_id - after - 1) if mark >= after else 0
-            if lost:
-                self.lost += lost
-                missing += lost
-                _log.warning("%d items of %r were overwritten before they were sent", lost, name)
-            self._sent[name] = mark
-            store.release(mark)
-            self._chunk[name] = _chunk_size(batch)
+            self._chunk[name] = fitting = _fitting(batch)
+            if len(batch) > 2 * fitting:
+                batch = batch[:fitting]
+            mark = self._upload(name, batch, after, timeout)
+            missing += self._count_lost(name, after, batch.first_id, mark)
         return max(0, self._sent[name] - before - missing)
+
+    def _upload(self, name: str, batch: Batch, after: int, timeout: float | None) -> int:
+        """Send a batch that follows the item ``after``; returns the server's mark."""
+        payload = batch.to_payload()
+        upload = {
+            "store": name,
+            "incarnation": self._incarnation,
+            "after": after,
+            "batch": payload,
+        }
+        self._unsure.setdefault(name, batch.first_id)
+        mark: int = self._client.call("update", upload, timeout)
+        del self._unsure[name]
+        self._sent[name] = mark
+        self._stores[name].release(mark)
+        return mark
+
+    def _count_lost(self, name: str, after: int, first: int, mark: int) -> int:
+        """Count what was gone between ``after`` and the item ``first`` of a batch that is there."""
+        lost = first - after - 1 if mark >= first else 0
+        if lost:
+            self.lost += lost
+            _log.warning("%d items of %r were overwritten before they were sent", lost, name)
+        return lost
 
     def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
         """Ask the learner something; returns what its ``request_callback`` gives.
@@ -368,18 +394,33 @@ class TrainerClient(ServiceClient):
         if updater is not None and updater is not threading.current_thread():
             updater.join(_LAST_UPDATE)
             try:
+                if updater.is_alive():
+                    raise DeadlineExceeded("an update is under way, and gets no answer")
                 self.update(_LAST_UPDATE)
             except EdgemlError as error:
                 unsent = sum(s.latest_data_id() - self._sent[n] for n, s in self._stores.items())
                 _log.warning("%d items of %r were not sent: %s", unsent, self.name, error)
         super().stop()
+        if updater is not None and updater is not threading.current_thread():
+            updater.join(_LAST_UPDATE)
 
 
-def _chunk_size(batch: Batch) -> int:
-    """How many items like these make a message of a good size; few where that can't be told."""
-    if not batch.nbytes:
-        return _FIRST_ITEMS
-    return max(1, min(_MOST_ITEMS, _CHUNK_BYTES * len(batch) // batch.nbytes))
+def _fitting(batch: Batch) -> int:
+    """How many items like these make a message of a good size."""
+    size = batch.nbytes or sum(map(_nbytes, batch))
+    return max(1, min(_MOST_ITEMS, _CHUNK_BYTES * len(batch) // max(1, size)))
+
+
+def _nbytes(value: Any) -> int:
+    """Roughly what a value takes in a message."""
+    if isinstance(value, dict):
+        return sum(map(_nbytes, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return sum(map(_nbytes, value))
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    size = getattr(value, "nbytes", None)
+    return size if isinstance(size, int) else 8
 
 
 class TrainerTunnel(TrainerServer):
