@@ -1060,6 +1060,13 @@ threading.Event().wait(60)
 """
 
 
+def test_a_client_that_stops_is_forgotten_at_once(server, transport):
+    with started(server):
+        with client_of(server, transport) as client:
+            assert [peer.id for peer in server.clients] == [client.client_id]
+        assert server.clients == []
+
+
 def test_a_client_that_is_killed_hurts_nobody():
     server = new_server("zmq", workers=2)
     entered, go_on = threading.Event(), threading.Event()
@@ -1074,6 +1081,7 @@ def test_a_client_that_is_killed_hurts_nobody():
         with process(CLIENT, server.port) as other:
             assert other.line() == "connected"
             assert entered.wait(10)
+            wait_until(lambda: server._server._waiting.qsize() == 8)  # and two with the workers
             other.signal(signal.SIGKILL)
             other.end()
         go_on.set()

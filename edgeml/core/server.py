@@ -357,6 +357,10 @@ class Server:
                 credit = wire.unpack(wire.Credit, request.body)
                 topic = _named(self._topics, request.name, "topic")
                 topic.park(session.key, session.codec.name, credit, reply, listener.answer)
+            elif request.kind == wire.GOODBYE:
+                with self._lock:
+                    self._sessions.pop(session.key, None)
+                reply(Message(wire.pack(wire.Reply(wire.OK))))
             else:
                 raise Malformed(f"unknown kind of request: {request.kind}")
         except EdgemlError as error:
@@ -504,7 +508,9 @@ class Server:
         except _PASSED_ON as error:
             return error
         except BaseException as error:  # a SystemExit, too: it would end a thread that all need
-            _log.warning("%s %r failed", self.service, interface.name, exc_info=True)
+            told = f"{type(error).__qualname__}: {wire.text_of(error)}"
+            _log.warning("%s %r failed: %s", self.service, interface.name, told)
+            _log.debug("the traceback, which the client gets as well:", exc_info=True)
             try:
                 trace = traceback.format_exc()[-20_000:]
             except Exception:  # Python 3.11 may fail where two threads format at once (gh-106905)

@@ -26,6 +26,7 @@ from edgeml.core.errors import (
 
 __all__ = [
     "CALL",
+    "GOODBYE",
     "HEARTBEAT",
     "HELLO",
     "HOLD",
@@ -62,7 +63,7 @@ HEARTBEAT = ""
 _MOST_TEXT = 20_000  # characters of an error's text
 
 # Kinds of request.
-HELLO, CALL, NEXT = range(3)
+HELLO, CALL, NEXT, GOODBYE = range(4)
 
 # What a reply can say. The numbers are the protocol's.
 OK = 0
@@ -85,7 +86,8 @@ class Request(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The envelope of a request.
 
     Attributes:
-        kind: ``HELLO``, ``CALL`` or ``NEXT`` (a credit: one more publication, please).
+        kind: ``HELLO``, ``CALL``, ``NEXT`` (a credit: one more publication, please) or
+            ``GOODBYE`` (forget this session).
         session: what the server gave in its `Welcome`; empty in a ``HELLO``.
         name: of the interface or topic.
         timeout: seconds that the sender goes on waiting, counted from the sending.
