@@ -59,9 +59,12 @@ class InferenceServer(ServiceServer):
 
         Raises:
             ValueError: the name is taken, empty, or starts with a slash.
+            TypeError: the function isn't callable.
         """
-        if not name or name.startswith("/"):
+        if not isinstance(name, str) or not name or name.startswith("/"):
             raise ValueError(f"an interface can't be called {name!r}")
+        if not callable(function):
+            raise TypeError(f"interface {name!r} needs a function, not {function!r:.100}")
         if name in self._names:
             raise ValueError(f"there is an interface {name!r} already")
         self._server.register(name, lambda payload, _: function(payload))
