@@ -25,8 +25,6 @@ import logging
 import math
 import os
 import secrets
-import select
-import signal
 import socket
 import struct
 import threading
@@ -403,8 +401,6 @@ class _Line:
             if milliseconds != self._timeout:  # setting it is a system call's worth
                 line.rcvtimeo = self._timeout = milliseconds
             try:
-                if _signals_come():
-                    _wait_readable(line, deadline)
                 _, reply = _receive(line)
                 header = reply.header
                 if header[: _NUMBER.size] == number:
@@ -448,28 +444,6 @@ def _any_alive(lent: list[weakref.ref[memoryview]]) -> bool:
 def _events(line: zmq.Socket[bytes]) -> int:
     """What could be done without waiting; cheaper than polling a single socket."""
     return cast(int, line.getsockopt(zmq.EVENTS))
-
-
-def _signals_come() -> bool:
-    """Whether a timer interrupts this thread over and over.
-
-    pyzmq starts a receive that a signal interrupted anew, with all of its timeout: for ever, if
-    signals come more often than that.
-    """
-    if threading.get_ident() != threading.main_thread().ident:
-        return False
-    return signal.getitimer(signal.ITIMER_REAL)[1] > 0
-
-
-def _wait_readable(line: zmq.Socket[bytes], deadline: float) -> None:
-    """Wait until there is something to receive, but not beyond the deadline."""
-    poller = select.poll()
-    poller.register(cast(int, line.fd), select.POLLIN)
-    while not _events(line) & zmq.POLLIN:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise zmq.Again
-        poller.poll(min(left * 1e3, _LONGEST))
 
 
 class _Future(Future[Message]):
