@@ -197,9 +197,10 @@ def test_a_result_of_very_many_arrays_reaches_the_caller_as_a_value_or_an_error(
     if transport == "zmq":
         reason = "zmq drops a reply that it cannot carry, and the caller waits for nothing"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    array = np.zeros(10_000, np.uint8)
+    array = np.zeros(8_200, np.uint8)
     server.register_interface("many", lambda _: [array] * 17_000)
-    with started(server), client_of(server, transport, timeout=2) as client:
+    timeout = 1 if transport == "zmq" else 20
+    with started(server), client_of(server, transport, timeout=timeout) as client:
         with contextlib.suppress(RemoteError):
             assert len(client.call("many", None)) == 17_000
         assert client.call("echo", 1) == 1
@@ -459,17 +460,15 @@ def gate(server):
 
 
 def test_a_call_that_gets_no_answer_ends_at_its_deadline(server, transport, gate):
-    with started(server), client_of(server, transport, timeout=0.5) as client:
-        with took(at_least=0.2, at_most=0.45), pytest.raises(DeadlineExceeded, match=r"0\.2 s"):
-            client.call("gate", 1, timeout=0.2)
-        with took(at_least=0.5, at_most=0.9), pytest.raises(TimeoutError):
+    with started(server), client_of(server, transport, timeout=0.4) as client:
+        with took(at_least=0.1, at_most=0.3), pytest.raises(DeadlineExceeded, match=r"0\.1 s"):
+            client.call("gate", 1, timeout=0.1)
+        with took(at_least=0.4, at_most=0.8), pytest.raises(TimeoutError):
             client.call("gate", 2)  # the client's own
-        future = client.call_async("gate", 3, timeout=0.2)
-        with took(at_least=0.15, at_most=0.45), pytest.raises(DeadlineExceeded):
-            future.result(5)
-        future = client.call_async("gate", 3)
-        with took(at_least=0.45, at_most=0.9), pytest.raises(DeadlineExceeded):
-            future.result(5)
+        with took(at_least=0.1, at_most=0.3), pytest.raises(DeadlineExceeded):
+            client.call_async("gate", 3, timeout=0.1).result(5)
+        with took(at_least=0.4, at_most=0.8), pytest.raises(DeadlineExceeded):
+            client.call_async("gate", 3).result(5)
         gate.set()
 
 
@@ -486,6 +485,7 @@ def test_calls_that_nobody_waits_for_any_more_are_not_carried_out_and_counted(
         for future in late:
             with pytest.raises(DeadlineExceeded):
                 future.result(5)
+        time.sleep(0.1)  # the server counts from when a call arrives, a little later than we
         gate.set()
         assert first.result(5) == "first"
         assert client.call("gate", "last") == "last"
@@ -819,10 +819,11 @@ def slowly(server, transport, seconds, in_loop) -> None:
 
 
 @pytest.mark.parametrize("in_loop", [False, True], ids=["new", "known to be quick"])
-def test_a_handler_that_computes_for_seconds_keeps_nobody_from_connecting(
-    server, transport, in_loop
+def test_a_handler_that_computes_for_a_while_keeps_nobody_from_connecting(
+    server, transport, in_loop, monkeypatch
 ):
-    slowly(server, transport, 2.0, in_loop)
+    monkeypatch.setattr("edgeml.core.streams.HOLD", 0.25)  # for more heartbeats in less time
+    slowly(server, transport, 1.2, in_loop)
 
 
 @pytest.mark.slow
@@ -1141,7 +1142,7 @@ def test_ctrl_c_ends_every_kind_of_server_quietly():
                 assert client.call("echo", 1) == 1
         for program in programs:
             program.signal(signal.SIGINT)
-        with took(at_most=5):
+        with took(at_most=15):
             for kind, program in zip(kinds, programs, strict=True):
                 assert program.line() == "ended"
                 assert program.end() == (0, ""), kind
@@ -1232,7 +1233,10 @@ def test_stopping_lets_a_running_handler_finish_and_its_caller_have_the_answer(
         stopped.result(5)
 
 
-def test_stopping_does_not_wait_for_ever_for_handlers_that_do_not_return(transport, caplog):
+def test_stopping_does_not_wait_for_ever_for_handlers_that_do_not_return(
+    transport, caplog, monkeypatch
+):
+    monkeypatch.setattr("edgeml.core.server._GRACE", 0.3)
     server = InferenceServer(0, transport=transport, workers=3)
     entered = threading.Semaphore(0)
     go_on = threading.Event()
@@ -1247,7 +1251,7 @@ def test_stopping_does_not_wait_for_ever_for_handlers_that_do_not_return(transpo
             futures = [client.call_async("hang", None) for _ in range(3)]
             for _ in futures:
                 assert entered.acquire(timeout=5)
-            with took(at_most=4):
+            with took(at_most=2):
                 server.stop()
             for future in futures:
                 with pytest.raises(EdgemlError):
