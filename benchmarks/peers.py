@@ -110,7 +110,7 @@ class RawZmq(Peer):
         while True:
             identity, header, frame = router.recv_multipart(copy=False)
             chunk = policy(np.frombuffer(frame.buffer, np.uint8))
-            router.send_multipart([identity, header, chunk], copy=False)
+            router.send_multipart([identity, header, chunk.data], copy=False)
 
     def connect(self, address: str) -> None:
         import zmq
@@ -120,7 +120,7 @@ class RawZmq(Peer):
         self._socket.connect(address)
 
     def call(self, observation: Array) -> Array:
-        self._socket.send_multipart([b"a header of 16 B", observation], copy=False)
+        self._socket.send_multipart([b"a header of 16 B", observation.data], copy=False)
         _, frame = self._socket.recv_multipart(copy=False)
         return np.frombuffer(frame.buffer, np.float32).reshape(50, 14)
 

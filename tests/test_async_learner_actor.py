@@ -1,0 +1,102 @@
+"""The main job, as a user runs it: the example in real processes, on a real environment."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "async_learner_actor.py"
+SMALL = ["--max_steps=400", "--random_steps=100", "--training_starts=100", "--eval_episodes=2"]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", str(EXAMPLE), *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def two_processes(arguments: list[str], seconds: float) -> tuple[str, str]:
+    """Run a learner and an actor to their end; returns what each printed."""
+    learner = start("--learner", "--port", "0", *arguments)
+    try:
+        assert learner.stdout is not None
+        line = learner.stdout.readline()
+        port = re.search(r":(\d+)$", line.strip())
+        assert port, line
+        actor = start("--actor", "--port", port[1], *arguments)
+        try:
+            acted, _ = actor.communicate(timeout=seconds)
+            assert actor.returncode == 0, acted
+        finally:
+            actor.kill()
+            actor.wait()
+        learned, _ = learner.communicate(timeout=30)
+        assert learner.returncode == 0, learned
+    finally:
+        learner.kill()
+        learner.wait()
+        learner.stdout.close()
+    return acted, line + learned
+
+
+def evaluation_return(printed: str) -> float:
+    found = re.search(r"evaluation return: (-?[\d.]+) \+- [\d.]+ over \d+ episodes", printed)
+    assert found, printed
+    return float(found[1])
+
+
+def test_both_in_one_process_end_with_a_return_and_a_picture(tmp_path: Path) -> None:
+    curve = tmp_path / "curve.png"
+    process = start("--env", "InvertedPendulum-v5", *SMALL, "--curve", str(curve))
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, printed
+    evaluation_return(printed)
+    assert curve.read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_keep_the_ratio_of_updates_to_steps(tmp_path: Path) -> None:
+    arguments = ["--env", "InvertedPendulum-v5", *SMALL, "--curve", str(tmp_path / "curve.png")]
+    checkpoint = tmp_path / "policy.npz"
+    acted, learned = two_processes(
+        [*arguments, "--checkpoint_path", str(checkpoint), "--utd_ratio", "2"], seconds=100
+    )
+    evaluation_return(acted)
+    assert "600 updates from 400 transitions" in learned  # (400 - 100) * 2
+    assert checkpoint.exists()
+
+
+def test_ctrl_c_ends_a_waiting_learner_cleanly() -> None:
+    learner = start("--learner", "--port", "0", "--env", "InvertedPendulum-v5")
+    assert learner.stdout is not None
+    learner.stdout.readline()
+    learner.send_signal(signal.SIGINT)
+    printed, _ = learner.communicate(timeout=30)
+    assert learner.returncode == 0, printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_inverted_pendulum_is_learned(seed: int, tmp_path: Path) -> None:
+    arguments = ["--env", "InvertedPendulum-v5", "--max_steps", "20000", "--seed", str(seed)]
+    began = time.monotonic()
+    acted, _ = two_processes([*arguments, "--curve", str(tmp_path / "curve.png")], seconds=150)
+    took = time.monotonic() - began
+    print(f"seed {seed}: {evaluation_return(acted)} in {took:.0f} s")
+    assert evaluation_return(acted) >= 900
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_half_cheetah_is_being_learned(tmp_path: Path) -> None:
+    arguments = ["--env", "HalfCheetah-v4", "--max_steps", "25000"]
+    acted, _ = two_processes([*arguments, "--curve", str(tmp_path / "curve.png")], seconds=800)
+    print(f"HalfCheetah-v4 at 25,000 steps: {evaluation_return(acted)}")
+    assert evaluation_return(acted) >= 1000
