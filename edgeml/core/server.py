@@ -3,7 +3,8 @@
 Where handlers run. The hello, subscriptions and heartbeats are always answered by the transport's
 loop. A user's handler starts on a worker thread; once calls of its kind have shown themselves
 short, the next ones run in the loop, which saves two thread hops, and if one then isn't short, a
-tick notices and the transport carries on in another thread (`Endpoint.relieve`).
+tick notices and the transport carries on in another thread (`Endpoint.relieve`). A busy machine
+makes a short handler look longer now and then, so trust is lost by degrees.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SHORT = 0.5e-3  # seconds; a hop to a worker and back costs a good part of this
-_TRUSTED_AFTER = 3  # short runs in a row before a kind of call runs in the loop
+_LONG = 5e-3  # seconds; more than being preempted once explains
+_TRUSTED = 3  # the score at which a kind of call runs in the loop: a short run adds 1, up to ...
+_MOST_TRUSTED = 12  # ... this; one that isn't takes 4 away, a long one all
 _STUCK = 0.1  # seconds that a call may take in the loop before the loop goes on elsewhere
 _TICK = 0.25  # seconds
 _MOST_SESSIONS = 1 << 16
@@ -101,7 +104,11 @@ class _Interface:
         runs = self.short_runs
         if len(runs) > 256:
             runs.clear()
-        runs[kind] = runs.get(kind, 0) + 1 if seconds < _SHORT else 0
+        score = runs.get(kind, 0)
+        if seconds < _SHORT:
+            runs[kind] = min(score + 1, _MOST_TRUSTED)
+        else:
+            runs[kind] = max(0, score - 4) if seconds < _LONG else 0
 
 
 @dataclass(slots=True)
@@ -427,7 +434,7 @@ class Server:
             if turn > now:
                 self._alarms.after(turn - now, partial(self._queue, call))
                 return
-        quick = interface.short_runs.get(kind, 0) >= _TRUSTED_AFTER
+        quick = interface.short_runs.get(kind, 0) >= _TRUSTED
         if quick and self._waiting.empty() and self._slots.acquire(blocking=False):
             try:
                 self._run(call, listener)
