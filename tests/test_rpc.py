@@ -1260,20 +1260,29 @@ def test_stopping_does_not_wait_for_ever_for_handlers_that_do_not_return(
         go_on.set()
 
 
-def test_no_handler_starts_once_the_server_is_stopped(server, transport, gate):
+@pytest.mark.parametrize("warm", [False, True], ids=["on a worker", "in the loop"])
+def test_no_handler_starts_once_the_server_is_stopped(server, transport, gate, warm):
     with started(server), client_of(server, transport) as client:
-        first = client.call_async("gate", "first")
+        if warm:
+            gate.set()
+            warm_up(server, client, "gate", 0)
+            gate.clear()
+            gate.entered.clear()
+        gate.ran.clear()
+        first = client.call_async("gate", 1)
         assert gate.entered.wait(5)
-        rest = [client.call_async("gate", n) for n in range(10)]
+        rest = [client.call_async("gate", n) for n in range(2, 12)]
+        if warm:  # then a worker has taken the next one, and waits for the loop to be done
+            wait_until(lambda: server._server._waiting.qsize() == 9)
         stopped = run_in_thread(server.stop)
         wait_until(lambda: server._server._closed)
         gate.set()
         stopped.result(5)
-        first.exception(5)
+        assert first.result(5) == 1
         for future in rest:
             with pytest.raises((Closed, Unreachable)):
                 future.result(5)
-        assert gate.ran == ["first"]
+        assert gate.ran == [1]
 
 
 def test_calls_that_arrive_while_the_server_stops_start_no_thread(transport):

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -691,6 +692,31 @@ def test_a_subscription_outlives_restarts_of_the_server(transport):
         wait_until(got.has("last"))
 
 
+def test_a_subscriber_that_hears_of_the_stop_still_gets_the_answers_under_way(transport):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def compute(key, payload):
+        entered.set()
+        assert go_on.wait(60)
+        return payload
+
+    with (
+        started(new_server(transport, act=compute)) as server,
+        connected(server, transport) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        client.register_obs_callback(Subscriber())
+        busy = client._client.call_async("act", ["move", 1])
+        assert entered.wait(5)
+        link = client._client._link
+        stopped = pool.submit(server.stop)
+        wait_until(lambda: link.lost is not None)
+        time.sleep(0.1)  # for whoever would now hang up
+        go_on.set()
+        assert busy.result(5) == 1
+        stopped.result(5)
+
+
 def test_a_connection_that_is_lost_costs_a_subscriber_nothing_that_is_kept(transport):
     with (
         started(new_server(transport, keep=100)) as server,
@@ -736,8 +762,7 @@ def test_calls_that_fill_the_connection_cost_neither_it_nor_its_subscriptions(
             fill()
             deadline = time.monotonic() + 1.0  # some heartbeats
             while time.monotonic() < deadline:
-                fill()
-                time.sleep(0.02)
+                fill()  # without a pause: whatever comes free is taken
             assert entered.is_set()
         finally:
             go_on.set()

@@ -861,6 +861,36 @@ def test_calls_whose_turn_is_beyond_their_deadline_are_refused_at_once(transport
         assert client.request("stats", timeout=5) == 1
 
 
+def test_a_call_whose_turn_comes_while_the_server_stops_is_refused_and_leaves_no_thread(transport):
+    entered, go_on = threading.Event(), threading.Event()
+    begun = []
+
+    def answer(kind, payload):
+        begun.append(payload)
+        entered.set()
+        assert go_on.wait(10)
+        return payload
+
+    config = config_of(transport, rate_limit=5)
+    with (
+        no_thread_left(),
+        learner(transport, config=config, request_callback=answer, workers=2) as server,
+        actor(server) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first = client._client.call_async("request", ["stats", 1])
+        assert entered.wait(5)
+        second = client._client.call_async("request", ["stats", 2])
+        stopped = pool.submit(server.stop)
+        time.sleep(0.3)  # its turn comes
+        go_on.set()
+        assert first.result(5) == 1
+        with pytest.raises((Closed, Unreachable)):
+            second.result(5)
+        stopped.result(5)
+    assert begun == [1]
+
+
 def test_weights_and_heartbeats_are_not_held_up_by_the_rate_limit(transport):
     with (
         learner(transport, config=config_of(transport, rate_limit=0.1)) as server,
