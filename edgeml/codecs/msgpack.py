@@ -146,17 +146,19 @@ class MsgpackCodec(Codec):
             Malformed: whatever else the bytes are, also if a dtype needs ``ml_dtypes`` and that
                 isn't installed.
         """
-        reader = _Reader(message.buffers, writable)
+        header = message.header
         try:
-            header = message.header
             if len(header) > _SMALL_HEADER:
                 _check(header)
+            if message.buffers or writable:
+                reader = _Reader(message.buffers, writable)
                 value = _unpack(header, ext_hook=reader.ext)
+                if reader.unused:
+                    raise Malformed(f"{reader.unused} buffers are not used")
             else:
-                value = _unpack(header, ext_hook=reader.ext)
+                value = _unpack_alone(header)
+            if len(header) <= _SMALL_HEADER and type(value) in _CONTAINERS:
                 _check_value(value)
-            if reader.unused:
-                raise Malformed(f"{reader.unused} buffers are not used")
         except Malformed:
             raise
         except _Refused as refused:
@@ -616,21 +618,25 @@ class _Reader:
             raise Malformed(f"{size} bytes for an array of {nbytes}")
         array: Array
         if buffer is None:
-            array = np.ndarray(shape, dtype, raw, split)
+            array = np.ndarray(shape, dtype, raw, split)  # aligned, as the split is
         else:
             # np.ndarray(buffer=...) would see through the memoryview to memory that may be
             # writable, and let the receiver set the flag.
             array = np.frombuffer(buffer, dtype)
             if len(shape) != 1:
                 array = array.reshape(shape)
+            if not array.flags.aligned:
+                array = array.copy()
+                array.flags.writeable = False
         if dtype is _BOOL and array.view(np.uint8).max(initial=0) > 1:
             raise Malformed("a bool that is neither 0 nor 1")
         if self.writable:
             array = array.copy()
-        elif not array.flags.aligned:
-            array = array.copy()
-            array.flags.writeable = False
         return array[()] if code == _SCALAR else array
+
+
+_unpack_alone = msgspec.msgpack.Decoder(ext_hook=_Reader((), False).ext).decode
+"""Decodes a header that comes without buffers; a reader made once serves them all."""
 
 
 def _read_int(data: bytes) -> int:

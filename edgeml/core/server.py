@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
+
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
 from edgeml.core.codec import Codec
@@ -111,8 +113,7 @@ class _Interface:
             runs[kind] = max(0, score - 4) if seconds < _LONG else 0
 
 
-@dataclass(slots=True)
-class _Call:
+class _Call(msgspec.Struct, frozen=True):
     interface: _Interface
     session: Session
     body: bytes
