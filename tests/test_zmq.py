@@ -14,13 +14,15 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import zmq
 
-from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Unreachable
+from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Overloaded, Unreachable
 from edgeml.core import Message, Url, load_transport, wire
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
@@ -392,7 +394,7 @@ def test_a_frozen_server_misses_the_deadline_and_goes_on_when_it_thaws():
                 began = time.monotonic()
                 with pytest.raises(DeadlineExceeded):
                     client.call("echo", np.zeros(size, np.uint8), timeout)
-                assert timeout <= time.monotonic() - began < timeout + 0.5
+                assert timeout <= time.monotonic() - began < timeout + 1.0
             server.signal(signal.SIGCONT)
             assert client.call("echo", "thawed") == "thawed"
             with server.client() as other:
@@ -537,18 +539,22 @@ def test_what_a_frozen_peer_has_not_been_sent_can_be_forgotten():
     listener = socket.create_server(("127.0.0.1", 0))  # accepts, and never reads
     port = listener.getsockname()[1]
     with listener, transport.connect(Url("zmq", "127.0.0.1", port), 5.0) as requester:
-        before = _resident()
-        for _ in range(300):
-            requester.request(Message(b"", [memoryview(np.ones(1 << 20, np.uint8))])).cancel()
-        later = requester.request(Message(b""))
-        # Some are in libzmq's hands already; the others are not kept.
-        assert until(lambda: _resident() - before < 150 << 20)
-        assert not later.done()
+        large = Message(b"", [memoryview(np.ones(1 << 20, np.uint8))])
+        tracemalloc.start()
+        try:
+            for future in [requester.request(large) for _ in range(300)]:
+                future.cancel()
+            requester.request(Message(b""))
+            # Some are in libzmq's hands already; the others are not kept.
+            assert until(lambda: tracemalloc.get_traced_memory()[0] < 100 << 20)
+        finally:
+            tracemalloc.stop()
 
 
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def test_so_many_requests_may_be_under_way_and_no_more(parking):
+    _, requester, _ = parking
+    with pytest.raises(Overloaded, match="4096"):
+        [requester.request(Message(b"")) for _ in range(4097)]
 
 
 def test_no_file_descriptors_are_left():
@@ -590,6 +596,49 @@ def test_no_free_file_descriptor_is_told_as_unreachable(connected):
         first.close()
     """
     _run(program)
+
+
+class Relieving(Sequence):
+    """Buffers that have their loop replaced while they are being sent."""
+
+    def __init__(self, replace):
+        self._buffers = [memoryview(b"a"), memoryview(b"b")]
+        self._replace = replace
+
+    def __len__(self):
+        return len(self._buffers)
+
+    def __getitem__(self, index):
+        if index == 1:
+            self._replace()
+        return self._buffers[index]
+
+
+def test_a_loop_that_is_replaced_while_it_sends_finishes_first():
+    other = threading.Event()
+    relieving = []
+
+    def replace() -> None:
+        thread = threading.Thread(target=endpoint.relieve)
+        relieving.append(thread)
+        thread.start()
+        other.wait(0.1)  # would be set, if another loop were at work now
+
+    def on_request(message, reply) -> None:
+        if message.header == b"other":
+            other.set()
+            reply(Message(b"other"))
+        else:
+            reply(Message(b"first", Relieving(replace)))
+
+    with transport.serve(ANYWHERE, on_request) as endpoint:
+        with transport.connect(endpoint.url, 5.0) as requester:
+            first = requester.request(Message(b"first"))
+            second = requester.request(Message(b"other"))
+            assert first.result(5.0) == Message(b"first", [b"a", b"b"])
+            assert second.result(5.0) == Message(b"other")
+        for thread in relieving:
+            thread.join(5.0)
 
 
 # Peers and addresses ----------------------------------------------------------------------
@@ -673,6 +722,30 @@ def test_ctrl_c_ends_a_call_and_the_array_may_be_changed(parking):
     assert answer.result(5.0).header == b"fine"
 
 
+def test_an_interrupt_between_two_parts_of_a_message_is_survived(connected, monkeypatch, caplog):
+    _, requester = connected
+    requester.call(Message(b""), 5.0)
+    send = zmq.Socket.send
+
+    def send_and_raise(self, data, flags=0, copy=True, **options):
+        sent = send(self, data, flags, copy=copy, **options)
+        if not copy and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return sent
+
+    array = np.zeros(1_000_000, np.uint8)
+    half = Message(b"half", [memoryview(array)] * 2)
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(zmq.Socket, "send", send_and_raise)
+            began = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                requester.call(half, 5.0)
+            assert time.monotonic() - began < 2.0
+        assert requester.call(Message(b"whole"), 5.0) == Message(b"whole")
+    assert "still holds" not in caplog.text
+
+
 def test_signals_that_raise_at_any_moment_do_not_mix_up_messages(connected):
     endpoint, _ = connected
     program = f"""
@@ -726,10 +799,10 @@ def test_signals_that_raise_at_any_moment_do_not_mix_up_messages(connected):
         requester.close()
         print(raised)
     """
-    assert int(_run(program, silent=False)) > 10
+    assert int(_run(program, complaint="still holds")) > 10
 
 
-def _run(program: str, timeout: float = 30.0, silent: bool = True) -> str:
+def _run(program: str, timeout: float = 30.0, complaint: str = "") -> str:
     """Run a program in a fresh interpreter, which is to end well, and without a complaint."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
@@ -739,7 +812,7 @@ def _run(program: str, timeout: float = 30.0, silent: bool = True) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert not (silent and done.stderr), done.stderr
+    assert not done.stderr or (complaint and complaint not in done.stderr), done.stderr
     return done.stdout
 
 

@@ -635,8 +635,9 @@ class TransportTests:
             _assert_same(requester.call(sent, _PATIENCE), sent)
 
     def test_relieve_may_come_just_as_a_handler_returns(self, net: _Net) -> None:
-        output = np.ones(300_000, np.uint8)
-        endpoint = net.serve(lambda message, reply: reply(Message(message.header, [_view(output)])))
+        # Many parts take a while to send, in which the loop may change hands.
+        parts = [_view(np.ones(size, np.uint8)) for size in [300] * 100 + [300_000]]
+        endpoint = net.serve(lambda message, reply: reply(Message(message.header, parts)))
         requester = net.connect(endpoint)
         done = threading.Event()
 
@@ -653,12 +654,23 @@ class TransportTests:
                 assert called.header == b"%d" % index
                 for i, reply in enumerate(_results(futures)):
                     assert reply.header == b"%d %d" % (index, i)
-                    assert len(reply.buffers[0]) == len(output)
+                    assert list(map(len, reply.buffers)) == list(map(len, parts))
         finally:
             done.set()
         relieving.result(_PATIENCE)
 
     # The end ------------------------------------------------------------------------------
+
+    def test_when_close_returns_the_threads_have_ended(self, net: _Net) -> None:
+        before = set(threading.enumerate())
+        for _ in range(5):
+            endpoint = net.serve(_echo)
+            requester = net.connect(endpoint)
+            requester.call(Message(b""), _PATIENCE)
+            requester.request(Message(b"")).result(_PATIENCE)
+            requester.close()
+            endpoint.close()
+            assert set(threading.enumerate()) <= before
 
     def test_closing_a_requester_wakes_all_who_wait_with_closed(
         self, net: _Net, parked: _Parked
@@ -720,7 +732,7 @@ class TransportTests:
         finally:
             open_again.set()
 
-    @pytest.mark.parametrize("size", [0, 300_000])
+    @pytest.mark.parametrize("size", [0, 300_000, 3_000_000])
     def test_replies_given_just_before_the_close_are_delivered(
         self, net: _Net, parked: _Parked, size: int
     ) -> None:
@@ -927,22 +939,26 @@ class TransportTests:
             gc.enable()
         assert used[1] - used[0] < 64 * _MB
 
-    def test_a_received_buffer_dies_with_its_last_view(self, net: _Net) -> None:
-        requester = net.connect(net.serve(_echo))
+    @pytest.mark.parametrize("how", ["call", "request"])
+    def test_a_received_buffer_dies_with_its_last_view(self, net: _Net, how: str) -> None:
+        received: list[weakref.ref[memoryview]] = []
+
+        def on_request(message: Message, reply: Reply) -> None:
+            received.append(weakref.ref(message.buffers[0]))
+            reply(message)
+
+        requester = net.connect(net.serve(on_request))
+        sent = _message(b"", _MB)
         gc.collect()
         gc.disable()
         try:
-            for how in ("call", "request"):
-                sent = _message(b"", _MB)
-                if how == "call":
-                    got = requester.call(sent, _PATIENCE)
-                else:
-                    got = requester.request(sent).result(_PATIENCE)
-                died = weakref.ref(got.buffers[0])
-                del got
-                requester.call(Message(b""), _PATIENCE)  # whatever kept the last one lets go
-                requester.request(Message(b"")).result(_PATIENCE)
-                assert died() is None
+            if how == "call":
+                got = requester.call(sent, _PATIENCE)
+            else:
+                got = requester.request(sent).result(_PATIENCE)
+            received.append(weakref.ref(got.buffers[0]))
+            del got
+            assert _until(lambda: not any(view() for view in received), 2.0)
         finally:
             gc.enable()
 
