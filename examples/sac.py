@@ -111,6 +111,17 @@ def _mlp(params: Params, x: jax.Array) -> jax.Array:
     return out
 
 
+def _normalised_mlp(params: Params, x: jax.Array) -> jax.Array:
+    """With each hidden layer normalised, which keeps a critic from overestimating what it has not
+    seen (Ball et al. 2023, arXiv 2302.02948)."""
+    for p in params[:-1]:
+        x = x @ p["w"] + p["b"]
+        x = x - x.mean(-1, keepdims=True)
+        x = jax.nn.relu(x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6))
+    out: jax.Array = x @ params[-1]["w"] + params[-1]["b"]
+    return out
+
+
 def _adam(lr: float, config: Config) -> Any:
     if config.decay_steps is None:
         return optax.adam(lr)
@@ -171,7 +182,7 @@ def _sample(
 def _q_values(critics: Params, obs: jax.Array, actions: jax.Array) -> jax.Array:
     """Shape (2, batch)."""
     x = jnp.concatenate([obs, actions], axis=-1)
-    return jax.vmap(_mlp, in_axes=(0, None))(critics, x)[..., 0]
+    return jax.vmap(_normalised_mlp, in_axes=(0, None))(critics, x)[..., 0]
 
 
 def _step(state: State, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
