@@ -16,8 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -61,13 +60,17 @@ class _Link:
     codec: Codec
     topics: dict[str, int]
     epoch: int
-    lost: EdgemlError | None = None
+    why_lost: EdgemlError | None = None
     retired: bool = False
+
+    @property
+    def lost(self) -> bool:
+        return self.why_lost is not None or self.requester.lost
 
     def lose(self, why: EdgemlError) -> None:
         """Use it no more; a server that says so itself may still answer what is under way."""
-        if self.lost is None:
-            self.lost = why
+        if self.why_lost is None:
+            self.why_lost = why
         if not isinstance(why, Closed):
             self.requester.close()
 
@@ -138,7 +141,6 @@ class Client:
         self._writable = writable
         self._credentials = credentials
         self._link: _Link | None = None
-        self._heartbeat: Future[Message] | None = None
         self._retired: weakref.WeakSet[Requester] = weakref.WeakSet()
         self._attempt: Requester | None = None  # a connection whose handshake is under way
         self._connecting = threading.Lock()
@@ -172,14 +174,14 @@ class Client:
     def _connected(self, timeout: float) -> _Link:
         """The link, made anew if it is lost."""
         link = self._link
-        if link is not None and link.lost is None:
+        if link is not None and not link.lost:
             return link
         deadline = time.monotonic() + timeout
         if not self._connecting.acquire(timeout=timeout):
             raise DeadlineExceeded(f"no connection to {self._urls[0]} within {timeout:g} s")
         try:
             link = self._link
-            if link is not None and link.lost is None:
+            if link is not None and not link.lost:
                 return link
             if self._closed:
                 raise Closed("this client has been closed")
@@ -198,7 +200,7 @@ class Client:
 
     def _retire(self, link: _Link) -> None:
         """Close a lost connection, but one on which the server may still answer in a while."""
-        if not isinstance(link.lost, Closed):
+        if not isinstance(link.why_lost, Closed):
             link.requester.close()
         elif not link.retired:
             link.retired = True
@@ -263,55 +265,45 @@ class Client:
                 pause = min(2 * pause, _PATIENCE)
 
     def _beat(self, link: _Link) -> None:
-        """Send one heartbeat credit, and lose the link if the answer isn't as it should be."""
+        """Send one heartbeat credit, and lose the link if the answer isn't as it should be.
+
+        It is a call, since a transport may give the keeper's thread a connection of its own: there
+        it never waits behind a large publication that a slow network takes a minute for.
+        """
         credit = wire.pack(wire.Credit(0, 0, 0))
         header = wire.pack(
             wire.Request(wire.NEXT, link.session, wire.HEARTBEAT, wire.SILENCE, credit)
         )
         try:
-            self._heartbeat = future = link.requester.request(Message(header))
-            future.add_done_callback(lambda done: self._see(link, done))
-            # In small steps, so that a process which was itself held up gets another chance.
-            for _ in range(round(wire.SILENCE)):
-                try:
-                    future.result(1.0)
-                    break
-                except FutureTimeout:
-                    continue
-            else:
-                raise Unreachable(f"no heartbeat from {link.requester.url} in {wire.SILENCE:g} s")
-        except CancelledError:  # by being closed
-            return
+            reply = wire.unpack(wire.Reply, self._ask(link, Message(header)).header)
+            if reply.status != wire.NOTHING_YET:
+                raise wire.error_of(reply)
         except Overloaded:  # by calls, each of which has its own deadline
             with self._changed:
                 if not self._closed:
                     self._changed.wait(0.1)
         except EdgemlError as error:
             link.lose(error)
-        if link.lost is not None:
-            raise link.lost
+            raise
 
-    def _see(self, link: _Link, done: Future[Message]) -> None:
-        """Mark a lost link at once, before anybody calls on it; runs in the transport's thread."""
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is None:
-            try:
-                reply = wire.unpack(wire.Reply, done.result().header)
-                if reply.status == wire.NOTHING_YET:
-                    return
-                error = wire.error_of(reply)
-            except EdgemlError as malformed:
-                error = malformed
-        if link.lost is None:
-            link.lost = error if isinstance(error, EdgemlError) else Unreachable(str(error))
+    def _ask(self, link: _Link, message: Message) -> Message:
+        """Twice, so that a process which was itself held up gets another chance."""
+        try:
+            return link.requester.call(message, wire.SILENCE - 1.0)
+        except DeadlineExceeded:
+            pass
+        try:
+            return link.requester.call(message, 1.0)
+        except DeadlineExceeded:
+            raise Unreachable(
+                f"no heartbeat from {link.requester.url} in {wire.SILENCE:g} s"
+            ) from None
 
     def _next_link(self) -> _Link | None:
         """Wait for a link that works; None once this client is closed."""
         with self._changed:
             while not self._closed:
-                if self._link is not None and self._link.lost is None:
+                if self._link is not None and not self._link.lost:
                     return self._link
                 self._changed.wait()
         return None
@@ -342,7 +334,7 @@ class Client:
         encoded = self._codec.encode(payload)
         while True:
             link = self._link
-            if link is None or link.lost is not None:
+            if link is None or link.lost:
                 link = self._connected(left)
                 left = max(0.01, deadline - time.monotonic())
             header = wire.pack(wire.Request(wire.CALL, link.session, name, left, encoded.header))
@@ -373,7 +365,7 @@ class Client:
         """What to tell a caller whose connection was closed under it."""
         if self._closed:
             return Closed("this client has been closed")
-        return Unreachable(str(link.lost or "the connection was lost"))
+        return Unreachable(str(link.why_lost or "the connection was lost"))
 
     def call_async(self, name: str, payload: Any, timeout: float | None = None) -> Future[Any]:
         """Call an interface and return a future of its result, which raises what `call` does.
@@ -400,7 +392,7 @@ class Client:
         future.add_done_callback(call.settled)
         try:
             link = self._link
-            if link is not None and link.lost is None and not self._unsent:
+            if link is not None and not link.lost and not self._unsent:
                 with suppress(Unreachable):
                     self._send(call, link)
                     return future
@@ -505,12 +497,10 @@ class Client:
             link, attempt, sender = self._link, self._attempt, self._sender
             subscriptions = list(self._subscriptions)
         if link is not None:
-            if link.lost is None:
+            if not link.lost:
                 self._say_goodbye(link)
             link.lose(Closed("this client has been closed"))
             link.requester.close()
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()  # its keeper waits for it
         for requester in [attempt, *self._retired]:
             if requester is not None:
                 requester.close()

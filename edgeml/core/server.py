@@ -495,13 +495,13 @@ class Server:
                 if listener and mark:
                     listener.leave(mark)
             # Still in its slot, for the next handler may use the same output arrays again.
-            if isinstance(outcome, Message):
-                try:
+            try:
+                if isinstance(outcome, Message):
                     call.reply(outcome)
-                except NotEncodable as error:  # too much for this transport
-                    outcome = RemoteError(type(error).__qualname__, wire.text_of(error))
-            if not isinstance(outcome, Message):
-                self._fail(call.reply, outcome)
+                else:
+                    self._fail(call.reply, outcome)
+            except NotEncodable as error:  # too much for this transport
+                self._fail(call.reply, error)
         finally:
             self._running.discard(me)
         call.interface.took(call.kind, time.monotonic() - began)

@@ -45,6 +45,7 @@ __all__ = ["Answerer", "Link", "Subscription", "Topic"]
 
 _log = logging.getLogger(__name__)
 
+_MOST_SILENCE = 120.0  # seconds that one publication may take to arrive
 _MOST_PARKED = 64  # credits of one subscription
 _MOST_CREDITS = 16  # that a subscriber sends ahead
 _BYTES_AHEAD = 64 << 20  # that a subscriber asks for ahead, beyond one publication
@@ -286,13 +287,13 @@ class Subscription:
         keep = link.topics[self.topic]
         began = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._ready(keep), SILENCE)
+            self._changed.wait_for(lambda: self._closed or self._ready(keep), _MOST_SILENCE)
             if self._closed:
                 return
         waited = time.monotonic() - began
         done = self._take(keep)
         if not done:
-            raise Unreachable(f"no answer to a subscription for {SILENCE:g} s")
+            raise Unreachable(f"no answer to a subscription for {_MOST_SILENCE:g} s")
         values = [pair for pair in map(_opened, done) if self._is_news(pair[0])]
         values.sort(key=lambda pair: pair[0].number)
         if keep == 1 and len(values) > 1:

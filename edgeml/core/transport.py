@@ -56,7 +56,11 @@ class Reply(Protocol):
         """True once the transport knows that nobody waits for this reply any more."""
 
     def __call__(self, message: Message) -> None:
-        """Answer."""
+        """Answer.
+
+        Raises:
+            NotEncodable: this is more than the transport carries; an answer is still due.
+        """
 
 
 OnRequest = Callable[[Message, Reply], None]
@@ -87,7 +91,10 @@ class Endpoint(ABC):
         """
 
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
-        """Answer several requests of this endpoint with one message (a broadcast)."""
+        """Answer several requests of this endpoint with one message (a broadcast).
+
+        Raises what a `Reply` does, before any is given.
+        """
         for reply in replies:
             reply(message)
 
@@ -108,6 +115,11 @@ class Requester(Endpoint):
 
     Usable from several threads at once.
     """
+
+    @property
+    def lost(self) -> bool:
+        """True once nothing more will be sent on it; a transport that can't tell says False."""
+        return False
 
     @abstractmethod
     def request(self, message: Message) -> Future[Message]:

@@ -126,6 +126,10 @@ class _Connection(Requester):
             self.listener = _listeners[url.port]
             self.listener.connections.add(self)
 
+    @property
+    def lost(self) -> bool:
+        return self._lost is not None
+
     def request(self, message: Message) -> Future[Message]:
         future: Future[Message] = Future()
         message = own(message)

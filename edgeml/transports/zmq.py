@@ -12,7 +12,7 @@ through one I/O thread. A connection has its own context, since terminating that
 wake a thread that is blocked in a socket. Nothing of this survives a fork: in the child every
 connection is closed, and its sockets are left alone.
 
-Copies. Frames from 256 KiB on are sent from where they lie (below that pyzmq's bookkeeping costs
+Copies. Frames from 512 KiB on are sent from where they lie (below that pyzmq's bookkeeping costs
 more than the copy). In `call` they are the user's own memory, which is why an abandoned call closes
 its socket and waits until libzmq has let go.
 """
@@ -62,7 +62,7 @@ from edgeml.core import (
 _log = logging.getLogger(__name__)
 _exiting = False
 
-_ZERO_COPY = 1 << 18  # bytes
+_ZERO_COPY = 1 << 19  # bytes
 _LARGEST_FRAME = 1 << 30  # bytes; a peer that announces more is cut off by libzmq
 _MOST_BUFFERS = 1 << 14  # in one message
 _MOST_PENDING = 4096  # requests under way on one connection
@@ -174,6 +174,7 @@ class _Reply:
         return False  # a ROUTER learns that a peer has gone only when it sends
 
     def __call__(self, message: Message) -> None:
+        _check(message)
         if not self._listener.send_inline(self._identity, self._number, message):
             self._listener.post([(self._identity, self._number, own(message))])
 
@@ -295,17 +296,15 @@ class _Listener(Endpoint):
 
     def _send(self, identity: bytes, number: bytes, message: Message) -> None:
         try:
-            _check(message)
             # Small buffers are copied by zmq as they are sent; large ones must be ours.
             if message.buffers and max(map(len, message.buffers)) >= _ZERO_COPY:
                 message = own(message)
             self._router.send(identity, _MORE_NOW)
             _send(self._router, number, message)
-        except (zmq.ZMQError, NotEncodable) as error:
+        except zmq.ZMQError as error:
             with self._lock:
                 self.dropped += 1
-            level = logging.ERROR if isinstance(error, NotEncodable) else logging.DEBUG
-            _log.log(level, "%s: a reply to %s is dropped: %s", self.url, identity.hex(), error)
+            _log.debug("%s: a reply to %s is dropped: %s", self.url, identity.hex(), error)
 
     def post(self, replies: list[tuple[bytes, bytes, Message]]) -> None:
         """Leave owned replies for the loop, with one wake for them all."""
@@ -322,6 +321,7 @@ class _Listener(Endpoint):
             self._woken = True  # last: Ctrl-C may come before it, but must not undo it
 
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
+        _check(message)
         message = own(message)
         self.post([r.posted(message) for r in replies if isinstance(r, _Reply)])
 
@@ -503,6 +503,10 @@ class _Connection(Requester):
         if connect:
             line.connect(self._address)
         return line
+
+    @property
+    def lost(self) -> bool:
+        return self._why is not None
 
     def _over(self) -> Exception:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
