@@ -169,6 +169,7 @@ class Server:
     Args:
         service: the kind of server, which a client must name: ``"action"``, say.
         urls: where to listen.
+        spare: where to listen as well; an address that is taken is done without, with a warning.
         config: what the client's configuration must equal, field by field.
         codecs: names of the codecs that clients may speak.
         workers: how many handlers may run at a time.
@@ -180,6 +181,7 @@ class Server:
         self,
         service: str,
         urls: Sequence[Url],
+        spare: Sequence[Url] = (),
         *,
         config: dict[str, Any] | None = None,
         codecs: Sequence[str] = ("msgpack",),
@@ -194,7 +196,7 @@ class Server:
         self.service = service
         self.epoch = time.time_ns()
         self.counts: Counter[str] = Counter()
-        self._requested = list(urls)
+        self._requested = [(url, True) for url in urls] + [(url, False) for url in spare]
         self._config = config or {}
         self._codecs = {name: load_codec(name) for name in codecs}
         self._interval = 1 / rate_limit if rate_limit else 0.0
@@ -225,7 +227,7 @@ class Server:
     def _refuse_strangers(self, codec: Codec) -> None:
         if not codec.executes or self._credentials is not None:
             return
-        for url in self._requested:
+        for url, _ in self._requested:
             if not url.path and not _is_loopback(url.host):
                 raise PermissionDenied(
                     f"codec {codec.name!r} runs code that the sender chooses, and {url} lets in "
@@ -264,18 +266,25 @@ class Server:
     # Life ---------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Listen at every address, or at none: raises OSError if one is taken."""
+        """Listen at every address that isn't spare, or at none: raises OSError if one is taken."""
         with self._lock:
             if self._opened or self._closed:
                 done = "stopped" if self._closed else "started"
                 raise RuntimeError(f"the server was {done} before; make a new one")
             self._opened = True
         try:
-            for url in self._requested:
+            for url, needed in self._requested:
                 listener = _Listener(self)
-                self._listeners.append(listener)
                 transport = load_transport(url.scheme)
-                listener.endpoint = transport.serve(url, listener, credentials=self._credentials)
+                try:
+                    made = transport.serve(url, listener, credentials=self._credentials)
+                except OSError as error:
+                    if needed:
+                        raise
+                    _log.warning("%s; the server does without this second port", error)
+                    continue
+                listener.endpoint = made
+                self._listeners.append(listener)
                 if self._closed:
                     listener.endpoint.close()
                     raise Closed("the server has been stopped")

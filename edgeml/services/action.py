@@ -27,7 +27,8 @@ class ActionConfig:
         port_number: where the server listens; 0 lets the system pick. Not compared.
         action_keys: the names of the actions that it takes.
         observation_keys: the names of the observations that it offers.
-        broadcast_port: a second port that answers just as well; None for none. Not compared.
+        broadcast_port: a second port that answers just as well; None for none. Where it is taken,
+            the server warns and does without. Not compared.
         version: of the two programs' agreement.
         transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
             ``"zmq"``. Not compared.
@@ -84,7 +85,7 @@ class ActionServer(ServiceServer):
         self._act_callback = act_callback
         server = Server(
             "action",
-            listening_urls(config.transport, host, config.port_number, config.broadcast_port),
+            *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
             config=config.shared(),
             codecs=codecs,
             workers=workers,

@@ -18,8 +18,8 @@ __all__ = ["ServiceClient", "ServiceServer", "listening_urls"]
 
 def listening_urls(
     transport: str | None, host: str, port: int, broadcast_port: int | None = None
-) -> list[Url]:
-    """Every address that a server listens at.
+) -> tuple[list[Url], list[Url]]:
+    """The addresses that a server listens at, and those that it can do without.
 
     One listener does everything; a broadcast port that the user names answers in the same way.
     Where the system picks the port (0), it picks the broadcast port too.
@@ -28,10 +28,10 @@ def listening_urls(
         if not 0 <= number < 1 << 16:
             raise ValueError(f"a port is between 0 and 65535, not {number}")
     urls = resolve(transport, host, port)
-    if broadcast_port is not None and broadcast_port != port:
-        second = broadcast_port if port else 0
-        urls += [url.with_port(second) for url in urls if not url.path]
-    return urls
+    if broadcast_port is None or broadcast_port == port:
+        return urls, []
+    second = broadcast_port if port else 0
+    return urls, [url.with_port(second) for url in urls if not url.path]
 
 
 class ServiceServer:

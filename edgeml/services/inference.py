@@ -43,7 +43,7 @@ class InferenceServer(ServiceServer):
         self._names: list[str] = []
         server = Server(
             "inference",
-            listening_urls(transport, host, port_num),
+            *listening_urls(transport, host, port_num),
             codecs=codecs,
             workers=workers,
             credentials=credentials,

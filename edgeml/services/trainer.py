@@ -50,7 +50,8 @@ class TrainerConfig:
 
     Attributes:
         port_number: where the server listens; 0 lets the system pick. Not compared.
-        broadcast_port: a second port that answers just as well; None for none. Not compared.
+        broadcast_port: a second port that answers just as well; None for none. Where it is taken,
+            the server warns and does without. Not compared.
         request_types: the names that `TrainerClient.request` may be given.
         rate_limit: calls per second and client; those beyond wait their turn within their
             deadline. None for any number. Not compared.
@@ -113,7 +114,7 @@ class TrainerServer(ServiceServer):
         self._lock = threading.Lock()
         server = Server(
             "trainer",
-            listening_urls(config.transport, host, config.port_number, config.broadcast_port),
+            *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
             config=config.shared(),
             codecs=codecs,
             workers=workers,
