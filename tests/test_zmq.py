@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import zmq
 
+import edgeml
 from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Overloaded, Unreachable
 from edgeml.core import Message, Url, load_transport, wire
 
@@ -522,6 +523,23 @@ def test_what_zmq_does_not_carry_is_refused_with_a_reason(connected):
                 send(message)
     as_many_as_go = Message(b"", [memoryview(b"x")] * (1 << 14))
     assert len(requester.call(as_many_as_go, 5.0).buffers) == 1 << 14
+
+
+def test_a_publication_may_take_longer_than_a_heartbeat_on_a_slow_network(monkeypatch):
+    monkeypatch.setattr("edgeml.core.wire.SILENCE", 3.0)
+    config = edgeml.TrainerConfig(0, transport="zmq")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(edgeml.TrainerServer(config))
+        server.start(threaded=True)
+        relay = stack.enter_context(Relay(server.port, rate=4e6))
+        config = edgeml.TrainerConfig(relay.port, transport="zmq")
+        client = stack.enter_context(edgeml.TrainerClient("slow", "127.0.0.1", config))
+        came = threading.Event()
+        subscription = client.recv_network_callback(lambda weights: came.set())
+        server.publish_network(np.ones(20_000_000, np.uint8))  # five seconds' worth
+        assert came.wait(30)
+        assert subscription.missed == 0
+        assert len(server.clients) == 1  # it never took the server for dead, to come back anew
 
 
 def test_a_reply_that_zmq_does_not_carry_is_refused_and_another_can_be_given(parking):

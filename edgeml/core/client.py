@@ -289,11 +289,11 @@ class Client:
     def _ask(self, link: _Link, message: Message) -> Message:
         """Twice, so that a process which was itself held up gets another chance."""
         try:
-            return link.requester.call(message, wire.SILENCE - 1.0)
+            return link.requester.call(message, wire.SILENCE / 2)
         except DeadlineExceeded:
             pass
         try:
-            return link.requester.call(message, 1.0)
+            return link.requester.call(message, wire.SILENCE / 2)
         except DeadlineExceeded:
             raise Unreachable(
                 f"no heartbeat from {link.requester.url} in {wire.SILENCE:g} s"

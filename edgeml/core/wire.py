@@ -55,7 +55,8 @@ HOLD = 1.0
 """Seconds that a parked request is kept before it is answered "nothing yet"."""
 
 SILENCE = 5.0
-"""Seconds without an answer to a parked request after which a client gives its server up."""
+"""Seconds without an answer to a heartbeat after which a client gives its server up; more than
+twice `HOLD`, for it is asked twice."""
 
 HEARTBEAT = ""
 """The topic on which nothing is ever published: its credits are the heartbeat."""
