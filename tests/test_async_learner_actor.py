@@ -27,9 +27,10 @@ def two_processes(arguments: list[str], seconds: float) -> tuple[str, str]:
     learner = start("--learner", "--port", "0", *arguments)
     try:
         assert learner.stdout is not None
-        line = learner.stdout.readline()
-        port = re.search(r":(\d+)$", line.strip())
-        assert port, line
+        line = ""
+        while not (port := re.search(r"zmq://\S+:(\d+)$", line.strip())):  # after any warnings
+            line = learner.stdout.readline()
+            assert line, "the learner ended"
         actor = start("--actor", "--port", port[1], *arguments)
         try:
             acted, _ = actor.communicate(timeout=seconds)
