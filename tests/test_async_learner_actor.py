@@ -96,7 +96,8 @@ def test_inverted_pendulum_is_learned(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_half_cheetah_is_being_learned(tmp_path: Path) -> None:
+def test_half_cheetah_is_being_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file where it runs
     arguments = ["--env", "HalfCheetah-v4", "--max_steps", "25000"]
     acted, _ = two_processes([*arguments, "--curve", str(tmp_path / "curve.png")], seconds=800)
     print(f"HalfCheetah-v4 at 25,000 steps: {evaluation_return(acted)}")

@@ -34,7 +34,25 @@ def listening_urls(
     return urls, [url.with_port(second) for url in urls if not url.path]
 
 
-class ServiceServer:
+class _Stoppable:
+    """A context manager that stops itself."""
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class ServiceServer(_Stoppable):
     """A server of any of the three kinds; a context manager that stops it."""
 
     _server: Server
@@ -100,19 +118,8 @@ class ServiceServer:
         """Counts since the start: calls, and everything refused or dropped, by reason."""
         return self._server.stats()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-
-class ServiceClient:
+class ServiceClient(_Stoppable):
     """A client of any of the three kinds; a context manager that stops it."""
 
     def __init__(self, client: Client) -> None:
@@ -126,17 +133,6 @@ class ServiceClient:
     def stop(self) -> None:
         """Close the connection and end every thread; quick and idempotent."""
         self._client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
 
 def names(what: str, given: Sequence[Any]) -> list[str]:
