@@ -75,7 +75,7 @@ __all__ = [
     "PluginError",
 ]
 
-_PACKAGES = ("core", "data", "services")
+_PACKAGES = ("core", "data", "services", "testing")
 
 
 def __getattr__(name: str) -> Any:

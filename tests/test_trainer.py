@@ -680,7 +680,7 @@ def test_stop_is_quick_when_the_learner_does_not_answer_and_tells_what_is_unsent
             wait_until(lambda: len(server.data_store("actor_env")) == 12)
             server.stop()
             store.insert(transition(12))
-        with took(at_most=3):
+        with took(at_most=5):
             client.stop()
         hold.set()
     assert "were not sent" in caplog.text
@@ -1054,3 +1054,56 @@ def test_an_actor_outlives_its_learners_death_and_gets_the_next_ones_weights():
                 wait_until(lambda: len(got) == 2)
                 assert [weights["from"] for weights in got] == ["the first", "the second"]
                 assert client.lost == 0
+
+
+def test_the_newer_of_two_clients_goes_on_whatever_the_clock_says(transport, monkeypatch):
+    with learner(transport) as server:
+        store = QueuedDataStore(10)
+        for clock in (2e9, 1e9):
+            monkeypatch.setattr("time.time_ns", lambda clock=clock: int(clock))
+            store.insert({"n": clock})
+            with actor(server, store, client_id="robot") as client:
+                client.update()
+        assert server.data_store("actor_env").latest_data_id() >= 2
+
+
+def test_an_item_that_cannot_be_sent_is_named_and_can_be_given_up(transport):
+    with learner(transport) as server:
+        store = QueuedDataStore(10)
+        with actor(server, store) as client:
+            store.insert({"bad": object()})
+            store.insert({"good": 1})
+            with pytest.raises(NotEncodable, match=r"store 'actor_env', in the 2 items from id 1"):
+                client.update()
+            store.release(1)
+            assert client.update() == 1
+
+
+UNSTOPPED = """
+import sys
+from edgeml import TrainerClient, TrainerConfig
+from edgeml.data import QueuedDataStore
+store = QueuedDataStore(500)
+config = TrainerConfig(int(sys.argv[1]), request_types=["stats"])
+client = TrainerClient("actor_env", "127.0.0.1", config, store)
+client.start_async_update(interval=600)
+for n in range(100):
+    store.insert({"n": n})
+print("done", flush=True)
+"""
+
+
+def test_a_program_that_ends_without_a_stop_sends_the_rest():
+    with learner("zmq") as server:
+        with process(UNSTOPPED, server.port) as program:
+            assert program.line() == "done"
+            program.end()
+        assert server.data_store("actor_env").latest_data_id() == 100
+
+
+def test_what_stop_leaves_unsent_is_told(transport, caplog):
+    with learner(transport) as server:
+        store = QueuedDataStore(10)
+        with actor(server, store):
+            store.insert({"n": 1})
+        assert "up to 1 items of 'actor_env' were not sent" in caplog.text

@@ -44,9 +44,11 @@ __all__ = ["Client"]
 
 _log = logging.getLogger(__name__)
 
+_IMPATIENCE = 0.05  # seconds; the first pause between two attempts to connect
 _PATIENCE = 2.0  # seconds; the longest pause between two attempts to connect in the background
 _GOODBYE = 3.0  # seconds that a server which stops may take to answer what it has begun
 _LONGEST = 1e6  # seconds; of a timeout, as a transport may count milliseconds in 32 bits
+_NOTHING = Message(b"")
 _FAREWELL = 0.2  # seconds that closing may spend on telling the server
 _MOST_UNSENT = 1 << 12  # asynchronous calls that wait for a connection
 
@@ -93,6 +95,7 @@ class _Asynchronous:
             future.set_running_or_notify_cancel()  # tells those who wait for it among others
         if self.request is not None:
             self.request.cancel()
+        self.encoded = _NOTHING  # for the future may be kept, and it refers to this
 
 
 class Client:
@@ -159,7 +162,7 @@ class Client:
 
     def _connect_first(self, wait: float) -> None:
         deadline = time.monotonic() + wait
-        pause = 0.05
+        pause = _IMPATIENCE
         while True:
             try:
                 self._connected(self.timeout)
@@ -168,6 +171,8 @@ class Client:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
+                if pause == _IMPATIENCE:
+                    _log.warning("waiting for a server at %s", self._urls[0])
             time.sleep(min(pause, left))
             pause = min(2 * pause, _PATIENCE)
 

@@ -198,6 +198,8 @@ class Server:
         self.counts: Counter[str] = Counter()
         self._requested = [(url, True) for url in urls] + [(url, False) for url in spare]
         self._config = config or {}
+        if isinstance(codecs, str):
+            raise ValueError(f"codecs must be a list of names, not {codecs!r}")
         self._codecs = {name: load_codec(name) for name in codecs}
         self._interval = 1 / rate_limit if rate_limit else 0.0
         self._credentials = credentials
@@ -325,7 +327,7 @@ class Server:
         free = 0
         for _ in range(self._workers - (me in self._running)):
             if not self._slots.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                _log.warning("a %s handler is still running; it was left behind", self.service)
+                _log.warning("one %s handler is still running; it is left behind", self.service)
                 break
             free += 1
         for _ in range(free):

@@ -54,7 +54,7 @@ PROTOCOL = 1
 HOLD = 1.0
 """Seconds that a parked request is kept before it is answered "nothing yet"."""
 
-SILENCE = 5.0
+SILENCE = 10.0
 """Seconds without an answer to a heartbeat after which a client gives its server up; more than
 twice `HOLD`, for it is asked twice."""
 

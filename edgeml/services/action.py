@@ -97,10 +97,13 @@ class ActionServer(ServiceServer):
         super().__init__(server)
 
     def publish_obs(self, payload: dict[str, Any]) -> int:
-        """Send observations to every client that registered for them; returns their number.
+        """Send observations to every client that registered for them.
 
         Never waits for a client: one that is behind gets the newest later. The payload may be
         changed as soon as this returns.
+
+        Returns:
+            The number of this publication, counted from 1.
 
         Raises:
             NotEncodable: the payload.

@@ -3,16 +3,20 @@
 Delivery. Every item that an actor uploads is known by who sends it (client id and incarnation),
 the store, and its number there. The server keeps one high-water mark for each: what is at or under
 it is there already and dropped, a gap is refused and answered with the mark, from which the client
-then goes on. So an update that is repeated, because its answer was lost, adds nothing twice. A
-newer incarnation of the same explicit client id shuts an older one out. This is Kafka's idempotent
-producer (KIP-98).
+then goes on. So an update that is repeated, because its answer was lost, adds nothing twice. This
+is Kafka's idempotent producer (KIP-98).
+
+An incarnation is one `TrainerClient` object. Of those with the same explicit client id, the one
+that the server saw last shuts the others out; no clock has a say, for a robot's may be reset.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import secrets
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +26,7 @@ from edgeml.core.errors import (
     DeadlineExceeded,
     EdgemlError,
     Malformed,
+    NotEncodable,
     PermissionDenied,
     UnknownInterface,
 )
@@ -41,7 +46,7 @@ _CHUNK_BYTES = 4 << 20  # larger messages of images are slower, not faster
 _MOST_ITEMS = 4096  # in a chunk
 _FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
 _WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
-_LAST_UPDATE = 1.0  # seconds that stopping may spend on what hasn't been sent
+_LAST_UPDATE = 2.0  # seconds that stopping may spend on what hasn't been sent
 
 
 @dataclass
@@ -79,6 +84,7 @@ class TrainerConfig:
 class _Mark:
     incarnation: int
     number: int
+    shut_out: deque[int] = field(default_factory=lambda: deque(maxlen=256))
 
 
 class TrainerServer(ServiceServer):
@@ -150,10 +156,13 @@ class TrainerServer(ServiceServer):
         return list(self._stores)
 
     def publish_network(self, params: Any) -> int:
-        """Send weights to every client, those that connect later included; returns their number.
+        """Send weights to every client, those that connect later included.
 
         Never waits for a client: one that is behind skips to the newest. The weights may be
         changed as soon as this returns.
+
+        Returns:
+            The number of this publication, counted from 1.
 
         Raises:
             NotEncodable: the weights.
@@ -186,11 +195,12 @@ class TrainerServer(ServiceServer):
         store = self.data_store(name)
         with self._lock:
             mark = self._marks.setdefault((session.client_id, name), _Mark(incarnation, after))
-            if incarnation < mark.incarnation:
+            if incarnation in mark.shut_out:
                 raise PermissionDenied(
                     f"a newer client calls itself {session.client_id!r}; give each its own id"
                 )
-            if incarnation > mark.incarnation:
+            if incarnation != mark.incarnation:
+                mark.shut_out.append(mark.incarnation)
                 mark.incarnation, mark.number = incarnation, after
             if after > mark.number:
                 return mark.number  # a gap: the client goes on from here
@@ -259,7 +269,7 @@ class TrainerClient(ServiceClient):
         self._sent = dict.fromkeys(self._stores, 0)  # what the server is known to have
         self._unsure: dict[str, int] = {}  # first item of an upload whose answer was lost
         self._chunk = dict.fromkeys(self._stores, _FIRST_ITEMS)  # items that make a good message
-        self._incarnation = time.time_ns()
+        self._incarnation = secrets.randbits(63)
         self._updating = threading.Lock()
         self._stopping = threading.Event()
         self._updater: threading.Thread | None = None
@@ -294,6 +304,7 @@ class TrainerClient(ServiceClient):
             UnknownInterface: the learner has no store of that name; the text lists those known.
             RemoteError: the learner's store refused the data, or its callback raised.
             PermissionDenied: a newer client has the same explicit ``client_id``.
+            NotEncodable: an item can't be carried; the text says where it is, and what to do.
         """
         with self._updating:
             return sum(self._update(name, store, timeout) for name, store in self._stores.items())
@@ -327,8 +338,17 @@ class TrainerClient(ServiceClient):
             "after": after,
             "batch": payload,
         }
+        sure = name not in self._unsure
         self._unsure.setdefault(name, batch.first_id)
-        mark: int = self._client.call("update", upload, timeout)
+        try:
+            mark: int = self._client.call("update", upload, timeout)
+        except NotEncodable as error:
+            if sure:  # and still so, for nothing was sent
+                del self._unsure[name]
+            raise NotEncodable(
+                f"store {name!r}, in the {len(batch)} items from id {batch.first_id} on: {error}; "
+                "its release(id) gives up the items up to that id"
+            ) from None
         del self._unsure[name]
         self._sent[name] = mark
         self._stores[name].release(mark)
@@ -366,9 +386,10 @@ class TrainerClient(ServiceClient):
         return self._client.subscribe(_NETWORK, function)
 
     def start_async_update(self, interval: float = 10) -> None:
-        """Call `update` every ``interval`` seconds in the background, and once more at `stop`.
+        """Call `update` every ``interval`` seconds in the background, and once more at the end.
 
-        A failure is logged, and the data goes with a later update.
+        The end is `stop`, or that of the program. The first of several failures is logged, and the
+        data goes with a later update.
         """
         if not interval > 0:
             raise ValueError(f"interval must be positive, not {interval}")
@@ -378,19 +399,38 @@ class TrainerClient(ServiceClient):
             target=self._keep_updating, args=(interval,), name="edgeml updates", daemon=True
         )
         self._updater.start()
+        atexit.register(self.stop)
 
     def _keep_updating(self, interval: float) -> None:
+        failures = 0
         while not self._stopping.wait(interval):
             try:
                 self.update()
-            except EdgemlError as error:
-                _log.warning("an update of %r failed, and will be repeated: %s", self.name, error)
-            except Exception:  # of a user's own store, say
-                _log.exception("an update of %r failed, and will be repeated", self.name)
+                if failures:
+                    _log.warning("updates of %r go on after %d failures", self.name, failures)
+                failures = 0
+            except PermissionDenied as error:
+                _log.error("updates of %r end: %s", self.name, error)
+                return
+            except Exception as error:  # of a user's own store, too
+                failures += 1
+                if failures == 1:
+                    known = isinstance(error, EdgemlError)
+                    text = "an update of %r failed, and will be repeated: %s"
+                    _log.warning(text, self.name, error, exc_info=not known)
+
+    def _count_unsent(self) -> int:
+        return sum(s.latest_data_id() - self._sent[n] for n, s in self._stores.items())
 
     def stop(self) -> None:
-        """Send what start_async_update hasn't yet, close the connection and end every thread."""
+        """Send what start_async_update hasn't yet, close the connection and end every thread.
+
+        What isn't sent, because no updates were running or no learner answers, is logged.
+        """
+        atexit.unregister(self.stop)
+        first = not self._stopping.is_set()
         self._stopping.set()
+        why = "update() was not called for them"
         updater, self._updater = self._updater, None
         if updater is not None and updater is not threading.current_thread():
             updater.join(_LAST_UPDATE)
@@ -399,8 +439,11 @@ class TrainerClient(ServiceClient):
                     raise DeadlineExceeded("an update is under way, and gets no answer")
                 self.update(_LAST_UPDATE)
             except EdgemlError as error:
-                unsent = sum(s.latest_data_id() - self._sent[n] for n, s in self._stores.items())
-                _log.warning("%d items of %r were not sent: %s", unsent, self.name, error)
+                why = str(error)
+        unsent = self._count_unsent()
+        if first and unsent:
+            text = "up to %d items of %r were not sent, or not known to have arrived: %s"
+            _log.warning(text, unsent, self.name, why)
         super().stop()
         if updater is not None and updater is not threading.current_thread():
             updater.join(_LAST_UPDATE)

@@ -224,7 +224,8 @@ class _Listener(Endpoint):
         try:
             self._router.bind(f"tcp://{address}:{url.port or '*'}")
         except zmq.ZMQError as error:
-            raise OSError(error.errno, f"cannot serve {url}: {error}") from error
+            reason = f"cannot serve {url}: {error}; another port, or 0, may be free"
+            raise OSError(error.errno, reason) from error
         bound = self._router.get_string(zmq.LAST_ENDPOINT)
         port = int(bound.rpartition(":")[2])
         host = url.host
@@ -695,7 +696,10 @@ class ZmqTransport(Transport):
             with socket.create_connection((url.host, url.port), timeout) as probe:
                 host = probe.getpeername()[0]
         except (OSError, UnicodeError) as error:
-            raise Unreachable(f"nobody answers at {url}: {error}") from error
+            raise Unreachable(
+                f"nobody answers at {url}: {error}; is the server started, and does its host= let "
+                "this machine in?"
+            ) from error
         return _Connection(url, str(Url("tcp", host, url.port)))
 
 
