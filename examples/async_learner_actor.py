@@ -70,7 +70,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.steps_per_update * options.utd_ratio < 1:
         parser.error("steps_per_update * utd_ratio must be at least 1")
+    if options.max_steps * options.actors <= options.training_starts:
+        parser.error("max_steps must be more than training_starts, or nothing is learned")
+    check(options.env)
     return options
+
+
+def check(name: str) -> None:
+    """End the program here, with a reason, if it can't learn this environment."""
+    try:
+        env = gymnasium.make(name)
+    except gymnasium.error.Error as error:
+        raise SystemExit(f"--env {name}: {error}") from None
+    spaces = (env.observation_space, env.action_space)
+    env.close()
+    for space in spaces:
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            raise SystemExit(
+                f"--env {name} has the space {space}; this SAC needs Boxes of one axis"
+            )
 
 
 def make_limiter(options: argparse.Namespace, actors: int) -> RateLimiter:
