@@ -8,3 +8,7 @@ class TestInproc(TransportTests):
 
 class TestZmq(TransportTests):
     url = "zmq://127.0.0.1:0"
+
+
+class TestShm(TransportTests):
+    url = "shm://127.0.0.1:0"

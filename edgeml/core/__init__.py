@@ -15,7 +15,8 @@ from edgeml.core.errors import (
     UnknownInterface,
     Unreachable,
 )
-from edgeml.core.message import Message, is_owned, own
+from edgeml.core.message import Message, Owned, is_owned, own, root_of
+from edgeml.core.pending import Pending
 from edgeml.core.plugins import hookimpl, load_codec, load_transport
 from edgeml.core.transport import (
     Credentials,
@@ -42,6 +43,9 @@ __all__ = [
     "Url",
     "own",
     "is_owned",
+    "Owned",
+    "root_of",
+    "Pending",
     # plugins
     "hookimpl",
     "load_transport",

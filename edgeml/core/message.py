@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-__all__ = ["Message", "is_owned", "own"]
+__all__ = ["Message", "Owned", "is_owned", "own", "root_of"]
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -37,8 +37,8 @@ class Message(msgspec.Struct, frozen=True, gc=False):
         return len(self.header) + sum(buffer.nbytes for buffer in self.buffers)
 
 
-class _Owned(np.ndarray[Any, Any]):
-    """Marks pooled memory: ``memoryview.obj`` of every slice of it is of this type."""
+class Owned(np.ndarray[Any, Any]):
+    """Marks memory that whoever had it filled will not change: `root_of` slices of it is one."""
 
 
 class _Pool:
@@ -67,7 +67,7 @@ class _Pool:
             block = free.pop()
         except IndexError:
             block = np.empty(room, np.uint8)
-        root = block.view(_Owned)
+        root = block.view(Owned)
         weakref.finalize(root, free.append, block).atexit = False
         view = memoryview(root)[:size]  # type: ignore[arg-type]
         view[:] = source
@@ -77,13 +77,55 @@ class _Pool:
 _pool = _Pool()
 
 
+def root_of(buffer: memoryview) -> Any:
+    """What the memory behind ``buffer`` belongs to, seen through views and views of views."""
+    root: Any = buffer.obj
+    while True:
+        kind = type(root)
+        if kind is np.ndarray:
+            if root.base is None:
+                return root
+            root = root.base
+        elif kind is memoryview:
+            root = root.obj
+        else:
+            return root
+
+
 def is_owned(buffer: memoryview) -> bool:
     """Whether the memory behind ``buffer`` can no longer be changed by whoever made it."""
-    return type(buffer.obj) in (bytes, _Owned)
+    root = root_of(buffer)
+    return type(root) is bytes or isinstance(root, Owned)
 
 
-def own(message: Message) -> Message:
-    """Return a message equal to this one whose buffers nobody else can change."""
-    if all(map(is_owned, message.buffers)):
+def own(message: Message, room: Callable[[int], memoryview | None] | None = None) -> Message:
+    """Return a message equal to this one whose buffers nobody else can change.
+
+    Args:
+        message: is returned as it is if that is so already.
+        room: gives memory of so many bytes to copy into, or None; see `Endpoint.room`.
+    """
+    copied = [not is_owned(buffer) for buffer in message.buffers]
+    if not any(copied):
         return message
-    return Message(message.header, [b if is_owned(b) else _pool.copy(b) for b in message.buffers])
+    pairs = list(zip(message.buffers, copied, strict=True))
+    place = None
+    if room is not None:
+        place = room(sum(_aligned(buffer) for buffer, copy in pairs if copy))
+    if place is None:
+        return Message(message.header, [_pool.copy(b) if copy else b for b, copy in pairs])
+    buffers = []
+    at = 0
+    for buffer, copy in pairs:
+        if copy:
+            place[at : at + buffer.nbytes] = buffer
+            buffers.append(place[at : at + buffer.nbytes].toreadonly())
+            at += _aligned(buffer)
+        else:
+            buffers.append(buffer)
+    return Message(message.header, buffers)
+
+
+def _aligned(buffer: memoryview) -> int:
+    """Bytes that it takes up if the next one is to be aligned for vector instructions."""
+    return -(-buffer.nbytes // 64) * 64

@@ -75,6 +75,11 @@ class Endpoint(ABC):
     dropped: int = 0
     """Messages that could not be delivered because the peer had gone or would not read."""
 
+    @property
+    def copied(self) -> int:
+        """Messages that came as private copies, since too many views of others are held."""
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """Free everything, join every thread, and wake blocked callers with `Closed`.
@@ -89,6 +94,15 @@ class Endpoint(ABC):
         Core calls this when a handler that it ran within ``on_request`` turns out slow. A transport
         whose one loop is stuck in that call continues in a fresh thread.
         """
+
+    def room(self, nbytes: int) -> memoryview | None:
+        """Memory of so many bytes that this endpoint sends without a copy; None if it has none.
+
+        It may be filled until it has been sent, and only be read from then on: a receiver may be
+        looking at it.
+        """
+        del nbytes
+        return None
 
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
         """Answer several requests of this endpoint with one message (a broadcast).

@@ -1,0 +1,66 @@
+"""Requests under way on one connection, by number: what most transports need to match replies."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import Future
+
+from edgeml.core.errors import Overloaded
+from edgeml.core.message import Message
+
+__all__ = ["Pending"]
+
+
+class _Future(Future[Message]):
+    """A request under way; to cancel it is to forget it."""
+
+    def __init__(self, requests: dict[int, _Future], number: int) -> None:
+        super().__init__()
+        self._requests = requests
+        self._number = number
+
+    def cancel(self) -> bool:
+        self._requests.pop(self._number, None)  # whoever pops it settles it
+        return super().cancel()
+
+
+class Pending:
+    """The futures of requests under way. Safe to use from any thread.
+
+    Args:
+        most: how many there may be at a time.
+    """
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._numbers = itertools.count(1)
+        self._requests: dict[int, _Future] = {}
+
+    def __contains__(self, number: int) -> bool:
+        """Whether the request is still waited for."""
+        return number in self._requests
+
+    def add(self) -> tuple[int, Future[Message]]:
+        """A new request: its number, and the future of its reply.
+
+        Raises:
+            Overloaded: too many are under way.
+        """
+        if len(self._requests) >= self._most:
+            raise Overloaded(f"{self._most} requests are under way on this connection")
+        number = next(self._numbers)
+        future = self._requests[number] = _Future(self._requests, number)
+        return number, future
+
+    def settle(self, number: int, message: Message) -> None:
+        """A reply has come; it is dropped if nobody waits for it any more."""
+        future = self._requests.pop(number, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_result(message)
+
+    def fail(self, why: Exception) -> None:
+        """Nothing more will come: every request raises an error like this one."""
+        while self._requests:
+            _, future = self._requests.popitem()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(type(why)(*why.args))  # one each: raising adds to it

@@ -1,0 +1,405 @@
+"""One socket between two processes of a user: records, and the memory that they speak of.
+
+Every record is at most 64 KiB, little-endian, and begins with::
+
+    u8 kind, u8 flags, u16 returns, u32 buffers, u32 header bytes, u64 number
+
+- ``HELLO``: 8 bytes of magic follow, with the version, and 16 that name the connection. The first
+  record in either direction.
+- ``MESSAGE``: there follow *returns*, each a u32, the token of a block of the receiver's that is
+  free again (with its highest bit set: not to be used again); a descriptor for each buffer; the
+  header. A descriptor is u32 segment, u32 token, u64 offset, u64 size; for segment 0 the buffer's
+  bytes follow the header, in order. With the flag ``FAR`` there is one descriptor only, of memory
+  that holds the others, and the header after them.
+- ``RETURN``: returns alone.
+- ``MAP``: the number is a segment's; a u64 follows, its size. Its file descriptor comes with the
+  next record, of one byte.
+- ``FORGET``: numbers of segments follow, each a u32, that will not be spoken of any more.
+
+What is small goes within the record, which is cheaper than a lease. A record is written to the
+socket by whoever sends it; only what finds no room there waits in an outbox.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edgeml.core import EdgemlError, Message, NotEncodable, Overloaded, own, root_of
+from edgeml.transports.shm.memory import (
+    ALIGNMENT,
+    RETIRE,
+    Block,
+    Lease,
+    Leases,
+    Pool,
+    Room,
+    Segment,
+    map_segment,
+)
+from edgeml.transports.shm.sockets import Lost, Records
+
+__all__ = ["Channel"]
+
+_HELLO, _MESSAGE, _RETURN, _MAP, _FORGET = range(5)
+_FAR = 1
+
+_MAGIC = b"edgeml\0\1"  # the last byte is the version of what is written above
+_HEAD = struct.Struct("<BBHIIQ")
+_DESCRIPTOR = struct.Struct("<IIQQ")
+_SIZE = struct.Struct("<Q")
+
+_INLINE = 16 << 10  # bytes; up to here two copies by the kernel cost less than a lease
+_MOST_BUFFERS = 1 << 14  # in one message
+_MOST_HEADER = 1 << 30  # bytes
+_MOST_RETURNS = 1 << 10  # in one record
+_MOST_MAPPED = 4096  # segments of a peer
+_MOST_QUEUED = 1 << 13  # records that wait for room in the socket
+_FREELY = 4  # blocks that a user may hold whatever their size; beyond them ...
+_MOST_HELD = 64  # ... so many, or a quarter of the limit
+
+
+class Channel:
+    """Sends from any thread, and receives in one at a time; never waits.
+
+    Args:
+        records: the socket.
+        pool: whose memory is lent to the peer.
+        limit: bytes that may be lent to the peer at a time.
+
+    Attributes:
+        connection: names the connection; None until the peer has said hello.
+        lost: set once nothing more can be sent.
+        copied: messages that were copied, since too much of the peer's memory is held here.
+        on_full: called when the outbox, which was empty, no longer is.
+    """
+
+    def __init__(self, records: Records, pool: Pool, limit: int) -> None:
+        self.records = records
+        self.connection: bytes | None = None
+        self.lost = False
+        self.copied = 0
+        self.on_full: Callable[[Channel], None] = lambda _: None
+        self._pool = pool
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._outbox: deque[tuple[bytes, Segment | None]] = deque()
+        # What the peer has of ours:
+        self._known: set[int] = set()  # segments
+        self._generation = pool.generation
+        self._lent: dict[int, int] = {}  # how often, by token
+        self._lent_bytes = 0
+        # What we have of the peer's:
+        self._maps: dict[int, mmap.mmap] = {}
+        self._leases = Leases()
+        self._expected: tuple[int, int, bool] | None = None  # a segment, to be mapped next
+
+    # Sending ------------------------------------------------------------------------------
+
+    def greet(self, connection: bytes) -> None:
+        """Say hello."""
+        with self._lock:
+            self._post(_HEAD.pack(_HELLO, 0, 0, 0, 0, 0) + _MAGIC + connection)
+
+    def send(self, number: int, message: Message) -> None:
+        """Send a message; its buffers may be changed when this returns, or raises.
+
+        Raises:
+            Lost: the peer has gone.
+            Overloaded: the peer has too much that it does not read, or does not give back.
+            NotEncodable: this is more than can be lent.
+        """
+        header, buffers = message.header, message.buffers
+        flags, count, size = 0, len(buffers), len(header)
+        table, body = b"", header
+        blocks: list[Block] = []  # that will be the peer's
+        try:
+            if count:
+                if count > _MOST_BUFFERS:
+                    raise NotEncodable(
+                        f"a message of {count} arrays; shm carries {_MOST_BUFFERS}: "
+                        "stack the small ones into one"
+                    )
+                if size + sum(map(len, buffers)) + count * _DESCRIPTOR.size <= _INLINE:
+                    table = b"".join([_DESCRIPTOR.pack(0, 0, 0, len(each)) for each in buffers])
+                    body = b"".join((header, *buffers))
+                else:
+                    table = self._place(buffers, blocks)
+            if len(table) + len(body) > _INLINE:
+                if size > _MOST_HEADER:
+                    raise NotEncodable(f"a header of {size} bytes; shm carries {_MOST_HEADER}")
+                table, body = self._place([memoryview(table + header)], blocks), b""
+                flags = _FAR
+            with self._lock:
+                if len(self._outbox) >= _MOST_QUEUED:
+                    raise Overloaded(f"the peer has left {_MOST_QUEUED} messages unread")
+                if blocks:
+                    self._lend(blocks)
+                    blocks = []
+                returns = self._due() if self._leases.ended else b""
+                head = _HEAD.pack(_MESSAGE, flags, len(returns) >> 2, count, size, number)
+                self._post(b"".join((head, returns, table, body)))
+        finally:
+            for block in blocks:
+                self._pool.drop(block)
+
+    def _place(self, buffers: Sequence[memoryview], blocks: list[Block]) -> bytes:
+        """See that buffers lie in our memory; returns descriptors, and adds blocks that have one
+        user more, which will be the peer.
+        """
+        rooms = [self._room_of(buffer) for buffer in buffers]
+        sizes = [-(-len(buffer) // ALIGNMENT) * ALIGNMENT for buffer in buffers]
+        total = sum(size for size, room in zip(sizes, rooms, strict=True) if room is None)
+        if total > self._limit:
+            raise NotEncodable(f"a message of {total} bytes; {self._too_much()}")
+        new = None
+        if total:
+            new = self._pool.take(total)
+            blocks.append(new)
+        at = 0
+        table = []
+        for buffer, size, room in zip(buffers, sizes, rooms, strict=True):
+            if not size:
+                table.append(_DESCRIPTOR.pack(0, 0, 0, 0))
+                continue
+            if room is not None:
+                block, offset = room
+                if block not in blocks:
+                    self._pool.keep(block)
+                    blocks.append(block)
+            else:
+                assert new is not None
+                block, offset = new, at
+                # An assignment between memoryviews keeps the GIL, which would take 5 ms to get
+                # back beside a thread that computes.
+                new.view[at : at + len(buffer)] = buffer
+                at += size
+            place = block.offset + offset
+            table.append(_DESCRIPTOR.pack(block.segment.number, block.token, place, len(buffer)))
+        return b"".join(table)
+
+    def _room_of(self, buffer: memoryview) -> tuple[Block, int] | None:
+        """Where a buffer lies in our memory, if it does."""
+        root = root_of(buffer)
+        if type(root) is not Room or root.pool is not self._pool or not len(buffer):
+            return None
+        array = np.frombuffer(buffer, np.uint8)
+        return root.block, array.__array_interface__["data"][0] - root.address
+
+    def _lend(self, blocks: list[Block]) -> None:
+        """Give a message's blocks to the peer, and their segments if it doesn't know them."""
+        size = sum(len(block.view) for block in blocks)
+        if self._lent_bytes + size > self._limit and self._lent:
+            raise Overloaded(
+                f"the peer holds {self._lent_bytes} bytes that it hasn't read, or doesn't let go "
+                f"of; {self._too_much()}"
+            )
+        if self.lost:
+            raise Lost("the connection has been closed")
+        for block in blocks:
+            segment = block.segment
+            if segment.number not in self._known:
+                head = _HEAD.pack(_MAP, 0, 0, len(segment.blocks), 0, segment.number)
+                self._post(head + _SIZE.pack(segment.size))
+                self._post(b"\0", segment)
+                self._known.add(segment.number)
+            self._lent[block.token] = self._lent.get(block.token, 0) + 1
+        self._lent_bytes += size
+
+    def _too_much(self) -> str:
+        megabytes = self._limit >> 20
+        return f"{megabytes} MiB are lent to a peer at most: see EDGEML_SHM_LIMIT_MB"
+
+    def _due(self) -> bytes:
+        """The tokens to give back with the next record."""
+        ended = self._leases.ended
+        count = min(len(ended), _MOST_RETURNS)
+        return struct.pack(f"<{count}I", *(ended.popleft() for _ in range(count)))
+
+    def _post(self, record: bytes, segment: Segment | None = None) -> None:
+        if self.lost:
+            raise Lost("the connection has been closed")
+        if not self._outbox and self.records.send(record, segment.fd if segment else None):
+            return
+        self._outbox.append((record, segment))
+        if len(self._outbox) == 1:
+            self.on_full(self)
+
+    @property
+    def full(self) -> bool:
+        """Whether something waits for room in the socket."""
+        return bool(self._outbox)
+
+    def flush(self) -> bool:
+        """Send what waits in the outbox; False if some of it still waits."""
+        with self._lock:
+            while self._outbox and not self.lost:
+                record, segment = self._outbox[0]
+                if not self.records.send(record, segment.fd if segment else None):
+                    return False
+                self._outbox.popleft()
+        return True
+
+    def tidy(self) -> None:
+        """Give back what is due where no message has taken it along, and what isn't used."""
+        if not self._leases.ended and self._generation == self._pool.generation:
+            return
+        with self._lock:
+            if self.lost or self._outbox:
+                return
+            while self._leases.ended:
+                returns = self._due()
+                self._post(_HEAD.pack(_RETURN, 0, len(returns) >> 2, 0, 0, 0) + returns)
+            self._generation = self._pool.generation
+            gone = self._known.difference(self._pool.segments)
+            self._known -= gone
+            while gone:
+                some = [gone.pop() for _ in range(min(len(gone), _MOST_RETURNS))]
+                numbers = struct.pack(f"<{len(some)}I", *some)
+                self._post(_HEAD.pack(_FORGET, 0, 0, len(some), 0, 0) + numbers)
+
+    # Receiving ----------------------------------------------------------------------------
+
+    def receive(self) -> tuple[int, Message] | None:
+        """Take one record; returns the number and the message, if it was one.
+
+        Raises:
+            Lost: the peer has gone, or has sent what no peer of ours sends.
+        """
+        try:
+            if self._expected is not None:
+                self._map()
+                return None
+            data = self.records.receive()
+            if data is None:
+                return None
+            kind, flags, returns, count, size, number = _HEAD.unpack_from(data)
+            at = _HEAD.size
+            if self.connection is None:
+                if kind != _HELLO or data[at:-16] != _MAGIC:
+                    raise Lost("the peer is of another version of edgeml, or none of ours")
+                self.connection = data[-16:]
+                return None
+            if returns:
+                self._take_back(struct.unpack_from(f"<{returns}I", data, at))
+                at += 4 * returns
+            if kind == _MESSAGE:
+                return number, self._message(data, at, flags, count, size)
+            if kind == _MAP:
+                if len(self._maps) >= _MOST_MAPPED or number in self._maps:
+                    raise Lost("too many segments, or one that is known")
+                self._expected = number, _SIZE.unpack_from(data, at)[0], count == 1
+            elif kind == _FORGET:
+                for gone in struct.unpack_from(f"<{count}I", data, at):
+                    self._maps.pop(gone, None)
+            elif kind != _RETURN:
+                raise Lost(f"a record of kind {kind}")
+        except (struct.error, KeyError, ValueError, OSError, EdgemlError) as error:
+            raise Lost(f"{type(error).__name__}: {error}") from error
+        return None
+
+    def _map(self) -> None:
+        fd = self.records.receive_fd()
+        if fd is not None and self._expected is not None:
+            number, size, whole = self._expected
+            self._expected = None
+            self._maps[number] = map_segment(fd, size, whole=whole)
+
+    def _message(self, data: bytes, at: int, flags: int, count: int, size: int) -> Message:
+        if not count and not flags:
+            if len(data) != at + size:
+                raise ValueError("a header of another length")
+            return Message(data[at:])
+        if count > _MOST_BUFFERS or size > _MOST_HEADER:
+            raise ValueError("too many buffers, or too large a header")
+        roots: dict[int, tuple[memoryview, Lease]] = {}
+        if flags & _FAR:
+            data = bytes(self._buffer(roots, *_DESCRIPTOR.unpack_from(data, at)))
+            roots.clear()
+            at = 0
+        split = at + count * _DESCRIPTOR.size
+        end = split + size
+        if len(data) < end:
+            raise ValueError("a record that is cut short")
+        buffers = []
+        for descriptor in _DESCRIPTOR.iter_unpack(data[at:split]):
+            if descriptor[0]:
+                buffers.append(self._buffer(roots, *descriptor))
+            else:
+                buffers.append(memoryview(data)[end : end + descriptor[3]])
+                end += descriptor[3]
+        if len(data) != end:
+            raise ValueError("a record of another length than it says")
+        message = Message(data[split : split + size], buffers)
+        held = len(self._leases)
+        if held > _FREELY and (held > _MOST_HELD or self._leases.size > self._limit // 4):
+            self.copied += 1
+            message = own(message)
+        return message
+
+    def _buffer(
+        self,
+        roots: dict[int, tuple[memoryview, Lease]],
+        number: int,
+        token: int,
+        offset: int,
+        size: int,
+    ) -> memoryview:
+        memory = self._maps[number]
+        if offset + size > len(memory):
+            raise ValueError("a buffer beyond its segment")
+        found = roots.get(token)
+        if found is None:
+            found = roots[token] = self._leases.begin(memory, token)
+        root, lease = found
+        lease.size += size
+        return root[offset : offset + size]
+
+    def _take_back(self, tokens: tuple[int, ...]) -> None:
+        with self._lock:
+            for token in tokens:
+                retire = bool(token & RETIRE)
+                token &= ~RETIRE
+                left = self._lent.pop(token) - 1  # a KeyError if it has none of it
+                if left:
+                    self._lent[token] = left
+                block = self._pool.blocks.get(token)
+                if block is not None:  # else this end has been closed
+                    self._lent_bytes -= len(block.view)
+                    self._pool.drop(block, retire=retire)
+
+    # The end ------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Send and receive no more; wakes whoever waits, who can still read what has come."""
+        self.lost = True
+        self.records.shutdown()
+
+    def close(self) -> int:
+        """Free everything; returns how many messages were never sent. Idempotent.
+
+        What the peer has of our memory may be read for as long as it likes, so it is retired.
+        """
+        with self._lock:
+            self.lost = True
+            self.records.close()
+            lent, self._lent = self._lent, {}
+            unsent = sum(1 for _, segment in self._outbox if segment is None)
+            self._outbox.clear()
+            self._maps.clear()
+        for token, times in lent.items():
+            block = self._pool.blocks.get(token)
+            if block is not None:
+                self._pool.drop(block, times, retire=True)
+        return unsent
+
+    def forked(self) -> None:
+        """In a forked child: close the child's copy, or the peer would not learn of the end."""
+        self._lock = threading.Lock()  # whoever held it is not there
+        self.lost = True
+        self.records.forget()

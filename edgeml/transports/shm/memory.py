@@ -1,0 +1,385 @@
+"""Memory that one process writes and others read: who makes it, who lends it, and when it ends.
+
+A *segment* is a piece of shared memory without a name, which lives as long as somebody has it open
+or mapped, so that nothing is left behind whoever is killed. It is divided into *blocks* of one
+size, and a message's buffers lie in one block. A block is used again when nobody uses it any more:
+neither the endpoint that fills it, nor a peer that it is lent to, nor the user for whom it was made
+as room. What a peer had when its connection was lost may still be read, by views that outlive the
+connection, so such a segment is *retired*: no block of it is ever used again.
+
+A reader maps a segment once, read-only, and *leases* a block of it for each message. A lease ends
+with the last view on it, which a weak reference tells: that runs at any moment and in any thread,
+so it takes no lock, does no I/O and only leaves a note.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import mmap
+import os
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from edgeml.core import Malformed, Overloaded, Owned
+
+__all__ = ["ALIGNMENT", "RETIRE", "Block", "Lease", "Leases", "Pool", "Segment", "map_segment"]
+
+ALIGNMENT = 64
+"""Bytes; where each buffer begins in its block, for the sake of vector instructions."""
+
+RETIRE = 1 << 31
+"""Set in a token that is returned: the block is not to be used again."""
+
+SEALABLE = sys.platform == "linux"
+"""Whether there is memory that its maker can't truncate under its readers, which would be SIGBUS.
+Elsewhere an unlinked temporary file has to do."""
+
+_SEALS = 0x02 | 0x04 | 0x10 | 0x01  # shrink, grow, future write (fcntl(2); 3.11 lacks it), seal
+_NEEDED = 0x02  # shrink: what a reader insists on
+
+_SHARED = 4 << 20  # bytes; a segment for blocks that are small enough to share one
+_SMALLEST = 1 << 16  # bytes; of a block
+_KEEP = 30.0  # seconds that a segment is kept for which there is no use at the moment
+_MOST_SEGMENTS = 4096  # of one pool; a system allows 65,530 mappings in a process
+
+Array = np.ndarray[Any, Any]
+
+
+class Segment:
+    """A piece of shared memory, and its division into blocks."""
+
+    __slots__ = ("blocks", "fd", "live", "memory", "number", "retired", "size", "used")
+
+    def __init__(self, number: int, room: int, count: int, tokens: Iterable[int]) -> None:
+        self.number = number
+        self.size = room * count
+        self.fd = _create(self.size)
+        try:
+            # Filled at once where all of it will be written: cheaper than a fault for each page.
+            flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if count == 1 else 0)
+            self.memory = mmap.mmap(self.fd, self.size, flags=flags)
+            if SEALABLE:  # after mapping it, as nobody can map it to write from now on
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        view = memoryview(self.memory)
+        self.blocks = [
+            Block(token, self, at, view[at : at + room])
+            for token, at in zip(tokens, range(0, self.size, room), strict=False)
+        ]
+        self.live = 0  # blocks in use
+        self.retired = False
+        self.used = 0.0  # when a block of it was last given back
+
+    def close(self) -> None:
+        """Give the memory up; it is gone when the last that has it mapped gives it up as well."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self.blocks = []
+        del self.memory
+
+
+def _create(size: int) -> int:
+    if SEALABLE:
+        fd = os.memfd_create("edgeml", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    else:
+        fd, path = tempfile.mkstemp(prefix="edgeml-")
+        os.unlink(path)
+    try:
+        os.truncate(fd, size)
+        if not SEALABLE:  # a disk that is full must be an error now, and not a SIGBUS later
+            zeros = bytes(1 << 20)
+            for at in range(0, size, len(zeros)):
+                os.pwrite(fd, zeros[: size - at], at)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Block:
+    """The room for one message.
+
+    Attributes:
+        token: its number in the pool, by which a reader gives it back.
+        offset: where it lies in its segment.
+        view: the memory itself.
+        users: how many have it: the endpoint, peers, and a user for whom it was made as room.
+    """
+
+    __slots__ = ("offset", "segment", "token", "users", "view")
+
+    def __init__(self, token: int, segment: Segment, offset: int, view: memoryview) -> None:
+        self.token = token
+        self.segment = segment
+        self.offset = offset
+        self.view = view
+        self.users = 0
+
+
+class Room(Owned):
+    """The root of an array that the user fills where it will be read."""
+
+    block: Block
+    pool: Pool
+    address: int
+
+
+class Pool:
+    """The segments that one endpoint writes. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._tokens = itertools.count(1)
+        self._free: dict[int, list[Block]] = {}  # by size; the last to be freed is the first taken
+        self._dead: deque[tuple[Block, bool]] = deque()  # whose room nobody has any more
+        self._rooms: dict[int, Lease] = {}
+        self._closed = False
+        self.segments: dict[int, Segment] = {}
+        self.blocks: dict[int, Block] = {}
+        self.generation = 0
+        """Changes whenever a segment is given up, which readers want to be told."""
+        _open_pools.add(self)
+
+    def take(self, size: int) -> Block:
+        """A block of at least ``size`` bytes, with one user.
+
+        Raises:
+            Overloaded: the system gives no more memory, or no more file descriptors.
+        """
+        room = _rounded(size)
+        with self._lock:
+            self._collect()
+            free = self._free.get(room)
+            if not free:
+                free = self._grow(room)
+            block = free.pop()
+            block.users = 1
+            block.segment.live += 1
+        return block
+
+    def room(self, size: int) -> memoryview:
+        """Memory of ``size`` bytes that is sent without a copy; raises what `take` does."""
+        block = self.take(size)
+        root = np.frombuffer(block.view, np.uint8).view(Room)
+        root.block, root.pool = block, self
+        root.address = root.__array_interface__["data"][0]
+        dead, rooms = self._dead, self._rooms
+
+        def gone(lease: Lease) -> None:
+            rooms.pop(id(lease), None)
+            dead.append((block, bool(lease.token & RETIRE)))
+
+        lease = Lease(root, gone)
+        lease.token, lease.size = block.token, len(block.view)
+        rooms[id(lease)] = lease
+        return memoryview(root)[:size]  # type: ignore[arg-type]
+
+    def keep(self, block: Block, users: int = 1) -> None:
+        """Count more users of a block that is in use."""
+        with self._lock:
+            block.users += users
+
+    def drop(self, block: Block, users: int = 1, *, retire: bool = False) -> None:
+        """Count fewer users; without any, the block is free, unless its segment is retired."""
+        with self._lock:
+            self._drop(block, users, retire)
+
+    def tidy(self) -> None:
+        """Give up segments that have been of no use for long."""
+        with self._lock:
+            self._collect()
+            before = time.monotonic() - _KEEP
+            for segment in list(self.segments.values()):
+                if not segment.live and segment.used < before:
+                    self._give_up(segment)
+
+    def close(self) -> None:
+        """Give up everything, but for what a user still has."""
+        with self._lock:
+            self._closed = True
+            for segment in self.segments.values():
+                segment.close()
+            self.segments.clear()
+            self.blocks.clear()
+            self._free.clear()
+
+    def forking(self) -> None:
+        """A child will see what there is now: its views must not change when ours are gone."""
+        for lease in list(self._rooms.values()):
+            lease.token |= RETIRE
+
+    def forked(self) -> None:
+        """In the child: whoever held the lock is not there, and nothing is ours to use again."""
+        self._lock = threading.Lock()
+        self._closed = True
+
+    def _grow(self, room: int) -> list[Block]:
+        if self._closed or len(self.segments) >= _MOST_SEGMENTS:
+            raise Overloaded("too much shared memory is in use by this endpoint")
+        count = max(1, _SHARED // room) if room <= _SHARED // 4 else 1
+        try:
+            segment = Segment(next(self._numbers), room, count, self._tokens)
+        except (OSError, ValueError) as error:
+            raise Overloaded(
+                f"the system gives no more shared memory: {error}; let go of received arrays, or "
+                "raise the limit of open files (ulimit -n)"
+            ) from error
+        segment.used = time.monotonic()
+        self.segments[segment.number] = segment
+        self.blocks |= {block.token: block for block in segment.blocks}
+        free = self._free.setdefault(room, [])
+        free += reversed(segment.blocks)
+        return free
+
+    def _collect(self) -> None:
+        while self._dead:
+            self._drop(*self._next_dead())
+
+    def _next_dead(self) -> tuple[Block, int, bool]:
+        block, retire = self._dead.popleft()
+        return block, 1, retire
+
+    def _drop(self, block: Block, users: int, retire: bool) -> None:
+        if self._closed:
+            return
+        segment = block.segment
+        if retire and not segment.retired:
+            segment.retired = True
+            free = self._free[len(block.view)]
+            free[:] = [other for other in free if other.segment is not segment]
+        block.users -= users
+        if block.users:
+            return
+        segment.live -= 1
+        if not segment.retired:
+            self._free[len(block.view)].append(block)
+            segment.used = time.monotonic()
+        elif not segment.live:
+            self._give_up(segment)
+
+    def _give_up(self, segment: Segment) -> None:
+        if not segment.retired:
+            free = self._free[len(segment.blocks[0].view)]
+            free[:] = [block for block in free if block.segment is not segment]
+        for block in segment.blocks:
+            del self.blocks[block.token]
+        del self.segments[segment.number]
+        segment.close()
+        self.generation += 1
+
+
+def _rounded(size: int) -> int:
+    """Up to one of four sizes to each power of two, so that a block fits many messages."""
+    size = max(size, _SMALLEST)
+    step = 1 << ((size - 1).bit_length() - 3)
+    return -(-size // step) * step
+
+
+class Lease(weakref.ref[Array]):
+    """Tells when the last view on a block is gone.
+
+    Attributes:
+        token: the block's, `RETIRE` included if its writer must not use it again.
+        size: bytes that are held.
+    """
+
+    __slots__ = ("size", "token")
+    token: int
+    size: int
+
+
+class Leases:
+    """What this process holds of the blocks that one peer has lent."""
+
+    def __init__(self) -> None:
+        self.ended: deque[int] = deque()
+        """Tokens of the blocks that can be given back."""
+        self._held: dict[int, Lease] = {}
+        _open_leases.add(self)
+        held, ended = self._held, self.ended
+
+        def gone(lease: Lease) -> None:
+            held.pop(id(lease), None)
+            ended.append(lease.token)
+
+        self._gone = gone
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the buffers that are held."""
+        return sum(lease.size for lease in list(self._held.values()))
+
+    def begin(self, memory: mmap.mmap, token: int) -> tuple[memoryview, Lease]:
+        """A read-only view of a segment, and the lease that ends with its last slice."""
+        root = np.frombuffer(memory, np.uint8)
+        lease = Lease(root, self._gone)
+        lease.token, lease.size = token, 0
+        self._held[id(lease)] = lease
+        return memoryview(root), lease  # type: ignore[arg-type]
+
+    def forking(self) -> None:
+        """A child will see what there is now: its views must not change when ours are gone."""
+        for lease in list(self._held.values()):
+            lease.token |= RETIRE
+
+
+def map_segment(fd: int, size: int, *, whole: bool) -> mmap.mmap:
+    """Map a peer's segment to read it, after a look whether it can be trusted to stay.
+
+    Args:
+        fd: closed in any case.
+        size: in bytes, as the peer says.
+        whole: whether all of it is about to be read.
+
+    Raises:
+        Malformed: not what a peer of ours would send.
+        OSError: no more file descriptors or mappings.
+    """
+    try:
+        if SEALABLE:
+            try:
+                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            except OSError:
+                seals = 0
+            if seals & _NEEDED != _NEEDED:
+                raise Malformed("memory that its sender could truncate")
+        if not 0 < size <= os.fstat(fd).st_size:
+            raise Malformed(f"memory that is smaller than the {size} bytes it claims")
+        flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if whole else 0)
+        return mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ)
+    finally:
+        os.close(fd)
+
+
+_open_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_open_leases: weakref.WeakSet[Leases] = weakref.WeakSet()
+
+
+def _forking() -> None:
+    for each in (*_open_pools, *_open_leases):
+        each.forking()
+
+
+def _forked() -> None:
+    for pool in _open_pools:
+        pool.forked()
+
+
+# Twice, since a lease may begin between the first time and the fork.
+os.register_at_fork(before=_forking, after_in_parent=_forking, after_in_child=_forked)

@@ -1,0 +1,325 @@
+"""Unix sockets as shm needs them: whole records, file descriptors, and who is on the other side.
+
+Linux has sockets that keep the bounds of records, names that go with their process, and tells who
+connects. Elsewhere (macOS) records have a length in front of them, and a socket is a file.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import struct
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from edgeml.core import PermissionDenied, Unreachable, Url
+
+__all__ = [
+    "LARGEST_RECORD",
+    "Lost",
+    "Records",
+    "accept",
+    "connect",
+    "listen",
+    "unlink",
+]
+
+LINUX = sys.platform == "linux"
+
+LARGEST_RECORD = 1 << 16
+"""Bytes; a good part of what a socket has room for (net.core.wmem_default, 208 KiB)."""
+
+_LENGTH = struct.Struct("<I")
+_BACKLOG = 4096
+_ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
+
+
+class Lost(Exception):  # noqa: N818 - as the errors of core, named for what happened
+    """The peer has gone, or can't be trusted any more."""
+
+
+class Records:
+    """A connected socket that carries records; nothing here ever waits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self.fd = sock.fileno()
+
+    def send(self, record: bytes, fd: int | None = None) -> bool:
+        """Send a record, with a file descriptor if need be; False where there is no room now."""
+        try:
+            if fd is None:
+                self._socket.send(record)
+            else:
+                socket.send_fds(self._socket, [record], [fd])
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Lost(str(error)) from None
+        return True
+
+    def receive(self) -> bytes | None:
+        """The next record; None where there is none now."""
+        try:
+            record = self._socket.recv(LARGEST_RECORD)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise Lost(str(error)) from None
+        if not record:
+            raise Lost("the peer has closed the connection")
+        return record
+
+    def receive_fd(self) -> int | None:
+        """The file descriptor that comes with the next record; None where there is none now."""
+        try:
+            record, fds, flags, _ = socket.recv_fds(self._socket, 1, 1)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise Lost(str(error)) from None
+        if not record:
+            raise Lost("the peer has closed the connection")
+        if len(fds) != 1 or flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                os.close(fd)
+            raise Lost(
+                "no file descriptor came where one was due; if this process has too many files "
+                "open, raise the limit (ulimit -n)"
+            )
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    def shutdown(self) -> None:
+        """End it in both directions, which wakes whoever waits; what has come can be read."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close it, so that the peer can still read all that was sent."""
+        self.shutdown()
+        # A socket that is closed with something unread resets its peer, who then loses the rest.
+        with suppress(Lost):
+            while self.receive() is not None:
+                pass
+        self._socket.close()
+
+    def forget(self) -> None:
+        """Close this process's copy after a fork, and leave the connection to the parent."""
+        self._socket.close()
+
+
+class StreamRecords(Records):
+    """Records on a stream: each has its length in front."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self._unsent = b""
+        self._come = b""
+        self._fds: list[int] = []
+
+    def send(self, record: bytes, fd: int | None = None) -> bool:
+        try:
+            if self._unsent:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+            if self._unsent:
+                return False
+            data = _LENGTH.pack(len(record)) + record
+            if fd is None:
+                sent = self._socket.send(data)
+            else:
+                sent = socket.send_fds(self._socket, [data], [fd])
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Lost(str(error)) from None
+        self._unsent = data[sent:]
+        if self._unsent:  # a record that was begun must be finished; there will be room soon
+            self._finish()
+        return True
+
+    def _finish(self) -> None:
+        while self._unsent:
+            if not select.select([], [self._socket], [], 1.0)[1]:
+                raise Lost("the peer reads half a record")
+            try:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise Lost(str(error)) from None
+
+    def receive(self) -> bytes | None:
+        # Exactly one record, so that what follows it still makes the socket readable.
+        while True:
+            size = _LENGTH.size
+            if len(self._come) >= size:
+                size += _LENGTH.unpack_from(self._come)[0]
+                if size > LARGEST_RECORD + _LENGTH.size:
+                    raise Lost("a record that is too large")
+                if len(self._come) == size:
+                    record, self._come = self._come[_LENGTH.size :], b""
+                    return record
+            try:
+                data, control, flags, _ = self._socket.recvmsg(size - len(self._come), _ROOM)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise Lost(str(error)) from None
+            for level, kind, value in control:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds = array.array("i")
+                    fds.frombytes(value[: len(value) - len(value) % fds.itemsize])
+                    self._fds += fds
+            if len(self._fds) > 1 or flags & socket.MSG_CTRUNC:
+                raise Lost("file descriptors that nobody asked for, or no room for one")
+            if not data:
+                raise Lost("the peer has closed the connection")
+            self._come += data
+
+    def receive_fd(self) -> int | None:
+        if self.receive() is None:
+            return None
+        if not self._fds:
+            raise Lost("no file descriptor came where one was due")
+        fd = self._fds.pop()
+        os.set_inheritable(fd, False)
+        return fd
+
+    def close(self) -> None:
+        super().close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+
+def _new() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM)
+
+
+def _records(sock: socket.socket) -> Records:
+    return Records(sock) if LINUX else StreamRecords(sock)
+
+
+def _address(port: int, path: str) -> str:
+    if path:
+        return path
+    if LINUX:
+        return f"\0edgeml/{port}"  # abstract: gone with its process
+    folder = Path(tempfile.gettempdir()) / f"edgeml-{os.geteuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return str(folder / f"{port}.sock")
+
+
+def listen(port: int, path: str) -> socket.socket:
+    """Listen by a number, or at a path.
+
+    Raises:
+        OSError: somebody listens there.
+    """
+    sock = _new()
+    address = _address(port, path)
+    try:
+        try:
+            sock.bind(address)
+        except OSError:
+            if address.startswith("\0") or not _abandoned(address):
+                raise
+            os.unlink(address)
+            sock.bind(address)
+        if not address.startswith("\0"):
+            os.chmod(address, 0o600)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _abandoned(address: str) -> bool:
+    """Whether a socket's file was left behind by a process that was killed."""
+    with _new() as probe:
+        try:
+            probe.connect(address)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def unlink(port: int, path: str) -> None:
+    """Remove the file of a socket that has been closed, where it has one."""
+    address = _address(port, path)
+    if not address.startswith("\0"):
+        with suppress(OSError):
+            os.unlink(address)
+
+
+def accept(sock: socket.socket) -> tuple[Records, int] | None:
+    """The next who connects, and its process's id; None where there is none now.
+
+    Raises:
+        PermissionDenied: it is another user's.
+    """
+    try:
+        made, _ = sock.accept()
+    except BlockingIOError:
+        return None
+    try:
+        return _records(made), _same_user(made)
+    except BaseException:
+        made.close()
+        raise
+
+
+def connect(url: Url, timeout: float) -> Records:
+    """Connect to who listens at a path, or else by the number of a port.
+
+    Raises:
+        Unreachable: nobody does.
+        PermissionDenied: another user does.
+    """
+    sock = _new()
+    try:
+        sock.settimeout(timeout)
+        sock.connect(_address(url.port, url.path))
+        _same_user(sock)
+        return _records(sock)
+    except PermissionDenied:
+        sock.close()
+        raise
+    except PermissionError as error:  # the file of a socket is its owner's
+        sock.close()
+        raise PermissionDenied(f"{url} belongs to another user: {error}") from None
+    except OSError as error:
+        sock.close()
+        raise Unreachable(
+            f"nobody answers at {url}: {error}; is the server started, on this machine, with shm "
+            "among its transports?"
+        ) from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _same_user(sock: socket.socket) -> int:
+    """The id of the process on the other side, if it is this user's, as the system tells."""
+    if LINUX:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, user = struct.unpack("iII", credentials)[:2]
+    else:  # LOCAL_PEERCRED of unix(4): a struct xucred
+        _, user = struct.unpack_from("II", sock.getsockopt(0, 1, 76))
+        pid = 0
+    if user != os.geteuid():
+        raise PermissionDenied(
+            f"the process on the other side is run by user {user}, this one by {os.geteuid()}; "
+            "shm connects the processes of one user"
+        )
+    return int(pid)

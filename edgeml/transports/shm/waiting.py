@@ -1,0 +1,88 @@
+"""Waiting for sockets: polling for a short while where that pays, and then sleeping."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["IN", "OUT", "Poller", "Waiter"]
+
+IN, OUT = select.POLLIN, select.POLLOUT
+
+_LONGEST = 200e-6  # seconds of polling; sleeping and waking costs 10 to 110 microseconds
+_SHORTEST = 20e-6  # polling that short pays no more
+_HELD_UP = 100e-6  # seconds between two looks, when somebody else needs the core or the GIL
+_REST = 64  # waits without polling after that
+
+T = TypeVar("T")
+
+
+class Waiter:
+    """Polls before it sleeps if what it waits for has come soon of late.
+
+    To wake a thread that sleeps is most of a small message's round trip. Polling never goes on for
+    longer than that is worth, and ends for a while as soon as it is in anybody's way: a look gives
+    the GIL up, so that a thread that computes, or a process that needs the core, shows as a gap
+    between two looks.
+    """
+
+    __slots__ = ("_patience", "_rest")
+
+    def __init__(self) -> None:
+        self._patience = 0.0  # seconds that polling goes on
+        self._rest = 0
+
+    def wait(self, look: Callable[[float], T], timeout: float) -> T:
+        """Call ``look`` with seconds to wait at most, 0 among them, until it returns something."""
+        clock = time.perf_counter
+        began = now = clock()
+        if self._patience:
+            end = began + min(self._patience, timeout)
+            while now < end:
+                found = look(0)
+                last, now = now, clock()
+                if found:
+                    return found
+                if now - last > _HELD_UP:
+                    self._patience, self._rest = 0.0, _REST
+                    break
+            else:
+                self._patience = self._patience / 2 if self._patience > _SHORTEST else 0.0
+        found = look(max(0.0, timeout - (now - began)))
+        if self._rest:
+            self._rest -= 1
+        elif found and clock() - began < _LONGEST:
+            self._patience = _LONGEST
+        return found
+
+
+class Poller:
+    """Which of many sockets can be read or written; to be changed by the thread that waits."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._poll = self._epoll or select.poll()
+
+    def set(self, fd: int, events: int, *, new: bool = False) -> None:
+        """Wait for these events of a socket, `IN` and `OUT`, from now on."""
+        if new:
+            self._poll.register(fd, events)
+        else:
+            self._poll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Wait for this socket no more; before it is closed."""
+        self._poll.unregister(fd)
+
+    def look(self, timeout: float) -> list[tuple[int, int]]:
+        """Wait for ``timeout`` seconds at most; returns sockets with their events."""
+        if self._epoll is not None:
+            return self._epoll.poll(timeout)
+        return self._poll.poll(timeout * 1e3)
+
+    def close(self) -> None:
+        """Free it."""
+        if self._epoll is not None:
+            self._epoll.close()
