@@ -15,7 +15,7 @@ from edgeml.core.errors import (
     UnknownInterface,
     Unreachable,
 )
-from edgeml.core.message import Message, Owned, is_owned, own, root_of
+from edgeml.core.message import Message, Owned, copy, is_owned, own, root_of
 from edgeml.core.pending import Pending
 from edgeml.core.plugins import hookimpl, load_codec, load_transport
 from edgeml.core.transport import (
@@ -41,6 +41,7 @@ __all__ = [
     "Codec",
     "Message",
     "Url",
+    "copy",
     "own",
     "is_owned",
     "Owned",

@@ -64,6 +64,7 @@ class _Link:
     epoch: int
     why_lost: EdgemlError | None = None
     retired: bool = False
+    counted: bool = False  # its figures are among those of the client
 
     @property
     def lost(self) -> bool:
@@ -152,6 +153,7 @@ class Client:
         self._subscriptions: weakref.WeakSet[Subscription] = weakref.WeakSet()
         self._numbers = itertools.count(1)  # of subscriptions
         self._unsent: deque[_Asynchronous] = deque()
+        self._copied = 0  # on the connections before this one
         self._sender: threading.Thread | None = None
         self._alarms = Alarms("edgeml client alarms")
         self._connect_first(wait)
@@ -205,6 +207,9 @@ class Client:
 
     def _retire(self, link: _Link) -> None:
         """Close a lost connection, but one on which the server may still answer in a while."""
+        if not link.counted:
+            link.counted = True
+            self._copied += link.requester.copied
         if not isinstance(link.why_lost, Closed):
             link.requester.close()
         elif not link.retired:
@@ -213,15 +218,15 @@ class Client:
             self._alarms.after(_GOODBYE, link.requester.close)
 
     def _connect(self, deadline: float) -> _Link:
-        failures = []
+        failures: list[EdgemlError] = []
         for url in self._urls:
             left = max(0.01, deadline - time.monotonic())
             try:
                 requester = load_transport(url.scheme).connect(
                     url, left, credentials=self._credentials
                 )
-            except Unreachable as error:
-                failures.append(str(error))
+            except (Unreachable, PermissionDenied) as error:
+                failures.append(error)
                 continue
             with self._changed:
                 self._attempt = requester
@@ -232,13 +237,15 @@ class Client:
                 return self._greet(requester, deadline)
             except (DeadlineExceeded, Unreachable) as error:
                 requester.close()
-                failures.append(f"no handshake with {url}: {error}")
+                failures.append(Unreachable(f"no handshake with {url}: {error}"))
             except BaseException:
                 requester.close()
                 raise
             finally:
                 self._attempt = None
-        raise Unreachable("; ".join(failures))
+        if len(failures) == 1:
+            raise failures[0]
+        raise Unreachable("; ".join(map(str, failures)))
 
     def _greet(self, requester: Requester, deadline: float) -> _Link:
         header = wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, self._hello))
@@ -384,7 +391,7 @@ class Client:
             Closed: this client has been closed.
         """
         limit = self._limit(timeout)
-        encoded = own(self._codec.encode(payload))
+        encoded = own(self._codec.encode(payload), self.room)
         if self._closed:
             raise Closed("this client has been closed")
         future: Future[Any] = Future()
@@ -470,6 +477,17 @@ class Client:
                 _settle(call.future, error)
             self._unsent.popleft()  # only now, so that none overtakes it
             del call  # or the buffers live until the next call
+
+    def room(self, nbytes: int) -> memoryview | None:
+        """Memory that is sent without a copy, if the transport has such; see `Endpoint.room`."""
+        link = self._link
+        return None if link is None or link.lost else link.requester.room(nbytes)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start; ``replies_copied``: see `Endpoint.copied`."""
+        link = self._link
+        now = link.requester.copied if link is not None and not link.counted else 0
+        return {"replies_copied": self._copied + now}
 
     # Subscriptions ------------------------------------------------------------------------
 

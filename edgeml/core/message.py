@@ -8,6 +8,9 @@ exists because fresh memory costs a page fault for each 4 KiB: at 3 MB that is m
 
 from __future__ import annotations
 
+import math
+import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-__all__ = ["Message", "Owned", "is_owned", "own", "root_of"]
+__all__ = ["Message", "Owned", "copy", "empty", "is_owned", "own", "root_of"]
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -39,6 +42,38 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 class Owned(np.ndarray[Any, Any]):
     """Marks memory that whoever had it filled will not change: `root_of` slices of it is one."""
+
+
+_PARALLEL = 1 << 24  # bytes; from here on a second thread is worth its start
+_PIECES = 4  # that a copy is divided into; each gives the GIL up, which a busy thread keeps 5 ms
+
+
+def copy(target: memoryview, source: memoryview) -> None:
+    """Copy bytes; many of them in two threads, as one core alone can't use all of the memory's
+    speed (1.5 times as fast, measured with two cores at 25 MB).
+    """
+    size = source.nbytes
+    if size < _PARALLEL or os.cpu_count() == 1:
+        # An assignment keeps the GIL, which would take 5 ms to get back beside a thread that
+        # computes.
+        target[:] = source
+        return
+    to, from_ = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
+    step = -(-size // _PIECES)
+    starts = iter(range(0, size, step))
+
+    def work() -> None:
+        for start in starts:  # whoever is free takes the next
+            np.copyto(to[start : start + step], from_[start : start + step])
+
+    helper = threading.Thread(target=work, name="edgeml copy", daemon=True)
+    try:
+        helper.start()
+    except RuntimeError:  # the interpreter is shutting down
+        work()
+        return
+    work()
+    helper.join()
 
 
 class _Pool:
@@ -70,7 +105,7 @@ class _Pool:
         root = block.view(Owned)
         weakref.finalize(root, free.append, block).atexit = False
         view = memoryview(root)[:size]  # type: ignore[arg-type]
-        view[:] = source
+        copy(view, source)
         return view.toreadonly()
 
 
@@ -105,25 +140,35 @@ def own(message: Message, room: Callable[[int], memoryview | None] | None = None
         message: is returned as it is if that is so already.
         room: gives memory of so many bytes to copy into, or None; see `Endpoint.room`.
     """
-    copied = [not is_owned(buffer) for buffer in message.buffers]
-    if not any(copied):
+    foreign = [not is_owned(buffer) for buffer in message.buffers]
+    if not any(foreign):
         return message
-    pairs = list(zip(message.buffers, copied, strict=True))
+    pairs = list(zip(message.buffers, foreign, strict=True))
     place = None
     if room is not None:
-        place = room(sum(_aligned(buffer) for buffer, copy in pairs if copy))
+        place = room(sum(_aligned(buffer) for buffer, theirs in pairs if theirs))
     if place is None:
-        return Message(message.header, [_pool.copy(b) if copy else b for b, copy in pairs])
+        return Message(message.header, [_pool.copy(b) if theirs else b for b, theirs in pairs])
     buffers = []
     at = 0
-    for buffer, copy in pairs:
-        if copy:
-            place[at : at + buffer.nbytes] = buffer
+    for buffer, theirs in pairs:
+        if theirs:
+            copy(place[at : at + buffer.nbytes], buffer)
             buffers.append(place[at : at + buffer.nbytes].toreadonly())
             at += _aligned(buffer)
         else:
             buffers.append(buffer)
     return Message(message.header, buffers)
+
+
+def empty(
+    room: Callable[[int], memoryview | None], shape: int | tuple[int, ...], dtype: Any
+) -> np.ndarray[Any, Any]:
+    """An array with anything in it, in memory from ``room`` where there is any."""
+    dtype = np.dtype(dtype)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    place = None if dtype.hasobject else room(math.prod(shape) * dtype.itemsize)
+    return np.empty(shape, dtype) if place is None else np.ndarray(shape, dtype, place)
 
 
 def _aligned(buffer: memoryview) -> int:

@@ -62,6 +62,7 @@ _MOST_SESSIONS = 1 << 16
 _MOST_WAITING = 1 << 12  # calls that wait for a worker
 _MOST_WAITING_BYTES = 1 << 30
 _GRACE = 2.0  # seconds that handlers have to return when the server is stopped
+_PORT_TRIES = 16  # to find a port that is free for all transports
 _FORGET = 30.0  # seconds without a sign of life after which a session ends
 
 
@@ -246,14 +247,17 @@ class Server:
         """Make a stream that clients can subscribe to; see `Topic`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        made = Topic(name, self._codecs.values() if name else (), self.epoch, keep)
+        made = Topic(name, self._codecs.values() if name else (), self.epoch, keep, self.room)
         self._topics[name] = made
         return made
 
     @property
     def urls(self) -> list[Url]:
         """Where clients reach this server, the real ports filled in; empty unless it is open."""
-        return [each.endpoint.url for each in self._listeners if each.endpoint]
+        return [end.url for end in self._endpoints()]
+
+    def _endpoints(self) -> list[Endpoint]:
+        return [each.endpoint for each in self._listeners if each.endpoint]
 
     @property
     def sessions(self) -> list[Session]:
@@ -262,8 +266,20 @@ class Server:
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: calls, and everything that was refused or dropped, by reason."""
-        dropped = sum(each.endpoint.dropped for each in self._listeners if each.endpoint)
-        return {**self.counts, "replies_dropped": dropped}
+        ends = self._endpoints()
+        return {
+            **self.counts,
+            "replies_dropped": sum(end.dropped for end in ends),
+            "requests_copied": sum(end.copied for end in ends),
+        }
+
+    def room(self, nbytes: int) -> memoryview | None:
+        """Memory that is sent without a copy, if a transport has such; see `Endpoint.room`."""
+        for end in self._endpoints():
+            place = end.room(nbytes)
+            if place is not None:
+                return place
+        return None
 
     # Life ---------------------------------------------------------------------------------
 
@@ -275,25 +291,48 @@ class Server:
                 raise RuntimeError(f"the server was {done} before; make a new one")
             self._opened = True
         try:
-            for url, needed in self._requested:
-                listener = _Listener(self)
-                transport = load_transport(url.scheme)
-                try:
-                    made = transport.serve(url, listener, credentials=self._credentials)
-                except OSError as error:
-                    if needed:
-                        raise
-                    _log.warning("%s; the server does without this second port", error)
-                    continue
-                listener.endpoint = made
-                self._listeners.append(listener)
-                if self._closed:
-                    listener.endpoint.close()
-                    raise Closed("the server has been stopped")
+            for tries in reversed(range(_PORT_TRIES)):
+                if self._listen(raising=not tries):
+                    break
         except BaseException:
             self.close()
             raise
         self._alarms.after(_TICK, self._tick)
+
+    def _listen(self, *, raising: bool) -> bool:
+        """Open every address. Where the system picks the port, all transports get the same one, so
+        that a client can choose among them; False if it was not free for one of them.
+        """
+        picked: dict[bool, int] = {}  # the port, of those needed and of those spare
+        for url, needed in self._requested:
+            pick = not url.port and not url.path
+            listener = _Listener(self)
+            transport = load_transport(url.scheme)
+            try:
+                made = transport.serve(
+                    url.with_port(picked.get(needed, 0)) if pick else url,
+                    listener,
+                    credentials=self._credentials,
+                )
+            except OSError as error:
+                if needed and (raising or needed not in picked or not pick):
+                    raise
+                if needed:
+                    for opened in self._listeners:
+                        if opened.endpoint is not None:
+                            opened.endpoint.close()
+                    self._listeners.clear()
+                    return False
+                _log.warning("%s; the server does without this second port", error)
+                continue
+            if pick:
+                picked.setdefault(needed, made.url.port)
+            listener.endpoint = made
+            self._listeners.append(listener)
+            if self._closed:
+                listener.endpoint.close()
+                raise Closed("the server has been stopped")
+        return True
 
     def close(self) -> None:
         """Tell every client, stop listening and end every thread; idempotent and quick.

@@ -78,15 +78,24 @@ class Topic:
         codecs: every publication is encoded once with each.
         epoch: of this start of the server.
         keep: how many publications are kept for subscribers that are behind.
+        room: gives memory to keep them in, from which they are sent without another copy.
     """
 
-    def __init__(self, name: str, codecs: Iterable[Codec], epoch: int, keep: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        codecs: Iterable[Codec],
+        epoch: int,
+        keep: int = 1,
+        room: Callable[[int], memoryview | None] | None = None,
+    ) -> None:
         self.name = name
         self.keep = keep
         self.number = 0
         """The number of the newest publication; 0 before the first."""
         self._codecs = list(codecs)
         self._epoch = epoch
+        self._room = room
         self._ring: deque[dict[str, Message]] = deque(maxlen=keep)
         self._subscribers: dict[Hashable, _Subscriber] = {}
         self._lock = threading.Lock()
@@ -97,7 +106,7 @@ class Topic:
 
         The value is encoded and copied before this returns, so it may be changed afterwards.
         """
-        bodies = {codec.name: own(codec.encode(value)) for codec in self._codecs}
+        bodies = {codec.name: own(codec.encode(value), self._room) for codec in self._codecs}
         with self._lock:
             if self._closed:
                 raise Closed(f"the server of {self.name!r} has been stopped")

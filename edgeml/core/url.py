@@ -6,9 +6,13 @@ import os
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-__all__ = ["DEFAULT_TRANSPORT", "Url", "resolve"]
+__all__ = ["AUTO", "DEFAULT_TRANSPORT", "Url", "resolve"]
 
 DEFAULT_TRANSPORT = "zmq"
+AUTO = "auto"
+"""Stands for the nearest first: shared memory where the server is on this machine and offers it,
+else the network."""
+_NEAREST_FIRST = ("shm", DEFAULT_TRANSPORT)
 
 
 _UNSAID = ("", "127.0.0.1")  # the services' defaults; to give one contradicts nothing
@@ -59,12 +63,20 @@ class Url:
         return f"{self.scheme}://{host}{port}{self.path}"
 
 
+def _each(url: Url) -> list[Url]:
+    if url.scheme != AUTO:
+        return [url]
+    return [replace(url, scheme=scheme) for scheme in _NEAREST_FIRST]
+
+
 def resolve(transport: str | None, host: str, port: int) -> list[Url]:
     """Turn what a user gives to a service into addresses.
 
     Args:
         transport: a name (``"zmq"``), a URL (``"zmq://host:port"``), several of them separated by
-            commas, or None for ``$EDGEML_TRANSPORT``, which defaults to ``"zmq"``.
+            commas, or None for ``$EDGEML_TRANSPORT``, which defaults to ``"zmq"``. The name
+            ``"auto"`` is short for ``"shm,zmq"``, in a URL as well: a server listens at both, and a
+            client takes the first that answers.
         host: the host, where the transport names none.
         port: the port, where the transport names none; 0 if it doesn't matter.
 
@@ -80,7 +92,7 @@ def resolve(transport: str | None, host: str, port: int) -> list[Url]:
     urls = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         if "://" not in name:
-            urls.append(Url(name, host, port))
+            urls += _each(Url(name, host, port))
             continue
         url = Url.parse(name)
         if url.port and port and url.port != port:
@@ -95,7 +107,7 @@ def resolve(transport: str | None, host: str, port: int) -> list[Url]:
             )
         if not url.path:
             url = Url(url.scheme, url.host or host, url.port or port)
-        urls.append(url)
+        urls += _each(url)
     if not urls:
         raise ValueError(f"transport {text!r} names no transport")
     return urls

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from edgeml.core.client import Client
 from edgeml.core.errors import Closed
+from edgeml.core.message import empty
 from edgeml.core.server import Server
 from edgeml.core.transport import Peer
 from edgeml.core.url import Url, resolve
@@ -34,8 +37,25 @@ def listening_urls(
     return urls, [url.with_port(second) for url in urls if not url.path]
 
 
-class _Stoppable:
-    """A context manager that stops itself."""
+class _Service:
+    """What a server and a client have in common: memory to send from, and a context manager."""
+
+    def _room(self, nbytes: int) -> memoryview | None:
+        raise NotImplementedError
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+        """An array to be filled and sent, such as a camera's frame; its contents are arbitrary.
+
+        Where a transport shares memory with the other side, the array lies there and is sent
+        without a copy, as the whole of it or as a part. Fill it before it is sent, and only read it
+        from then on, since the other side may be reading it: take a new one for the next frame,
+        which costs next to nothing. On other transports it is an ordinary array.
+
+        Args:
+            shape: as for `numpy.empty`.
+            dtype: as for `numpy.empty`.
+        """
+        return empty(self._room, shape, dtype)
 
     def stop(self) -> None:
         raise NotImplementedError
@@ -52,7 +72,7 @@ class _Stoppable:
         self.stop()
 
 
-class ServiceServer(_Stoppable):
+class ServiceServer(_Service):
     """A server of any of the three kinds; a context manager that stops it."""
 
     _server: Server
@@ -86,9 +106,12 @@ class ServiceServer(_Stoppable):
         self._stopped.set()
         self._server.close()
 
+    def _room(self, nbytes: int) -> memoryview | None:
+        return self._server.room(nbytes)
+
     @property
     def url(self) -> str:
-        """Where clients reach it, the real port filled in.
+        """Where clients reach it, the real port filled in; of several transports, the first.
 
         Raises:
             Closed: it isn't started.
@@ -119,7 +142,7 @@ class ServiceServer(_Stoppable):
         return self._server.stats()
 
 
-class ServiceClient(_Stoppable):
+class ServiceClient(_Service):
     """A client of any of the three kinds; a context manager that stops it."""
 
     def __init__(self, client: Client) -> None:
@@ -129,6 +152,15 @@ class ServiceClient(_Stoppable):
     def client_id(self) -> str:
         """This client's identity."""
         return self._client.client_id
+
+    def _room(self, nbytes: int) -> memoryview | None:
+        return self._client.room(nbytes)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: ``replies_copied``, replies and publications that came as private
+        copies because too many received arrays are held for the transport to lend more.
+        """
+        return self._client.stats()
 
     def stop(self) -> None:
         """Close the connection and end every thread; quick and idempotent."""

@@ -48,8 +48,8 @@ from edgeml.core import (
     Message,
     NotEncodable,
     OnRequest,
-    Overloaded,
     Peer,
+    Pending,
     Reply,
     Requester,
     Transport,
@@ -447,19 +447,6 @@ def _events(line: zmq.Socket[bytes]) -> int:
     return cast(int, line.getsockopt(zmq.EVENTS))
 
 
-class _Future(Future[Message]):
-    """A request under way; to cancel it is to forget it."""
-
-    def __init__(self, pending: dict[bytes, _Future], number: bytes) -> None:
-        super().__init__()
-        self._pending = pending
-        self._number = number
-
-    def cancel(self) -> bool:
-        self._pending.pop(self._number, None)  # whoever pops it settles it
-        return super().cancel()
-
-
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
@@ -472,9 +459,8 @@ class _Connection(Requester):
         self._lock = threading.Lock()
         self._local = threading.local()
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
-        self._numbers = itertools.count(1)
-        self._pending: dict[bytes, _Future] = {}
-        self._outbox: deque[tuple[bytes, Message]] = deque()
+        self._pending = Pending(_MOST_PENDING)
+        self._outbox: deque[tuple[int, Message]] = deque()
         self._woken = False
         self._why: Closed | Unreachable | None = None  # set once, when it is over
         self._terminating = False
@@ -539,14 +525,10 @@ class _Connection(Requester):
     def request(self, message: Message) -> Future[Message]:
         _check(message)
         message = own(message)
-        number = _NUMBER.pack(next(self._numbers))
-        future = _Future(self._pending, number)
         with self._lock:
             if self._why is not None:
                 raise self._over()
-            if len(self._pending) >= _MOST_PENDING:
-                raise Overloaded(f"{_MOST_PENDING} requests to {self.url} are under way")
-            self._pending[number] = future
+            number, future = self._pending.add()
             self._outbox.append((number, message))
             if not self._woken:
                 self._bell.send(b"")
@@ -572,7 +554,7 @@ class _Connection(Requester):
         poller = zmq.Poller()
         for sock in (self._listen, self._shared, self._monitor):
             poller.register(sock, zmq.POLLIN)
-        queue: deque[tuple[bytes, Message]] = deque()
+        queue: deque[tuple[int, Message]] = deque()
         while True:
             ready = dict(poller.poll())
             if self._listen in ready:
@@ -593,20 +575,21 @@ class _Connection(Requester):
                     self._settle_next()
                 return event
 
-    def _send_some(self, queue: deque[tuple[bytes, Message]]) -> None:
+    def _send_some(self, queue: deque[tuple[int, Message]]) -> None:
         while queue:
             number, message = queue[0]
             if number in self._pending:  # not cancelled meanwhile
                 if not _events(self._shared) & zmq.POLLOUT:
                     return
-                _send(self._shared, number, message)
+                _send(self._shared, _NUMBER.pack(number), message)
             queue.popleft()
 
     def _settle_next(self) -> None:
         _, message = _receive(self._shared)
-        future = self._pending.pop(message.header[: _NUMBER.size], None)
-        if future is not None and future.set_running_or_notify_cancel():
-            future.set_result(Message(message.header[_NUMBER.size :], message.buffers))
+        header = message.header
+        if len(header) >= _NUMBER.size:
+            number = _NUMBER.unpack_from(header)[0]
+            self._pending.settle(number, Message(header[_NUMBER.size :], message.buffers))
 
     def _end(self, why: Closed | Unreachable) -> None:
         """Free everything; runs in the I/O thread, for a loss as for a close."""
@@ -615,10 +598,7 @@ class _Connection(Requester):
                 self._why = why
             self._outbox.clear()
             lines = list(self._lines)
-        while self._pending:
-            _, future = self._pending.popitem()
-            if future.set_running_or_notify_cancel():
-                future.set_exception(self._over())
+        self._pending.fail(self._over())
         # Calls have TCP connections of their own, on which a last reply may still be under way.
         deadline = time.monotonic() + _GRACE
         for line in lines:

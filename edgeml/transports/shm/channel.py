@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgeml.core import EdgemlError, Message, NotEncodable, Overloaded, own, root_of
+from edgeml.core import EdgemlError, Message, NotEncodable, Overloaded, copy, own, root_of
 from edgeml.transports.shm.memory import (
     ALIGNMENT,
     RETIRE,
@@ -175,9 +175,7 @@ class Channel:
             else:
                 assert new is not None
                 block, offset = new, at
-                # An assignment between memoryviews keeps the GIL, which would take 5 ms to get
-                # back beside a thread that computes.
-                new.view[at : at + len(buffer)] = buffer
+                copy(new.view[at : at + len(buffer)], buffer)
                 at += size
             place = block.offset + offset
             table.append(_DESCRIPTOR.pack(block.segment.number, block.token, place, len(buffer)))

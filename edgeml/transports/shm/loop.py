@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from edgeml.core import Message
 from edgeml.transports.shm.channel import Channel
@@ -117,10 +118,8 @@ class Loop:
         self._channels.clear()
 
     def _wake(self) -> None:
-        try:
+        with suppress(OSError):  # it is full, so the loop will wake; or closed, so it has ended
             self._bell.send(b"!")
-        except OSError:  # it is full, so the loop will wake; or closed, so it has ended
-            pass
 
     def _note_full(self, channel: Channel) -> None:
         self._full.add(channel)

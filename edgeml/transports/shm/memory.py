@@ -372,8 +372,10 @@ _open_leases: weakref.WeakSet[Leases] = weakref.WeakSet()
 
 
 def _forking() -> None:
-    for each in (*_open_pools, *_open_leases):
-        each.forking()
+    for pool in _open_pools:
+        pool.forking()
+    for leases in _open_leases:
+        leases.forking()
 
 
 def _forked() -> None:

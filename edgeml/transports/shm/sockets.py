@@ -38,7 +38,7 @@ _BACKLOG = 4096
 _ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
-class Lost(Exception):  # noqa: N818 - as the errors of core, named for what happened
+class Lost(Exception):
     """The peer has gone, or can't be trusted any more."""
 
 
