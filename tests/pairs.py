@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from edgeml.services.base import ServiceServer
 
-TRANSPORTS = ("inproc", "zmq")
+TRANSPORTS = ("inproc", "shm", "zmq")
 """Every test of the services runs over each of these."""
 
 T = TypeVar("T", bound=ServiceServer)

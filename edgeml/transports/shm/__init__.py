@@ -274,6 +274,17 @@ class _Line:
         self.channel.flush()
         self.channel.receive()  # late, or no message
 
+    def tidy(self) -> None:
+        """Between calls, take and give back what is due: the next may be long in coming."""
+        if self._lock.acquire(blocking=False):
+            try:
+                with suppress(Lost):  # whoever calls next is told
+                    self.channel.tidy()
+                    while self._look(0):
+                        self.channel.receive()
+            finally:
+                self._lock.release()
+
     def end(self) -> None:
         """Close the socket, once a call under way has taken notice."""
         self.channel.end()
@@ -406,8 +417,7 @@ class _Connection(Requester):
             self._copied += channel.copied
             channel.close()
         for line in list(self._lines):
-            with suppress(Lost):  # whoever calls next is told
-                line.channel.tidy()
+            line.tidy()
         self._pool.tidy()
 
     def _end(self) -> None:

@@ -55,7 +55,7 @@ _DESCRIPTOR = struct.Struct("<IIQQ")
 _SIZE = struct.Struct("<Q")
 
 _INLINE = 16 << 10  # bytes; up to here two copies by the kernel cost less than a lease
-_MOST_BUFFERS = 1 << 14  # in one message
+_MOST_BUFFERS = 1 << 16  # in one message
 _MOST_HEADER = 1 << 30  # bytes
 _MOST_RETURNS = 1 << 10  # in one record
 _MOST_MAPPED = 4096  # segments of a peer

@@ -18,7 +18,7 @@ __all__ = ["Loop"]
 
 _log = logging.getLogger(__name__)
 
-_TICK = 1.0  # seconds
+_TICK = 0.25  # seconds
 _LINGER = 0.2  # seconds that what is still to be sent has when the loop ends
 
 
@@ -29,7 +29,7 @@ class Loop:
         name: of the thread.
         on_message: is given each message; one at a time, unless `relieve` is called.
         on_lost: is told of each channel that has been closed, and why.
-        on_tick: is called once a second.
+        on_tick: is called four times a second.
         on_end: is called last, when all channels are closed.
     """
 

@@ -10,11 +10,11 @@ import array
 import os
 import select
 import socket
+import stat
 import struct
 import sys
 import tempfile
 from contextlib import suppress
-from pathlib import Path
 
 from edgeml.core import PermissionDenied, Unreachable, Url
 
@@ -211,9 +211,7 @@ def _address(port: int, path: str) -> str:
         return path
     if LINUX:
         return f"\0edgeml/{port}"  # abstract: gone with its process
-    folder = Path(tempfile.gettempdir()) / f"edgeml-{os.geteuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return str(folder / f"{port}.sock")
+    return os.path.join(tempfile.gettempdir(), f"edgeml-{os.geteuid()}-{port}.sock")
 
 
 def listen(port: int, path: str) -> socket.socket:
@@ -243,7 +241,9 @@ def listen(port: int, path: str) -> socket.socket:
 
 
 def _abandoned(address: str) -> bool:
-    """Whether a socket's file was left behind by a process that was killed."""
+    """Whether a file is a socket, left behind by a process that was killed."""
+    if not stat.S_ISSOCK(os.stat(address).st_mode):
+        return False
     with _new() as probe:
         try:
             probe.connect(address)
