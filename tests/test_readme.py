@@ -37,6 +37,7 @@ def await_port(port: int, server: subprocess.Popen[str]) -> None:
         ("action", 6379, ["(224, 224, 3)", "{'moved': True}"]),
         ("inference", 5557, ["['face_reg', 'voice_reg']", "'loudness': 1.0", "'brightness': 0.0"]),
         ("trainer", 5555, ["got weights of step 2"]),
+        ("camera", 6380, ["frames (480, 640, 3) copied on the way: 0"]),
     ],
 )
 def test_the_readme_programs_run_as_they_stand(
@@ -50,7 +51,7 @@ def test_the_readme_programs_run_as_they_stand(
         assert client.returncode == 0, printed
         for text in expected:
             assert text in printed
-        if pair == "trainer":
+        if pair in ("trainer", "camera"):  # which end by themselves
             server.wait(timeout=30)
         else:
             server.send_signal(signal.SIGINT)
@@ -65,7 +66,7 @@ def test_the_readme_programs_run_as_they_stand(
 def test_every_program_in_the_readme_is_run() -> None:
     assert sorted(PROGRAMS) == sorted(
         f"{pair}_{side}.py"
-        for pair in ("action", "inference", "trainer")
+        for pair in ("action", "inference", "trainer", "camera")
         for side in ("server", "client")
     )
 
