@@ -316,7 +316,8 @@ def raw(transport):
             Client("trainer", urls, config=config.shared(), client_id="me")
         ) as client:
 
-            def upload(first, n, after=None, incarnation=1, store="actor_env"):
+            def upload(first, n, after=None, incarnation=1, store="actor_env", acknowledged=None):
+                after = first - 1 if after is None else after
                 items = [{"id": k} for k in range(first, first + n)]
                 payload = Batch.of(items, first).to_payload()
                 return client.call(
@@ -324,7 +325,8 @@ def raw(transport):
                     {
                         "store": store,
                         "incarnation": incarnation,
-                        "after": first - 1 if after is None else after,
+                        "acknowledged": after if acknowledged is None else acknowledged,
+                        "after": after,
                         "batch": payload,
                     },
                 )
@@ -364,6 +366,16 @@ def test_a_client_that_the_learner_does_not_know_goes_on_from_where_it_was(raw):
     assert ids(server.data_store("actor_env")) == list(range(101, 111))
 
 
+def test_a_later_of_several_uploads_that_comes_first_is_a_gap(raw):
+    """The learner has restarted in the midst of them."""
+    server, _, upload = raw
+    assert upload(111, 10, acknowledged=100) == 100
+    assert upload(101, 10, acknowledged=100) == 110
+    assert upload(111, 10, acknowledged=100) == 120
+    assert upload(131, 10, acknowledged=120, incarnation=2) == 120
+    assert ids(server.data_store("actor_env")) == list(range(101, 121))
+
+
 def test_a_newer_incarnation_starts_anew_and_shuts_the_older_out(raw):
     server, _, upload = raw
     assert upload(1, 3, incarnation=5) == 3
@@ -380,16 +392,47 @@ def test_a_newer_incarnation_starts_anew_and_shuts_the_older_out(raw):
         None,
         {},
         {"store": "actor_env"},
-        {"store": 3, "incarnation": 1, "after": 0, "batch": {"first_id": 1, "items": []}},
-        {"store": "actor_env", "incarnation": "1", "after": 0, "batch": {}},
-        {"store": "actor_env", "incarnation": 1, "after": -1, "batch": {"first_id": 1}},
-        {"store": "actor_env", "incarnation": 1, "after": 0, "batch": {"first_id": 0, "items": []}},
-        {"store": "actor_env", "incarnation": 1, "after": 3, "batch": {"first_id": 3, "items": []}},
-        {"store": "actor_env", "incarnation": 1, "after": 0, "batch": {"first_id": 1, "items": 7}},
-        {"store": "actor_env", "incarnation": 1, "after": 0, "batch": None},
+        {
+            "store": 3,
+            "incarnation": 1,
+            "acknowledged": 0,
+            "after": 0,
+            "batch": {"first_id": 1, "items": []},
+        },
+        {"store": "actor_env", "incarnation": "1", "acknowledged": 0, "after": 0, "batch": {}},
         {
             "store": "actor_env",
             "incarnation": 1,
+            "acknowledged": 0,
+            "after": -1,
+            "batch": {"first_id": 1},
+        },
+        {
+            "store": "actor_env",
+            "incarnation": 1,
+            "acknowledged": 0,
+            "after": 0,
+            "batch": {"first_id": 0, "items": []},
+        },
+        {
+            "store": "actor_env",
+            "incarnation": 1,
+            "acknowledged": 0,
+            "after": 3,
+            "batch": {"first_id": 3, "items": []},
+        },
+        {
+            "store": "actor_env",
+            "incarnation": 1,
+            "acknowledged": 0,
+            "after": 0,
+            "batch": {"first_id": 1, "items": 7},
+        },
+        {"store": "actor_env", "incarnation": 1, "acknowledged": 0, "after": 0, "batch": None},
+        {
+            "store": "actor_env",
+            "incarnation": 1,
+            "acknowledged": 0,
             "after": 0,
             "batch": {"first_id": 1, "columns": {"a": np.zeros(2), "b": np.zeros(3)}},
         },

@@ -18,6 +18,8 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +44,8 @@ __all__ = ["TrainerClient", "TrainerConfig", "TrainerServer", "TrainerTunnel"]
 _log = logging.getLogger(__name__)
 
 _NETWORK = "network"
-_CHUNK_BYTES = 4 << 20  # larger messages of images are slower, not faster
+_CHUNK_BYTES = 1 << 20  # larger messages of images are slower, not faster
+_WINDOW = 4  # chunks under way: one is collected, sent or inserted while others are
 _MOST_ITEMS = 4096  # in a chunk
 _FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
 _WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
@@ -186,22 +189,33 @@ class TrainerServer(ServiceServer):
     def _update(self, payload: Any, session: Session) -> int:
         """Insert what is new of an upload; returns the mark."""
         match payload:
-            case {"store": str(name), "incarnation": int(incarnation), "after": int(after)}:
+            case {
+                "store": str(name),
+                "incarnation": int(incarnation),
+                "acknowledged": int(acknowledged),
+                "after": int(after),
+            }:
                 batch = Batch.from_payload(payload.get("batch"))
             case _:
-                raise Malformed("update takes a store, an incarnation, a number and a batch")
-        if after < 0 or batch.first_id <= after:
-            raise Malformed(f"a batch from {batch.first_id} on cannot come after {after}")
+                raise Malformed("update takes a store, an incarnation, two numbers and a batch")
+        if not 0 <= acknowledged <= after < batch.first_id:
+            raise Malformed(
+                f"a batch from {batch.first_id} on cannot come after {after}, or {acknowledged}"
+            )
         store = self.data_store(name)
         with self._lock:
-            mark = self._marks.setdefault((session.client_id, name), _Mark(incarnation, after))
+            # Of a client that isn't known, what was acknowledged counts: of several uploads that
+            # are under way, a later one may be the first to come.
+            mark = self._marks.setdefault(
+                (session.client_id, name), _Mark(incarnation, acknowledged)
+            )
             if incarnation in mark.shut_out:
                 raise PermissionDenied(
                     f"a newer client calls itself {session.client_id!r}; give each its own id"
                 )
             if incarnation != mark.incarnation:
                 mark.shut_out.append(mark.incarnation)
-                mark.incarnation, mark.number = incarnation, after
+                mark.incarnation, mark.number = incarnation, acknowledged
             if after > mark.number:
                 return mark.number  # a gap: the client goes on from here
             new = batch[max(0, mark.number + 1 - batch.first_id) :]
@@ -267,7 +281,8 @@ class TrainerClient(ServiceClient):
                 raise ValueError(f"data_store and data_stores both give a store for {name!r}")
             self._stores[name] = data_store
         self._sent = dict.fromkeys(self._stores, 0)  # what the server is known to have
-        self._unsure: dict[str, int] = {}  # first item of an upload whose answer was lost
+        # Uploads under way, or whose answer was lost: the item that each follows, and its first.
+        self._unsure: dict[str, deque[tuple[int, int]]] = {name: deque() for name in self._stores}
         self._chunk = dict.fromkeys(self._stores, _FIRST_ITEMS)  # items that make a good message
         self._incarnation = secrets.randbits(63)
         self._updating = threading.Lock()
@@ -310,57 +325,90 @@ class TrainerClient(ServiceClient):
             return sum(self._update(name, store, timeout) for name, store in self._stores.items())
 
     def _update(self, name: str, store: DataStoreBase, timeout: float | None) -> int:
-        before = self._sent[name]
+        before, lost_before = self._sent[name], self.lost
         newest = store.latest_data_id()  # what comes in meanwhile goes with the next update
-        missing = 0
-        first = self._unsure.get(name)
-        if first is not None:  # ask how far it came, rather than send again what is there
-            mark = self._upload(name, Batch.of([], before + 1), before, timeout)
-            missing += self._count_lost(name, before, first, mark)
-        while self._sent[name] < newest:
-            after = self._sent[name]
-            batch = store.get_latest_data(after, limit=self._chunk[name])
-            if not len(batch):
-                break
+        under_way: deque[tuple[Callable[[], int], int]] = deque()  # with the last item of each
+        if self._unsure[name]:
+            self._ask_how_far(name, timeout)
+        cursor = self._sent[name]
+        try:
+            while True:
+                while cursor < newest and len(under_way) < _WINDOW:
+                    batch = self._next_batch(name, store, cursor)
+                    if not len(batch):
+                        newest = cursor
+                        break
+                    last = batch.first_id + len(batch) - 1
+                    alone = last >= newest and not under_way
+                    under_way.append((self._upload(name, batch, cursor, timeout, alone), last))
+                    cursor = last
+                if not under_way:
+                    break
+                answer, last = under_way.popleft()
+                mark = answer()
+                if mark < last:  # refused, and with it those that follow
+                    _wait_for(under_way)
+                    self._ask_how_far(name, timeout)
+                    cursor = self._sent[name]
+                else:
+                    self._acknowledge(name, mark)
+        except BaseException:
+            _wait_for(under_way)
+            raise
+        return max(0, self._sent[name] - before - (self.lost - lost_before))
+
+    def _next_batch(self, name: str, store: DataStoreBase, after: int) -> Batch:
+        batch = store.get_latest_data(after, limit=self._chunk[name])
+        if len(batch):
             self._chunk[name] = fitting = _fitting(batch)
             if len(batch) > 2 * fitting:
                 batch = batch[:fitting]
-            mark = self._upload(name, batch, after, timeout)
-            missing += self._count_lost(name, after, batch.first_id, mark)
-        return max(0, self._sent[name] - before - missing)
+        return batch
 
-    def _upload(self, name: str, batch: Batch, after: int, timeout: float | None) -> int:
-        """Send a batch that follows the item ``after``; returns the server's mark."""
-        payload = batch.to_payload()
+    def _upload(
+        self, name: str, batch: Batch, after: int, timeout: float | None, alone: bool
+    ) -> Callable[[], int]:
+        """Send a batch that follows the item ``after``; returns what gives the server's mark."""
         upload = {
             "store": name,
             "incarnation": self._incarnation,
+            "acknowledged": self._sent[name],
             "after": after,
-            "batch": payload,
+            "batch": batch.to_payload(),
         }
-        sure = name not in self._unsure
-        self._unsure.setdefault(name, batch.first_id)
+        unsure = self._unsure[name]
+        unsure.append((after, batch.first_id))
         try:
-            mark: int = self._client.call("update", upload, timeout)
+            if not alone:
+                future: Future[int] = self._client.call_async("update", upload, timeout)
+                return future.result
+            mark: int = self._client.call("update", upload, timeout)  # spares two thread hops
         except NotEncodable as error:
-            if sure:  # and still so, for nothing was sent
-                del self._unsure[name]
+            unsure.pop()  # nothing of it was sent
             raise NotEncodable(
                 f"store {name!r}, in the {len(batch)} items from id {batch.first_id} on: {error}; "
                 "its release(id) gives up the items up to that id"
             ) from None
-        del self._unsure[name]
+        return lambda: mark
+
+    def _ask_how_far(self, name: str, timeout: float | None) -> None:
+        """Learn the server's mark rather than send again what is there."""
+        sent = self._sent[name]
+        mark = self._upload(name, Batch.of([], sent + 1), sent, timeout, True)()
+        self._unsure[name].pop()
+        self._acknowledge(name, mark)
+        self._unsure[name].clear()  # what isn't there by now will be sent anew
+
+    def _acknowledge(self, name: str, mark: int) -> None:
+        """The server has all items up to ``mark``, but for those that were overwritten here."""
+        unsure = self._unsure[name]
+        while unsure and unsure[0][1] <= mark:
+            after, first = unsure.popleft()
+            if lost := first - after - 1:
+                self.lost += lost
+                _log.warning("%d items of %r were overwritten before they were sent", lost, name)
         self._sent[name] = mark
         self._stores[name].release(mark)
-        return mark
-
-    def _count_lost(self, name: str, after: int, first: int, mark: int) -> int:
-        """Count what was gone between ``after`` and the item ``first`` of a batch that is there."""
-        lost = first - after - 1 if mark >= first else 0
-        if lost:
-            self.lost += lost
-            _log.warning("%d items of %r were overwritten before they were sent", lost, name)
-        return lost
 
     def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
         """Ask the learner something; returns what its ``request_callback`` gives.
@@ -447,6 +495,13 @@ class TrainerClient(ServiceClient):
         super().stop()
         if updater is not None and updater is not threading.current_thread():
             updater.join(_LAST_UPDATE)
+
+
+def _wait_for(under_way: deque[tuple[Callable[[], int], int]]) -> None:
+    """Wait for uploads whose answers do not matter any more."""
+    while under_way:
+        with suppress(Exception):
+            under_way.popleft()[0]()
 
 
 def _fitting(batch: Batch) -> int:
