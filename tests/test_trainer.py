@@ -1150,3 +1150,34 @@ def test_what_stop_leaves_unsent_is_told(transport, caplog):
         with actor(server, store):
             store.insert({"n": 1})
         assert "up to 1 items of 'actor_env' were not sent" in caplog.text
+
+
+@pytest.mark.parametrize("local", [ReplayBuffer, QueuedDataStore])
+def test_many_chunks_under_way_arrive_once_each_and_in_order_whatever_fails(transport, local):
+    """Some are refused, some answers come too late to be waited for; then it is tried again."""
+    rng = random.Random(0)
+
+    class Moody(QueuedDataStore):
+        def batch_insert(self, batch):
+            mood = rng.random()
+            if mood < 0.2:
+                raise RuntimeError("not now")
+            super().batch_insert(batch)
+            if mood > 0.9:
+                time.sleep(0.15)  # it is in, yet the actor no longer waits
+
+    there, here = Moody(10_000), local(10_000)
+    with learner(transport, store=there) as server:
+        with actor(server, here) as client:
+            for round_ in range(10):
+                here.batch_insert(
+                    [
+                        {"id": round_ * 60 + k, "image": np.full(60_000, k, np.uint8)}
+                        for k in range(60)
+                    ]
+                )
+                while client._sent["actor_env"] < here.latest_data_id():
+                    with contextlib.suppress(RemoteError, DeadlineExceeded):
+                        client.update(timeout=0.1)
+            assert client.lost == 0
+        assert ids(there) == list(range(600))
