@@ -134,6 +134,45 @@ def test_room_is_not_used_again_while_anybody_has_it():
         assert [buffer[-1] for buffer in received] == [0, 1, 2, 3]
 
 
+VIEWS = {
+    "memoryview": lambda room: room,
+    "slice": lambda room: room[5:10],
+    "frombuffer": lambda room: np.frombuffer(room, np.uint8),
+    "ndarray": lambda room: np.ndarray((MB,), np.uint8, room),
+    "asarray": np.asarray,
+    "array": lambda room: np.array(room, copy=False),
+    "view of views": lambda room: np.asarray(room).view(np.int32).reshape(512, -1)[3:5].T,
+    "cast": lambda room: np.asarray(room).view(np.int32).data.cast("B"),
+}
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_any_view_of_a_room_keeps_it(how):
+    with Serving() as serving:
+        pool = serving.requester._pool
+        kept = VIEWS[how](serving.requester.room(MB))
+        gc.collect()
+        tokens = {pool.take(MB).token for _ in range(4)}
+        assert not pool._dead
+        assert not tokens & {lease.token for lease in pool._rooms.values()}
+        assert len(pool._rooms) == 1
+        del kept
+        assert not pool._rooms
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_any_view_of_what_was_received_keeps_it(how):
+    with Serving(echo) as serving:
+        got = serving.requester.call(Message(b"", [view(MB)]), 5).buffers[0]
+        kept = VIEWS[how](got)
+        leases = serving.requester._local.line.channel._leases
+        del got
+        gc.collect()
+        assert len(leases) == 1
+        del kept
+        assert len(leases) == 0
+
+
 def test_a_broadcast_is_written_once_for_all():
     with Serving() as serving:
         others = [SHM.connect(serving.endpoint.url, 5.0) for _ in range(7)]

@@ -9,6 +9,7 @@ exists because fresh memory costs a page fault for each 4 KiB: at 3 MB that is m
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import threading
 import weakref
@@ -19,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-__all__ = ["Message", "Owned", "copy", "empty", "is_owned", "own", "root_of"]
+__all__ = ["Message", "Owned", "copy", "empty", "is_owned", "own", "pooled", "root_of"]
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -41,7 +42,11 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 
 class Owned(np.ndarray[Any, Any]):
-    """Marks memory that whoever had it filled will not change: `root_of` slices of it is one."""
+    """Marks memory that whoever had it filled will not change: `root_of` slices of it is one.
+
+    Its base must be no array, or numpy would make that the base of its views, and it would not live
+    as long as they do.
+    """
 
 
 _PARALLEL = 1 << 24  # bytes; from here on a second thread is worth its start
@@ -88,12 +93,12 @@ class _Pool:
     _LARGE = 1 << 27  # above this a block is too much to keep
 
     def __init__(self) -> None:
-        self._free: dict[int, deque[np.ndarray[Any, Any]]] = {}
+        self._free: dict[int, deque[mmap.mmap]] = {}
 
-    def copy(self, source: memoryview) -> memoryview:
-        size = source.nbytes
+    def room(self, size: int) -> memoryview | None:
+        """Memory of that size, if pooling it pays."""
         if size < self._SMALL or size > self._LARGE:
-            return memoryview(bytes(source))
+            return None
         # Four sizes to each power of two waste at most a fifth.
         step = 1 << (size.bit_length() - 3)
         room = -(-size // step) * step
@@ -101,15 +106,22 @@ class _Pool:
         try:
             block = free.pop()
         except IndexError:
-            block = np.empty(room, np.uint8)
-        root = block.view(Owned)
+            block = mmap.mmap(-1, room)
+        root = Owned(room, np.uint8, block)
         weakref.finalize(root, free.append, block).atexit = False
-        view = memoryview(root)[:size]  # type: ignore[arg-type]
+        return memoryview(root)[:size]  # type: ignore[arg-type]
+
+    def copy(self, source: memoryview) -> memoryview:
+        view = self.room(source.nbytes)
+        if view is None:
+            return memoryview(bytes(source))
         copy(view, source)
         return view.toreadonly()
 
 
 _pool = _Pool()
+pooled = _pool.room
+"""Gives memory that has been used before, for `empty`; to be filled once, and then only read."""
 
 
 def root_of(buffer: memoryview) -> Any:
@@ -168,7 +180,7 @@ def empty(
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     place = None if dtype.hasobject else room(math.prod(shape) * dtype.itemsize)
-    return np.empty(shape, dtype) if place is None else np.ndarray(shape, dtype, place)
+    return np.empty(shape, dtype) if place is None else np.frombuffer(place, dtype).reshape(shape)
 
 
 def _aligned(buffer: memoryview) -> int:

@@ -9,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from edgeml.core.errors import Malformed
+from edgeml.core.message import empty, pooled
 from edgeml.data.tree import Array, Skeleton, fill, is_plain, leaves_of, skeleton_of, transpose
 
 __all__ = ["Batch"]
@@ -161,9 +162,18 @@ def join(parts: Sequence[Batch], first_id: int) -> Batch:
             rows = []
         pieces = list(zip(*rows, strict=True))
         if pieces and all(len({(p.dtype, p.shape[1:]) for p in piece}) == 1 for piece in pieces):
-            leaves = [_read_only(np.concatenate(piece)) for piece in pieces]
+            leaves = [_read_only(concatenate(piece)) for piece in pieces]
             return Batch(first_id, None, skeleton, leaves)
     return Batch(first_id, [item for part in parts for item in part], None, [])
+
+
+def concatenate(pieces: Sequence[Array]) -> Array:
+    """Arrays of one dtype one after the other, in memory that need not be fresh: at a megabyte
+    that would cost more than the copy.
+    """
+    first = pieces[0]
+    out = empty(pooled, (sum(map(len, pieces)), *first.shape[1:]), first.dtype)
+    return np.concatenate(pieces, out=out)
 
 
 def _columnise(skeleton: Skeleton, items: list[Any]) -> list[Array] | None:
@@ -201,7 +211,7 @@ def _column(values: list[Any]) -> Array | None:
         if set(map(len, values)) != {len(first)}:
             return None
         shape = (len(values) * len(first), *first.shape[1:])
-        out = np.empty(shape, first.dtype.newbyteorder("="))
+        out = empty(pooled, shape, first.dtype.newbyteorder("="))
         np.concatenate(values, out=out, casting="equiv")
         return out.reshape(len(values), *first.shape)
     except (TypeError, ValueError, OverflowError):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgeml.data.base import DataStoreBase
-from edgeml.data.batch import Batch
+from edgeml.data.batch import Batch, concatenate
 from edgeml.data.schema import Schema
 from edgeml.data.tree import Array, fill, is_plain
 
@@ -103,7 +103,7 @@ class ReplayBuffer(DataStoreBase):
             start = (first - 1) % self._capacity
             wrapped = max(0, start + n - self._capacity)
             leaves = [
-                np.concatenate((column[start : start + n], column[:wrapped]))
+                concatenate((column[start : start + n], column[:wrapped]))
                 for column in self._columns.values()
             ]
             return Batch.from_columns(fill(self._schema.skeleton, leaves), first)

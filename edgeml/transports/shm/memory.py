@@ -173,7 +173,7 @@ class Pool:
     def room(self, size: int) -> memoryview:
         """Memory of ``size`` bytes that is sent without a copy; raises what `take` does."""
         block = self.take(size)
-        root = np.frombuffer(block.view, np.uint8).view(Room)
+        root = Room(len(block.view), np.uint8, block.view)
         root.block, root.pool = block, self
         root.address = root.__array_interface__["data"][0]
         dead, rooms = self._dead, self._rooms
