@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch, concatenate
+from edgeml.data.memory import zeros
 from edgeml.data.schema import Schema
 from edgeml.data.tree import Array, fill, is_plain
 
@@ -151,11 +152,11 @@ class ReplayBuffer(DataStoreBase):
             for i, (dtype, shape) in enumerate(zip(schema.dtypes, schema.shapes, strict=True))
         ]
         packed = [spec for spec in specs if spec[1].itemsize * math.prod(spec[2]) <= _PACKED]
-        self._rows = np.zeros(self._capacity, np.dtype(packed, align=True))
+        self._rows = zeros((self._capacity,), np.dtype(packed, align=True))
         self._columns = {
             name: self._rows[name]
             if (name, dtype, shape) in packed
-            else np.zeros((self._capacity, *shape), dtype)
+            else zeros((self._capacity, *shape), dtype)
             for name, dtype, shape in specs
         }
         self._schema = schema
