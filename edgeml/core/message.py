@@ -106,7 +106,8 @@ class _Pool:
         try:
             block = free.pop()
         except IndexError:
-            block = mmap.mmap(-1, room)
+            # Private, or a forked child would go on to write into the same memory.
+            block = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         root = Owned(room, np.uint8, block)
         weakref.finalize(root, free.append, block).atexit = False
         return memoryview(root)[:size]  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ from edgeml.core import (
 )
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.loop import Loop
-from edgeml.transports.shm.memory import Pool
+from edgeml.transports.shm.memory import Account, Pool
 from edgeml.transports.shm.sockets import Lost, accept, connect, listen, unlink
 from edgeml.transports.shm.waiting import IN, OUT, Waiter
 
@@ -62,11 +62,11 @@ _log = logging.getLogger(__name__)
 _SMALL = 16 << 10  # bytes; below, there is nothing to be gained from room
 _GRACE = 0.3  # seconds that a call under way is given to take its last reply
 _LONGEST = float(1 << 30)  # ms that a wait is told to last
-_NOBODY = bytes(16)
+_LEAST_LIMIT, _MOST_LIMIT = 1 << 28, 1 << 31  # bytes, of the limit that nobody has chosen
 
 
 def _limit() -> int:
-    """Bytes that may be lent to one peer at a time."""
+    """Bytes that may be lent to one peer at a time, as the environment says."""
     given = os.environ.get("EDGEML_SHM_LIMIT_MB")
     if given:
         try:
@@ -77,7 +77,7 @@ def _limit() -> int:
             raise ValueError(f"EDGEML_SHM_LIMIT_MB must be a number from 1, not {given!r}")
         return megabytes << 20
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(256 << 20, memory // 4)
+    return max(_LEAST_LIMIT, min(_MOST_LIMIT, memory // 4))
 
 
 class _Reply:
@@ -110,6 +110,8 @@ class _Listener(Endpoint):
         self._socket, self.url = _listen(url)
         self._pool = Pool()
         self._lock = threading.Lock()
+        self._name = secrets.token_bytes(16)
+        self._accounts: weakref.WeakValueDictionary[bytes, Account] = weakref.WeakValueDictionary()
         self._pids: weakref.WeakKeyDictionary[Channel, int] = weakref.WeakKeyDictionary()
         self._copied = 0
         self._loop = Loop(
@@ -145,16 +147,22 @@ class _Listener(Endpoint):
         if found is None:
             return None
         records, pid = found
-        channel = Channel(records, self._pool, self._limit)
+        channel = Channel(records, self._pool)
         self._pids[channel] = pid
         try:
-            channel.greet(_NOBODY)
+            channel.greet(self._name)
         except Lost:
             channel.close()
             return None
         return channel
 
     def _receive(self, channel: Channel, number: int, message: Message) -> None:
+        if channel.account is None and channel.connection is not None:
+            # One for all the sockets of a connection.
+            channel.account = self._accounts.get(channel.connection)
+            if channel.account is None:
+                channel.account = self._pool.account(self._limit)
+                self._accounts[channel.connection] = channel.account
         self._on_request(message, _Reply(self, channel, number))
 
     def _lose(self, channel: Channel, why: str) -> None:
@@ -232,8 +240,8 @@ def _require_local(url: Url) -> None:
 class _Line:
     """The socket of one calling thread."""
 
-    def __init__(self, connection: _Connection) -> None:
-        self.channel = connection.open_channel()
+    def __init__(self, connection: _Connection, timeout: float) -> None:
+        self.channel = connection.open_channel(timeout)
         self._orphans = connection.orphans
         self._lock = threading.Lock()
         self._url = connection.url
@@ -303,17 +311,17 @@ class _Connection(Requester):
         self.url = url
         self.orphans: deque[Channel] = deque()
         self._name = secrets.token_bytes(16)
-        self._limit = _limit()
         self._pool = Pool()
+        self._account = self._pool.account(_limit())
         self._lock = threading.Lock()
         self._local = threading.local()
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
         self._pending = Pending()
         self._copied = 0
         self._why: Closed | Unreachable | None = None  # set once, when it is over
+        self._peer: bytes | None = None  # the name that it has given itself
         self._shared = self.open_channel(timeout)
         try:
-            self._await_hello(timeout)
             self._loop = Loop(
                 f"edgeml to {url}",
                 lambda _, number, message: self._pending.settle(number, message),
@@ -328,27 +336,28 @@ class _Connection(Requester):
         self._loop.start()
         _open_ends.add(self)
 
-    def open_channel(self, timeout: float = 5.0) -> Channel:
-        """Another socket to the peer."""
-        records = connect(self.url, timeout)
-        channel = Channel(records, self._pool, self._limit)
+    def open_channel(self, timeout: float) -> Channel:
+        """Another socket to the peer, once it has said hello."""
+        deadline = time.monotonic() + timeout
+        channel = Channel(connect(self.url, timeout), self._pool, self._account)
         try:
             channel.greet(self._name)
+            poll = select.poll()
+            poll.register(channel.records.fd, IN)
+            while channel.connection is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded(f"{self.url} did not answer within {timeout:g} s")
+                poll.poll(min(left * 1e3, _LONGEST))
+                channel.receive()
+            if self._peer is None:
+                self._peer = channel.connection
+            if channel.connection != self._peer:  # it has restarted, and a new connection is due
+                raise Lost("the peer has gone, and another answers in its place")
         except BaseException:
             channel.close()
             raise
         return channel
-
-    def _await_hello(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        poll = select.poll()
-        poll.register(self._shared.records.fd, IN)
-        while self._shared.connection is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise Unreachable(f"{self.url} did not answer within {timeout:g} s")
-            poll.poll(min(left * 1e3, _LONGEST))
-            self._shared.receive()
 
     @property
     def lost(self) -> bool:
@@ -369,16 +378,22 @@ class _Connection(Requester):
         line: _Line | None = getattr(self._local, "line", None)
         try:
             if line is None:
-                line = self._new_line()
+                deadline = time.monotonic() + timeout
+                line = self._new_line(timeout)
+                timeout = deadline - time.monotonic()
             return line.call(message, timeout)
         except Lost as error:
             if line is not None:
                 line.channel.close()
             self._lose(str(error))
             raise self._over() from None
+        except (Overloaded, Unreachable):
+            if self._why is not None:  # there is no memory left since it was closed, say
+                raise self._over() from None
+            raise
 
-    def _new_line(self) -> _Line:
-        line = _Line(self)
+    def _new_line(self, timeout: float) -> _Line:
+        line = _Line(self, timeout)
         with self._lock:
             if self._why is None:
                 self._lines.add(line)
@@ -397,8 +412,10 @@ class _Connection(Requester):
             future.cancel()
             self._lose(str(error))
             raise self._over() from None
-        except BaseException:
+        except BaseException as error:
             future.cancel()
+            if self._why is not None and isinstance(error, Overloaded):
+                raise self._over() from None  # there is no memory left since it was closed
             raise
         return future
 
@@ -472,8 +489,8 @@ class ShmTransport(Transport):
     ) -> Endpoint:
         """See `Transport.serve`; the system itself tells who connects, so credentials are unused.
 
-        ``$EDGEML_SHM_LIMIT_MB`` is how much memory may be lent to one peer at a time, in MiB; a
-        quarter of the machine's by default.
+        ``$EDGEML_SHM_LIMIT_MB`` is how much memory may be lent to one peer at a time, in MiB; by
+        default a quarter of the machine's, and 2048 at most.
         """
         return _Listener(url, on_request)
 
@@ -490,7 +507,7 @@ class ShmTransport(Transport):
                 raise Unreachable(str(error)) from None
         try:
             return _Connection(url, timeout)
-        except Lost as error:
+        except (Lost, DeadlineExceeded) as error:
             raise Unreachable(f"no connection to {url}: {error}") from None
 
 

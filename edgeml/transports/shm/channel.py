@@ -34,6 +34,7 @@ from edgeml.core import EdgemlError, Message, NotEncodable, Overloaded, copy, ow
 from edgeml.transports.shm.memory import (
     ALIGNMENT,
     RETIRE,
+    Account,
     Block,
     Lease,
     Leases,
@@ -61,7 +62,7 @@ _MOST_RETURNS = 1 << 10  # in one record
 _MOST_MAPPED = 4096  # segments of a peer
 _MOST_QUEUED = 1 << 13  # records that wait for room in the socket
 _FREELY = 4  # blocks that a user may hold whatever their size; beyond them ...
-_MOST_HELD = 64  # ... so many, or a quarter of the limit
+_MOST_HELD, _MOST_HELD_BYTES = 64, 1 << 28  # ... what comes is copied
 
 
 class Channel:
@@ -70,7 +71,7 @@ class Channel:
     Args:
         records: the socket.
         pool: whose memory is lent to the peer.
-        limit: bytes that may be lent to the peer at a time.
+        account: counts what is lent; may be set later, once the peer has said hello.
 
     Attributes:
         connection: names the connection; None until the peer has said hello.
@@ -79,21 +80,20 @@ class Channel:
         on_full: called when the outbox, which was empty, no longer is.
     """
 
-    def __init__(self, records: Records, pool: Pool, limit: int) -> None:
+    def __init__(self, records: Records, pool: Pool, account: Account | None = None) -> None:
         self.records = records
         self.connection: bytes | None = None
         self.lost = False
         self.copied = 0
         self.on_full: Callable[[Channel], None] = lambda _: None
         self._pool = pool
-        self._limit = limit
+        self.account = account
         self._lock = threading.Lock()
         self._outbox: deque[tuple[bytes, Segment | None]] = deque()
         # What the peer has of ours:
         self._known: set[int] = set()  # segments
         self._generation = pool.generation
         self._lent: dict[int, int] = {}  # how often, by token
-        self._lent_bytes = 0
         # What we have of the peer's:
         self._maps: dict[int, mmap.mmap] = {}
         self._leases = Leases()
@@ -155,8 +155,9 @@ class Channel:
         rooms = [self._room_of(buffer) for buffer in buffers]
         sizes = [-(-len(buffer) // ALIGNMENT) * ALIGNMENT for buffer in buffers]
         total = sum(size for size, room in zip(sizes, rooms, strict=True) if room is None)
-        if total > self._limit:
-            raise NotEncodable(f"a message of {total} bytes; {self._too_much()}")
+        account = self._account()
+        if total > account.limit:
+            raise NotEncodable(f"a message of {total} bytes; {account.told}")
         new = None
         if total:
             new = self._pool.take(total)
@@ -191,14 +192,6 @@ class Channel:
 
     def _lend(self, blocks: list[Block]) -> None:
         """Give a message's blocks to the peer, and their segments if it doesn't know them."""
-        size = sum(len(block.view) for block in blocks)
-        if self._lent_bytes + size > self._limit and self._lent:
-            raise Overloaded(
-                f"the peer holds {self._lent_bytes} bytes that it hasn't read, or doesn't let go "
-                f"of; {self._too_much()}"
-            )
-        if self.lost:
-            raise Lost("the connection has been closed")
         for block in blocks:
             segment = block.segment
             if segment.number not in self._known:
@@ -206,12 +199,16 @@ class Channel:
                 self._post(head + _SIZE.pack(segment.size))
                 self._post(b"\0", segment)
                 self._known.add(segment.number)
+        if self.lost:
+            raise Lost("the connection has been closed")
+        self._account().lend(blocks)
+        for block in blocks:
             self._lent[block.token] = self._lent.get(block.token, 0) + 1
-        self._lent_bytes += size
 
-    def _too_much(self) -> str:
-        megabytes = self._limit >> 20
-        return f"{megabytes} MiB are lent to a peer at most: see EDGEML_SHM_LIMIT_MB"
+    def _account(self) -> Account:
+        if self.account is None:
+            raise Lost("nothing can be lent to a peer that has not said hello")
+        return self.account
 
     def _due(self) -> bytes:
         """The tokens to give back with the next record."""
@@ -335,7 +332,7 @@ class Channel:
             raise ValueError("a record of another length than it says")
         message = Message(data[split : split + size], buffers)
         held = len(self._leases)
-        if held > _FREELY and (held > _MOST_HELD or self._leases.size > self._limit // 4):
+        if held > _FREELY and (held > _MOST_HELD or self._leases.size > _MOST_HELD_BYTES):
             self.copied += 1
             message = own(message)
         return message
@@ -368,7 +365,7 @@ class Channel:
                     self._lent[token] = left
                 block = self._pool.blocks.get(token)
                 if block is not None:  # else this end has been closed
-                    self._lent_bytes -= len(block.view)
+                    self._account().give_back(block)
                     self._pool.drop(block, retire=retire)
 
     # The end ------------------------------------------------------------------------------
@@ -393,6 +390,7 @@ class Channel:
         for token, times in lent.items():
             block = self._pool.blocks.get(token)
             if block is not None:
+                self._account().give_back(block, times)
                 self._pool.drop(block, times, retire=True)
         return unsent
 

@@ -18,20 +18,31 @@ import fcntl
 import itertools
 import mmap
 import os
+import resource
 import sys
 import tempfile
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from edgeml.core import Malformed, Overloaded, Owned
 
-__all__ = ["ALIGNMENT", "RETIRE", "Block", "Lease", "Leases", "Pool", "Segment", "map_segment"]
+__all__ = [
+    "ALIGNMENT",
+    "RETIRE",
+    "Account",
+    "Block",
+    "Lease",
+    "Leases",
+    "Pool",
+    "Segment",
+    "map_segment",
+]
 
 ALIGNMENT = 64
 """Bytes; where each buffer begins in its block, for the sake of vector instructions."""
@@ -46,10 +57,13 @@ Elsewhere an unlinked temporary file has to do."""
 _SEALS = 0x02 | 0x04 | 0x10 | 0x01  # shrink, grow, future write (fcntl(2); 3.11 lacks it), seal
 _NEEDED = 0x02  # shrink: what a reader insists on
 
-_SHARED = 4 << 20  # bytes; a segment for blocks that are small enough to share one
+_SHARED = 16 << 20  # bytes; a segment for blocks that are small enough to share one
+_PARTS = 4  # that such a segment has at least
 _SMALLEST = 1 << 16  # bytes; of a block
 _KEEP = 30.0  # seconds that a segment is kept for which there is no use at the moment
-_MOST_SEGMENTS = 4096  # of one pool; a system allows 65,530 mappings in a process
+_MOST_SEGMENTS = 1024  # of one pool; a system allows 65,530 mappings in a process
+_MOST_FILES = 8  # a pool has at most one segment for so many files that may be open
+_MOST_OF_ONE = 4  # a peer may hold blocks in at most one of so many of them
 
 Array = np.ndarray[Any, Any]
 
@@ -149,6 +163,9 @@ class Pool:
         self._closed = False
         self.segments: dict[int, Segment] = {}
         self.blocks: dict[int, Block] = {}
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.most_segments = max(_MOST_OF_ONE, min(_MOST_SEGMENTS, files // _MOST_FILES))
+        """Each takes two file descriptors here (Python's mmap keeps one), and one of a reader's."""
         self.generation = 0
         """Changes whenever a segment is given up, which readers want to be told."""
         _open_pools.add(self)
@@ -192,6 +209,10 @@ class Pool:
         with self._lock:
             block.users += users
 
+    def account(self, limit: int) -> Account:
+        """For one more peer."""
+        return Account(limit, self.most_segments // _MOST_OF_ONE)
+
     def drop(self, block: Block, users: int = 1, *, retire: bool = False) -> None:
         """Count fewer users; without any, the block is free, unless its segment is retired."""
         with self._lock:
@@ -227,9 +248,9 @@ class Pool:
         self._closed = True
 
     def _grow(self, room: int) -> list[Block]:
-        if self._closed or len(self.segments) >= _MOST_SEGMENTS:
+        if self._closed or len(self.segments) >= self.most_segments:
             raise Overloaded("too much shared memory is in use by this endpoint")
-        count = max(1, _SHARED // room) if room <= _SHARED // 4 else 1
+        count = _SHARED // room if room * _PARTS <= _SHARED else 1
         try:
             segment = Segment(next(self._numbers), room, count, self._tokens)
         except (OSError, ValueError) as error:
@@ -279,6 +300,55 @@ class Pool:
         del self.segments[segment.number]
         segment.close()
         self.generation += 1
+
+
+class Account:
+    """What is lent to one peer, over all its sockets. Safe to use from any thread.
+
+    Args:
+        limit: bytes.
+        segments: in how many of them it may hold blocks, so that no peer that stops reading uses up
+            the file descriptors which the others need.
+    """
+
+    def __init__(self, limit: int, segments: int) -> None:
+        self.limit = limit
+        self._most = segments
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._segments: Counter[int] = Counter()
+
+    def lend(self, blocks: Iterable[Block]) -> None:
+        """Count blocks as lent, or raise `Overloaded`; one message may always be under way."""
+        size = sum(len(block.view) for block in blocks)
+        with self._lock:
+            if self._bytes and self._bytes + size > self.limit:
+                raise Overloaded(
+                    f"the peer has {self._bytes >> 20} MiB that it hasn't read or doesn't let go "
+                    f"of; {self.told}"
+                )
+            new = {block.segment.number for block in blocks}.difference(self._segments)
+            if self._bytes and len(self._segments) + len(new) > self._most:
+                raise Overloaded(
+                    f"the peer has {len(self._segments)} segments that it hasn't read or doesn't "
+                    "let go of; with a higher limit of open files (ulimit -n) it may have more"
+                )
+            self._bytes += size
+            self._segments.update(block.segment.number for block in blocks)
+
+    def give_back(self, block: Block, times: int = 1) -> None:
+        """Count a block as not lent any more."""
+        number = block.segment.number
+        with self._lock:
+            self._bytes -= times * len(block.view)
+            self._segments[number] -= times
+            if not self._segments[number]:
+                del self._segments[number]
+
+    @property
+    def told(self) -> str:
+        """What to tell of the limit."""
+        return f"{self.limit >> 20} MiB are lent to a peer at most: see EDGEML_SHM_LIMIT_MB"
 
 
 def _rounded(size: int) -> int:
@@ -371,15 +441,26 @@ _open_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _open_leases: weakref.WeakSet[Leases] = weakref.WeakSet()
 
 
+T = TypeVar("T")
+
+
+def _all(some: weakref.WeakSet[T]) -> list[T]:
+    while True:
+        try:
+            return list(some)
+        except RuntimeError:  # another thread has just added one
+            continue
+
+
 def _forking() -> None:
-    for pool in _open_pools:
+    for pool in _all(_open_pools):
         pool.forking()
-    for leases in _open_leases:
+    for leases in _all(_open_leases):
         leases.forking()
 
 
 def _forked() -> None:
-    for pool in _open_pools:
+    for pool in _all(_open_pools):
         pool.forked()
 
 
