@@ -1,4 +1,4 @@
-"""The peers that the benchmarks compare, all doing the same work in a server process of their own.
+"""The peers of the round trips, all doing the same work, with the server in another process.
 
 The work is that of a policy server: the client sends one observation, the server touches every page
 of it and answers with an action chunk of 50 x 14 float32.
@@ -6,19 +6,23 @@ of it and answers with an action chunk of 50 x 14 float32.
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
+import contextlib
+import importlib
+import os
+import socket
+import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from common import PAGE, Array, Child, transports
+from links import Iceoryx, Zenoh, installed, socket_path
 
 CHUNK = np.zeros((50, 14), np.float32)
-PAGE = 4096
+_LENGTH = struct.Struct("<Q")
 
 
 def policy(observation: Array) -> Array:
@@ -27,62 +31,61 @@ def policy(observation: Array) -> Array:
     return CHUNK
 
 
+def _chunk(buffer: Any) -> Array:
+    return np.frombuffer(buffer, np.float32).reshape(CHUNK.shape)
+
+
 class Peer(ABC):
-    """One way of asking a server, with the server in another process."""
+    """One way of asking a server: this is the client, and ``serve`` the server."""
 
     name: ClassVar[str]
     note: ClassVar[str] = ""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()  # the server ends when this end is closed
-        self._process = context.Process(target=type(self).serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.connect(self._pipe.recv())
-
-    @classmethod
-    def available(cls) -> bool:
-        return True
+    busy: ClassVar[bool] = False
+    """Whether the server uses the CPU while nobody asks, so that it must be stopped meanwhile."""
+    patience: ClassVar[float] = 0.0
+    """Seconds that the server may take to end by itself."""
 
     @staticmethod
     @abstractmethod
-    def serve(ready: Connection) -> None:
-        """Run the server: send its address through ``ready``, then serve until killed."""
+    def serve(pipe: Connection) -> None:
+        """Run the server: send its address, then serve until killed, or the pipe is closed."""
 
     @abstractmethod
-    def connect(self, address: Any) -> None: ...
+    def __init__(self, address: Any) -> None: ...
 
     @abstractmethod
     def call(self, observation: Array) -> Array: ...
 
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.kill()
-        self._process.join()
+    def answer(self, result: Array) -> Array:
+        """The chunk, of what `call` gave; not timed."""
+        return result
+
+    def wake(self) -> None:  # noqa: B027 - for those whose client uses the CPU, too
+        """Begin a turn."""
+
+    def rest(self) -> None:  # noqa: B027
+        """End a turn."""
+
+    def close(self) -> None:  # noqa: B027 - several have nothing to close
+        """End the client."""
 
 
 class Edgeml(Peer):
     """`InferenceClient.call` over a transport."""
 
-    name = "edgeml zmq"
-    transport: ClassVar[str] = "zmq"
+    patience = 2.0
 
     @staticmethod
-    def serve(ready: Connection) -> None:
-        Edgeml.serve_over("zmq", ready)
-
-    @staticmethod
-    def serve_over(transport: str, ready: Connection) -> None:
+    def serve_over(transport: str, pipe: Connection) -> None:
         import edgeml
 
-        server = edgeml.InferenceServer(0, transport=transport)
-        server.register_interface("policy", lambda payload: policy(payload["observation"]))
-        server.start(threaded=True)
-        ready.send(server.url)
-        ready.poll(None)
+        with edgeml.InferenceServer(0, transport=transport) as server:
+            server.register_interface("policy", lambda payload: policy(payload["observation"]))
+            server.start(threaded=True)
+            pipe.send(server.url)
+            pipe.poll(None)
 
-    def connect(self, address: str) -> None:
+    def __init__(self, address: str) -> None:
         import edgeml
 
         self._client = edgeml.InferenceClient("", 0, transport=address, timeout=30)
@@ -93,40 +96,300 @@ class Edgeml(Peer):
 
     def close(self) -> None:
         self._client.stop()
-        super().close()
+
+
+class EdgemlZmq(Edgeml):
+    name = "edgeml zmq"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        Edgeml.serve_over("zmq", pipe)
+
+
+class EdgemlShm(Edgeml):
+    name = "edgeml shm"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        Edgeml.serve_over("shm", pipe)
 
 
 class RawZmq(Peer):
-    """A ROUTER and a DEALER, multipart, ``copy=False``: the least that pyzmq can do."""
-
-    name = "pyzmq"
+    """A ROUTER and a DEALER, multipart, and no copy where that pays: the least pyzmq can do."""
 
     @staticmethod
-    def serve(ready: Connection) -> None:
+    def serve_at(url: str, pipe: Connection) -> None:
         import zmq
 
         router = zmq.Context().socket(zmq.ROUTER)
-        ready.send(f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}")
+        router.bind(url)
+        pipe.send(router.getsockopt_string(zmq.LAST_ENDPOINT))
         while True:
             identity, header, frame = router.recv_multipart(copy=False)
             chunk = policy(np.frombuffer(frame.buffer, np.uint8))
             router.send_multipart([identity, header, chunk.data], copy=False)
 
-    def connect(self, address: str) -> None:
+    def __init__(self, address: str) -> None:
         import zmq
 
-        self._socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.DEALER)
-        self._socket.linger = 0
+        # Below the threshold a copy is cheaper, as measured.
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.DEALER, copy_threshold=512 << 10)
         self._socket.connect(address)
 
     def call(self, observation: Array) -> Array:
         self._socket.send_multipart([b"a header of 16 B", observation.data], copy=False)
         _, frame = self._socket.recv_multipart(copy=False)
-        return np.frombuffer(frame.buffer, np.float32).reshape(50, 14)
+        return _chunk(frame.buffer)
 
     def close(self) -> None:
-        self._socket.close()
-        super().close()
+        self._socket.close(linger=0)
+
+
+class ZmqTcp(RawZmq):
+    name = "pyzmq tcp"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        RawZmq.serve_at("tcp://127.0.0.1:*", pipe)
+
+
+class ZmqIpc(RawZmq):
+    name = "pyzmq ipc"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        RawZmq.serve_at(f"ipc://{socket_path('zmq')}", pipe)
+
+
+class UnixSocket(Peer):
+    """A stream socket; what is sent follows its length, and is received into kept memory."""
+
+    name = "unix socket"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(socket_path("unix"))
+        listener.listen()
+        pipe.send(listener.getsockname())
+        stream = _Stream(listener.accept()[0])
+        with contextlib.suppress(EOFError):
+            while True:
+                stream.send(policy(stream.receive()))
+
+    def __init__(self, address: str) -> None:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(address)
+        self._stream = _Stream(client)
+
+    def call(self, observation: Array) -> Array:
+        self._stream.send(observation)
+        return _chunk(self._stream.receive())
+
+    def close(self) -> None:
+        self._stream.socket.close()
+
+
+class _Stream:
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)  # or what is allowed
+        self._kept = np.empty(1 << 16, np.uint8).data
+
+    def send(self, array: Array) -> None:
+        data = array.data.cast("B")
+        sent = self.socket.sendmsg([_LENGTH.pack(len(data)), data]) - _LENGTH.size
+        if sent < len(data):
+            self.socket.sendall(data[sent:])
+
+    def receive(self) -> Array:
+        """What was sent, in memory that the next call overwrites."""
+        got = self.socket.recv_into(self._kept)  # small messages whole
+        if got < _LENGTH.size:
+            raise EOFError("the other side has gone")
+        end = _LENGTH.size + _LENGTH.unpack_from(self._kept)[0]
+        if end > len(self._kept):
+            larger = np.empty(end, np.uint8).data
+            larger[:got] = self._kept[:got]
+            self._kept = larger
+        while got < end:
+            part = self.socket.recv_into(self._kept[got:end])
+            if not part:
+                raise EOFError("the other side has gone")
+            got += part
+        return np.frombuffer(self._kept[_LENGTH.size : end], np.uint8)
+
+
+class _InProcess(Peer):
+    """No server at all: the bound."""
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        pipe.send(None)
+        pipe.poll(None)
+
+    def __init__(self, address: None) -> None:
+        self._kept = np.empty(0, np.uint8)
+
+    def _copy(self, observation: Array) -> None:
+        if len(self._kept) != len(observation):
+            self._kept = np.empty_like(observation)
+        np.copyto(self._kept, observation)
+
+
+class Memcpy(_InProcess):
+    name = "memcpy"
+    note = "memcpy and 'copy, touch' work in one process: one copy into kept memory, a bound"
+
+    def call(self, observation: Array) -> Array:
+        self._copy(observation)
+        return self._kept
+
+    def answer(self, result: Array) -> Array:
+        return policy(result)
+
+
+class CopyAndTouch(_InProcess):
+    name = "copy, touch"
+
+    def call(self, observation: Array) -> Array:
+        self._copy(observation)
+        return policy(self._kept)
+
+
+class IceoryxBusy(Peer):
+    """Two publish-subscribe services of iceoryx2, both sides polling without a pause."""
+
+    name = "iceoryx2 busy"
+    busy = True
+    polls: ClassVar[bool] = True
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        _serve_iceoryx(pipe, polls=True)
+
+    def __init__(self, address: str) -> None:
+        self._address, self._size = address, 0
+        self._node = Iceoryx()
+        self._from = self._node.subscriber(f"{address}/chunk")
+        if not self.polls:
+            self._wait = self._node.listener(f"{address}/chunk").blocking_wait
+            self._notify = self._node.notifier(f"{address}/observation").notify
+
+    def call(self, observation: Array) -> Array:
+        if len(observation) > self._size:  # once a size, and in the calls that warm up
+            self._size = len(observation)
+            self._to = None
+            self._to = self._node.publisher(f"{self._address}/observation", self._size)
+        self._node.put(self._to, [observation])
+        if not self.polls:
+            self._notify()
+            self._wait()
+        while (sample := self._from.receive()) is None:
+            if not self.polls:
+                self._wait()
+        chunk = _chunk(Iceoryx.view(sample)).copy()
+        sample.delete()
+        return chunk
+
+
+class IceoryxEvent(IceoryxBusy):
+    """The same, both sides sleeping until its event service wakes them."""
+
+    name = "iceoryx2 event"
+    busy = False
+    polls = False
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        _serve_iceoryx(pipe, polls=False)
+
+
+def _serve_iceoryx(pipe: Connection, polls: bool) -> None:
+    node, address = Iceoryx(), f"policy/{os.getpid()}"
+    come = node.subscriber(f"{address}/observation")
+    go = node.publisher(f"{address}/chunk", CHUNK.nbytes)
+    if not polls:
+        wait = node.listener(f"{address}/observation").blocking_wait
+        notify = node.notifier(f"{address}/chunk").notify
+    pipe.send(address)
+    while True:
+        if not polls:
+            wait()
+        while (sample := come.receive()) is not None:
+            chunk = policy(Iceoryx.view(sample))
+            sample.delete()
+            node.put(go, [chunk])
+            if not polls:
+                notify()
+
+
+class Portal(Peer):
+    """portal as it comes."""
+
+    name = "portal"
+    busy = True
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        portal = importlib.import_module("portal")
+        port = portal.free_port()
+        server = portal.Server(port, logging=False)
+        server.bind("policy", policy)
+        pipe.send(port)
+        server.start()
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+        self.wake()
+
+    def wake(self) -> None:
+        portal = importlib.import_module("portal")
+        self._client = portal.Client(f"127.0.0.1:{self._address}", logging=False)
+        self.call(np.zeros(1, np.uint8))
+
+    def rest(self) -> None:
+        self._client.close()  # its thread wakes up thousands of times a second
+
+    def call(self, observation: Array) -> Array:
+        chunk: Array = self._client.call("policy", observation).result()
+        return chunk
+
+
+class ZenohShm(Peer):
+    """Two publishers and subscribers of zenoh, with its shared memory; the server in a callback."""
+
+    name = "zenoh"
+    note = "zenoh's Python API copies once more on each side, to bytes and from them"
+    patience = 2.0
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        path = socket_path("zenoh")
+        link = Zenoh(listen=path)
+        publisher = link.publisher("chunk")
+
+        def answer(sample: Any) -> None:
+            publisher.put(policy(np.frombuffer(sample.payload.to_bytes(), np.uint8)).tobytes())
+
+        subscriber = link.session.declare_subscriber("observation", answer)
+        pipe.send(path)
+        pipe.poll(None)
+        subscriber.undeclare()
+        link.session.close()
+
+    def __init__(self, address: str) -> None:
+        self._link = Zenoh(connect=address)
+        self._from = self._link.session.declare_subscriber("chunk")
+        self._to = self._link.publisher("observation", readers=True)
+
+    def call(self, observation: Array) -> Array:
+        self._link.put(self._to, [observation])
+        return _chunk(self._from.recv().payload.to_bytes())
+
+    def close(self) -> None:
+        self._link.session.close()
 
 
 class Agentlace(Peer):
@@ -135,36 +398,79 @@ class Agentlace(Peer):
     name = "agentlace"
     note = "agentlace formats every message into a debug string, whether or not it is logged"
 
-    @classmethod
-    def available(cls) -> bool:
-        return importlib.util.find_spec("agentlace") is not None
-
     @staticmethod
-    def serve(ready: Connection) -> None:
-        import socket
-
-        from agentlace.inference import InferenceServer  # type: ignore[import-not-found]
+    def serve(pipe: Connection) -> None:
+        inference = importlib.import_module("agentlace.inference")
 
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        server = InferenceServer(port_num=port)
+        server = inference.InferenceServer(port_num=port)
         server.register_interface("policy", lambda payload: policy(payload["observation"]))
         server.start(threaded=True)
-        ready.send(port)
-        ready.poll(None)
+        pipe.send(port)
+        pipe.poll(None)
 
-    def connect(self, address: int) -> None:
-        from agentlace.inference import InferenceClient
-
-        self._client = InferenceClient("127.0.0.1", port_num=address)
+    def __init__(self, address: int) -> None:
+        inference = importlib.import_module("agentlace.inference")
+        self._client = inference.InferenceClient("127.0.0.1", port_num=address)
 
     def call(self, observation: Array) -> Array:
         chunk: Array = self._client.call("policy", {"observation": observation})
         return chunk
 
 
-PEERS: dict[str, Callable[[], Peer]] = {
-    peer.name: peer for peer in (RawZmq, Edgeml, Agentlace) if peer.available()
-}
-"""Those that are installed, the one that ratios refer to first."""
+def find() -> dict[str, type[Peer]]:
+    """Those that are installed, by name."""
+    found: list[type[Peer]] = [ZmqTcp, ZmqIpc, UnixSocket, Memcpy, CopyAndTouch]
+    found += [p for p in (EdgemlZmq, EdgemlShm) if p.name.split()[1] in transports()]
+    found += [IceoryxBusy, IceoryxEvent] * installed("iceoryx2")
+    found += [Portal] * installed("portal") + [ZenohShm] * installed("zenoh")
+    found += [Agentlace] * installed("agentlace")
+    return {peer.name: peer for peer in found}
+
+
+REFERENCES = ("pyzmq tcp", "pyzmq ipc")
+"""Ratios refer to the faster of these."""
+
+
+@contextlib.contextmanager
+def running(names: Iterable[str]) -> Iterator[dict[str, Running]]:
+    """Start the peers' servers, each in a process of its own, and a client of each here."""
+    known = find()
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(Running(known[name])) for name in names}
+
+
+class Running:
+    """A peer's server in a process of its own, and a client of it here."""
+
+    def __init__(self, kind: type[Peer]) -> None:
+        self._kind = kind
+        self.server = Child(kind.serve)
+        self.address = self.server.receive()
+        self.client = kind(self.address)
+        self._rest()  # so that those to come start undisturbed
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.server.close(self._kind.patience)
+
+    def _rest(self) -> None:
+        self.client.rest()
+        if self._kind.busy:
+            self.server.pause()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Peer]:
+        """Let it run, if it was stopped so that the others could."""
+        if self._kind.busy:
+            self.server.resume()
+        self.client.wake()
+        try:
+            yield self.client
+        finally:
+            self._rest()

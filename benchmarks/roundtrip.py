@@ -1,24 +1,22 @@
 """Time round trips to a policy server, side by side with the peers, in one run.
 
-    python benchmarks/roundtrip.py [--json FILE]
+    python benchmarks/roundtrip.py [--hz 50] [--json FILE]
 
 Rounds of the peers are interleaved, so that a noisy moment hits all of them; what is printed are
-medians over rounds, and ratios to raw pyzmq. Read the ratios: times are this machine's.
+medians over rounds, and ratios to the faster of raw pyzmq over tcp and over ipc. Read the ratios:
+times are this machine's. With --hz the client sleeps between calls, as a robot does.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import time
 from statistics import median
-from typing import Any
 
 import numpy as np
 
-from peers import CHUNK, PAGE, PEERS, Array, Peer
+from common import PAGE, Array, Row, Table, add_ratios, interleaved, medians, parser, save
+from links import workspace
+from peers import CHUNK, REFERENCES, Peer, Running, find, running
 
 SIZES = {
     "56 B": 56,
@@ -26,79 +24,79 @@ SIZES = {
     "2.8 MB": 2 * 680 * 680 * 3 + 24_000,
     "25 MB": 25_000_000,
 }
+_MOST_CALLS = 5000  # in a round
 
 
-def one_round(peer: Peer, observation: Array, calls: int) -> list[float]:
-    """Times of ``calls`` round trips, in seconds."""
+def one_round(peer: Peer, observation: Array, calls: int, hz: float | None = None) -> list[float]:
+    """Times of ``calls`` round trips, in seconds; they begin ``hz`` times a second."""
     times = []
+    tick = time.perf_counter()
     for number in range(calls):
         observation[0] = number % 256
+        if hz:
+            tick = max(tick + 1 / hz, time.perf_counter())
+            time.sleep(max(0.0, tick - time.perf_counter()))
         began = time.perf_counter()
-        chunk = peer.call(observation)
+        result = peer.call(observation)
         times.append(time.perf_counter() - began)
+        chunk = peer.answer(result)
         if chunk.shape != CHUNK.shape or chunk[0, 0] != np.float32(observation[::PAGE].sum()):
             raise AssertionError(f"{peer.name} gave a wrong answer")
     return times
 
 
-def measure(peers: dict[str, Peer], size: int, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(
+    peers: dict[str, Running], size: int, rounds: int, seconds: float, hz: float | None
+) -> dict[str, Row]:
     """Medians over rounds of p50 and p99 in microseconds, and of calls per second, by peer."""
     observation = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     calls = {}
     for name, peer in peers.items():
-        one_round(peer, observation, 20)  # connections, pages and branch predictors
-        calls[name] = max(20, int(seconds / median(one_round(peer, observation, 20))))
-    kept: dict[str, list[list[float]]] = {name: [] for name in peers}
-    for number in range(rounds):
-        order = list(peers) if number % 2 else list(reversed(peers))
-        for name in order:
-            kept[name].append(one_round(peers[name], observation, calls[name]))
-    return {
-        name: {
-            "p50_us": median(float(np.percentile(times, 50)) * 1e6 for times in kept[name]),
-            "p99_us": median(float(np.percentile(times, 99)) * 1e6 for times in kept[name]),
-            "calls_per_s": median(len(times) / sum(times) for times in kept[name]),
-            "calls": sum(map(len, kept[name])),
-        }
-        for name in peers
-    }
+        with peer.turn() as client:
+            one_round(client, observation, 20)  # connections, pages and branch predictors
+            took = median(one_round(client, observation, 20))
+            calls[name] = min(_MOST_CALLS, max(20, int(seconds * hz if hz else seconds / took)))
+    kept: dict[str, list[Row]] = {name: [] for name in peers}
+    for name in interleaved(peers, rounds):
+        with peers[name].turn() as client:
+            times = one_round(client, observation, calls[name], hz)
+        p50, p99 = np.percentile(times, (50, 99)) * 1e6
+        rate = len(times) / sum(times)
+        kept[name].append({"p50_us": p50, "p99_us": p99, "calls_per_s": rate})
+    rows = {name: medians(kept[name]) for name in peers}
+    add_ratios(rows, REFERENCES, "p50_us", "p99_us")
+    for name, row in rows.items():
+        row["mb_per_s"] = row["calls_per_s"] * size / 1e6
+        row["calls"] = calls[name] * rounds
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time round trips, side by side with the peers.")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=11, help="rounds of each peer and size")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a round")
-    parser.add_argument("--json", metavar="FILE", help="keep the figures in a file")
-    options = parser.parse_args()
-
-    peers = {name: PEERS[name]() for name in options.peers}
-    reference = options.peers[0]
+    options = parser(__doc__, find(), rounds=5)
+    options.add_argument("--sizes", nargs="*", choices=list(SIZES), metavar="SIZE")
+    options.add_argument("--seconds", type=float, default=0.25, help="length of a round")
+    options.add_argument("--hz", type=float, help="begin so many calls a second, and sleep between")
+    given = options.parse_args()
     results = {}
-    print(f"{'':8} {'':12} {'p50 us':>9} {'ratio':>6} {'p99 us':>9} {'ratio':>6}", end="")
-    print(f" {'calls/s':>9} {'MB/s':>8}")
-    try:
-        for label in options.sizes:
-            size = SIZES[label]
-            results[label] = measured = measure(peers, size, options.rounds, options.seconds)
-            base = measured[reference]
-            for name, row in measured.items():
-                row["p50_ratio"] = row["p50_us"] / base["p50_us"]
-                row["p99_ratio"] = row["p99_us"] / base["p99_us"]
-                print(f"{label:8} {name:12} {row['p50_us']:9.0f} {row['p50_ratio']:6.2f}", end="")
-                print(f" {row['p99_us']:9.0f} {row['p99_ratio']:6.2f}", end="")
-                print(f" {row['calls_per_s']:9.0f} {row['calls_per_s'] * size / 1e6:8.1f}")
-    finally:
-        for peer in peers.values():
-            peer.close()
-    for peer in peers.values():
-        if peer.note:
-            print(f"note: {peer.note}")
-    if options.json:
-        machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "when": time.ctime()}
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine, "reference": reference, "results": results}, file)
+    with workspace(), running(given.peers) as peers:
+        table = Table(
+            *(8, 14),
+            p50_us="9.1",
+            p50_us_ratio="6.2",
+            p99_us="9.1",
+            p99_us_ratio="6.2",
+            calls_per_s="11.0",
+            mb_per_s="9.0",
+        )
+        for label in given.sizes or (list(SIZES)[:2] if given.hz else SIZES):
+            rows = measure(peers, SIZES[label], given.rounds, given.seconds, given.hz)
+            results[label] = rows
+            for name, row in rows.items():
+                table.add(label, name, row=row)
+        notes = {peer.client.note for peer in peers.values() if peer.client.note}
+    for note in sorted(notes):
+        print(f"note: {note}")
+    save(given, results)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-__all__ = ["Message", "Owned", "copy", "empty", "is_owned", "own", "pooled", "root_of"]
+__all__ = ["Message", "Owned", "Room", "copy", "empty", "is_owned", "own", "pooled", "root_of"]
+
+
+Room = Callable[[int], memoryview | None]
+"""Gives memory of so many bytes, to be filled once and then only read; or None, if it has none."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -121,8 +125,8 @@ class _Pool:
 
 
 _pool = _Pool()
-pooled = _pool.room
-"""Gives memory that has been used before, for `empty`; to be filled once, and then only read."""
+pooled: Room = _pool.room
+"""Gives memory that has been used before, which spares the page faults."""
 
 
 def root_of(buffer: memoryview) -> Any:
@@ -146,7 +150,7 @@ def is_owned(buffer: memoryview) -> bool:
     return type(root) is bytes or isinstance(root, Owned)
 
 
-def own(message: Message, room: Callable[[int], memoryview | None] | None = None) -> Message:
+def own(message: Message, room: Room | None = None) -> Message:
     """Return a message equal to this one whose buffers nobody else can change.
 
     Args:
@@ -174,9 +178,7 @@ def own(message: Message, room: Callable[[int], memoryview | None] | None = None
     return Message(message.header, buffers)
 
 
-def empty(
-    room: Callable[[int], memoryview | None], shape: int | tuple[int, ...], dtype: Any
-) -> np.ndarray[Any, Any]:
+def empty(room: Room, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     """An array with anything in it, in memory from ``room`` where there is any."""
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
-from edgeml.core.message import Message, own
+from edgeml.core.message import Message, Room, own
 from edgeml.core.transport import Reply, Requester
 from edgeml.core.wire import (
     HOLD,
@@ -87,7 +87,7 @@ class Topic:
         codecs: Iterable[Codec],
         epoch: int,
         keep: int = 1,
-        room: Callable[[int], memoryview | None] | None = None,
+        room: Room | None = None,
     ) -> None:
         self.name = name
         self.keep = keep

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from edgeml.core.message import Room, pooled
 from edgeml.data.batch import Batch
 
 __all__ = ["DataStoreBase"]
@@ -25,6 +26,8 @@ class DataStoreBase(ABC):
     Attributes:
         lock: reentrant, and held by all that inserts or reads items: take it to make several
             operations one.
+        room: gives memory for the batches that are handed out, and may be used or not. A client
+            that uploads the store's items puts its own here, from which they are sent.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -32,6 +35,7 @@ class DataStoreBase(ABC):
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self._capacity = capacity
         self.lock = threading.RLock()
+        self.room: Room = pooled
 
     @property
     def capacity(self) -> int:

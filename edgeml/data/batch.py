@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from edgeml.core.errors import Malformed
-from edgeml.core.message import empty, pooled
+from edgeml.core.message import Room, empty, pooled
 from edgeml.data.tree import Array, Skeleton, fill, is_plain, leaves_of, skeleton_of, transpose
 
 __all__ = ["Batch"]
@@ -42,12 +42,12 @@ class Batch(Sequence[Any]):
     _leaves: list[Array]
 
     @classmethod
-    def of(cls, items: Sequence[Any], first_id: int = 1) -> Batch:
+    def of(cls, items: Sequence[Any], first_id: int = 1, *, room: Room = pooled) -> Batch:
         """Make a batch, with columns if the items agree in structure, keys, shapes and dtypes.
 
         Leaves of columns are booleans, numbers and numeric arrays, anything with ``__array__``
         among them; Python's bool, int and float count as bool, int64 and float64. Columns are
-        copies; items that don't make columns are held by reference.
+        copies, in memory from ``room``; items that don't make columns are held by reference.
         """
         if isinstance(items, Batch):
             return cls(first_id, items._items, items._skeleton, items._leaves)
@@ -55,7 +55,7 @@ class Batch(Sequence[Any]):
         if items:
             try:
                 skeleton = skeleton_of(items[0])
-                leaves = _columnise(skeleton, items)
+                leaves = _columnise(skeleton, items, room)
             except ValueError:  # a key, a depth or shapes that columns can't have
                 leaves = None
             if leaves is not None:
@@ -150,7 +150,7 @@ class Batch(Sequence[Any]):
         return cls(first_id, items, None, [])
 
 
-def join(parts: Sequence[Batch], first_id: int) -> Batch:
+def join(parts: Sequence[Batch], first_id: int, room: Room) -> Batch:
     """Return one batch of all items, with columns if all parts have the same."""
     if len(parts) == 1:
         return Batch.of(parts[0], first_id)
@@ -162,33 +162,32 @@ def join(parts: Sequence[Batch], first_id: int) -> Batch:
             rows = []
         pieces = list(zip(*rows, strict=True))
         if pieces and all(len({(p.dtype, p.shape[1:]) for p in piece}) == 1 for piece in pieces):
-            leaves = [_read_only(concatenate(piece)) for piece in pieces]
+            leaves = [_read_only(concatenate(piece, room)) for piece in pieces]
             return Batch(first_id, None, skeleton, leaves)
     return Batch(first_id, [item for part in parts for item in part], None, [])
 
 
-def concatenate(pieces: Sequence[Array]) -> Array:
-    """Arrays of one dtype one after the other, in memory that need not be fresh: at a megabyte
-    that would cost more than the copy.
-    """
+def concatenate(pieces: Sequence[Array], room: Room) -> Array:
+    """Arrays of one dtype one after the other, in memory from ``room``."""
     first = pieces[0]
-    out = empty(pooled, (sum(map(len, pieces)), *first.shape[1:]), first.dtype)
+    out = empty(room, (sum(map(len, pieces)), *first.shape[1:]), first.dtype)
     return np.concatenate(pieces, out=out)
 
 
-def _columnise(skeleton: Skeleton, items: list[Any]) -> list[Array] | None:
+def _columnise(skeleton: Skeleton, items: list[Any], room: Room) -> list[Array] | None:
     values = transpose(skeleton, items)
     if values is None:
         return None
     leaves = []
-    for column in map(_column, values):
+    for each in values:
+        column = _column(each, room)
         if column is None:
             return None
         leaves.append(_read_only(column))
     return leaves if any(leaf.nbytes for leaf in leaves) else None
 
 
-def _column(values: list[Any]) -> Array | None:
+def _column(values: list[Any], room: Room) -> Array | None:
     """Return the values as one array, or None where types, dtypes or shapes differ."""
     kinds = set(map(type, values))
     if len(kinds) != 1:
@@ -200,18 +199,19 @@ def _column(values: list[Any]) -> Array | None:
         if issubclass(kind, np.generic):
             return np.array(values, values[0].dtype) if is_plain(values[0].dtype) else None
         if kind is not np.ndarray:
-            return _column(list(map(np.asarray, values))) if hasattr(kind, "__array__") else None
+            arrays = list(map(np.asarray, values)) if hasattr(kind, "__array__") else None
+            return None if arrays is None else _column(arrays, room)
         first = values[0]
         if not is_plain(first.dtype):
             return None
         if not first.ndim:
-            return _column([value[()] for value in values])
+            return _column([value[()] for value in values], room)
         # numpy compares everything but the leading axis, and "equiv" lets nothing but the byte
         # order change; `out` keeps it in C order. (np.array takes 1.2 times as long, np.stack 3.)
         if set(map(len, values)) != {len(first)}:
             return None
         shape = (len(values) * len(first), *first.shape[1:])
-        out = empty(pooled, shape, first.dtype.newbyteorder("="))
+        out = empty(room, shape, first.dtype.newbyteorder("="))
         np.concatenate(values, out=out, casting="equiv")
         return out.reshape(len(values), *first.shape)
     except (TypeError, ValueError, OverflowError):

@@ -108,7 +108,9 @@ class QueuedDataStore(DataStoreBase):
                 left -= min(len(chunk) - skip, left)
                 skip = 0
         # What is held is never changed, so the rest needs no lock.
-        batch = join([part if isinstance(part, Batch) else Batch.of(part) for part in parts], first)
+        room = self.room
+        batches = [p if isinstance(p, Batch) else Batch.of(p, room=room) for p in parts]
+        batch = join(batches, first, room)
         return batch if batch.columns is not None else Batch.of([_copy(i) for i in batch], first)
 
     def release(self, up_to_id: int) -> None:

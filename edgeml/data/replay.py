@@ -104,7 +104,7 @@ class ReplayBuffer(DataStoreBase):
             start = (first - 1) % self._capacity
             wrapped = max(0, start + n - self._capacity)
             leaves = [
-                concatenate((column[start : start + n], column[:wrapped]))
+                concatenate((column[start : start + n], column[:wrapped]), self.room)
                 for column in self._columns.values()
             ]
             return Batch.from_columns(fill(self._schema.skeleton, leaves), first)

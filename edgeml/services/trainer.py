@@ -32,6 +32,7 @@ from edgeml.core.errors import (
     PermissionDenied,
     UnknownInterface,
 )
+from edgeml.core.message import pooled
 from edgeml.core.server import Server, Session
 from edgeml.core.streams import Subscription
 from edgeml.core.transport import Credentials
@@ -44,7 +45,8 @@ __all__ = ["TrainerClient", "TrainerConfig", "TrainerServer", "TrainerTunnel"]
 _log = logging.getLogger(__name__)
 
 _NETWORK = "network"
-_CHUNK_BYTES = 1 << 20  # larger messages of images are slower, not faster
+_LARGE_COLUMN = 1 << 20  # bytes
+_CHUNK_BYTES = 4 << 20  # larger messages of images are slower, not faster
 _WINDOW = 4  # chunks under way: one is collected, sent or inserted while others are
 _MOST_ITEMS = 4096  # in a chunk
 _FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
@@ -302,6 +304,8 @@ class TrainerClient(ServiceClient):
             credentials=credentials,
         )
         super().__init__(client)
+        for store in self._stores.values():
+            store.room = self._batch_room
         self.lost = 0
         """Items that a store had overwritten before they could be sent."""
 
@@ -323,6 +327,11 @@ class TrainerClient(ServiceClient):
         """
         with self._updating:
             return sum(self._update(name, store, timeout) for name, store in self._stores.items())
+
+    def _batch_room(self, nbytes: int) -> memoryview | None:
+        """Where the transport sends from, for what is large; else memory that was used before."""
+        place = self._room(nbytes) if nbytes >= _LARGE_COLUMN else None
+        return place if place is not None else pooled(nbytes)
 
     def _update(self, name: str, store: DataStoreBase, timeout: float | None) -> int:
         before, lost_before = self._sent[name], self.lost
@@ -358,7 +367,10 @@ class TrainerClient(ServiceClient):
         return max(0, self._sent[name] - before - (self.lost - lost_before))
 
     def _next_batch(self, name: str, store: DataStoreBase, after: int) -> Batch:
-        batch = store.get_latest_data(after, limit=self._chunk[name])
+        chunk = self._chunk[name]
+        # A little more in one piece, rather than a little piece at the end.
+        limit = 2 * chunk if store.latest_data_id() - after <= 2 * chunk else chunk
+        batch = store.get_latest_data(after, limit=limit)
         if len(batch):
             self._chunk[name] = fitting = _fitting(batch)
             if len(batch) > 2 * fitting:
