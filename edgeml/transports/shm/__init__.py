@@ -263,20 +263,21 @@ class _Line:
                 if channel.full:
                     self._flush(left)
                     continue
-                self._waiter.wait(self._look, left)
-                got = channel.receive()
+                got = self._waiter.wait(self._look, left)
                 if got is not None and got[0] == number:  # not a late one
                     return got[1]
 
-    def _look(self, seconds: float) -> list[tuple[int, int]]:
-        return self._poll.poll(min(seconds * 1e3, _LONGEST))
+    def _look(self, seconds: float) -> tuple[int, Message] | None:
+        if seconds or self._poll.poll(0):  # cheaper than to receive nothing
+            return self.channel.receive(seconds)
+        return None
 
     def _flush(self, left: float) -> None:
         """Send what found no room in the socket; others of this thread's calls are before it."""
         fd = self.channel.records.fd
         self._poll.modify(fd, IN | OUT)
         try:
-            self._look(left)
+            self._poll.poll(min(left * 1e3, _LONGEST))
         finally:
             self._poll.modify(fd, IN)
         self.channel.flush()
@@ -288,7 +289,7 @@ class _Line:
             try:
                 with suppress(Lost):  # whoever calls next is told
                     self.channel.tidy()
-                    while self._look(0):
+                    while self._poll.poll(0):
                         self.channel.receive()
             finally:
                 self._lock.release()
@@ -342,14 +343,11 @@ class _Connection(Requester):
         channel = Channel(connect(self.url, timeout), self._pool, self._account)
         try:
             channel.greet(self._name)
-            poll = select.poll()
-            poll.register(channel.records.fd, IN)
             while channel.connection is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise DeadlineExceeded(f"{self.url} did not answer within {timeout:g} s")
-                poll.poll(min(left * 1e3, _LONGEST))
-                channel.receive()
+                channel.receive(left)
             if self._peer is None:
                 self._peer = channel.connection
             if channel.connection != self._peer:  # it has restarted, and a new connection is due

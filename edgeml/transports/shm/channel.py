@@ -66,7 +66,7 @@ _MOST_HELD, _MOST_HELD_BYTES = 64, 1 << 28  # ... what comes is copied
 
 
 class Channel:
-    """Sends from any thread, and receives in one at a time; never waits.
+    """Sends from any thread without waiting, and receives in one at a time.
 
     Args:
         records: the socket.
@@ -260,8 +260,11 @@ class Channel:
 
     # Receiving ----------------------------------------------------------------------------
 
-    def receive(self) -> tuple[int, Message] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[int, Message] | None:
         """Take one record; returns the number and the message, if it was one.
+
+        Args:
+            timeout: seconds to wait for it.
 
         Raises:
             Lost: the peer has gone, or has sent what no peer of ours sends.
@@ -270,7 +273,7 @@ class Channel:
             if self._expected is not None:
                 self._map()
                 return None
-            data = self.records.receive()
+            data = self.records.receive(timeout)
             if data is None:
                 return None
             kind, flags, returns, count, size, number = _HEAD.unpack_from(data)

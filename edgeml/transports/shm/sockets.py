@@ -7,6 +7,7 @@ connects. Elsewhere (macOS) records have a length in front of them, and a socket
 from __future__ import annotations
 
 import array
+import math
 import os
 import select
 import socket
@@ -33,6 +34,8 @@ LINUX = sys.platform == "linux"
 LARGEST_RECORD = 1 << 16
 """Bytes; a good part of what a socket has room for (net.core.wmem_default, 208 KiB)."""
 
+_NOW = int(socket.MSG_DONTWAIT)
+_LONGEST = 1e9  # ms that a wait is told to last
 _LENGTH = struct.Struct("<I")
 _BACKLOG = 4096
 _ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
@@ -43,30 +46,37 @@ class Lost(Exception):
 
 
 class Records:
-    """A connected socket that carries records; nothing here ever waits."""
+    """A connected socket that carries records. Sends never wait."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+        # Blocking, since to wait and to receive are one system call then: beside a thread that
+        # computes, each one that waits costs 5 ms to get the GIL back. All else says DONTWAIT.
+        sock.setblocking(True)
         self._socket = sock
+        self._timeout = 0  # ms, as set on the socket
         self.fd = sock.fileno()
 
     def send(self, record: bytes, fd: int | None = None) -> bool:
         """Send a record, with a file descriptor if need be; False where there is no room now."""
         try:
             if fd is None:
-                self._socket.send(record)
+                self._socket.send(record, _NOW)
             else:
-                socket.send_fds(self._socket, [record], [fd])
+                socket.send_fds(self._socket, [record], [fd], _NOW)
         except BlockingIOError:
             return False
         except OSError as error:
             raise Lost(str(error)) from None
         return True
 
-    def receive(self) -> bytes | None:
-        """The next record; None where there is none now."""
+    def receive(self, timeout: float = 0.0) -> bytes | None:
+        """The next record; None where there is none within ``timeout`` seconds."""
         try:
-            record = self._socket.recv(LARGEST_RECORD)
+            if timeout > 0:
+                self._set_timeout(timeout)
+                record = self._socket.recv(LARGEST_RECORD)
+            else:
+                record = self._socket.recv(LARGEST_RECORD, _NOW)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -75,10 +85,18 @@ class Records:
             raise Lost("the peer has closed the connection")
         return record
 
+    def _set_timeout(self, timeout: float) -> None:
+        milliseconds = max(1, math.ceil(min(timeout * 1e3, _LONGEST)))
+        if milliseconds != self._timeout:
+            seconds, rest = divmod(milliseconds, 1000)
+            value = struct.pack("ll", seconds, rest * 1000)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+            self._timeout = milliseconds
+
     def receive_fd(self) -> int | None:
         """The file descriptor that comes with the next record; None where there is none now."""
         try:
-            record, fds, flags, _ = socket.recv_fds(self._socket, 1, 1)
+            record, fds, flags, _ = socket.recv_fds(self._socket, 1, 1, _NOW)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -119,6 +137,7 @@ class StreamRecords(Records):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
+        sock.setblocking(False)
         self._unsent = b""
         self._come = b""
         self._fds: list[int] = []
@@ -154,7 +173,11 @@ class StreamRecords(Records):
             except OSError as error:
                 raise Lost(str(error)) from None
 
-    def receive(self) -> bytes | None:
+    def receive(self, timeout: float = 0.0) -> bytes | None:
+        if timeout > 0:
+            poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
+            poll.poll(min(timeout * 1e3, _LONGEST))
         # Exactly one record, so that what follows it still makes the socket readable.
         while True:
             size = _LENGTH.size
