@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from common import (
+    Array,
     Child,
     Row,
     Table,
@@ -245,6 +246,43 @@ class _Deque:
         return check(self._count, self._items[-1])
 
 
+class _Columns(_Deque):
+    """The same copied into preallocated arrays, as a replay buffer that can be sampled has them."""
+
+    def __init__(self, capacity: int) -> None:
+        self._count = 0
+        self._columns: dict[str, Array] = {
+            name: np.zeros((capacity, *shape), np.float32)
+            for name, shape in {
+                "observations": (17,),
+                "actions": (6,),
+                "next_observations": (17,),
+                "rewards": (),
+                "masks": (),
+            }.items()
+        }
+        self._columns["image"] = np.zeros((capacity, 128, 128, 3), np.uint8)
+
+    def add(self, message: Any) -> bool:
+        f32, array, columns = np.dtype(np.float32), np.frombuffer, self._columns
+        capacity = len(columns["image"])
+        for wire in _decode(message):
+            row = self._count % capacity
+            columns["observations"][row] = array(wire.observations, f32)
+            columns["actions"][row] = array(wire.actions, f32)
+            columns["next_observations"][row] = array(wire.next_observations, f32)
+            columns["rewards"][row] = wire.rewards
+            columns["masks"][row] = wire.masks
+            if wire.image is not None:
+                columns["image"][row] = array(wire.image, np.uint8).reshape(128, 128, 3)
+            self._count += 1
+        return True
+
+    def check(self) -> Check:
+        row = (self._count - 1) % len(self._columns["image"])
+        return check(self._count, {name: column[row] for name, column in self._columns.items()})
+
+
 class _Packing(Peer):
     """Packs the dicts as msgpack, into memory that is kept."""
 
@@ -272,9 +310,12 @@ class RawZmq(_Packing):
 
     @staticmethod
     def serve(pipe: Connection, *options: Any) -> None:
+        RawZmq.serve_into(_Deque(*options), pipe)
+
+    @staticmethod
+    def serve_into(store: _Deque, pipe: Connection) -> None:
         import zmq
 
-        store = _Deque(*options)
         router = zmq.Context().socket(zmq.ROUTER)
         router.bind(f"ipc://{socket_path('upload')}")
         pipe.send(router.getsockopt_string(zmq.LAST_ENDPOINT))
@@ -303,6 +344,16 @@ class RawZmq(_Packing):
     def close(self) -> None:
         self._socket.close(linger=0)
         super().close()
+
+
+class RawZmqColumns(RawZmq):
+    """The same into arrays."""
+
+    name = "pyzmq, arrays"
+
+    @staticmethod
+    def serve(pipe: Connection, *options: Any) -> None:
+        RawZmq.serve_into(_Columns(*options), pipe)
 
 
 class Portal(_Packing):
@@ -345,7 +396,7 @@ class Portal(_Packing):
 
 def find() -> dict[str, type[Peer]]:
     """Those that are installed, by name."""
-    found: list[type[Peer]] = [RawZmq] + [Portal] * installed("portal")
+    found: list[type[Peer]] = [RawZmq, RawZmqColumns] + [Portal] * installed("portal")
     for peer in (QueueZmq, ReplayZmq, QueueShm, ReplayShm):
         found += [peer] * (peer.transport in transports())
     return {peer.name: peer for peer in found}
