@@ -152,19 +152,24 @@ class Channel:
         """See that buffers lie in our memory; returns descriptors, and adds blocks that have one
         user more, which will be the peer.
         """
-        rooms = [self._room_of(buffer) for buffer in buffers]
-        sizes = [-(-len(buffer) // ALIGNMENT) * ALIGNMENT for buffer in buffers]
-        total = sum(size for size, room in zip(sizes, rooms, strict=True) if room is None)
-        account = self._account()
-        if total > account.limit:
-            raise NotEncodable(f"a message of {total} bytes; {account.told}")
+        rooms = []
+        total = 0
+        for buffer in buffers:
+            room = self._room_of(buffer)
+            rooms.append(room)
+            if room is None:
+                total += -(-len(buffer) // ALIGNMENT) * ALIGNMENT
         new = None
         if total:
+            account = self._account()
+            if total > account.limit:
+                raise NotEncodable(f"a message of {total} bytes; {account.told}")
             new = self._pool.take(total)
             blocks.append(new)
         at = 0
         table = []
-        for buffer, size, room in zip(buffers, sizes, rooms, strict=True):
+        for buffer, room in zip(buffers, rooms, strict=True):
+            size = len(buffer)
             if not size:
                 table.append(_DESCRIPTOR.pack(0, 0, 0, 0))
                 continue
@@ -176,14 +181,16 @@ class Channel:
             else:
                 assert new is not None
                 block, offset = new, at
-                copy(new.view[at : at + len(buffer)], buffer)
-                at += size
+                copy(new.view[at : at + size], buffer)
+                at += -(-size // ALIGNMENT) * ALIGNMENT
             place = block.offset + offset
-            table.append(_DESCRIPTOR.pack(block.segment.number, block.token, place, len(buffer)))
+            table.append(_DESCRIPTOR.pack(block.segment.number, block.token, place, size))
         return b"".join(table)
 
     def _room_of(self, buffer: memoryview) -> tuple[Block, int] | None:
         """Where a buffer lies in our memory, if it does."""
+        if not self._pool.has_rooms:
+            return None
         root = root_of(buffer)
         if type(root) is not Room or root.pool is not self._pool or not len(buffer):
             return None

@@ -24,8 +24,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -128,16 +128,18 @@ class Block:
     Attributes:
         token: its number in the pool, by which a reader gives it back.
         offset: where it lies in its segment.
+        size: in bytes.
         view: the memory itself.
         users: how many have it: the endpoint, peers, and a user for whom it was made as room.
     """
 
-    __slots__ = ("offset", "segment", "token", "users", "view")
+    __slots__ = ("offset", "segment", "size", "token", "users", "view")
 
     def __init__(self, token: int, segment: Segment, offset: int, view: memoryview) -> None:
         self.token = token
         self.segment = segment
         self.offset = offset
+        self.size = len(view)
         self.view = view
         self.users = 0
 
@@ -178,7 +180,8 @@ class Pool:
         """
         room = _rounded(size)
         with self._lock:
-            self._collect()
+            if self._dead:
+                self._collect()
             free = self._free.get(room)
             if not free:
                 free = self._grow(room)
@@ -190,7 +193,7 @@ class Pool:
     def room(self, size: int) -> memoryview:
         """Memory of ``size`` bytes that is sent without a copy; raises what `take` does."""
         block = self.take(size)
-        root = Room(len(block.view), np.uint8, block.view)
+        root = Room(block.size, np.uint8, block.view)
         root.block, root.pool = block, self
         root.address = root.__array_interface__["data"][0]
         dead, rooms = self._dead, self._rooms
@@ -200,9 +203,14 @@ class Pool:
             dead.append((block, bool(lease.token & RETIRE)))
 
         lease = Lease(root, gone)
-        lease.token, lease.size = block.token, len(block.view)
+        lease.token, lease.size = block.token, block.size
         rooms[id(lease)] = lease
         return memoryview(root)[:size]  # type: ignore[arg-type]
+
+    @property
+    def has_rooms(self) -> bool:
+        """Whether a user has any that may be sent."""
+        return bool(self._rooms)
 
     def keep(self, block: Block, users: int = 1) -> None:
         """Count more users of a block that is in use."""
@@ -279,21 +287,21 @@ class Pool:
         segment = block.segment
         if retire and not segment.retired:
             segment.retired = True
-            free = self._free[len(block.view)]
+            free = self._free[block.size]
             free[:] = [other for other in free if other.segment is not segment]
         block.users -= users
         if block.users:
             return
         segment.live -= 1
         if not segment.retired:
-            self._free[len(block.view)].append(block)
+            self._free[block.size].append(block)
             segment.used = time.monotonic()
         elif not segment.live:
             self._give_up(segment)
 
     def _give_up(self, segment: Segment) -> None:
         if not segment.retired:
-            free = self._free[len(segment.blocks[0].view)]
+            free = self._free[segment.blocks[0].size]
             free[:] = [block for block in free if block.segment is not segment]
         for block in segment.blocks:
             del self.blocks[block.token]
@@ -316,33 +324,43 @@ class Account:
         self._most = segments
         self._lock = threading.Lock()
         self._bytes = 0
-        self._segments: Counter[int] = Counter()
+        self._segments: dict[int, int] = {}  # and how many of its blocks
 
-    def lend(self, blocks: Iterable[Block]) -> None:
+    def lend(self, blocks: Sequence[Block]) -> None:
         """Count blocks as lent, or raise `Overloaded`; one message may always be under way."""
-        size = sum(len(block.view) for block in blocks)
+        size = 0
+        for block in blocks:
+            size += block.size
+        segments = self._segments
         with self._lock:
-            if self._bytes and self._bytes + size > self.limit:
-                raise Overloaded(
-                    f"the peer has {self._bytes >> 20} MiB that it hasn't read or doesn't let go "
-                    f"of; {self.told}"
-                )
-            new = {block.segment.number for block in blocks}.difference(self._segments)
-            if self._bytes and len(self._segments) + len(new) > self._most:
-                raise Overloaded(
-                    f"the peer has {len(self._segments)} segments that it hasn't read or doesn't "
-                    "let go of; with a higher limit of open files (ulimit -n) it may have more"
-                )
-            self._bytes += size
-            self._segments.update(block.segment.number for block in blocks)
+            held = self._bytes
+            if held and (held + size > self.limit or len(segments) + len(blocks) > self._most):
+                self._refuse(blocks, size)
+            self._bytes = held + size
+            for block in blocks:
+                number = block.segment.number
+                segments[number] = segments.get(number, 0) + 1
+
+    def _refuse(self, blocks: Sequence[Block], size: int) -> None:
+        held = f"the peer has {self._bytes >> 20} MiB that it hasn't read or doesn't let go of"
+        if self._bytes + size > self.limit:
+            raise Overloaded(f"{held}; {self.told}")
+        new = {block.segment.number for block in blocks}.difference(self._segments)
+        if len(self._segments) + len(new) > self._most:
+            raise Overloaded(
+                f"{held}, in {len(self._segments)} segments; with a higher limit of open files "
+                "(ulimit -n) it may have more"
+            )
 
     def give_back(self, block: Block, times: int = 1) -> None:
         """Count a block as not lent any more."""
         number = block.segment.number
         with self._lock:
-            self._bytes -= times * len(block.view)
-            self._segments[number] -= times
-            if not self._segments[number]:
+            self._bytes -= times * block.size
+            left = self._segments[number] - times
+            if left:
+                self._segments[number] = left
+            else:
                 del self._segments[number]
 
     @property
