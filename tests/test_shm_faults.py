@@ -32,8 +32,9 @@ def how_many(quick: int, slow: int, minutes: int) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def spawn() -> Iterator[Spawn]:
+def spawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spawn]:
     """Starts processes, and finds no file that they leave behind."""
+    monkeypatch.setenv("EDGEML_SHM_LIMIT_MB", "512")
     before = names_left()
     with Zygote() as zygote:
         yield zygote.spawn

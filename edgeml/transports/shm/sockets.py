@@ -45,6 +45,26 @@ class Lost(Exception):
     """The peer has gone, or can't be trusted any more."""
 
 
+# socket.send_fds and recv_fds take flags, and leave them out (Python 3.11).
+
+
+def _send_fd(sock: socket.socket, data: bytes, fd: int) -> int:
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+    return sock.sendmsg([data], control, _NOW)
+
+
+def _receive_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int], bool]:
+    """Bytes, the descriptors that came with them, and whether there were more than expected."""
+    data, control, flags, _ = sock.recvmsg(size, _ROOM, _NOW)
+    fds = array.array("i")
+    for level, kind, value in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(value[: len(value) - len(value) % fds.itemsize])
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return data, fds.tolist(), bool(flags & socket.MSG_CTRUNC)
+
+
 class Records:
     """A connected socket that carries records. Sends never wait."""
 
@@ -62,7 +82,7 @@ class Records:
             if fd is None:
                 self._socket.send(record, _NOW)
             else:
-                socket.send_fds(self._socket, [record], [fd], _NOW)
+                _send_fd(self._socket, record, fd)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -96,21 +116,20 @@ class Records:
     def receive_fd(self) -> int | None:
         """The file descriptor that comes with the next record; None where there is none now."""
         try:
-            record, fds, flags, _ = socket.recv_fds(self._socket, 1, 1, _NOW)
+            record, fds, more = _receive_fds(self._socket, 1)
         except BlockingIOError:
             return None
         except OSError as error:
             raise Lost(str(error)) from None
         if not record:
             raise Lost("the peer has closed the connection")
-        if len(fds) != 1 or flags & socket.MSG_CTRUNC:
+        if len(fds) != 1 or more:
             for fd in fds:
                 os.close(fd)
             raise Lost(
                 "no file descriptor came where one was due; if this process has too many files "
                 "open, raise the limit (ulimit -n)"
             )
-        os.set_inheritable(fds[0], False)
         return fds[0]
 
     def shutdown(self) -> None:
@@ -149,10 +168,7 @@ class StreamRecords(Records):
             if self._unsent:
                 return False
             data = _LENGTH.pack(len(record)) + record
-            if fd is None:
-                sent = self._socket.send(data)
-            else:
-                sent = socket.send_fds(self._socket, [data], [fd])
+            sent = self._socket.send(data) if fd is None else _send_fd(self._socket, data, fd)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -189,17 +205,13 @@ class StreamRecords(Records):
                     record, self._come = self._come[_LENGTH.size :], b""
                     return record
             try:
-                data, control, flags, _ = self._socket.recvmsg(size - len(self._come), _ROOM)
+                data, fds, more = _receive_fds(self._socket, size - len(self._come))
             except BlockingIOError:
                 return None
             except OSError as error:
                 raise Lost(str(error)) from None
-            for level, kind, value in control:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    fds = array.array("i")
-                    fds.frombytes(value[: len(value) - len(value) % fds.itemsize])
-                    self._fds += fds
-            if len(self._fds) > 1 or flags & socket.MSG_CTRUNC:
+            self._fds += fds
+            if len(self._fds) > 1 or more:
                 raise Lost("file descriptors that nobody asked for, or no room for one")
             if not data:
                 raise Lost("the peer has closed the connection")
@@ -210,9 +222,7 @@ class StreamRecords(Records):
             return None
         if not self._fds:
             raise Lost("no file descriptor came where one was due")
-        fd = self._fds.pop()
-        os.set_inheritable(fd, False)
-        return fd
+        return self._fds.pop()
 
     def close(self) -> None:
         super().close()
