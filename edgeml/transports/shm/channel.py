@@ -138,6 +138,8 @@ class Channel:
             with self._lock:
                 if len(self._outbox) >= _MOST_QUEUED:
                     raise Overloaded(f"the peer has left {_MOST_QUEUED} messages unread")
+                if self.lost:
+                    raise Lost("the connection has been closed")
                 if blocks:
                     self._lend(blocks)
                     blocks = []
@@ -199,6 +201,7 @@ class Channel:
 
     def _lend(self, blocks: list[Block]) -> None:
         """Give a message's blocks to the peer, and their segments if it doesn't know them."""
+        self._account().lend(blocks)
         for block in blocks:
             segment = block.segment
             if segment.number not in self._known:
@@ -206,10 +209,7 @@ class Channel:
                 self._post(head + _SIZE.pack(segment.size))
                 self._post(b"\0", segment)
                 self._known.add(segment.number)
-        if self.lost:
-            raise Lost("the connection has been closed")
-        self._account().lend(blocks)
-        for block in blocks:
+        for block in blocks:  # only now, since what is raised above leaves them to the sender
             self._lent[block.token] = self._lent.get(block.token, 0) + 1
 
     def _account(self) -> Account:
