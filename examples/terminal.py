@@ -38,7 +38,8 @@ def add_connection_options(parser: argparse.ArgumentParser, port: int) -> None:
     )
     group.add_argument(
         "--transport",
-        help="a name such as zmq, or a URL (default: $EDGEML_TRANSPORT, or zmq)",
+        help="zmq between machines, shm between processes of this one, auto for either, or a URL "
+        "(default: $EDGEML_TRANSPORT, or zmq)",
     )
 
 
