@@ -334,6 +334,28 @@ class TransportTests:
                 assert reply.header == b"all"
                 assert _filled_with(reply.buffers[0]) == value
 
+    def test_what_is_filled_in_room_arrives_and_stays(self, net: _Net, parked: _Parked) -> None:
+        endpoint = net.serve(parked)
+        requester = net.connect(endpoint)
+        if requester.room(_MB) is None:
+            assert endpoint.room(_MB) is None
+            pytest.skip("this transport has no room of its own")
+        kept = []
+        for value in range(20):
+            asked, answered = requester.room(_MB), endpoint.room(_MB)
+            assert asked is not None
+            assert answered is not None
+            assert len(asked) == len(answered) == _MB
+            asked[:], answered[:] = bytes([value]) * _MB, bytes([value + 100]) * _MB
+            future = requester.request(Message(b"", [asked, asked[100:200]]))
+            message, reply = parked.take()
+            reply(Message(b"", [answered]))
+            kept.append((value, message.buffers, future.result(_PATIENCE).buffers))
+            del asked, answered, message, reply, future
+        for value, request, (back,) in kept:
+            assert [_filled_with(buffer) for buffer in request] == [value, value]
+            assert _filled_with(back) == value + 100
+
     # Replies ------------------------------------------------------------------------------
 
     def test_parked_requests_hold_no_thread_and_each_gets_its_own_reply(
