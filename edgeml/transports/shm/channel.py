@@ -33,6 +33,7 @@ import numpy as np
 from edgeml.core import EdgemlError, Message, NotEncodable, Overloaded, copy, own, root_of
 from edgeml.transports.shm.memory import (
     ALIGNMENT,
+    INLINE,
     RETIRE,
     Account,
     Block,
@@ -55,7 +56,6 @@ _HEAD = struct.Struct("<BBHIIQ")
 _DESCRIPTOR = struct.Struct("<IIQQ")
 _SIZE = struct.Struct("<Q")
 
-_INLINE = 16 << 10  # bytes; up to here two copies by the kernel cost less than a lease
 _MOST_BUFFERS = 1 << 16  # in one message
 _MOST_HEADER = 1 << 30  # bytes
 _MOST_RETURNS = 1 << 10  # in one record
@@ -125,12 +125,12 @@ class Channel:
                         f"a message of {count} arrays; shm carries {_MOST_BUFFERS}: "
                         "stack the small ones into one"
                     )
-                if size + sum(map(len, buffers)) + count * _DESCRIPTOR.size <= _INLINE:
+                if size + sum(map(len, buffers)) + count * _DESCRIPTOR.size <= INLINE:
                     table = b"".join([_DESCRIPTOR.pack(0, 0, 0, len(each)) for each in buffers])
                     body = b"".join((header, *buffers))
                 else:
                     table = self._place(buffers, blocks)
-            if len(table) + len(body) > _INLINE:
+            if len(table) + len(body) > INLINE:
                 if size > _MOST_HEADER:
                     raise NotEncodable(f"a header of {size} bytes; shm carries {_MOST_HEADER}")
                 table, body = self._place([memoryview(table + header)], blocks), b""

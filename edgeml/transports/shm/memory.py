@@ -34,13 +34,16 @@ from edgeml.core import Malformed, Overloaded, Owned
 
 __all__ = [
     "ALIGNMENT",
+    "INLINE",
     "RETIRE",
     "Account",
     "Block",
     "Lease",
     "Leases",
     "Pool",
+    "Room",
     "Segment",
+    "limit_of_environment",
     "map_segment",
 ]
 
@@ -49,6 +52,9 @@ ALIGNMENT = 64
 
 RETIRE = 1 << 31
 """Set in a token that is returned: the block is not to be used again."""
+
+INLINE = 16 << 10
+"""Bytes; up to here two copies by the kernel cost less than a lease."""
 
 SEALABLE = sys.platform == "linux"
 """Whether there is memory that its maker can't truncate under its readers, which would be SIGBUS.
@@ -60,6 +66,7 @@ _NEEDED = 0x02  # shrink: what a reader insists on
 _SHARED = 16 << 20  # bytes; a segment for blocks that are small enough to share one
 _PARTS = 4  # that such a segment has at least
 _SMALLEST = 1 << 16  # bytes; of a block
+_LEAST_LIMIT, _MOST_LIMIT = 1 << 28, 1 << 31  # bytes, of the limit that nobody has chosen
 _KEEP = 30.0  # seconds that a segment is kept for which there is no use at the moment
 _MOST_SEGMENTS = 1024  # of one pool; a system allows 65,530 mappings in a process
 _MOST_FILES = 8  # a pool has at most one segment for so many files that may be open
@@ -190,9 +197,16 @@ class Pool:
             block.segment.live += 1
         return block
 
-    def room(self, size: int) -> memoryview:
-        """Memory of ``size`` bytes that is sent without a copy; raises what `take` does."""
-        block = self.take(size)
+    def room(self, size: int) -> memoryview | None:
+        """Memory of ``size`` bytes that is sent without a copy; None if there is none, or if it
+        would be sent within a record.
+        """
+        if size <= INLINE:
+            return None
+        try:
+            block = self.take(size)
+        except Overloaded:  # ordinary memory will do
+            return None
         root = Room(block.size, np.uint8, block.view)
         root.block, root.pool = block, self
         root.address = root.__array_interface__["data"][0]
@@ -308,6 +322,21 @@ class Pool:
         del self.segments[segment.number]
         segment.close()
         self.generation += 1
+
+
+def limit_of_environment() -> int:
+    """Bytes that may be lent to one peer at a time, as the environment says."""
+    given = os.environ.get("EDGEML_SHM_LIMIT_MB")
+    if given:
+        try:
+            megabytes = int(given)
+        except ValueError:
+            megabytes = 0
+        if megabytes < 1:
+            raise ValueError(f"EDGEML_SHM_LIMIT_MB must be a number from 1, not {given!r}")
+        return megabytes << 20
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(_LEAST_LIMIT, min(_MOST_LIMIT, memory // 4))
 
 
 class Account:

@@ -1,0 +1,278 @@
+"""The client's end: a socket for each thread that calls, and one for all requests."""
+
+# ruff: noqa: D102 - what has no docstring is described in `edgeml.core.transport`
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import threading
+import time
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+
+from edgeml.core import (
+    Closed,
+    DeadlineExceeded,
+    Message,
+    Overloaded,
+    Pending,
+    Requester,
+    Unreachable,
+    Url,
+)
+from edgeml.transports.shm.channel import Channel
+from edgeml.transports.shm.loop import Loop
+from edgeml.transports.shm.memory import Pool, limit_of_environment
+from edgeml.transports.shm.sockets import Lost, connect
+from edgeml.transports.shm.waiting import IN, OUT, Waiter
+
+__all__ = ["Connection"]
+
+_GRACE = 0.3  # seconds that a call under way is given to take its last reply
+_LONGEST = float(1 << 30)  # ms that a wait is told to last
+
+
+class _Line:
+    """The socket of one calling thread."""
+
+    def __init__(self, connection: Connection, timeout: float) -> None:
+        self.channel = connection.open_channel(timeout)
+        self._orphans = connection.orphans
+        self._lock = threading.Lock()
+        self._url = connection.url
+        self._waiter = Waiter()
+        self._poll = select.poll()
+        self._poll.register(self.channel.records.fd, IN)
+        self._number = 0
+
+    def call(self, message: Message, timeout: float) -> Message:
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            self._number = number = self._number + 1
+            channel = self.channel
+            channel.send(number, message)
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
+                if channel.full:
+                    self._flush(left)
+                    continue
+                got = self._waiter.wait(self._look, left)
+                if got is not None and got[0] == number:  # not a late one
+                    return got[1]
+
+    def _look(self, seconds: float) -> tuple[int, Message] | None:
+        if seconds or self._poll.poll(0):  # cheaper than to receive nothing
+            return self.channel.receive(seconds)
+        return None
+
+    def _flush(self, left: float) -> None:
+        """Send what found no room in the socket; others of this thread's calls are before it."""
+        fd = self.channel.records.fd
+        self._poll.modify(fd, IN | OUT)
+        try:
+            self._poll.poll(min(left * 1e3, _LONGEST))
+        finally:
+            self._poll.modify(fd, IN)
+        self.channel.flush()
+        self.channel.receive()  # late, or no message
+
+    def tidy(self) -> None:
+        """Between calls, take and give back what is due: the next may be long in coming."""
+        if self._lock.acquire(blocking=False):
+            try:
+                with suppress(Lost):  # whoever calls next is told
+                    self.channel.tidy()
+                    while self._poll.poll(0):
+                        self.channel.receive()
+            finally:
+                self._lock.release()
+
+    def end(self) -> None:
+        """Close the socket, once a call under way has taken notice."""
+        self.channel.end()
+        if self._lock.acquire(timeout=_GRACE):
+            self.channel.close()
+            self._lock.release()
+
+    def __del__(self) -> None:
+        # Its thread has ended. This may run at any moment, so what takes locks is done elsewhere.
+        with suppress(AttributeError):  # it was never connected
+            self._orphans.append(self.channel)
+
+
+class Connection(Requester):
+    """One connection, over several sockets; see `Requester`."""
+
+    def __init__(self, url: Url, timeout: float) -> None:
+        self.url = url
+        self.orphans: deque[Channel] = deque()
+        self._name = secrets.token_bytes(16)
+        self._pool = Pool()
+        self._account = self._pool.account(limit_of_environment())
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+        self._pending = Pending()
+        self._copied = 0
+        self._why: Closed | Unreachable | None = None  # set once, when it is over
+        self._peer: bytes | None = None  # the name that it has given itself
+        self._shared = self.open_channel(timeout)
+        try:
+            self._loop = Loop(
+                f"edgeml to {url}",
+                lambda _, number, message: self._pending.settle(number, message),
+                lambda _, why: self._lose(why),
+                self._tidy,
+                self._end,
+            )
+        except BaseException:
+            self._shared.close()
+            raise
+        self._loop.add(self._shared)
+        self._loop.start()
+        _open.add(self)
+
+    def open_channel(self, timeout: float) -> Channel:
+        """Another socket to the peer, once it has said hello."""
+        deadline = time.monotonic() + timeout
+        channel = Channel(connect(self.url, timeout), self._pool, self._account)
+        try:
+            channel.greet(self._name)
+            while channel.connection is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded(f"{self.url} did not answer within {timeout:g} s")
+                channel.receive(left)
+            if self._peer is None:
+                self._peer = channel.connection
+            if channel.connection != self._peer:  # it has restarted, and a new connection is due
+                raise Lost("the peer has gone, and another answers in its place")
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    @property
+    def lost(self) -> bool:
+        return self._why is not None
+
+    @property
+    def copied(self) -> int:
+        lines = [line.channel.copied for line in list(self._lines)]
+        return self._copied + self._shared.copied + sum(lines)
+
+    def _over(self) -> Exception:
+        why = self._why or Unreachable(f"the connection to {self.url} was lost")
+        return type(why)(*why.args)
+
+    def call(self, message: Message, timeout: float) -> Message:
+        if self._why is not None:
+            raise self._over()
+        line: _Line | None = getattr(self._local, "line", None)
+        try:
+            if line is None:
+                deadline = time.monotonic() + timeout
+                line = self._new_line(timeout)
+                timeout = deadline - time.monotonic()
+            return line.call(message, timeout)
+        except Lost as error:
+            if line is not None:
+                line.channel.close()
+            self._lose(str(error))
+            raise self._over() from None
+        except (Overloaded, Unreachable):
+            if self._why is not None:  # there is no memory left since it was closed, say
+                raise self._over() from None
+            raise
+
+    def _new_line(self, timeout: float) -> _Line:
+        line = _Line(self, timeout)
+        with self._lock:
+            if self._why is None:
+                self._lines.add(line)
+                self._local.line = line
+                return line
+        line.channel.close()
+        raise self._over()
+
+    def request(self, message: Message) -> Future[Message]:
+        number, future = self._pending.add()
+        try:
+            if self._why is not None:
+                raise self._over()
+            self._shared.send(number, message)
+        except Lost as error:
+            future.cancel()
+            self._lose(str(error))
+            raise self._over() from None
+        except BaseException as error:
+            future.cancel()
+            if self._why is not None and isinstance(error, Overloaded):
+                raise self._over() from None  # there is no memory left since it was closed
+            raise
+        return future
+
+    def room(self, nbytes: int) -> memoryview | None:
+        return self._pool.room(nbytes)
+
+    def _lose(self, why: str) -> None:
+        with self._lock:
+            if self._why is None:
+                self._why = Unreachable(f"the connection to {self.url} was lost: {why}")
+        self._loop.stop_soon()
+
+    def _tidy(self) -> None:
+        while self.orphans:
+            channel = self.orphans.popleft()
+            self._copied += channel.copied
+            channel.close()
+        for line in list(self._lines):
+            line.tidy()
+        self._pool.tidy()
+
+    def _end(self) -> None:
+        """Free everything; the loop's last act, for a loss as for a close."""
+        self._lose("it ended")  # if it isn't known yet why
+        self._shared.close()
+        self._pending.fail(self._over())
+        with self._lock:
+            lines = list(self._lines)
+        for line in lines:
+            line.end()
+        self._tidy()
+        self._pool.close()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._why is None:
+                self._why = Closed(f"the connection to {self.url} has been closed")
+            lines = list(self._lines)
+        for line in lines:
+            line.channel.end()
+        self._loop.stop()
+
+    def forked(self) -> None:
+        """Forget everything, in a forked child."""
+        self._why = Closed(f"the connection to {self.url} belongs to the process before the fork")
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._loop.forked()
+        for line in list(self._lines):
+            line.channel.forked()
+        self._local = threading.local()
+
+
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for each in list(_open):
+        each.forked()
+
+
+os.register_at_fork(after_in_child=_forked)

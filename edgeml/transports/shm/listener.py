@@ -1,0 +1,198 @@
+"""The server's end: one loop for all who connect."""
+
+# ruff: noqa: D102 - what has no docstring is described in `edgeml.core.transport`
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+
+from edgeml.core import (
+    Endpoint,
+    Message,
+    OnRequest,
+    Overloaded,
+    Peer,
+    PermissionDenied,
+    Reply,
+    Url,
+    own,
+)
+from edgeml.transports.shm.channel import Channel
+from edgeml.transports.shm.loop import Loop
+from edgeml.transports.shm.memory import Account, Pool, limit_of_environment
+from edgeml.transports.shm.sockets import Lost, accept, listen, unlink
+
+__all__ = ["Listener", "require_local"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Reply:
+    __slots__ = ("_channel", "_listener", "_number")
+
+    def __init__(self, listener: Listener, channel: Channel, number: int) -> None:
+        self._listener = listener
+        self._channel = channel
+        self._number = number
+
+    @property
+    def peer(self) -> Peer:
+        return self._listener.peer(self._channel)
+
+    @property
+    def expired(self) -> bool:
+        return self._channel.lost
+
+    def __call__(self, message: Message) -> None:
+        try:
+            self._channel.send(self._number, message)
+        except (Lost, Overloaded) as error:
+            self._listener.drop(error)
+
+
+class Listener(Endpoint):
+    """Serves at one address; see `Endpoint`."""
+
+    def __init__(self, url: Url, on_request: OnRequest) -> None:
+        self._on_request = on_request
+        self._limit = limit_of_environment()
+        self._socket, self.url = _listen(url)
+        self._pool = Pool()
+        self._lock = threading.Lock()
+        self._name = secrets.token_bytes(16)
+        self._accounts: weakref.WeakValueDictionary[bytes, Account] = weakref.WeakValueDictionary()
+        self._pids: weakref.WeakKeyDictionary[Channel, int] = weakref.WeakKeyDictionary()
+        self._copied = 0
+        self._loop = Loop(
+            f"edgeml {self.url}", self._receive, self._lose, self._pool.tidy, self._end
+        )
+        self._loop.listen(self._socket, self._accept)
+        self._loop.start()
+        _open.add(self)
+
+    @property
+    def copied(self) -> int:
+        return self._copied + sum(channel.copied for channel in self._loop.channels)
+
+    def peer(self, channel: Channel) -> Peer:
+        """Who is on the other side, as the system tells."""
+        pid = self._pids.get(channel, 0)
+        return Peer((channel.connection or b"").hex(), f"shm, process {pid}")
+
+    def drop(self, why: Exception) -> None:
+        """Count a reply that can't be given."""
+        with self._lock:
+            self.dropped += 1
+        _log.debug("%s: a reply is dropped: %s", self.url, why)
+
+    def _accept(self) -> Channel | None:
+        try:
+            found = accept(self._socket)
+        except PermissionDenied as error:
+            _log.warning("%s: somebody is refused: %s", self.url, error)
+            return None
+        except OSError as error:  # too many open files; or they went away meanwhile
+            _log.warning("%s: somebody could not connect: %s", self.url, error)
+            time.sleep(0.01)
+            return None
+        if found is None:
+            return None
+        records, pid = found
+        channel = Channel(records, self._pool)
+        self._pids[channel] = pid
+        try:
+            channel.greet(self._name)
+        except Lost:
+            channel.close()
+            return None
+        return channel
+
+    def _receive(self, channel: Channel, number: int, message: Message) -> None:
+        if channel.account is None and channel.connection is not None:
+            # One for all the sockets of a connection.
+            channel.account = self._accounts.get(channel.connection)
+            if channel.account is None:
+                channel.account = self._pool.account(self._limit)
+                self._accounts[channel.connection] = channel.account
+        self._on_request(message, _Reply(self, channel, number))
+
+    def _lose(self, channel: Channel, why: str) -> None:
+        _log.debug("%s: lost %s: %s", self.url, self.peer(channel).address, why)
+        unsent = channel.close()
+        with self._lock:
+            self._copied += channel.copied
+            self.dropped += unsent
+
+    def _end(self) -> None:
+        self._socket.close()
+        unlink(self.url.port, self.url.path)
+        self._pool.close()
+
+    def room(self, nbytes: int) -> memoryview | None:
+        return self._pool.room(nbytes)
+
+    def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
+        message = own(message, self.room)
+        for reply in replies:
+            reply(message)
+
+    def relieve(self) -> None:
+        self._loop.relieve()
+
+    def close(self) -> None:
+        self._loop.stop()
+
+    def forked(self) -> None:
+        """Forget everything, in a forked child."""
+        self._loop.forked()
+        self._socket.close()
+
+
+def _listen(url: Url) -> tuple[socket.socket, Url]:
+    if url.path:
+        return listen(0, url.path), url
+    require_local(url)
+    if url.port:
+        try:
+            return listen(url.port, ""), url
+        except OSError as error:
+            reason = f"cannot serve {url}: {error}; another port, or 0, may be free"
+            raise OSError(error.errno, reason) from error
+    for _ in range(100):
+        port = 49152 + secrets.randbelow(65536 - 49152)
+        try:
+            return listen(port, ""), url.with_port(port)
+        except OSError as error:
+            last = error
+    raise OSError(last.errno, f"cannot serve {url}: no free port: {last}")
+
+
+def require_local(url: Url) -> None:
+    """Raise an OSError for the address of another machine."""
+    host = url.host or "localhost"
+    if host in ("localhost", "127.0.0.1", "0.0.0.0", "::", "::1", socket.gethostname()):
+        return
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)  # which works for this machine's addresses alone
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"{url} is not on this machine, and shm reaches no other: {error}") from None
+
+
+_open: weakref.WeakSet[Listener] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for each in list(_open):
+        each.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
