@@ -337,7 +337,7 @@ class Client(Role):
         self._join()
         for future in (*self._under_way.values(), *self._parked):
             if error := future.exception(PATIENCE):  # none for the last to arrive
-                assert isinstance(error, Unreachable), error
+                assert isinstance(error, (Unreachable, Overloaded)), error
         when = time.monotonic()
         for requester in self._requesters:
             assert _says_unreachable(requester)
@@ -438,7 +438,7 @@ class Client(Role):
             if not future.done():
                 waiting.append(future)
             elif error := future.exception():
-                assert isinstance(error, Unreachable), error
+                assert isinstance(error, (Unreachable, Overloaded)), error
                 self._tally["failed"] += 1
             else:
                 check(future.result())

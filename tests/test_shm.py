@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -264,8 +265,86 @@ def test_a_reply_beyond_the_limit_is_dropped_and_counted():
         serving.take(10)
         for _, reply in serving.taken:
             reply(Message(b"", [view(MB)]))
-        assert serving.endpoint.dropped == 6
-        assert [future.result(5).buffers[0][0] for future in kept[:4]] == [0] * 4
+        refused = [future for future in kept if isinstance(future.exception(5), Overloaded)]
+        assert 0 < len(refused) == serving.endpoint.dropped <= 6
+        with pytest.raises(Overloaded, match=r"could not be given: the peer .* 4 MiB"):
+            refused[0].result()
+        assert all(future.result().buffers[0][0] == 0 for future in kept if future not in refused)
+
+
+@pytest.mark.usefixtures("few")
+def test_who_holds_what_is_lent_goes_on_with_copies():
+    with InferenceServer(0, transport="shm") as server:
+        server.register_interface("frame", lambda n: np.full(300_000, n, np.uint8))
+        server.start(threaded=True)
+        with InferenceClient("localhost", server.port, "shm") as client:
+            kept = []
+
+            def keep(first):
+                kept.extend(client.call("frame", first + index, timeout=5) for index in range(10))
+
+            threads = [threading.Thread(target=keep, args=(10 * number,)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sorted(frame[-1] for frame in kept) == list(range(40))
+            assert client.stats()["replies_copied"] > 20
+
+
+@pytest.mark.usefixtures("few")
+def test_a_subscriber_that_keeps_publications_gets_the_next_ones_all_the_same():
+    config = ActionConfig(0, transport="shm")
+    with ActionServer(config, None, None) as server:
+        server.start(threaded=True)
+        with ActionClient("localhost", server.port, config=config) as client:
+            kept = []
+            subscription = client.register_obs_callback(lambda value: kept.append(value["x"]))
+            for number in range(1, 31):
+                server.publish_obs({"x": np.full(900_000, number, np.uint8)})
+                wait_until(lambda n=number: kept and kept[-1][0] == n)
+            assert [array_[-1] for array_ in kept] == list(range(1, 31))
+            assert subscription.missed == 0
+            assert client.stats()["replies_copied"] > 20
+
+
+@pytest.mark.usefixtures("few")
+def test_a_publication_that_can_not_be_lent_is_missed_and_the_next_comes():
+    config = ActionConfig(0, transport="shm")
+    with ActionServer(config, None, None) as server:
+        server.start(threaded=True)
+        with ActionClient("localhost", server.port, config=config) as client:
+            kept = []
+            # Half of what may be lent is held as it is; with this, nothing is left.
+            client.register_obs_callback(lambda value: kept.append(value["x"]))
+            server.publish_obs({"x": np.full(2 * MB - 1000, 1, np.uint8)})
+            wait_until(lambda: len(kept) == 1)
+            server.publish_obs({"x": np.full(4 * MB - 1000, 2, np.uint8)})
+            wait_until(lambda: server.stats()["replies_dropped"])
+            kept.clear()
+            wait_until(lambda: published(server, kept))
+
+
+def published(server, kept):
+    server.publish_obs({"x": np.full(3 * MB, 3, np.uint8)})
+    return kept
+
+
+@pytest.mark.usefixtures("few")
+def test_a_room_beyond_the_limit_is_ordinary_memory():
+    with Serving() as serving:
+        assert serving.requester.room(5 * MB) is None
+        assert serving.endpoint.room(3 * MB) is not None
+
+
+def test_clients_that_leave_are_no_dropped_replies():
+    with new_server("shm") as server:
+        for _ in range(5):
+            with InferenceClient("localhost", server.port, "shm") as client:
+                client.call("echo", 1)
+                wait_until(lambda: server._server._topics[""].held())  # its heartbeat is parked
+        wait_until(lambda: not server._server._listeners[0].endpoint._loop.channels)
+        assert server.stats()["replies_dropped"] == 0
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "lots"])
@@ -482,7 +561,7 @@ def test_another_users_server_is_not_talked_to():
 # Garbage ----------------------------------------------------------------------------------
 
 HEAD = struct.Struct("<BBHIIQ")
-HELLO = HEAD.pack(0, 0, 0, 0, 0, 0) + channel._MAGIC + b"stranger" * 2
+HELLO = HEAD.pack(0, 0, 0, 0, 0, 0) + channel._MAGIC + struct.pack("<Q", 1 << 30) + b"stranger" * 2
 MESSAGE, RETURN, MAP, FORGET = 1, 2, 3, 4
 
 
@@ -526,7 +605,7 @@ def record(descriptors=(), header=b"", rest=b"", *, flags=0, count=None, size=No
 
 FORGED = {
     "no hello": None,
-    "another version": [b"\0" * HEAD.size + b"edgeml\0\7" + b"x" * 16],
+    "another version": [b"\0" * HEAD.size + b"edgeml\0\7" + b"x" * 24],
     "a byte": [HELLO, b"x"],
     "an unknown kind": [HELLO, HEAD.pack(9, 0, 0, 0, 0, 0)],
     "hello twice, then more": [HELLO, HELLO],

@@ -219,8 +219,9 @@ class Client:
 
     def _connect(self, deadline: float) -> _Link:
         failures: list[EdgemlError] = []
-        for url in self._urls:
-            left = max(0.01, deadline - time.monotonic())
+        for tried, url in enumerate(self._urls):
+            # None may use up the time of those that come after it.
+            left = max(0.01, (deadline - time.monotonic()) / (len(self._urls) - tried))
             try:
                 requester = load_transport(url.scheme).connect(
                     url, left, credentials=self._credentials
@@ -234,7 +235,7 @@ class Client:
             try:
                 if closed:
                     raise Closed("this client has been closed")
-                return self._greet(requester, deadline)
+                return self._greet(requester, time.monotonic() + left)
             except (DeadlineExceeded, Unreachable) as error:
                 requester.close()
                 failures.append(Unreachable(f"no handshake with {url}: {error}"))

@@ -52,11 +52,15 @@ class Pending:
         future = self._requests[number] = _Future(self._requests, number)
         return number, future
 
-    def settle(self, number: int, message: Message) -> None:
-        """A reply has come; it is dropped if nobody waits for it any more."""
+    def settle(self, number: int, outcome: Message | Exception) -> None:
+        """A reply has come, or an error in its place; dropped if nobody waits any more."""
         future = self._requests.pop(number, None)
-        if future is not None and future.set_running_or_notify_cancel():
-            future.set_result(message)
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     def fail(self, why: Exception) -> None:
         """Nothing more will come: every request raises an error like this one."""

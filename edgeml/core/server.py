@@ -418,6 +418,8 @@ class Server:
             elif request.kind == wire.GOODBYE:
                 with self._lock:
                     self._sessions.pop(session.key, None)
+                for topic in self._topics.values():
+                    topic.forget(session.key)
                 reply(Message(wire.pack(wire.Reply(wire.OK))))
             else:
                 raise Malformed(f"unknown kind of request: {request.kind}")

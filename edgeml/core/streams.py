@@ -97,7 +97,7 @@ class Topic:
         self._epoch = epoch
         self._room = room
         self._ring: deque[dict[str, Message]] = deque(maxlen=keep)
-        self._subscribers: dict[Hashable, _Subscriber] = {}
+        self._subscribers: dict[tuple[Hashable, int], _Subscriber] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -167,6 +167,12 @@ class Topic:
             publication = self._next(subscriber)
         reply(publication[codec])
 
+    def forget(self, who: Hashable) -> None:
+        """Somebody has left, who waits for no answers."""
+        with self._lock:
+            for key in [key for key in self._subscribers if key[0] == who]:
+                del self._subscribers[key]
+
     def tick(self) -> None:
         """Answer what has been parked for long, and forget who has not been heard from."""
         now = time.monotonic()
@@ -179,7 +185,7 @@ class Topic:
                     del self._subscribers[key]
         self._answer((parked, _NOTHING_YET) for parked in due)
 
-    def held(self) -> dict[Hashable, int]:
+    def held(self) -> dict[tuple[Hashable, int], int]:
         """The number of the newest publication sent to each subscriber of late; 0 for none."""
         with self._lock:
             return {key: subscriber.cursor for key, subscriber in self._subscribers.items()}
@@ -243,6 +249,7 @@ class Subscription:
         self._link = link
         self._writable = writable
         self._credits = 1
+        self._refused = False  # whether the last answer could not be given
         self._busy = 0.0  # seconds that the function took for what came last
         self._under_way: deque[Future[Message]] = deque()
         self._changed = threading.Condition()
@@ -300,9 +307,9 @@ class Subscription:
             if self._closed:
                 return
         waited = time.monotonic() - began
-        done = self._take(keep)
-        if not done:
+        if not self._closed and not self._ready(keep):
             raise Unreachable(f"no answer to a subscription for {_MOST_SILENCE:g} s")
+        done = self._take(keep)
         values = [pair for pair in map(_opened, done) if self._is_news(pair[0])]
         values.sort(key=lambda pair: pair[0].number)
         if keep == 1 and len(values) > 1:
@@ -342,7 +349,19 @@ class Subscription:
             done = [future for future in self._under_way if future.done()]
         for future in done:
             self._under_way.remove(future)
-        return [future.result() for future in done]
+        messages = []
+        for future in done:
+            try:
+                messages.append(future.result())
+            except Overloaded as error:  # it is missed, and counted with the next that comes
+                if not self._refused:
+                    _log.warning("publications of %r are missed: %s", self.topic, error)
+                self._refused = True
+                with self._changed:  # not at once again, since nothing may have changed
+                    self._changed.wait_for(lambda: self._closed, 0.1)
+            else:
+                self._refused = False
+        return messages
 
     def _is_news(self, answer: Answer) -> bool:
         """Whether there is something newer in it; what was overtaken has been counted as missed."""

@@ -44,7 +44,8 @@ class Reply(Protocol):
     """The right to answer one request: call it once, at any time, from any thread.
 
     It returns at once and never raises for a peer that has gone or reads too slowly: such a reply
-    is dropped and counted (`Endpoint.dropped`). When it returns, the buffers may be changed.
+    is dropped and counted (`Endpoint.dropped`), and the peer told if that can be. When it returns,
+    the buffers may be changed.
     """
 
     @property
@@ -139,8 +140,9 @@ class Requester(Endpoint):
     def request(self, message: Message) -> Future[Message]:
         """Send, and return at once; the buffers may be changed as soon as this has returned.
 
-        The future gives the reply, or raises `Unreachable` when the connection is lost and
-        `Closed` when this end is closed. It has no deadline of its own; cancel it to forget it.
+        The future gives the reply, or raises `Unreachable` when the connection is lost, `Closed`
+        when this end is closed, and `Overloaded` where the other end tells that it had to drop the
+        reply. It has no deadline of its own; cancel it to forget it.
 
         Raises:
             Overloaded: too many requests are waiting already.

@@ -4,8 +4,8 @@ Every record is at most 64 KiB, little-endian, and begins with::
 
     u8 kind, u8 flags, u16 returns, u32 buffers, u32 header bytes, u64 number
 
-- ``HELLO``: 8 bytes of magic follow, with the version, and 16 that name the connection. The first
-  record in either direction.
+- ``HELLO``: 8 bytes of magic follow, with the version, a u64, how many bytes the sender lends at a
+  time, and 16 bytes that name the connection. The first record in either direction.
 - ``MESSAGE``: there follow *returns*, each a u32, the token of a block of the receiver's that is
   free again (with its highest bit set: not to be used again); a descriptor for each buffer; the
   header. A descriptor is u32 segment, u32 token, u64 offset, u64 size; for segment 0 the buffer's
@@ -14,6 +14,7 @@ Every record is at most 64 KiB, little-endian, and begins with::
 - ``RETURN``: returns alone.
 - ``MAP``: the number is a segment's; a u64 follows, its size. Its file descriptor comes with the
   next record, of one byte.
+- ``REFUSE``: the reply to this number can't be lent; why follows, as UTF-8.
 - ``FORGET``: numbers of segments follow, each a u32, that will not be spoken of any more.
 
 What is small goes within the record, which is cheaper than a lease. A record is written to the
@@ -48,7 +49,7 @@ from edgeml.transports.shm.sockets import Lost, Records
 
 __all__ = ["Channel"]
 
-_HELLO, _MESSAGE, _RETURN, _MAP, _FORGET = range(5)
+_HELLO, _MESSAGE, _RETURN, _MAP, _FORGET, _REFUSE = range(6)
 _FAR = 1
 
 _MAGIC = b"edgeml\0\1"  # the last byte is the version of what is written above
@@ -61,8 +62,6 @@ _MOST_HEADER = 1 << 30  # bytes
 _MOST_RETURNS = 1 << 10  # in one record
 _MOST_MAPPED = 4096  # segments of a peer
 _MOST_QUEUED = 1 << 13  # records that wait for room in the socket
-_FREELY = 4  # blocks that a user may hold whatever their size; beyond them ...
-_MOST_HELD, _MOST_HELD_BYTES = 64, 1 << 28  # ... what comes is copied
 
 
 class Channel:
@@ -71,7 +70,7 @@ class Channel:
     Args:
         records: the socket.
         pool: whose memory is lent to the peer.
-        account: counts what is lent; may be set later, once the peer has said hello.
+        account: counts what is lent and held; else `join` one once the peer has said hello.
 
     Attributes:
         connection: names the connection; None until the peer has said hello.
@@ -87,7 +86,7 @@ class Channel:
         self.copied = 0
         self.on_full: Callable[[Channel], None] = lambda _: None
         self._pool = pool
-        self.account = account
+        self.account: Account | None = None
         self._lock = threading.Lock()
         self._outbox: deque[tuple[bytes, Segment | None]] = deque()
         # What the peer has of ours:
@@ -97,14 +96,31 @@ class Channel:
         # What we have of the peer's:
         self._maps: dict[int, mmap.mmap] = {}
         self._leases = Leases()
+        self._lendable = 0  # bytes that it lends at a time
         self._expected: tuple[int, int, bool] | None = None  # a segment, to be mapped next
+
+        if account is not None:
+            self.join(account)
+
+    def join(self, account: Account) -> None:
+        """Count what is lent and held together with the connection's other sockets."""
+        account.leases.add(self._leases)
+        self.account = account
 
     # Sending ------------------------------------------------------------------------------
 
     def greet(self, connection: bytes) -> None:
         """Say hello."""
         with self._lock:
-            self._post(_HEAD.pack(_HELLO, 0, 0, 0, 0, 0) + _MAGIC + connection)
+            head = _HEAD.pack(_HELLO, 0, 0, 0, 0, 0)
+            self._post(head + _MAGIC + _SIZE.pack(self._pool.limit) + connection)
+
+    def refuse(self, number: int, why: str) -> None:
+        """Tell that a request will have no reply; raises Lost and Overloaded as `send` does."""
+        with self._lock:
+            if len(self._outbox) >= _MOST_QUEUED:
+                raise Overloaded(f"the peer has left {_MOST_QUEUED} messages unread")
+            self._post(_HEAD.pack(_REFUSE, 0, 0, 0, 0, number) + why.encode()[:1000])
 
     def send(self, number: int, message: Message) -> None:
         """Send a message; its buffers may be changed when this returns, or raises.
@@ -267,8 +283,8 @@ class Channel:
 
     # Receiving ----------------------------------------------------------------------------
 
-    def receive(self, timeout: float = 0.0) -> tuple[int, Message] | None:
-        """Take one record; returns the number and the message, if it was one.
+    def receive(self, timeout: float = 0.0) -> tuple[int, Message | Overloaded] | None:
+        """Take one record; returns the number and the message, or why there is none.
 
         Args:
             timeout: seconds to wait for it.
@@ -286,15 +302,20 @@ class Channel:
             kind, flags, returns, count, size, number = _HEAD.unpack_from(data)
             at = _HEAD.size
             if self.connection is None:
-                if kind != _HELLO or data[at:-16] != _MAGIC:
+                if kind != _HELLO or data[at:-24] != _MAGIC:
                     raise Lost("the peer is of another version of edgeml, or none of ours")
+                self._lendable = _SIZE.unpack_from(data, len(data) - 24)[0]
                 self.connection = data[-16:]
                 return None
             if returns:
                 self._take_back(struct.unpack_from(f"<{returns}I", data, at))
                 at += 4 * returns
             if kind == _MESSAGE:
-                return number, self._message(data, at, flags, count, size)
+                copied = self.copied
+                message = self._message(data, at, flags, count, size)
+                if self.copied != copied:  # the peer is short of what it may lend
+                    self.tidy()
+                return number, message
             if kind == _MAP:
                 if len(self._maps) >= _MOST_MAPPED or number in self._maps:
                     raise Lost("too many segments, or one that is known")
@@ -302,6 +323,8 @@ class Channel:
             elif kind == _FORGET:
                 for gone in struct.unpack_from(f"<{count}I", data, at):
                     self._maps.pop(gone, None)
+            elif kind == _REFUSE:
+                return number, Overloaded(data[at:].decode())
             elif kind != _RETURN:
                 raise Lost(f"a record of kind {kind}")
         except (struct.error, KeyError, ValueError, OSError, EdgemlError) as error:
@@ -341,8 +364,7 @@ class Channel:
         if len(data) != end:
             raise ValueError("a record of another length than it says")
         message = Message(data[split : split + size], buffers)
-        held = len(self._leases)
-        if held > _FREELY and (held > _MOST_HELD or self._leases.size > _MOST_HELD_BYTES):
+        if roots and self.account is not None and self.account.holds_much(self._lendable):
             self.copied += 1
             message = own(message)
         return message

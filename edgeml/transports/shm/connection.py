@@ -64,9 +64,11 @@ class _Line:
                     continue
                 got = self._waiter.wait(self._look, left)
                 if got is not None and got[0] == number:  # not a late one
+                    if isinstance(got[1], Overloaded):
+                        raise got[1]
                     return got[1]
 
-    def _look(self, seconds: float) -> tuple[int, Message] | None:
+    def _look(self, seconds: float) -> tuple[int, Message | Overloaded] | None:
         if seconds or self._poll.poll(0):  # cheaper than to receive nothing
             return self.channel.receive(seconds)
         return None
@@ -113,8 +115,8 @@ class Connection(Requester):
         self.url = url
         self.orphans: deque[Channel] = deque()
         self._name = secrets.token_bytes(16)
-        self._pool = Pool()
-        self._account = self._pool.account(limit_of_environment())
+        self._pool = Pool(limit_of_environment())
+        self._account = self._pool.account()
         self._lock = threading.Lock()
         self._local = threading.local()
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
@@ -164,8 +166,9 @@ class Connection(Requester):
 
     @property
     def copied(self) -> int:
-        lines = [line.channel.copied for line in list(self._lines)]
-        return self._copied + self._shared.copied + sum(lines)
+        channels = [line.channel for line in list(self._lines)]
+        open_ones = {self._shared, *channels, *self.orphans}
+        return self._copied + sum(channel.copied for channel in open_ones)
 
     def _over(self) -> Exception:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 from edgeml.core import (
     Endpoint,
@@ -55,6 +56,9 @@ class _Reply:
             self._channel.send(self._number, message)
         except (Lost, Overloaded) as error:
             self._listener.drop(error)
+            if isinstance(error, Overloaded):
+                with suppress(Lost, Overloaded):  # or it would be waited for
+                    self._channel.refuse(self._number, f"the reply could not be given: {error}")
 
 
 class Listener(Endpoint):
@@ -62,9 +66,8 @@ class Listener(Endpoint):
 
     def __init__(self, url: Url, on_request: OnRequest) -> None:
         self._on_request = on_request
-        self._limit = limit_of_environment()
+        self._pool = Pool(limit_of_environment())
         self._socket, self.url = _listen(url)
-        self._pool = Pool()
         self._lock = threading.Lock()
         self._name = secrets.token_bytes(16)
         self._accounts: weakref.WeakValueDictionary[bytes, Account] = weakref.WeakValueDictionary()
@@ -114,14 +117,15 @@ class Listener(Endpoint):
             return None
         return channel
 
-    def _receive(self, channel: Channel, number: int, message: Message) -> None:
+    def _receive(self, channel: Channel, number: int, message: Message | Overloaded) -> None:
         if channel.account is None and channel.connection is not None:
             # One for all the sockets of a connection.
-            channel.account = self._accounts.get(channel.connection)
-            if channel.account is None:
-                channel.account = self._pool.account(self._limit)
-                self._accounts[channel.connection] = channel.account
-        self._on_request(message, _Reply(self, channel, number))
+            account = self._accounts.get(channel.connection)
+            if account is None:
+                self._accounts[channel.connection] = account = self._pool.account()
+            channel.join(account)
+        if isinstance(message, Message):  # nobody else refuses anything
+            self._on_request(message, _Reply(self, channel, number))
 
     def _lose(self, channel: Channel, why: str) -> None:
         _log.debug("%s: lost %s: %s", self.url, self.peer(channel).address, why)
@@ -156,14 +160,13 @@ class Listener(Endpoint):
 
 
 def _listen(url: Url) -> tuple[socket.socket, Url]:
-    if url.path:
-        return listen(0, url.path), url
-    require_local(url)
-    if url.port:
+    if not url.path:
+        require_local(url)
+    if url.path or url.port:
         try:
-            return listen(url.port, ""), url
+            return listen(url.port, url.path), url
         except OSError as error:
-            reason = f"cannot serve {url}: {error}; another port, or 0, may be free"
+            reason = f"cannot serve {url}: {error}; another address may be free"
             raise OSError(error.errno, reason) from error
     for _ in range(100):
         port = 49152 + secrets.randbelow(65536 - 49152)

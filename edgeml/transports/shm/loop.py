@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from edgeml.core import Message
+from edgeml.core import Message, Overloaded
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.sockets import Lost
 from edgeml.transports.shm.waiting import IN, OUT, Poller, Waiter
@@ -36,7 +36,7 @@ class Loop:
     def __init__(
         self,
         name: str,
-        on_message: Callable[[Channel, int, Message], None],
+        on_message: Callable[[Channel, int, Message | Overloaded], None],
         on_lost: Callable[[Channel, str], None],
         on_tick: Callable[[], None],
         on_end: Callable[[], None],

@@ -67,6 +67,8 @@ _SHARED = 16 << 20  # bytes; a segment for blocks that are small enough to share
 _PARTS = 4  # that such a segment has at least
 _SMALLEST = 1 << 16  # bytes; of a block
 _LEAST_LIMIT, _MOST_LIMIT = 1 << 28, 1 << 31  # bytes, of the limit that nobody has chosen
+_FREELY = 4  # blocks that a user may hold of almost any size; beyond them ...
+_MOST_HELD, _MOST_HELD_BYTES = 64, 1 << 28  # ... what comes is copied
 _KEEP = 30.0  # seconds that a segment is kept for which there is no use at the moment
 _MOST_SEGMENTS = 1024  # of one pool; a system allows 65,530 mappings in a process
 _MOST_FILES = 8  # a pool has at most one segment for so many files that may be open
@@ -160,9 +162,14 @@ class Room(Owned):
 
 
 class Pool:
-    """The segments that one endpoint writes. Safe to use from any thread."""
+    """The segments that one endpoint writes. Safe to use from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        limit: bytes that may be lent to one peer at a time.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._tokens = itertools.count(1)
@@ -201,7 +208,7 @@ class Pool:
         """Memory of ``size`` bytes that is sent without a copy; None if there is none, or if it
         would be sent within a record.
         """
-        if size <= INLINE:
+        if not INLINE < size <= self.limit:
             return None
         try:
             block = self.take(size)
@@ -231,9 +238,9 @@ class Pool:
         with self._lock:
             block.users += users
 
-    def account(self, limit: int) -> Account:
+    def account(self) -> Account:
         """For one more peer."""
-        return Account(limit, self.most_segments // _MOST_OF_ONE)
+        return Account(self.limit, self.most_segments // _MOST_OF_ONE)
 
     def drop(self, block: Block, users: int = 1, *, retire: bool = False) -> None:
         """Count fewer users; without any, the block is free, unless its segment is retired."""
@@ -340,7 +347,7 @@ def limit_of_environment() -> int:
 
 
 class Account:
-    """What is lent to one peer, over all its sockets. Safe to use from any thread.
+    """What is lent to one peer, and held of what it lends, over all sockets. Safe in any thread.
 
     Args:
         limit: bytes.
@@ -354,6 +361,7 @@ class Account:
         self._lock = threading.Lock()
         self._bytes = 0
         self._segments: dict[int, int] = {}  # and how many of its blocks
+        self.leases: weakref.WeakSet[Leases] = weakref.WeakSet()
 
     def lend(self, blocks: Sequence[Block]) -> None:
         """Count blocks as lent, or raise `Overloaded`; one message may always be under way."""
@@ -391,6 +399,17 @@ class Account:
                 self._segments[number] = left
             else:
                 del self._segments[number]
+
+    def holds_much(self, lendable: int) -> bool:
+        """Whether what comes next of a peer that lends so many bytes should be copied, for it to
+        have some left to lend.
+        """
+        leases = _all(self.leases)
+        count = sum(map(len, leases))
+        size = sum(each.size for each in leases)
+        if size > lendable // 2 or count > _MOST_HELD:
+            return True
+        return count > _FREELY and size > min(lendable // 4, _MOST_HELD_BYTES)
 
     @property
     def told(self) -> str:
