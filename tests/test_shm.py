@@ -238,17 +238,20 @@ def test_a_message_beyond_the_limit_is_refused_with_a_reason():
 
 @pytest.mark.usefixtures("few")
 def test_a_peer_that_does_not_read_is_lent_no_more_than_the_limit():
-    with Serving() as serving:
+    reads = threading.Event()
+
+    def on_request(message, reply):
+        reads.wait(10)
+        reply(Message(b""))
+
+    with Serving(on_request) as serving:
         message = Message(b"", [view(MB)])
         futures = [serving.requester.request(message) for _ in range(4)]
         with pytest.raises(Overloaded, match=r"4 MiB are lent .*EDGEML_SHM_LIMIT_MB"):
             serving.requester.request(message)
-        for index in range(4):
-            serving.take(index + 1)[1](Message(b""))
-        serving.taken.clear()
+        reads.set()
         wait_until(lambda: all(future.done() for future in futures))
         wait_until(lambda: has_room(serving))
-        serving.take()
 
 
 def has_room(serving):
