@@ -20,7 +20,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-__all__ = ["Message", "Owned", "Room", "copy", "empty", "is_owned", "own", "pooled", "root_of"]
+__all__ = [
+    "Message",
+    "Owned",
+    "Room",
+    "aligned",
+    "copy",
+    "empty",
+    "is_owned",
+    "own",
+    "pooled",
+    "root_of",
+]
 
 
 Room = Callable[[int], memoryview | None]
@@ -163,7 +174,7 @@ def own(message: Message, room: Room | None = None) -> Message:
     pairs = list(zip(message.buffers, foreign, strict=True))
     place = None
     if room is not None:
-        place = room(sum(_aligned(buffer) for buffer, theirs in pairs if theirs))
+        place = room(sum(aligned(buffer) for buffer, theirs in pairs if theirs))
     if place is None:
         return Message(message.header, [_pool.copy(b) if theirs else b for b, theirs in pairs])
     buffers = []
@@ -172,7 +183,7 @@ def own(message: Message, room: Room | None = None) -> Message:
         if theirs:
             copy(place[at : at + buffer.nbytes], buffer)
             buffers.append(place[at : at + buffer.nbytes].toreadonly())
-            at += _aligned(buffer)
+            at += aligned(buffer)
         else:
             buffers.append(buffer)
     return Message(message.header, buffers)
@@ -186,6 +197,6 @@ def empty(room: Room, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[An
     return np.empty(shape, dtype) if place is None else np.frombuffer(place, dtype).reshape(shape)
 
 
-def _aligned(buffer: memoryview) -> int:
+def aligned(buffer: memoryview) -> int:
     """Bytes that it takes up if the next one is to be aligned for vector instructions."""
     return -(-buffer.nbytes // 64) * 64

@@ -32,8 +32,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edgeml.core import EdgemlError, Message, NotEncodable, Overloaded, copy, own, root_of
+from edgeml.core.message import aligned
 from edgeml.transports.shm.memory import (
-    ALIGNMENT,
     INLINE,
     RETIRE,
     Account,
@@ -176,7 +176,7 @@ class Channel:
             room = self._room_of(buffer)
             rooms.append(room)
             if room is None:
-                total += -(-len(buffer) // ALIGNMENT) * ALIGNMENT
+                total += aligned(buffer)
         new = None
         if total:
             account = self._account()
@@ -200,7 +200,7 @@ class Channel:
                 assert new is not None
                 block, offset = new, at
                 copy(new.view[at : at + size], buffer)
-                at += -(-size // ALIGNMENT) * ALIGNMENT
+                at += aligned(buffer)
             place = block.offset + offset
             table.append(_DESCRIPTOR.pack(block.segment.number, block.token, place, size))
         return b"".join(table)

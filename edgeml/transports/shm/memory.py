@@ -33,7 +33,6 @@ import numpy as np
 from edgeml.core import Malformed, Overloaded, Owned
 
 __all__ = [
-    "ALIGNMENT",
     "INLINE",
     "RETIRE",
     "Account",
@@ -46,9 +45,6 @@ __all__ = [
     "limit_of_environment",
     "map_segment",
 ]
-
-ALIGNMENT = 64
-"""Bytes; where each buffer begins in its block, for the sake of vector instructions."""
 
 RETIRE = 1 << 31
 """Set in a token that is returned: the block is not to be used again."""
@@ -233,10 +229,10 @@ class Pool:
         """Whether a user has any that may be sent."""
         return bool(self._rooms)
 
-    def keep(self, block: Block, users: int = 1) -> None:
-        """Count more users of a block that is in use."""
+    def keep(self, block: Block) -> None:
+        """Count one user more of a block that is in use."""
         with self._lock:
-            block.users += users
+            block.users += 1
 
     def account(self) -> Account:
         """For one more peer."""
@@ -296,11 +292,8 @@ class Pool:
 
     def _collect(self) -> None:
         while self._dead:
-            self._drop(*self._next_dead())
-
-    def _next_dead(self) -> tuple[Block, int, bool]:
-        block, retire = self._dead.popleft()
-        return block, 1, retire
+            block, retire = self._dead.popleft()
+            self._drop(block, 1, retire)
 
     def _drop(self, block: Block, users: int, retire: bool) -> None:
         if self._closed:
