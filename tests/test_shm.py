@@ -814,18 +814,21 @@ FORK = """
 import os, sys
 from edgeml.core import Closed, Message, Url, load_transport
 
+def say(line):  # in one write, for two processes speak
+    os.write(1, line.encode() + b"\\n")
+
 requester = load_transport("shm").connect(Url.parse(sys.argv[1]), 5)
 requester.call(Message(b""), 5)
 if not os.fork():
     try:
         requester.call(Message(b""), 1)
     except Closed as error:
-        print("child:", error)
+        say(f"child: {error}")
     sys.stdin.read()  # it lives on
     os._exit(0)
-print(requester.call(Message(b"parent"), 5).header.decode())
+say(requester.call(Message(b"parent"), 5).header.decode())
 requester.close()
-print("closed")
+say("closed")
 sys.stdin.read()
 os.wait()
 """
