@@ -13,8 +13,12 @@ _PATIENCE = 3.0  # seconds that what a test has ended may take to be gone
 
 
 def _threads() -> set[threading.Thread]:
-    # pyzmq has one thread for each process, which frees what was sent in place.
-    return {t for t in threading.enumerate() if type(t).__name__ != "GarbageCollectorThread"}
+    return {t for t in threading.enumerate() if not is_a_librarys(t)}
+
+
+def is_a_librarys(thread: threading.Thread) -> bool:
+    """Whether it is one that pyzmq or grpc.aio keeps for the whole process."""
+    return type(thread).__name__ == "GarbageCollectorThread" or "_poll_wrapper" in thread.name
 
 
 def _children() -> dict[int, str]:

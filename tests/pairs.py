@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from conftest import is_a_librarys
 from edgeml.services.base import ServiceServer
 
 TRANSPORTS = ("inproc", "shm", "zmq")
@@ -55,8 +56,8 @@ def no_thread_left() -> Iterator[None]:
 
 
 def threads() -> set[threading.Thread]:
-    """The threads that run, but for pyzmq's one for each process."""
-    return {t for t in threading.enumerate() if type(t).__name__ != "GarbageCollectorThread"}
+    """The threads that run, but for those that a library keeps for the whole process."""
+    return {t for t in threading.enumerate() if not is_a_librarys(t)}
 
 
 class Process:

@@ -12,3 +12,7 @@ class TestZmq(TransportTests):
 
 class TestShm(TransportTests):
     url = "shm://127.0.0.1:0"
+
+
+class TestGrpc(TransportTests):
+    url = "grpc://127.0.0.1:0"

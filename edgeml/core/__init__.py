@@ -15,7 +15,8 @@ from edgeml.core.errors import (
     UnknownInterface,
     Unreachable,
 )
-from edgeml.core.message import Message, Owned, copy, is_owned, own, root_of
+from edgeml.core.frames import frame, unframe
+from edgeml.core.message import Message, Owned, copy, is_owned, own, pooled, root_of
 from edgeml.core.pending import Pending
 from edgeml.core.plugins import hookimpl, load_codec, load_transport
 from edgeml.core.transport import (
@@ -27,7 +28,7 @@ from edgeml.core.transport import (
     Requester,
     Transport,
 )
-from edgeml.core.url import Url
+from edgeml.core.url import Url, bindable, reached
 
 __all__ = [
     # the seam
@@ -41,12 +42,17 @@ __all__ = [
     "Codec",
     "Message",
     "Url",
+    "bindable",
+    "reached",
     "copy",
     "own",
+    "pooled",
     "is_owned",
     "Owned",
     "root_of",
     "Pending",
+    "frame",
+    "unframe",
     # plugins
     "hookimpl",
     "load_transport",

@@ -40,7 +40,7 @@ from edgeml.core.streams import Subscription
 from edgeml.core.transport import Credentials, Requester
 from edgeml.core.url import Url
 
-__all__ = ["Client"]
+__all__ = ["Client", "ping"]
 
 _log = logging.getLogger(__name__)
 
@@ -543,6 +543,27 @@ class Client:
         header = wire.pack(wire.Request(wire.GOODBYE, link.session, "", _FAREWELL, b""))
         with suppress(EdgemlError):
             link.requester.call(Message(header), _FAREWELL)
+
+
+def ping(requester: Requester, timeout: float) -> tuple[wire.Pong, float, float]:
+    """Ask the server at the other end of a connection who it is; needs no session.
+
+    Returns:
+        What it says, the round trip in seconds, and how many seconds its clock is ahead of ours:
+        to half a round trip exactly, and better the more alike the two ways are (RFC 5905).
+
+    Raises:
+        DeadlineExceeded, Unreachable, Closed: as for `Requester.call`.
+        Malformed: what answers is no edgeml server.
+    """
+    header = wire.pack(wire.Request(wire.PING, b"", "", timeout, b""))
+    began, clock = time.perf_counter(), time.time()
+    reply = wire.unpack(wire.Reply, requester.call(Message(header), timeout).header)
+    took = time.perf_counter() - began
+    if reply.status != wire.OK:
+        raise wire.error_of(reply)
+    pong = wire.unpack(wire.Pong, reply.body)
+    return pong, took, pong.clock - (clock + took / 2)
 
 
 def _settle(future: Future[Any], result: Any) -> None:

@@ -404,6 +404,10 @@ class Server:
             if request.kind == wire.HELLO:
                 reply(Message(self._hello(request.body, reply.peer)))
                 return
+            if request.kind == wire.PING:
+                pong = wire.Pong(wire.PROTOCOL, self.service, time.time())
+                reply(Message(wire.pack(wire.Reply(wire.OK, wire.pack(pong)))))
+                return
             session = self._sessions.get(request.session)
             if session is None:
                 reply(Message(wire.pack(wire.Reply(wire.NO_SESSION))))

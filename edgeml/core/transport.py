@@ -177,6 +177,13 @@ class Transport(ABC):
     name: ClassVar[str]
     """The URL scheme; the same as the entry point's name."""
 
+    def report(self) -> dict[str, str]:
+        """What it is made of and what limits it on this machine, for people to read, by name.
+
+        ``edgeml doctor`` shows it; for example ``{"libzmq": "4.3.5"}``.
+        """
+        return {}
+
     @abstractmethod
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None

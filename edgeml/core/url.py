@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-__all__ = ["AUTO", "DEFAULT_TRANSPORT", "Url", "resolve"]
+__all__ = ["AUTO", "DEFAULT_TRANSPORT", "Url", "bindable", "reached", "resolve"]
 
 DEFAULT_TRANSPORT = "zmq"
 AUTO = "auto"
@@ -61,6 +62,27 @@ class Url:
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = f":{self.port}" if self.port or not self.path else ""
         return f"{self.scheme}://{host}{port}{self.path}"
+
+
+def bindable(url: Url) -> str:
+    """The numeric address to listen at, with brackets if need be; IPv4 where there is a choice.
+
+    Raises:
+        OSError: the host has no address; the text names the URL.
+    """
+    try:
+        found = socket.getaddrinfo(url.host or "0.0.0.0", url.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"cannot serve {url}: {error}") from error
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
+    address = str(found[0][4][0])
+    return f"[{address}]" if ":" in address else address
+
+
+def reached(url: Url, address: str, port: int) -> Url:
+    """Where peers reach who listens at an address and port: what one listens on need not be it."""
+    host = socket.gethostname() if address in ("0.0.0.0", "[::]") else url.host
+    return Url(url.scheme, host, port)
 
 
 def _each(url: Url) -> list[Url]:

@@ -34,10 +34,12 @@ __all__ = [
     "NOTHING_YET",
     "NO_SESSION",
     "OK",
+    "PING",
     "PROTOCOL",
     "SILENCE",
     "Credit",
     "Hello",
+    "Pong",
     "Reply",
     "Request",
     "Welcome",
@@ -64,7 +66,7 @@ HEARTBEAT = ""
 _MOST_TEXT = 20_000  # characters of an error's text
 
 # Kinds of request.
-HELLO, CALL, NEXT, GOODBYE = range(4)
+HELLO, CALL, NEXT, GOODBYE, PING = range(5)
 
 # What a reply can say. The numbers are the protocol's.
 OK = 0
@@ -87,9 +89,9 @@ class Request(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The envelope of a request.
 
     Attributes:
-        kind: ``HELLO``, ``CALL``, ``NEXT`` (a credit: one more publication, please) or
-            ``GOODBYE`` (forget this session).
-        session: what the server gave in its `Welcome`; empty in a ``HELLO``.
+        kind: ``HELLO``, ``CALL``, ``NEXT`` (a credit: one more publication, please),
+            ``GOODBYE`` (forget this session) or ``PING`` (who are you, and what is the time?).
+        session: what the server gave in its `Welcome`; empty in a ``HELLO`` or ``PING``.
         name: of the interface or topic.
         timeout: seconds that the sender goes on waiting, counted from the sending.
         body: the codec's header; for ``HELLO`` and ``NEXT`` a packed `Hello` or `Credit`.
@@ -154,6 +156,20 @@ class Welcome(msgspec.Struct, frozen=True):
     ports: list[int]
 
 
+class Pong(msgspec.Struct, frozen=True):
+    """The answer to a ``PING``, which needs no session.
+
+    Attributes:
+        protocol: `PROTOCOL`.
+        service: which kind of server this is.
+        clock: its wall clock, in seconds since 1970.
+    """
+
+    protocol: int
+    service: str
+    clock: float
+
+
 class Credit(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The body of a ``NEXT``.
 
@@ -172,7 +188,7 @@ pack = msgspec.msgpack.Encoder().encode
 """Encode an envelope or a body."""
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (Request, Reply, Hello, Welcome, Credit)
+    kind: msgspec.msgpack.Decoder(kind) for kind in (Request, Reply, Hello, Welcome, Pong, Credit)
 }
 _arguments = msgspec.msgpack.Decoder(list[str])
 

@@ -55,8 +55,10 @@ from edgeml.core import (
     Transport,
     Unreachable,
     Url,
+    bindable,
     hookimpl,
     own,
+    reached,
 )
 
 _log = logging.getLogger(__name__)
@@ -212,26 +214,15 @@ class _Listener(Endpoint):
         _open_ends.add(self)
 
     def _bind(self, url: Url) -> Url:
-        try:
-            found = socket.getaddrinfo(url.host or "0.0.0.0", url.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise OSError(f"cannot serve {url}: {error}") from error
-        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
-        address = found[0][4][0]
-        if ":" in str(address):
-            self._router.ipv6 = True
-            address = f"[{address}]"
+        address = bindable(url)
+        self._router.ipv6 = "[" in address
         try:
             self._router.bind(f"tcp://{address}:{url.port or '*'}")
         except zmq.ZMQError as error:
             reason = f"cannot serve {url}: {error}; another port, or 0, may be free"
             raise OSError(error.errno, reason) from error
         bound = self._router.get_string(zmq.LAST_ENDPOINT)
-        port = int(bound.rpartition(":")[2])
-        host = url.host
-        if str(found[0][4][0]) in ("0.0.0.0", "::"):  # what one listens on is not where one is
-            host = socket.gethostname()
-        return Url(url.scheme, host, port)
+        return reached(url, address, int(bound.rpartition(":")[2]))
 
     def _start_loop(self) -> None:
         self._handling = False

@@ -1,0 +1,261 @@
+"""The client's end: one channel, which makes one HTTP/2 connection."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+
+from edgeml.core import (
+    Closed,
+    DeadlineExceeded,
+    EdgemlError,
+    Malformed,
+    Message,
+    Pending,
+    Requester,
+    Unreachable,
+    Url,
+    own,
+    unframe,
+)
+from edgeml.transports.grpc.protocol import (
+    ERRORS,
+    LARGEST_PIECE,
+    PREFIX,
+    SERVICE,
+    Assembly,
+    Parts,
+    parts_of,
+    pieces,
+)
+
+_OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),  # or connections to one server would be one
+    ("grpc.enable_retries", 0),  # a request is sent once
+    ("grpc.initial_reconnect_backoff_ms", 100),
+]
+_FOR_EVER = 1e8  # seconds; three years
+
+
+class Connection(Requester):
+    """See `edgeml.core.Requester`."""
+
+    def __init__(self, url: Url, timeout: float) -> None:
+        self.url = url
+        self._why: EdgemlError | None = None  # set once, when it is over
+        self._pending = Pending()
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()  # that may be at work for this
+        options = [*_OPTIONS, ("grpc.enable_http_proxy", int(not _is_local(url.host)))]
+        host = f"[{url.host}]" if ":" in url.host else url.host or "localhost"
+        self._channel = grpc.insecure_channel(f"{host}:{url.port}", options)
+        self._request = self._channel.unary_unary(f"/{SERVICE}/Request")
+        self._stream = self._channel.stream_stream(f"/{SERVICE}/Stream")
+        self._fetch = self._channel.unary_stream(f"/{SERVICE}/Fetch")
+        try:
+            welcome = self._channel.unary_unary(f"/{SERVICE}/Connect")(b"", timeout=timeout)
+            self._number = PREFIX.unpack(welcome)[0]
+        except grpc.RpcError as error:
+            self._channel.close()
+            raise Unreachable(
+                f"nobody answers at {url}: {error.details()}; is the server started, and does its "
+                "host= let this machine in?"
+            ) from None
+        except Exception as error:
+            self._channel.close()
+            raise Unreachable(f"what answers at {url} is no edgeml server: {error}") from None
+        _all.add(self)
+
+    @property
+    def lost(self) -> bool:
+        """See `Requester.lost`."""
+        return self._why is not None
+
+    # Calls, in the caller's thread --------------------------------------------------------
+
+    def call(self, message: Message, timeout: float) -> Message:
+        """See `Requester.call`."""
+        size, parts = parts_of(message)
+        return self._exchange(size, parts, time.monotonic() + timeout, timeout)
+
+    def _exchange(self, size: int, parts: Parts, deadline: float, timeout: float) -> Message:
+        if self._why is not None:
+            raise self._over()
+        content = [PREFIX.pack(self._number, size), *parts]
+        try:
+            if size > LARGEST_PIECE - PREFIX.size:
+                with _Sending(content) as sending:
+                    return _assembled(self._stream(sending, timeout=timeout))
+            return self._opened(self._request(b"".join(content), timeout=timeout), deadline)
+        except (grpc.RpcError, ValueError) as error:
+            raise self._meant(error, timeout) from None
+
+    def _opened(self, piece: bytes, deadline: float) -> Message:
+        """The message of a reply, fetched first if it was too large for one piece."""
+        if len(piece) < PREFIX.size:
+            raise Malformed("a reply without a prefix")
+        key, size = PREFIX.unpack_from(piece)
+        if key:
+            left = max(0.001, deadline - time.monotonic())
+            return _assembled(self._fetch(PREFIX.pack(self._number, key), timeout=left))
+        frame = memoryview(piece)[PREFIX.size :]
+        if len(frame) != size:
+            raise Malformed("a reply that is not as long as its prefix says")
+        return unframe(frame)
+
+    def _meant(self, error: Exception, timeout: float) -> EdgemlError:
+        """What an error of gRPC means here; one after which nothing more will be sent is kept."""
+        if self._why is not None:
+            return self._over()
+        if isinstance(error, EdgemlError):
+            return error
+        if not isinstance(error, grpc.RpcError):  # a channel that has been closed
+            return Unreachable(f"the connection to {self.url} failed: {error}")
+        code = error.code()
+        kind = ERRORS.get(code, Unreachable)
+        if kind is DeadlineExceeded:
+            return DeadlineExceeded(f"{self.url} gave no reply within {timeout:g} s")
+        if kind in (Unreachable, Closed):
+            why = Unreachable(f"the connection to {self.url} was lost: {error.details()}")
+            self._lose(why)
+            return why
+        return kind(f"{self.url}: {error.details()}")
+
+    # Requests, settled in the channel's thread --------------------------------------------
+
+    def request(self, message: Message) -> Future[Message]:
+        """See `Requester.request`."""
+        size, parts = parts_of(message)
+        if self._why is not None:
+            raise self._over()
+        number, future = self._pending.add()
+        if size > LARGEST_PIECE - PREFIX.size:
+            size, parts = parts_of(own(message))
+            self._start(number, lambda: self._exchange(size, parts, _FOR_EVER, _FOR_EVER))
+            return future
+        piece = b"".join([PREFIX.pack(self._number, size), *parts])
+        try:
+            call = self._request.future(piece)
+        except ValueError as error:
+            future.cancel()
+            raise self._meant(error, 0) from None
+        call.add_done_callback(lambda done: self._done(number, done))
+        return future
+
+    def _done(self, number: int, call: Any) -> None:
+        with self._lock:
+            self._threads.add(threading.current_thread())
+        outcome: Message | Exception
+        try:
+            piece = call.result()
+            if len(piece) == PREFIX.size:  # the rest is to be fetched, which may take a while
+                if number in self._pending:
+                    self._start(number, lambda: self._opened(piece, _FOR_EVER))
+                return
+            outcome = self._opened(piece, _FOR_EVER)
+        except (grpc.RpcError, grpc.FutureCancelledError, EdgemlError, ValueError) as error:
+            outcome = self._meant(error, 0)
+        self._pending.settle(number, outcome)
+
+    def _start(self, number: int, work: Any) -> None:
+        """Do something large in a thread of its own."""
+
+        def run() -> None:
+            try:
+                outcome: Message | Exception = work()
+            except Exception as error:
+                outcome = self._meant(error, 0)
+            with self._lock:
+                self._threads.discard(thread)
+            self._pending.settle(number, outcome)
+
+        thread = threading.Thread(target=run, name=f"edgeml to {self.url}", daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    # The end ------------------------------------------------------------------------------
+
+    def _over(self) -> EdgemlError:
+        why = self._why or Unreachable(f"the connection to {self.url} was lost")
+        return type(why)(*why.args)
+
+    def _lose(self, why: EdgemlError) -> None:
+        with self._lock:
+            if self._why is None:
+                self._why = why
+
+    def close(self) -> None:
+        """See `Endpoint.close`."""
+        self._lose(Closed(f"the connection to {self.url} has been closed"))
+        with self._lock:
+            threads = list(self._threads)
+        # gRPC waits here for its own thread, which may be the one that calls this.
+        closing = threading.Thread(target=self._channel.close, name="edgeml close", daemon=True)
+        closing.start()
+        if threading.current_thread() in threads:
+            return
+        closing.join(1.0)
+        self._pending.fail(self._over())
+        for thread in threads:
+            thread.join(1.0)
+
+    def forked(self) -> None:
+        """Forget everything, in a forked child, where gRPC's threads are not."""
+        self._why = Closed(f"the connection to {self.url} belongs to the process before the fork")
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._threads.clear()
+        _inherited.append(self._channel)
+
+
+class _Sending(Iterator[bytes]):
+    """A stream that gRPC's thread takes from the caller's memory, as long as the caller waits."""
+
+    def __init__(self, content: Parts) -> None:
+        self._pieces = pieces(content)
+        self._lock = threading.Lock()
+
+    def __next__(self) -> bytes:
+        with self._lock:
+            return next(self._pieces)
+
+    def __enter__(self) -> _Sending:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._pieces = iter(())
+
+
+def _assembled(received: Iterable[bytes]) -> Message:
+    assembly = Assembly()
+    for piece in received:
+        assembly.add(piece)
+    return assembly.message()
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host in ("", "localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+_all: weakref.WeakSet[Connection] = weakref.WeakSet()
+_inherited: list[Any] = []  # kept for good, for a parent's channels are not the child's to close
+
+
+def _forked() -> None:
+    for connection in list(_all):
+        connection.forked()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,250 @@
+"""The server's end: `grpc.aio` in a loop that a slow handler can't stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from edgeml.core import (
+    Closed,
+    EdgemlError,
+    Endpoint,
+    Malformed,
+    Message,
+    OnRequest,
+    Peer,
+    Reply,
+    Unreachable,
+    Url,
+    bindable,
+    own,
+    reached,
+    unframe,
+)
+from edgeml.core.loops import Loop
+from edgeml.transports.grpc.protocol import (
+    ERRORS,
+    LARGEST_PIECE,
+    PREFIX,
+    SERVICE,
+    Assembly,
+    parts_of,
+    stream,
+)
+
+_log = logging.getLogger(__name__)
+
+_GRACE = 0.3  # seconds that an endpoint which closes gives to what is still to be sent
+_KEPT = 30.0  # seconds that a large reply waits to be fetched
+_MOST_STREAMS = 1 << 13  # under way on one connection; more than an honest client has
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # or a taken port would be shared
+    ("grpc.max_concurrent_streams", _MOST_STREAMS),
+    # Requests that the loop has not come to yet; beyond 1,000 gRPC would cancel some by itself.
+    ("grpc.server.max_pending_requests", 1 << 16),
+    ("grpc.server.max_pending_requests_hard_limit", 1 << 17),
+    # A machine that vanished without a word is noticed, and what is kept for it freed.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 40_000),  # since a ping may wait behind a large message
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_CODES = {error: code for code, error in reversed(ERRORS.items())}
+
+# One poller for the process, which otherwise ends with whichever server is collected last.
+aio.init_grpc_aio()
+
+_Context = aio.ServicerContext[Any, Any]
+_Answer = bytes | Message
+"""What a reply becomes: a piece, or a message that is too large for one."""
+
+
+class _Reply:
+    __slots__ = ("_context", "_listener", "answer")
+
+    def __init__(self, listener: Listener, context: _Context) -> None:
+        self._listener = listener
+        self._context = context
+        self.answer: asyncio.Future[_Answer] = listener.future()
+
+    @property
+    def peer(self) -> Peer:
+        address = self._context.peer()
+        return Peer(address, address)
+
+    @property
+    def expired(self) -> bool:
+        return self.answer.done()
+
+    def __call__(self, message: Message) -> None:
+        self._listener.give([self], message)
+
+
+class Listener(Endpoint):
+    """See `edgeml.core.Endpoint`."""
+
+    def __init__(self, url: Url, on_request: OnRequest) -> None:
+        self._on_request = on_request
+        self._number = secrets.randbits(64) | 1  # of this server; 0 stands for any
+        self._waiting: set[asyncio.Future[_Answer]] = set()
+        self._kept: dict[int, Message] = {}  # replies that are to be fetched
+        self._closed = False
+        self._loop = Loop(f"edgeml {url}")
+        try:
+            self._server: aio.Server | None
+            self._server, self.url = self._loop.start(self._open(url)).result()
+        except BaseException:
+            self._loop.close(self._stop)
+            raise
+
+    async def _open(self, url: Url) -> tuple[aio.Server, Url]:
+        address = bindable(url)
+        server = aio.server(options=_OPTIONS)
+        handlers = {
+            "Connect": grpc.unary_unary_rpc_method_handler(self._connect),
+            "Request": grpc.unary_unary_rpc_method_handler(self._request),
+            "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
+            "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        try:
+            port = server.add_insecure_port(f"{address}:{url.port}")
+        except RuntimeError as error:
+            raise OSError(
+                f"cannot serve {url}: {error}; another port, or 0, may be free"
+            ) from error
+        await server.start()
+        return server, reached(url, address, port)
+
+    # Requests, in the loop ----------------------------------------------------------------
+
+    async def _connect(self, data: bytes, context: _Context) -> bytes:
+        return PREFIX.pack(self._number, 0)
+
+    async def _request(self, data: bytes, context: _Context) -> bytes:
+        try:
+            if len(data) < PREFIX.size:
+                raise Malformed("this is no request of edgeml: it has no prefix")
+            number, size = PREFIX.unpack_from(data)
+            self._check(number)
+            frame = memoryview(data)[PREFIX.size :]
+            if len(frame) != size:
+                raise Malformed("a request that is not as long as its prefix says")
+            answer = await self._answer(unframe(frame), context)
+        except EdgemlError as error:
+            await self._abort(context, error)
+        if isinstance(answer, bytes):
+            return answer
+        key = secrets.randbits(64) | 1
+        self._kept[key] = answer
+        self._loop.later(_KEPT, self._forget, key)
+        return PREFIX.pack(key, parts_of(answer)[0])
+
+    async def _stream(self, _: AsyncIterator[bytes], context: _Context) -> None:
+        assembly = Assembly()
+        try:
+            while (piece := await context.read()) is not aio.EOF:
+                assembly.add(piece)
+                self._check(assembly.number)
+            answer = await self._answer(assembly.message(), context)
+        except EdgemlError as error:
+            await self._abort(context, error)
+        del assembly
+        if isinstance(answer, bytes):
+            await context.write(answer)
+            return
+        for piece in stream(0, answer):
+            await context.write(piece)
+
+    async def _fetch(self, data: bytes, context: _Context) -> None:
+        try:
+            if len(data) != PREFIX.size:
+                raise Malformed("this is no fetch of edgeml")
+            number, key = PREFIX.unpack(data)
+            self._check(number)
+            if key not in self._kept:
+                raise Malformed("there is no such reply to be fetched, or it came too late")
+        except EdgemlError as error:
+            await self._abort(context, error)
+        for piece in stream(0, self._kept[key]):
+            await context.write(piece)
+        self._kept.pop(key, None)
+
+    def _check(self, number: int) -> None:
+        if number not in (0, self._number):
+            raise Unreachable("the server has restarted since this client connected")
+
+    async def _answer(self, message: Message, context: _Context) -> _Answer:
+        if self._closed:
+            raise Closed(f"{self.url} has closed")
+        reply = _Reply(self, context)
+        answer = reply.answer
+        self._waiting.add(answer)
+        try:
+            self._loop.pass_on(self._on_request, message, reply)
+            del message, reply  # or the buffers live until the answer
+            return await answer
+        finally:
+            self._waiting.discard(answer)
+
+    async def _abort(self, context: _Context, error: EdgemlError) -> Any:
+        await context.abort(_CODES.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
+
+    def future(self) -> asyncio.Future[_Answer]:
+        """What a reply is given to."""
+        return asyncio.get_running_loop().create_future()
+
+    def _forget(self, key: int) -> None:
+        if self._kept.pop(key, None) is not None:
+            self.dropped += 1
+
+    # Replies, from any thread -------------------------------------------------------------
+
+    def give(self, replies: list[_Reply], message: Message) -> None:
+        """Answer several requests with one message."""
+        size, parts = parts_of(message)
+        if size <= LARGEST_PIECE - PREFIX.size:
+            answer: _Answer = b"".join([PREFIX.pack(0, size), *parts])
+        else:
+            answer = own(message)
+        if not self._loop.do(self._settle, replies, answer):
+            self.dropped += len(replies)
+
+    def _settle(self, replies: list[_Reply], answer: _Answer) -> None:
+        for reply in replies:
+            if reply.answer.done():  # cancelled, as nobody waits any more
+                self.dropped += 1
+            else:
+                reply.answer.set_result(answer)
+
+    def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
+        """See `Endpoint.reply_many`."""
+        self.give([reply for reply in replies if isinstance(reply, _Reply)], message)
+
+    def relieve(self) -> None:
+        """See `Endpoint.relieve`."""
+        self._loop.relieve()
+
+    # The end ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """See `Endpoint.close`."""
+        self._closed = True
+        self._loop.close(self._stop)
+
+    async def _stop(self) -> None:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(Closed(f"{self.url} has closed"))
+        ends = asyncio.get_running_loop().time() + _GRACE
+        while self._kept and asyncio.get_running_loop().time() < ends:
+            await asyncio.sleep(0.01)
+        await server.stop(max(0.05, ends - asyncio.get_running_loop().time()))
