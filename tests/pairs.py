@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from conftest import is_a_librarys
 from edgeml.services.base import ServiceServer
 
-TRANSPORTS = ("inproc", "shm", "zmq")
+TRANSPORTS = ("grpc", "inproc", "shm", "zmq")
 """Every test of the services runs over each of these."""
 
 T = TypeVar("T", bound=ServiceServer)

@@ -405,7 +405,7 @@ def test_subscriptions_that_come_and_go_leave_nothing_behind(server, transport, 
             subscription = client.register_obs_callback(got)
             wait_until(got.has(0))
             subscription.close()
-        assert len(threads()) <= before
+        wait_until(lambda: len(threads()) <= before)
         wait_until(lambda: len(client._client._subscriptions) <= 1)  # the one that we hold
 
 

@@ -148,6 +148,7 @@ class Connection(Requester):
             future.cancel()
             raise self._meant(error, 0) from None
         call.add_done_callback(lambda done: self._done(number, done))
+        future.add_done_callback(lambda done: call.cancel() if done.cancelled() else None)
         return future
 
     def _done(self, number: int, call: Any) -> None:
