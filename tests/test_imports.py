@@ -30,7 +30,9 @@ def test_importing_edgeml_loads_nothing_heavy():
     assert heavy_after("import edgeml") == []
 
 
-@pytest.mark.parametrize("name", ["core", "services", "data", "codecs", "transports"])
+@pytest.mark.parametrize(
+    "name", ["core", "services", "data", "codecs", "transports", "cli", "__main__"]
+)
 def test_no_package_loads_an_optional_or_networking_library(name):
     assert heavy_after(f"import edgeml.{name}") == []
 
@@ -144,6 +146,12 @@ def test_a_copy_keeps_the_rules_too(copy):
         ("codecs/msgpack.py", "import edgeml.codecs.cloudpickle"),
         ("codecs/msgpack.py", "import edgeml.transports.zmq"),
         ("testing/transports.py", "import edgeml.transports.zmq"),
+        ("testing/transports.py", "import edgeml.cli"),
+        ("services/base.py", "import edgeml.cli"),
+        ("core/url.py", "import edgeml.__main__"),
+        ("cli/bench.py", "import edgeml.transports.zmq"),
+        ("cli/doctor.py", "import edgeml.codecs.msgpack"),
+        ("cli/doctor.py", "import zmq"),
     ],
 )
 def test_an_import_that_points_the_wrong_way_is_caught(copy, module, wrong):

@@ -17,6 +17,7 @@ import pluggy
 from edgeml.core.codec import Codec
 from edgeml.core.errors import PluginError
 from edgeml.core.transport import Transport
+from edgeml.core.wire import text_of
 
 __all__ = ["Found", "find", "hookimpl", "load_codec", "load_transport"]
 
@@ -101,9 +102,12 @@ def _load(kind: str, name: str, base: type[T]) -> T:
         problem = _unusable(loaded, kind, name, base)
         if not problem:
             return loaded()  # type: ignore[no-any-return]
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() among them: it ends nothing here
         raise PluginError(
-            f"{kind} {name!r} of {found.package} failed to load: {type(error).__name__}: {error}"
+            f"{kind} {name!r} of {found.package} failed to load: "
+            f"{type(error).__name__}: {text_of(error)}"
         ) from error
     raise PluginError(f"{kind} {name!r} of {found.package} {problem}")
 

@@ -655,6 +655,16 @@ class ZmqTransport(Transport):
 
     name: ClassVar[str] = "zmq"
 
+    def report(self) -> dict[str, str]:
+        """See `Transport.report`: versions, and how many sockets one context may hold."""
+        with zmq.Context() as context:
+            most = context.get(zmq.MAX_SOCKETS)
+        return {
+            "libzmq": zmq.zmq_version(),
+            "pyzmq": zmq.__version__,
+            "sockets of one client": f"{most} at most, one for each thread that calls",
+        }
+
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
     ) -> Endpoint:

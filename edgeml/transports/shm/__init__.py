@@ -16,6 +16,9 @@ they send is.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 from edgeml.core import (
@@ -31,6 +34,7 @@ from edgeml.core import (
 )
 from edgeml.transports.shm.connection import Connection
 from edgeml.transports.shm.listener import Listener, require_local
+from edgeml.transports.shm.memory import SEALABLE, limit_of_environment
 from edgeml.transports.shm.sockets import Lost
 
 __all__ = ["ShmTransport", "edgeml_transport"]
@@ -40,6 +44,18 @@ class ShmTransport(Transport):
     """``shm://127.0.0.1:PORT`` or ``shm:///path``: between the processes of one user."""
 
     name: ClassVar[str] = "shm"
+
+    def report(self) -> dict[str, str]:
+        """See `Transport.report`: what the memory is, how much there is, and how much is lent."""
+        try:
+            limit = f"{limit_of_environment() >> 20} MiB at most, see EDGEML_SHM_LIMIT_MB"
+        except ValueError as error:
+            limit = str(error)
+        return {
+            "memory": "memfd" if SEALABLE else f"unlinked files in {tempfile.gettempdir()}",
+            "available": f"{_available() >> 20} MiB",
+            "lent to one peer": limit,
+        }
 
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
@@ -66,6 +82,20 @@ class ShmTransport(Transport):
             return Connection(url, timeout)
         except (Lost, DeadlineExceeded) as error:
             raise Unreachable(f"no connection to {url}: {error}") from None
+
+
+def _available() -> int:
+    """Bytes that could be shared now: of memory, or where files stand in for it, of the disk."""
+    if not SEALABLE:
+        return shutil.disk_usage(tempfile.gettempdir()).free
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) << 10
+    try:  # a container may have less than the machine
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, max(0, int(most) - int(used)))
+    except (OSError, ValueError):  # none, or "max"
+        return free
 
 
 @hookimpl

@@ -1,0 +1,199 @@
+"""The command line, ``edgeml`` or ``python -m edgeml``: what is installed, what works, how fast.
+
+It names no transport and no codec: it asks for those that are installed, anybody's among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+
+from edgeml import __version__
+from edgeml.core.errors import EdgemlError
+from edgeml.core.url import Url
+
+__all__ = ["main"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: those of the command line; this process's own by default.
+
+    Returns:
+        The exit code: 0, or 1 where something that was looked at doesn't work. Arguments that
+        can't be understood exit with 2.
+    """
+    options = _parser().parse_args(arguments)
+    # What goes wrong is printed here, in one line; the log has it once more, with a traceback.
+    logging.getLogger("edgeml").addHandler(logging.NullHandler())
+    try:
+        code: int = options.run(options)
+    except (EdgemlError, OSError, ValueError) as error:
+        print(f"edgeml: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # what a shell reports of Ctrl-C
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgeml", description="Connects robots and cameras to GPU servers."
+    )
+    parser.add_argument("--version", action="version", version=f"edgeml {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    plugins = commands.add_parser(
+        "plugins",
+        help="list transports and codecs, and what is wrong with them",
+        description="List every installed transport and codec, with the package that it comes "
+        "from. Loads each; exits with 1 if one can't be used.",
+    )
+    plugins.set_defaults(run=_plugins)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="see what works on this machine, and whether a server answers",
+        description="Try every transport on this machine, show versions and limits, and ask "
+        "servers who they are. Exits with 1 if something doesn't work.",
+    )
+    _add_transports(doctor)
+    doctor.add_argument(
+        "--url", nargs="+", default=[], type=_url, help="a server to ask, as in zmq://robot:5555"
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=5.0,
+        metavar="S",
+        help="seconds that connecting, and then an answer, may take (default: %(default)g)",
+    )
+    doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine, or the link between two",
+        usage="edgeml bench [-h] [--transport NAME ... | --url URL] [--size SIZE ...]\n"
+        "                    [--seconds S] [--timeout S]\n"
+        "       edgeml bench serve [-h] [--host HOST] [--port PORT] [--transport NAME]",
+        description="Measure round trips and throughput to a server in another process, for each "
+        "transport. Between two machines: run `edgeml bench serve --host 0.0.0.0` on one, and "
+        "`edgeml bench --url` with what it prints on the other.",
+    )
+    chosen = bench.add_mutually_exclusive_group()
+    _add_transports(chosen)
+    chosen.add_argument("--url", type=_url, help="a running `edgeml bench serve` to measure")
+    bench.add_argument(
+        "--size",
+        nargs="+",
+        type=_size,
+        default=[56, 300_000, 4_000_000],
+        help="bytes of a payload, as in 56 300KB 4MB, which is the default",
+    )
+    bench.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=1.0,
+        metavar="S",
+        help="how long to measure each size (default: %(default)g)",
+    )
+    bench.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds that connecting, or a call, may take (default: %(default)g)",
+    )
+    bench.set_defaults(run=_bench)
+
+    serve = bench.add_subparsers(
+        title="on the other machine", metavar="COMMAND", prog="edgeml bench"
+    ).add_parser(
+        "serve",
+        help="serve what `edgeml bench --url` measures, until Ctrl-C",
+        description="Serve what `edgeml bench --url` measures, until Ctrl-C.",
+    )
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="where to listen; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--port", type=int, default=0, help="0 lets the system pick one (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--transport", metavar="NAME", help="as for any server (default: $EDGEML_TRANSPORT, or zmq)"
+    )
+    serve.set_defaults(run=_serve)
+    return parser
+
+
+def _add_transports(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--transport", nargs="+", metavar="NAME", help="only these (default: all installed)"
+    )
+
+
+# Each command is imported when it is run, so that none waits for what only another needs.
+
+
+def _plugins(options: argparse.Namespace) -> int:
+    from edgeml.cli import plugins
+
+    return plugins.run()
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from edgeml.cli import doctor
+
+    return doctor.run(options.transport, options.url, options.timeout)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from edgeml.cli import bench
+
+    return bench.run(options.transport, options.url, options.size, options.seconds, options.timeout)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from edgeml.cli import bench
+
+    return bench.serve(options.transport, options.host, options.port)
+
+
+# What arguments mean ----------------------------------------------------------------------
+
+
+def _url(text: str) -> Url:
+    try:
+        url = Url.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not url.port and not url.path:
+        raise argparse.ArgumentTypeError(f"{text!r} names no port; write it as 'zmq://host:port'")
+    return url
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
+    return seconds
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?((?:[KMG]I?)?)B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 56, 300KB or 4MB")
+    return size

@@ -1,0 +1,165 @@
+"""``edgeml doctor``: what works on this machine, what limits it, and whether a server answers."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from edgeml import __version__
+from edgeml.cli.probe import ACK, DESCRIPTORS, ask, one_line, served, served_elsewhere
+from edgeml.core import Malformed, Unreachable, Url, load_transport
+from edgeml.core.plugins import find
+from edgeml.core.url import resolve
+from edgeml.core.wire import PROTOCOL
+from edgeml.services import InferenceClient
+
+__all__ = ["run"]
+
+_CLIENTS = 4  # that are connected to see what one takes
+_PICTURE = 300_000  # bytes that each of them sends
+_SETTLED = 1.0  # seconds that they may take to open all that they need
+_FEW = 4096  # open files; less is soon used up by a server
+_PLENTY = 65536  # open files to advise where the system sets no bound
+
+
+def run(transports: Sequence[str] | None, urls: Sequence[Url], timeout: float) -> int:
+    """Look at everything and print it; 1 if something doesn't work.
+
+    Args:
+        transports: names; all that are installed by default.
+        urls: servers to ask.
+        timeout: seconds that connecting, and then an answer, may take.
+    """
+    print(f"edgeml {__version__}, protocol {PROTOCOL}")
+    print(f"Python {platform.python_version()}, numpy {np.__version__}")
+    print(platform.platform())
+    names = transports or sorted({each.name for each in find("transport")})
+    print("\nTransports: a server and a client, in this process and then in two")
+    needs = {}
+    works = True
+    for name in names:
+        here, need = _transport(name, timeout)
+        works &= here
+        if need is not None:
+            needs[name] = need
+    print("\nOpen files")
+    _open_files(needs)
+    if urls:
+        print("\nServers")
+    for url in itertools.chain.from_iterable(resolve(str(url), "", 0) for url in urls):
+        works &= _server(url, timeout)
+    if not works:
+        print("\nNot everything works; see FAILED above")
+    return 0 if works else 1
+
+
+# Transports -------------------------------------------------------------------------------
+
+
+def _transport(name: str, timeout: float) -> tuple[bool, tuple[int, int] | None]:
+    """Try one; whether it works, and the descriptors that a server and each client take there."""
+    need = None
+    try:
+        with served(name) as url:
+            said = f"ok, round trip {_ms(ask(url, timeout).best)} in this process"
+        try:
+            with served_elsewhere(name) as (url, base):
+                said += f", {_ms(ask(url, timeout).best)} between two"
+                need = _descriptors(url, base, timeout)
+        except Unreachable as error:
+            said += f", within one process only ({one_line(error)})"
+    except Exception as error:  # a transport may be anybody's
+        print(f"  {name:<8} FAILED: {one_line(error)}")
+        return False, None
+    print(f"  {name:<8} {said}")
+    try:
+        report = load_transport(name).report()
+    except Exception as error:
+        report = {"of itself it can't tell": one_line(error)}
+    for key, value in report.items():
+        print(f"           {key}: {value}")
+    return True, need
+
+
+def _descriptors(url: Url, base: int, timeout: float) -> tuple[int, int] | None:
+    """How many a server has open without clients, and how many more each client takes there."""
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(InferenceClient("", 0, str(url), timeout=timeout))
+            for _ in range(_CLIENTS)
+        ]
+        for client in clients:  # memory that is shared has a descriptor too
+            client.call(ACK, np.zeros(_PICTURE, np.uint8))
+        deadline = time.monotonic() + _SETTLED
+        seen: list[int] = [base]
+        # A client opens connections for a while, for its heartbeats among others.
+        while len(seen) < 3 or len(set(seen[-3:])) > 1:
+            if time.monotonic() > deadline:
+                break
+            seen.append(max(client.call(DESCRIPTORS, None) for client in clients))
+            time.sleep(0.02)
+    each = round((seen[-1] - base) / _CLIENTS)
+    return (base, each) if base and each > 0 else None
+
+
+# Limits -----------------------------------------------------------------------------------
+
+
+def _open_files(needs: dict[str, tuple[int, int]]) -> None:
+    soft, hard = (
+        None if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    told = ["unlimited" if limit is None else str(limit) for limit in (soft, hard)]
+    print("  connections and pieces of shared memory take one each, or more")
+    print(f"  a process may have {told[0]} (soft limit), and raise that to {told[1]} (hard limit)")
+    for name, (base, each) in needs.items():
+        many = "any number of" if soft is None else f"about {_about((soft - base) // each)}"
+        print(f"  {name}: a client of one thread takes {each} at the server: {many} clients")
+    most = hard or _PLENTY
+    if soft is not None and soft < most:
+        print(f"  for more, say this in the server's shell before it starts: ulimit -n {most}")
+    elif soft is not None and soft < _FEW:
+        print("  which is few: `ulimit -n` can't raise it, but root can (limits.conf, systemd's")
+        print("  LimitNOFILE=, docker run --ulimit nofile=65536)")
+
+
+def _about(number: int) -> int:
+    """A number to two digits, rounded down."""
+    scale: int = 10 ** max(0, len(str(number)) - 2)
+    return max(0, number // scale) * scale
+
+
+# Servers ----------------------------------------------------------------------------------
+
+
+def _server(url: Url, timeout: float) -> bool:
+    try:
+        answer = ask(url, timeout)
+    except Malformed as error:
+        print(f"  {url}  FAILED: what answers is no edgeml server, or an old one ({error})")
+        return False
+    except Exception as error:  # a transport may be anybody's
+        print(f"  {url}  FAILED: {one_line(error)}")
+        return False
+    if answer.protocol != PROTOCOL:
+        print(
+            f"  {url}  FAILED: this {answer.service} server speaks protocol {answer.protocol}, "
+            f"and edgeml {__version__} here speaks {PROTOCOL}: bring both to one version"
+        )
+        return False
+    print(f"  {url}  ok, {answer.service} server, protocol {answer.protocol}")
+    print(f"      round trip {_ms(answer.typical)} (median), {_ms(answer.best)} (best)")
+    off = f"{_ms(abs(answer.ahead))} {'ahead of' if answer.ahead >= 0 else 'behind'} ours"
+    print(f"      its clock is {off}, give or take {_ms(answer.best / 2)}")
+    return True
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds < 1 else f"{seconds:.3f} s"

@@ -1,0 +1,162 @@
+"""Servers to try things with, in this process and in another, and asking a server who it is."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+from edgeml.core import DeadlineExceeded, EdgemlError, Url, load_transport
+from edgeml.core.client import ping
+from edgeml.core.wire import Pong, text_of
+from edgeml.services import InferenceServer
+
+__all__ = ["ACK", "DESCRIPTORS", "Answer", "ask", "made", "one_line", "served", "served_elsewhere"]
+
+ACK = "bench_ack"
+"""The interface that reads an array, a byte of each page, and gives a number back."""
+
+DESCRIPTORS = "bench_descriptors"
+"""The interface that tells how many file descriptors the server's process has open."""
+
+_PAGE = 4096  # bytes
+_START = 60.0  # seconds that a process may take to start, on a small machine
+_END = 2.0  # seconds that it is given to end by itself
+_ASKED = 10  # times
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said of itself, and how long it took.
+
+    Attributes:
+        service: which kind of server it is.
+        protocol: what it speaks; `edgeml.core.wire.PROTOCOL` is what we do.
+        typical: the median round trip in seconds.
+        best: the fastest, in seconds.
+        ahead: seconds that its clock is ahead of ours by the fastest, give or take half of that.
+    """
+
+    service: str
+    protocol: int
+    typical: float
+    best: float
+    ahead: float
+
+
+def ask(url: Url, timeout: float) -> Answer:
+    """Ask a server several times who it is.
+
+    Args:
+        url: where it is.
+        timeout: seconds that connecting may take, and then the answers.
+
+    Raises:
+        Unreachable, DeadlineExceeded: nobody answers there.
+        Malformed: what answers is no edgeml server.
+        PluginError: there is no such transport.
+    """
+    pongs: list[tuple[Pong, float, float]] = []
+    with load_transport(url.scheme).connect(url, timeout) as requester:
+        deadline = time.monotonic() + timeout
+        while len(pongs) < _ASKED and (left := deadline - time.monotonic()) > 0:
+            try:
+                pongs.append(ping(requester, left))
+            except DeadlineExceeded:
+                if not pongs:
+                    raise
+    times = [took for _, took, _ in pongs]
+    pong, best, ahead = min(pongs, key=lambda answer: answer[1])
+    return Answer(pong.service, pong.protocol, median(times), best, ahead)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for people to read."""
+    text = " ".join(text_of(error).split())
+    return text if isinstance(error, EdgemlError) else f"{type(error).__name__}: {text}"
+
+
+def made(transport: str | None, host: str = "127.0.0.1", port: int = 0) -> InferenceServer:
+    """A server of `ACK` and `DESCRIPTORS`, not yet started."""
+    server = InferenceServer(port, host, transport)
+    server.register_interface(ACK, lambda payload: int(payload[::_PAGE].sum()))
+    server.register_interface(DESCRIPTORS, lambda _: _descriptors())
+    return server
+
+
+def _descriptors() -> int:
+    """How many file descriptors this process has open; 0 if the system doesn't tell."""
+    try:
+        return len(os.listdir("/dev/fd")) - 1  # but for the one that lists them
+    except OSError:
+        return 0
+
+
+@contextmanager
+def served(transport: str) -> Iterator[Url]:
+    """Serve in this process; raises whatever the transport does."""
+    with made(transport) as server:
+        server.start(threaded=True)
+        yield Url.parse(server.url)
+
+
+@contextmanager
+def served_elsewhere(transport: str) -> Iterator[tuple[Url, int]]:
+    """Serve in another process, which never outlives this one.
+
+    Yields:
+        Where, and how many file descriptors that process has open without any client.
+
+    Raises:
+        EdgemlError: it can't serve; the text says why.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, transport), daemon=True)
+    # Ctrl-C is for this process, which ends that one: the other inherits that it is blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    try:
+        yield _started(pipe, process)
+    finally:
+        pipe.close()  # which is what it waits for
+        process.join(_END)
+        process.kill()
+        process.join()
+
+
+def _started(pipe: Connection, process: Any) -> tuple[Url, int]:
+    try:
+        if not pipe.poll(_START):
+            raise EdgemlError(f"the server's process said nothing for {_START:g} s")
+        said, descriptors = pipe.recv()
+    except (EOFError, ConnectionError):
+        process.join(_END)
+        raise EdgemlError(f"the server's process ended, with {process.exitcode}") from None
+    if descriptors is None:
+        raise EdgemlError(said)
+    return Url.parse(said), descriptors
+
+
+def _serve(pipe: Connection, transport: str) -> None:
+    logging.getLogger("edgeml").addHandler(logging.NullHandler())  # the parent tells what fails
+    try:
+        with made(transport) as server:
+            server.start(threaded=True)
+            pipe.send((server.url, _descriptors()))
+            with suppress(EOFError, ConnectionError):
+                pipe.recv()
+    except Exception as error:
+        pipe.send((f"it can't serve: {one_line(error)}", None))
