@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,7 +36,7 @@ def transports() -> list[str]:
     from edgeml.core import PluginError, load_transport
 
     found = []
-    for name in ("zmq", "shm"):
+    for name in ("zmq", "shm", "grpc"):
         try:
             load_transport(name)
         except PluginError:
@@ -64,6 +65,11 @@ class Child:
         assert self.process.pid is not None
         return time.clock_gettime(~self.process.pid << 3 | 2)  # what clock_getcpuclockid(3) gives
 
+    def rss(self) -> int:
+        """Bytes of memory that it has resident (Linux)."""
+        with open(f"/proc/{self.process.pid}/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
     def pause(self) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGSTOP)
@@ -88,6 +94,8 @@ def _run(target: Callable[..., None], pipe: Connection, args: tuple[Any, ...]) -
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid != os.getppid():
         return  # it has gone already
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a thousand clients need many
     target(pipe, *args)
 
 
@@ -104,14 +112,16 @@ def medians(rounds: Iterable[Row]) -> Row:
     return {key: float(np.median([row[key] for row in rounds])) for key in rounds[0]}
 
 
-def add_ratios(rows: dict[str, Row], references: Iterable[str], *keys: str) -> None:
+def add_ratios(
+    rows: dict[str, Row], references: Iterable[str], *keys: str, suffix: str = "ratio"
+) -> None:
     """Add to each row the ratio to the best of the references, where any of them was measured."""
     there = [rows[name] for name in references if name in rows]
     for key in keys if there else ():
         best = max if key.endswith("_per_s") else min
         base = best(row[key] for row in there)
         for row in rows.values():
-            row[f"{key}_ratio"] = row[key] / base
+            row[f"{key}_{suffix}"] = row[key] / base
 
 
 class Table:
@@ -120,9 +130,11 @@ class Table:
     def __init__(self, *labels: int, **columns: str) -> None:
         self._labels, self._columns = labels, columns
         print(" ".join(" " * width for width in labels), end="")
+        figure = ""
         for key, width in columns.items():
-            head = "ratio" if key.endswith("_ratio") else key.replace("_", " ")
-            print(f" {head:>{int(float(width))}}", end="")
+            head = key.removeprefix(f"{figure}_")  # of its ratios, which follow it
+            figure = key if head == key else figure
+            print(f" {head.replace('_', ' '):>{int(float(width))}}", end="")
         print(flush=True)
 
     def add(self, *labels: str, row: Mapping[str, float]) -> None:

@@ -6,19 +6,21 @@ of it and answers with an action chunk of 50 x 14 float32.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import os
 import socket
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
 import numpy as np
 
-from common import PAGE, Array, Child, transports
+from common import PAGE, Array, transports
 from links import Iceoryx, Zenoh, installed, socket_path
 
 CHUNK = np.zeros((50, 14), np.float32)
@@ -114,6 +116,14 @@ class EdgemlShm(Edgeml):
         Edgeml.serve_over("shm", pipe)
 
 
+class EdgemlGrpc(Edgeml):
+    name = "edgeml grpc"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        Edgeml.serve_over("grpc", pipe)
+
+
 class RawZmq(Peer):
     """A ROUTER and a DEALER, multipart, and no copy where that pays: the least pyzmq can do."""
 
@@ -160,6 +170,82 @@ class ZmqIpc(RawZmq):
     @staticmethod
     def serve(pipe: Connection) -> None:
         RawZmq.serve_at(f"ipc://{socket_path('zmq')}", pipe)
+
+
+class RawGrpc(Peer):
+    """Unary calls, bytes there and bytes back, of any size."""
+
+    _unlimited: ClassVar = [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", -1),
+    ]
+
+    @staticmethod
+    def answer_bytes(request: bytes) -> bytes:
+        return policy(np.frombuffer(request, np.uint8)).tobytes()
+
+    @staticmethod
+    def add_to(server: Any, answer: Callable[[bytes, Any], Any]) -> int:
+        """Have a server give answers; returns its port."""
+        grpc = importlib.import_module("grpc")
+        methods = {"call": grpc.unary_unary_rpc_method_handler(answer)}
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("policy", methods)])
+        port: int = server.add_insecure_port("127.0.0.1:0")
+        return port
+
+    @staticmethod
+    def serve_sync(pipe: Connection, answer: Callable[[bytes], bytes]) -> None:
+        grpc = importlib.import_module("grpc")
+        server = grpc.server(ThreadPoolExecutor(), options=RawGrpc._unlimited)
+        port = RawGrpc.add_to(server, lambda request, context: answer(request))
+        server.start()
+        pipe.send(port)
+        server.wait_for_termination()
+
+    @staticmethod
+    def serve_aio(pipe: Connection, answer: Callable[[bytes], bytes]) -> None:
+        aio = importlib.import_module("grpc.aio")
+
+        async def answer_soon(request: bytes, context: Any) -> bytes:
+            return answer(request)
+
+        async def run() -> None:
+            server = aio.server(options=RawGrpc._unlimited)
+            port = RawGrpc.add_to(server, answer_soon)
+            await server.start()
+            pipe.send(port)
+            await server.wait_for_termination()
+
+        asyncio.run(run())
+
+    def __init__(self, address: int) -> None:
+        grpc = importlib.import_module("grpc")
+        # Without the last, all channels of a process share one connection.
+        options = [*self._unlimited, ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{address}", options)
+        self._ask = self._channel.unary_unary("/policy/call")
+
+    def call(self, observation: Array) -> Array:
+        return _chunk(self._ask(observation.tobytes(), timeout=30))
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class GrpcSync(RawGrpc):
+    name = "grpc sync"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        RawGrpc.serve_sync(pipe, RawGrpc.answer_bytes)
+
+
+class GrpcAio(RawGrpc):
+    name = "grpc aio"
+
+    @staticmethod
+    def serve(pipe: Connection) -> None:
+        RawGrpc.serve_aio(pipe, RawGrpc.answer_bytes)
 
 
 class UnixSocket(Peer):
@@ -423,54 +509,17 @@ class Agentlace(Peer):
 def find() -> dict[str, type[Peer]]:
     """Those that are installed, by name."""
     found: list[type[Peer]] = [ZmqTcp, ZmqIpc, UnixSocket, Memcpy, CopyAndTouch]
-    found += [p for p in (EdgemlZmq, EdgemlShm) if p.name.split()[1] in transports()]
+    ours = (EdgemlZmq, EdgemlShm, EdgemlGrpc)
+    found += [peer for peer in ours if peer.name.split()[1] in transports()]
+    found += [GrpcSync, GrpcAio] * installed("grpc")
     found += [IceoryxBusy, IceoryxEvent] * installed("iceoryx2")
     found += [Portal] * installed("portal") + [ZenohShm] * installed("zenoh")
     found += [Agentlace] * installed("agentlace")
     return {peer.name: peer for peer in found}
 
 
-REFERENCES = ("pyzmq tcp", "pyzmq ipc")
+REFERENCES = (ZmqTcp.name, ZmqIpc.name)
 """Ratios refer to the faster of these."""
 
-
-@contextlib.contextmanager
-def running(names: Iterable[str]) -> Iterator[dict[str, Running]]:
-    """Start the peers' servers, each in a process of its own, and a client of each here."""
-    known = find()
-    with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(Running(known[name])) for name in names}
-
-
-class Running:
-    """A peer's server in a process of its own, and a client of it here."""
-
-    def __init__(self, kind: type[Peer]) -> None:
-        self._kind = kind
-        self.server = Child(kind.serve)
-        self.address = self.server.receive()
-        self.client = kind(self.address)
-        self._rest()  # so that those to come start undisturbed
-
-    def __enter__(self) -> Running:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-        self.server.close(self._kind.patience)
-
-    def _rest(self) -> None:
-        self.client.rest()
-        if self._kind.busy:
-            self.server.pause()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[Peer]:
-        """Let it run, if it was stopped so that the others could."""
-        if self._kind.busy:
-            self.server.resume()
-        self.client.wake()
-        try:
-            yield self.client
-        finally:
-            self._rest()
+GRPC_REFERENCES = (GrpcSync.name, GrpcAio.name)
+"""Those of grpc's rows refer to the faster of these as well."""

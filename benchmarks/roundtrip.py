@@ -3,20 +3,26 @@
     python benchmarks/roundtrip.py [--hz 50] [--json FILE]
 
 Rounds of the peers are interleaved, so that a noisy moment hits all of them; what is printed are
-medians over rounds, and ratios to the faster of raw pyzmq over tcp and over ipc. Read the ratios:
-times are this machine's. With --hz the client sleeps between calls, as a robot does.
+medians over rounds, and ratios to the faster of raw pyzmq over tcp and over ipc, and for grpc to
+the faster of its raw servers as well. Read the ratios: times are this machine's. With --hz the
+client sleeps between calls, as a robot does.
+
+Every client has a process of its own, because edgeml's grpc makes malloc keep large blocks, from
+which everything else in its process would gain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from multiprocessing.connection import Connection
 from statistics import median
 
 import numpy as np
 
-from common import PAGE, Array, Row, Table, add_ratios, interleaved, medians, parser, save
+from common import PAGE, Array, Child, Row, Table, add_ratios, interleaved, medians, parser, save
 from links import workspace
-from peers import CHUNK, REFERENCES, Peer, Running, find, running
+from peers import CHUNK, GRPC_REFERENCES, REFERENCES, Peer, find
 
 SIZES = {
     "56 B": 56,
@@ -45,26 +51,68 @@ def one_round(peer: Peer, observation: Array, calls: int, hz: float | None = Non
     return times
 
 
+def client(pipe: Connection, kind: type[Peer], address: object) -> None:
+    """Run as a child: on each (size, calls, hz) that comes, make a round, and send its times."""
+    peer = kind(address)
+    peer.rest()  # so that those to come start undisturbed
+    pipe.send("ready")
+    observation = np.empty(0, np.uint8)
+    with contextlib.suppress(EOFError):
+        while True:
+            size, calls, hz = pipe.recv()
+            if size != len(observation):
+                observation = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+            peer.wake()
+            times = one_round(peer, observation, calls, hz)
+            peer.rest()
+            pipe.send(times)
+    peer.close()
+
+
+class Running:
+    """A peer's server and a client of it, each in a process of its own."""
+
+    def __init__(self, kind: type[Peer]) -> None:
+        self._kind = kind
+        self._server = Child(kind.serve)
+        self._client = Child(client, kind, self._server.receive())
+        self._client.receive()
+        if kind.busy:
+            self._server.pause()
+
+    def one_round(self, size: int, calls: int, hz: float | None = None) -> list[float]:
+        if self._kind.busy:
+            self._server.resume()
+        self._client.pipe.send((size, calls, hz))
+        times: list[float] = self._client.receive(timeout=600)
+        if self._kind.busy:
+            self._server.pause()
+        return times
+
+    def close(self) -> None:
+        self._client.close(self._kind.patience)
+        self._server.close(self._kind.patience)
+
+
 def measure(
     peers: dict[str, Running], size: int, rounds: int, seconds: float, hz: float | None
 ) -> dict[str, Row]:
     """Medians over rounds of p50 and p99 in microseconds, and of calls per second, by peer."""
-    observation = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     calls = {}
     for name, peer in peers.items():
-        with peer.turn() as client:
-            one_round(client, observation, 20)  # connections, pages and branch predictors
-            took = median(one_round(client, observation, 20))
-            calls[name] = min(_MOST_CALLS, max(20, int(seconds * hz if hz else seconds / took)))
+        peer.one_round(size, 20)  # connections, pages and branch predictors
+        took = median(peer.one_round(size, 20))
+        calls[name] = min(_MOST_CALLS, max(20, int(seconds * hz if hz else seconds / took)))
     kept: dict[str, list[Row]] = {name: [] for name in peers}
     for name in interleaved(peers, rounds):
-        with peers[name].turn() as client:
-            times = one_round(client, observation, calls[name], hz)
+        times = peers[name].one_round(size, calls[name], hz)
         p50, p99 = np.percentile(times, (50, 99)) * 1e6
         rate = len(times) / sum(times)
         kept[name].append({"p50_us": p50, "p99_us": p99, "calls_per_s": rate})
     rows = {name: medians(kept[name]) for name in peers}
     add_ratios(rows, REFERENCES, "p50_us", "p99_us")
+    grpc = {name: row for name, row in rows.items() if "grpc" in name}
+    add_ratios(grpc, GRPC_REFERENCES, "p50_us", suffix="grpc_ratio")
     for name, row in rows.items():
         row["mb_per_s"] = row["calls_per_s"] * size / 1e6
         row["calls"] = calls[name] * rounds
@@ -72,17 +120,23 @@ def measure(
 
 
 def main() -> None:
-    options = parser(__doc__, find(), rounds=5)
+    known = find()
+    options = parser(__doc__, known, rounds=5)
     options.add_argument("--sizes", nargs="*", choices=list(SIZES), metavar="SIZE")
     options.add_argument("--seconds", type=float, default=0.25, help="length of a round")
     options.add_argument("--hz", type=float, help="begin so many calls a second, and sleep between")
     given = options.parse_args()
     results = {}
-    with workspace(), running(given.peers) as peers:
+    with workspace(), contextlib.ExitStack() as stack:
+        peers = {}
+        for name in given.peers:
+            peers[name] = Running(known[name])
+            stack.callback(peers[name].close)
         table = Table(
             *(8, 14),
             p50_us="9.1",
             p50_us_ratio="6.2",
+            p50_us_grpc_ratio="10.2",
             p99_us="9.1",
             p99_us_ratio="6.2",
             calls_per_s="11.0",
@@ -93,8 +147,7 @@ def main() -> None:
             results[label] = rows
             for name, row in rows.items():
                 table.add(label, name, row=row)
-        notes = {peer.client.note for peer in peers.values() if peer.client.note}
-    for note in sorted(notes):
+    for note in sorted({known[name].note for name in given.peers if known[name].note}):
         print(f"note: {note}")
     save(given, results)
 
