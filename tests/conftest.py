@@ -1,13 +1,55 @@
-"""What every test is held to: it leaves no thread, no child process and no temporary file."""
+"""What every test is held to: it leaves no thread, no child process and no temporary file.
+
+And the websocket plugin is made to look installed, here and in child processes, so that the tests
+of the services run over it too; tests/test_third_party.py really installs it.
+"""
 
 import os
+import shutil
+import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+PLUGIN = Path(__file__).parent.parent / "examples" / "plugins" / "edgeml-websocket"
+_installed = pytest.StashKey[tuple[Path, str | None]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the plugin on the path, with what an installer would have written about it."""
+    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
+    site = Path(tempfile.mkdtemp(prefix="edgeml-plugin-"))
+    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "".join(
+            f"[{group}]\n" + "".join(f"{name} = {module}\n" for name, module in entries.items())
+            for group, entries in project["entry-points"].items()
+        )
+    )
+    config.stash[_installed] = site, os.environ.get("PYTHONPATH")
+    added = [str(site), str(PLUGIN)]
+    sys.path += added
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *added]))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    site, path = config.stash[_installed]
+    sys.path[:] = [each for each in sys.path if each not in (str(site), str(PLUGIN))]
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+    shutil.rmtree(site)
+
 
 _PATIENCE = 3.0  # seconds that what a test has ended may take to be gone
 

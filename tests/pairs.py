@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from conftest import is_a_librarys
+
 from edgeml.services.base import ServiceServer
 
-TRANSPORTS = ("grpc", "inproc", "shm", "zmq")
+TRANSPORTS = ("grpc", "inproc", "shm", "ws", "zmq")
 """Every test of the services runs over each of these."""
 
 T = TypeVar("T", bound=ServiceServer)

@@ -63,7 +63,7 @@ def installed(tmp_path):
         source = textwrap.dedent(source.replace("{name!r}", repr(name)))
         (site / f"{module}.py").write_text(source)
         sites.append(str(site))
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(sites)}
+        return {**os.environ, "PYTHONPATH": os.pathsep.join([*sites, os.environ["PYTHONPATH"]])}
 
     return install
 
@@ -126,7 +126,8 @@ def test_plugins_lists_what_is_installed_with_its_package():
     assert done.returncode == 0
     for kind, names in (("transport", TRANSPORTS), ("codec", ("cloudpickle", "msgpack"))):
         for name in names:
-            row = rf"(?m)^{kind} +{name} +edgeml-robotics [\d.]+ +ok$"
+            package = "edgeml-websocket" if name == "ws" else "edgeml-robotics"
+            row = rf"(?m)^{kind} +{name} +{package} [\d.]+ +ok$"
             assert re.search(row, done.stdout), done.stdout
     assert "FAILED" not in done.stdout
 

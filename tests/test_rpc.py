@@ -196,9 +196,10 @@ def test_a_result_of_very_many_arrays_reaches_the_caller_as_a_value_or_an_error(
     server.register_interface("many", lambda _: [array] * 17_000)
     with started(server), client_of(server, transport, timeout=20) as client:
         try:
-            assert len(client.call("many", None)) == 17_000
+            got = len(client.call("many", None))
         except RemoteError as error:
-            assert error.type_name == "NotEncodable"
+            got = error.type_name
+        assert got in (17_000, "NotEncodable")
         assert client.call("echo", 1) == 1
 
 

@@ -612,6 +612,8 @@ class _Reader:
         raw = bytes(data)
         split = ((raw[0] + 9) & ~7) + 8 * raw[1]
         dtype, shape, nbytes = _parse(raw[:split])
+        if code == _SCALAR and shape:
+            raise Malformed(f"a scalar of shape {shape}")
         buffer = self.take(raw[split:]) if code == _ARRAY else None
         size = len(raw) - split if buffer is None else len(buffer)
         if size != nbytes:

@@ -84,6 +84,7 @@ class Session:
     codec: Codec
     seen: float
     turn: float = 0.0  # when the next call may start, under a rate limit
+    waiting: int = 0  # calls that workers have been given, and have not answered
 
 
 Handler = Callable[[Any, Session], Any]
@@ -102,6 +103,10 @@ class _Interface:
     def kind(self, message: Message) -> tuple[int, int]:
         """Calls alike in size are taken to be alike in duration: a new shape may compile anew."""
         return len(message.header).bit_length(), sum(map(len, message.buffers))
+
+    def trusts(self, kind: tuple[int, int]) -> bool:
+        """Whether calls of this kind have shown themselves short."""
+        return self.short_runs.get(kind, 0) >= _TRUSTED
 
     def took(self, kind: tuple[int, int], seconds: float) -> None:
         runs = self.short_runs
@@ -225,6 +230,8 @@ class Server:
         self._waiting_bytes = 0
         # Whoever runs a handler, worker or loop, holds one of these.
         self._slots = threading.Lock() if workers == 1 else threading.Semaphore(workers)
+        self._first = threading.Lock()  # held by whoever is next to take a slot
+        self._brief = False  # whether a worker runs a call that should be short
         self._running: set[int] = set()  # the threads that do
 
     def _refuse_strangers(self, codec: Codec) -> None:
@@ -491,14 +498,29 @@ class Server:
             if turn > now:
                 self._alarms.after(turn - now, partial(self._queue, call))
                 return
-        quick = interface.short_runs.get(kind, 0) >= _TRUSTED
-        if quick and self._waiting.empty() and self._slots.acquire(blocking=False):
-            try:
-                self._run(call, listener)
-            finally:
-                self._slots.release()
-        else:
+        if not interface.trusts(kind) or session.waiting or not self._take_slot():
             self._queue(call)
+            return
+        try:
+            self._run(call, listener)
+        finally:
+            self._slots.release()
+
+    def _take_slot(self) -> bool:
+        """Whether the loop may run a handler now.
+
+        It waits for short calls that workers are running: were its own calls to queue up behind
+        them instead, a busy server would never come back from its workers.
+        """
+        if self._slots.acquire(blocking=False):
+            return True
+        if not self._brief or not self._first.acquire(timeout=_LONG):
+            return False
+        try:
+            self._brief = self._slots.acquire(timeout=_LONG)  # else that call isn't short after all
+            return self._brief
+        finally:
+            self._first.release()
 
     # Handlers, in a worker or in the loop -------------------------------------------------
 
@@ -507,6 +529,7 @@ class Server:
             closed = self._closed
             room = self._waiting_bytes + call.message.nbytes <= _MOST_WAITING_BYTES
             if self._waiting.qsize() < _MOST_WAITING and room and not closed:
+                call.session.waiting += 1
                 self._waiting_bytes += call.message.nbytes
                 self._waiting.put(call)
                 if len(self._threads) < self._workers:
@@ -524,11 +547,18 @@ class Server:
         while call := self._waiting.get():
             with self._lock:
                 self._waiting_bytes -= call.message.nbytes
-            with self._slots:
-                try:
-                    self._run(call)
-                except Exception:
-                    _log.exception("an answer of %s could not be given", self.service)
+            with self._first:
+                self._slots.acquire()
+            self._brief = call.interface.trusts(call.kind)
+            try:
+                self._run(call)
+            except Exception:
+                _log.exception("an answer of %s could not be given", self.service)
+            finally:
+                self._brief = False
+                self._slots.release()
+                with self._lock:
+                    call.session.waiting -= 1
             del call  # or the buffers live until the next call
 
     def _run(self, call: _Call, listener: _Listener | None = None) -> None:

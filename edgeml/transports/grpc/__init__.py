@@ -6,9 +6,9 @@ a larger reply to a unary call is told of, and fetched. ``docs/wire.md`` describ
 other languages.
 
 Threads. A listener has one event loop (`edgeml.core.loops`), beside the one poller that `grpc.aio`
-has in each process; a reply that comes later holds neither. `call` waits in the caller's thread, and
-what `request` sent is settled by the channel's one thread. Only what is large takes a thread of its
-own for as long as it is under way.
+has in each process; a reply that comes later holds neither. `call` waits in the caller's thread,
+and what `request` sent is settled by the channel's one thread. Only what is large takes a thread of
+its own for as long as it is under way.
 
 Copies. A message is joined into one piece and gRPC copies that twice: to its own memory, and from
 there on the other side. What arrives is not copied again.

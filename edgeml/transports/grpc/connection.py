@@ -20,6 +20,7 @@ from edgeml.core import (
     Malformed,
     Message,
     Pending,
+    PermissionDenied,
     Requester,
     Unreachable,
     Url,
@@ -62,16 +63,23 @@ class Connection(Requester):
         self._fetch = self._channel.unary_stream(f"/{SERVICE}/Fetch")
         try:
             welcome = self._channel.unary_unary(f"/{SERVICE}/Connect")(b"", timeout=timeout)
+            if len(welcome) != PREFIX.size:
+                raise Unreachable(f"what answers at {url} is no edgeml server")
             self._number = PREFIX.unpack(welcome)[0]
         except grpc.RpcError as error:
             self._channel.close()
+            code, details = error.code(), error.details()
+            if ERRORS.get(code) is PermissionDenied:
+                raise PermissionDenied(f"{url}: {details}") from None
+            if code is grpc.StatusCode.UNIMPLEMENTED:
+                raise Unreachable(f"what answers at {url} is no edgeml server: {details}") from None
             raise Unreachable(
-                f"nobody answers at {url}: {error.details()}; is the server started, and does its "
-                "host= let this machine in?"
+                f"nobody answers at {url}: {details}; is the server started, and does its host= "
+                "let this machine in?"
             ) from None
-        except Exception as error:
+        except BaseException:
             self._channel.close()
-            raise Unreachable(f"what answers at {url} is no edgeml server: {error}") from None
+            raise
         _all.add(self)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 from collections.abc import AsyncIterator, Iterable
@@ -56,12 +57,15 @@ _OPTIONS = [
 ]
 _CODES = {error: code for code, error in reversed(ERRORS.items())}
 
-# One poller for the process, which otherwise ends with whichever server is collected last.
-aio.init_grpc_aio()
-
-_Context = aio.ServicerContext[Any, Any]
+_Context = Any  # aio.ServicerContext; grpcio is published without types
 _Answer = bytes | Message
 """What a reply becomes: a piece, or a message that is too large for one."""
+
+
+@functools.cache
+def _keep_poller() -> None:
+    """Have one poller for the process; else it ends with whichever server is collected last."""
+    aio.init_grpc_aio()
 
 
 class _Reply:
@@ -103,6 +107,7 @@ class Listener(Endpoint):
             raise
 
     async def _open(self, url: Url) -> tuple[aio.Server, Url]:
+        _keep_poller()
         address = bindable(url)
         server = aio.server(options=_OPTIONS)
         handlers = {
@@ -169,11 +174,15 @@ class Listener(Endpoint):
             self._check(number)
             if key not in self._kept:
                 raise Malformed("there is no such reply to be fetched, or it came too late")
+            answer = self._kept.pop(key)  # now, or it could be forgotten on the way
         except EdgemlError as error:
             await self._abort(context, error)
-        for piece in stream(0, self._kept[key]):
-            await context.write(piece)
-        self._kept.pop(key, None)
+        try:
+            for piece in stream(0, answer):
+                await context.write(piece)
+        except BaseException:
+            self.dropped += 1
+            raise
 
     def _check(self, number: int) -> None:
         if number not in (0, self._number):

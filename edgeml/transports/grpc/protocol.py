@@ -112,7 +112,7 @@ class Assembly:
         self._at = 0
 
     def add(self, piece: bytes) -> None:
-        """The next piece; raises Malformed if it doesn't fit."""
+        """The next piece; raises Malformed if it doesn't fit, Overloaded if there is no memory."""
         content = memoryview(piece)
         if self._room is None:
             if len(piece) < PREFIX.size:
@@ -123,7 +123,10 @@ class Assembly:
             # Of a large one, memory is used only as it is filled, whatever the sender claims.
             self._room = pooled(size)
             if self._room is None:
-                block = mmap.mmap(-1, size or 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                try:
+                    block = mmap.mmap(-1, size or 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                except OSError as error:
+                    raise Overloaded(f"no memory for a frame of {size} bytes: {error}") from None
                 self._room = memoryview(Owned(size, np.uint8, block))  # type: ignore[arg-type]
             content = content[PREFIX.size :]
         end = self._at + len(content)

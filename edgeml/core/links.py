@@ -1,0 +1,250 @@
+"""A whole transport from what carries pieces of bytes in asyncio: say how to listen, how to dial,
+and how to send and receive a piece, and the rest of `Transport` is here.
+
+A piece is a request's number, 8 bytes, little-endian, and then the message's frame
+(`edgeml.core.frames`); the reply to it carries the same number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import threading
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from edgeml.core.errors import Closed, EdgemlError, Overloaded, Unreachable
+from edgeml.core.frames import parts, unframe
+from edgeml.core.loops import Loop
+from edgeml.core.message import Message
+from edgeml.core.pending import Pending
+from edgeml.core.transport import Credentials, Endpoint, OnRequest, Peer, Requester, Transport
+from edgeml.core.url import Url
+
+__all__ = ["Accept", "Link", "LinkTransport", "Listening"]
+
+_NUMBER = struct.Struct("<Q")
+_MOST_WAITING = 1 << 28  # bytes that one peer has not taken yet; what comes then is refused
+_GRACE = 0.5  # seconds that an end which closes gives to what is still to be sent
+
+
+class Link(Protocol):
+    """A connection to one peer. All of it is called in one event loop."""
+
+    async def send(self, piece: bytes, /) -> object:
+        """Send a piece, and return when there is room for the next.
+
+        The next may come before: its order is settled before this first waits for anything.
+        """
+
+    async def receive(self) -> bytes:
+        """The next piece. Raises any exception when the connection is lost."""
+
+    async def close(self) -> object:
+        """Send what was given, then end the connection; `abort` follows if this takes long."""
+
+    def abort(self) -> object:
+        """End the connection at once, whatever state it is in."""
+
+
+Accept = Callable[[Link, object], Coroutine[Any, Any, None]]
+"""Takes a new link and the peer's address, and returns when it is over."""
+
+Listening = tuple[Url, Callable[[], object]]
+"""Where peers reach a server, and what makes it stop listening; not the links' end."""
+
+
+class LinkTransport(Transport):
+    """Subclass it, and set `name`."""
+
+    @abstractmethod
+    async def listen(self, url: Url, accept: Accept) -> Listening:
+        """Have ``accept`` run for each connection that comes.
+
+        Raises:
+            OSError: the address is taken, or isn't this machine's.
+        """
+
+    @abstractmethod
+    async def dial(self, url: Url) -> Link:
+        """Connect. Raises any exception if nobody answers; is cancelled when that takes long."""
+
+    def serve(
+        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+    ) -> Endpoint:
+        """See `Transport.serve`."""
+        return _Listener(url, on_request, self.listen)
+
+    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+        """See `Transport.connect`."""
+        return _Connection(url, timeout, self.dial)
+
+
+class _Traffic:
+    """What goes through one link; `put` may be called from any thread."""
+
+    def __init__(self, loop: Loop, link: Link) -> None:
+        self._loop = loop
+        self._link = link
+        self._waiting = 0  # bytes
+        self._lock = threading.Lock()
+        self.lost = False
+
+    def put(self, number: int, message: Message, failed: Callable[[EdgemlError], object]) -> None:
+        """Send soon; calls ``failed``, in any thread, if that can't be."""
+        piece = b"".join([_NUMBER.pack(number), *parts(message)])
+        with self._lock:
+            full = self._waiting > _MOST_WAITING
+            self._waiting += 0 if full else len(piece)
+        if full:
+            failed(Overloaded(f"more than {_MOST_WAITING} bytes wait for the peer to read them"))
+            return
+        try:
+            self._loop.start(self._send(piece, failed))
+        except Closed as error:
+            failed(error)
+
+    async def _send(self, piece: bytes, failed: Callable[[EdgemlError], object]) -> None:
+        try:
+            await self._link.send(piece)
+        except Exception as error:
+            failed(Unreachable(f"the connection was lost: {error}"))
+        finally:
+            with self._lock:
+                self._waiting -= len(piece)
+
+    async def receive(self, arrived: Callable[[int, Message], object]) -> str:
+        """Hand over what arrives until the connection is lost, and tell why it was."""
+        try:
+            while True:
+                piece = await self._link.receive()
+                (number,) = _NUMBER.unpack_from(piece)
+                arrived(number, unframe(memoryview(piece)[_NUMBER.size :]))
+                del piece  # or it lives until the next one arrives
+        except Exception as error:  # the link's, or of what is no message
+            return str(error) or type(error).__name__
+        finally:
+            self.lost = True
+            self._link.abort()
+
+
+class _Reply:
+    __slots__ = ("_dropped", "_number", "_traffic", "peer")
+
+    def __init__(
+        self, traffic: _Traffic, number: int, peer: Peer, dropped: Callable[[EdgemlError], object]
+    ) -> None:
+        self._traffic = traffic
+        self._number = number
+        self._dropped = dropped
+        self.peer = peer
+
+    @property
+    def expired(self) -> bool:
+        return self._traffic.lost
+
+    def __call__(self, message: Message) -> None:
+        self._traffic.put(self._number, message, self._dropped)
+
+
+class _Listener(Endpoint):
+    def __init__(
+        self,
+        url: Url,
+        on_request: OnRequest,
+        listen: Callable[[Url, Accept], Coroutine[Any, Any, Listening]],
+    ) -> None:
+        self._on_request = on_request
+        self._links: set[Link] = set()
+        self._accepted = 0
+        self._lock = threading.Lock()
+        self._loop = Loop(f"edgeml {url}")
+        try:
+            self.url, self._stop_listening = self._loop.start(listen(url, self._accept)).result()
+        except BaseException:
+            self._loop.close()
+            raise
+
+    async def _accept(self, link: Link, address: object) -> None:
+        self._accepted += 1
+        peer = Peer(str(self._accepted), str(address))
+        traffic = _Traffic(self._loop, link)
+
+        def arrived(number: int, message: Message) -> None:
+            reply = _Reply(traffic, number, peer, self._drop)
+            self._loop.pass_on(self._on_request, message, reply)
+
+        self._links.add(link)
+        try:
+            await traffic.receive(arrived)
+        finally:
+            self._links.discard(link)
+
+    def _drop(self, why: EdgemlError) -> None:
+        with self._lock:
+            self.dropped += 1
+
+    def relieve(self) -> None:
+        self._loop.relieve()
+
+    def close(self) -> None:
+        self._loop.close(self._stop, _GRACE)
+
+    async def _stop(self) -> None:
+        self._stop_listening()
+        await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
+
+
+class _Connection(Requester):
+    def __init__(self, url: Url, timeout: float, dial: Callable[[Url], Awaitable[Link]]) -> None:
+        self.url = url
+        self._dial = dial
+        self._over: EdgemlError | None = None
+        self._pending = Pending()
+        self._loop = Loop(f"edgeml {url}")
+        try:
+            self._loop.start(self._open(timeout)).result()
+        except BaseException as error:
+            self._loop.close()
+            if not isinstance(error, Exception):
+                raise
+            what = str(error) or type(error).__name__
+            raise Unreachable(
+                f"nobody answers at {url}: {what}; is the server started, and does its host= let "
+                "this machine in?"
+            ) from None
+
+    async def _open(self, timeout: float) -> None:
+        self._link = await asyncio.wait_for(self._dial(self.url), timeout)
+        self._traffic = _Traffic(self._loop, self._link)
+        self._receiving = asyncio.create_task(self._receive())
+
+    async def _receive(self) -> None:
+        why = await self._traffic.receive(self._pending.settle)
+        self._lose(Unreachable(f"the connection to {self.url} was lost: {why}"))
+
+    def _lose(self, why: EdgemlError) -> None:
+        self._over = self._over or why
+        self._pending.fail(self._over)
+
+    @property
+    def lost(self) -> bool:
+        return self._over is not None
+
+    def request(self, message: Message) -> Future[Message]:
+        if self._over is not None:
+            raise type(self._over)(*self._over.args)
+        number, future = self._pending.add()
+        try:
+            self._traffic.put(number, message, lambda why: self._pending.settle(number, why))
+        except EdgemlError:  # not to be encoded
+            future.cancel()
+            raise
+        return future
+
+    def close(self) -> None:
+        self._over = self._over or Closed(f"the connection to {self.url} has been closed")
+        self._loop.close(self._link.close, _GRACE)
+        self._lose(self._over)

@@ -1,0 +1,65 @@
+"""Carries edgeml over WebSockets: ``transport="ws"``."""
+
+from typing import Any, ClassVar
+
+from websockets.asyncio.client import connect
+from websockets.asyncio.connection import Connection
+from websockets.asyncio.server import serve
+from websockets.version import version
+
+from edgeml.core import Transport, Url, bindable, hookimpl, reached
+from edgeml.core.links import Accept, LinkTransport, Listening
+
+_OPTIONS: dict[str, Any] = {
+    "max_size": None,
+    "compression": None,  # images and weights hardly shrink
+    # A pong may be behind a large message, so none is waited for. The pings go on, and so TCP
+    # notices a machine that has vanished.
+    "ping_timeout": None,
+}
+
+
+class _Link:
+    """One connection, of either side; see `edgeml.core.links.Link`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.send = connection.send
+        self.close = connection.close
+
+    async def receive(self) -> bytes:
+        return await self._connection.recv(decode=False)
+
+    def abort(self) -> None:
+        self._connection.transport.abort()
+
+
+class WebSocketTransport(LinkTransport):
+    """``ws://host:port``: for what has to pass a web server's front door."""
+
+    name: ClassVar[str] = "ws"
+
+    def report(self) -> dict[str, str]:
+        """See `Transport.report`."""
+        return {"websockets": version}
+
+    async def listen(self, url: Url, accept: Accept) -> Listening:
+        """See `LinkTransport.listen`. Refuses web pages, which always name their origin."""
+
+        async def accepted(connection: Connection) -> None:
+            await accept(_Link(connection), connection.remote_address)
+
+        address = bindable(url)
+        server = await serve(accepted, address.strip("[]"), url.port, origins=[None], **_OPTIONS)
+        port = server.sockets[0].getsockname()[1]
+        return reached(url, address, port), lambda: server.close(close_connections=False)
+
+    async def dial(self, url: Url) -> _Link:
+        """See `LinkTransport.dial`."""
+        return _Link(await connect(str(url), open_timeout=None, proxy=None, **_OPTIONS))
+
+
+@hookimpl
+def edgeml_transport() -> type[Transport]:
+    """Answer the plugin hook."""
+    return WebSocketTransport
