@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import zmq
+from pairs import process, threads, took
 
 import edgeml
 from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Overloaded, Unreachable
@@ -927,3 +928,49 @@ def test_closing_at_any_moment_raises_only_what_is_promised(connected):
             requester.close()
             for user in users:
                 user.result(5.0)
+
+
+# Limits -----------------------------------------------------------------------------------
+
+OUT_OF_FILES = """
+import os, resource, sys
+from edgeml.core import Message, Unreachable, Url, load_transport
+
+transport = load_transport("zmq")
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+kept = []
+try:
+    while len(kept) < 200:
+        kept.append(transport.connect(Url.parse(sys.argv[1]), 5.0))
+        kept[-1].call(Message(b"x"), 5.0)
+except Unreachable as error:
+    print(error)
+for each in kept[1:]:
+    each.close()
+print(kept[0].call(Message(b"still there"), 5.0).header.decode())
+kept[0].close()
+"""
+
+
+def test_who_is_out_of_files_is_told_what_to_do_and_the_rest_goes_on():
+    with (
+        transport.serve(ANYWHERE, lambda message, reply: reply(message)) as endpoint,
+        process(OUT_OF_FILES, endpoint.url) as child,
+    ):
+        assert "ulimit -n" in child.line()
+        assert child.line() == "still there"
+        assert child.end()[0] == 0
+
+
+def test_hundreds_of_connections_of_one_process_share_a_context_and_close_at_once():
+    with transport.serve(ANYWHERE, lambda message, reply: reply(message)) as endpoint:
+        before = threads()
+        many = [transport.connect(endpoint.url, 10.0) for _ in range(300)]
+        for number, each in enumerate(many):
+            assert each.call(Message(b"%d" % number), 10.0).header == b"%d" % number
+        assert len(threads() - before) <= len(many)
+        with took(at_most=10.0):
+            for each in many:
+                each.close()
+        assert threads() <= before

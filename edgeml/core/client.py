@@ -236,7 +236,11 @@ class Client:
                 if closed:
                     raise Closed("this client has been closed")
                 return self._greet(requester, time.monotonic() + left)
-            except (DeadlineExceeded, Unreachable) as error:
+            except DeadlineExceeded as error:
+                requester.close()
+                reason = "it is busy, or has reached its limit of open files (see `edgeml doctor`)"
+                failures.append(Unreachable(f"no handshake with {url}: {error}; {reason}"))
+            except Unreachable as error:
                 requester.close()
                 failures.append(Unreachable(f"no handshake with {url}: {error}"))
             except BaseException:

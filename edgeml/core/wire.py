@@ -53,12 +53,12 @@ __all__ = [
 PROTOCOL = 1
 """Raised when the envelope changes; the two sides must agree."""
 
-HOLD = 1.0
+HOLD = 3.0
 """Seconds that a parked request is kept before it is answered "nothing yet"."""
 
 SILENCE = 10.0
 """Seconds without an answer to a heartbeat after which a client gives its server up; more than
-twice `HOLD`, for it is asked twice."""
+twice `HOLD`, for it is asked twice, with time to spare for the way."""
 
 HEARTBEAT = ""
 """The topic on which nothing is ever published: its credits are the heartbeat."""

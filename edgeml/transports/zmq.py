@@ -8,9 +8,10 @@ Threads. The listener has one loop, which alone touches the ROUTER; other thread
 replies in an outbox and wake the loop through a DEALER that is connected to the same ROUTER over
 inproc, so that there is one socket to wait on and no poll. A connection gives each calling thread
 a DEALER of its own, on which `call` sends and waits without a thread hop; `request` goes
-through one I/O thread. A connection has its own context, since terminating that is the one way to
-wake a thread that is blocked in a socket. Nothing of this survives a fork: in the child every
-connection is closed, and its sockets are left alone.
+through one I/O thread. All connections share one context, and so one of libzmq's own threads. What
+wakes a caller that is blocked in its DEALER is a message from the connection's waker, to which the
+DEALER is connected as well, by a pipe that is filled at first so that no request takes it. Nothing
+of this survives a fork: in the child every connection is closed, and its sockets are left alone.
 
 Copies. Frames from 512 KiB on are sent from where they lie (below that pyzmq's bookkeeping costs
 more than the copy). In `call` they are the user's own memory, which is why an abandoned call closes
@@ -32,8 +33,9 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, ClassVar, cast
 
 import zmq
@@ -60,6 +62,7 @@ from edgeml.core import (
     own,
     reached,
 )
+from edgeml.core.limits import what_to_do
 
 _log = logging.getLogger(__name__)
 _exiting = False
@@ -70,12 +73,31 @@ _MOST_BUFFERS = 1 << 14  # in one message
 _MOST_PENDING = 4096  # requests under way on one connection
 _MOST_QUEUED = 64  # requests given to libzmq, which can't be forgotten any more
 _LINGER = 200  # ms that an endpoint which closes gives to what is still to be sent
+_MOST_SOCKETS = 1 << 14  # of all connections; eight for each, and one for each thread that calls
 _GRACE = 0.3  # seconds that calls under way are given then to take their last reply
 _LONGEST = 1 << 30  # ms that a socket is told to wait
 _WHO = "X-Edgeml-Connection"  # a property that sockets tell each other when they meet
 _NUMBER = struct.Struct("<Q")
 _MORE = int(zmq.SNDMORE)  # plain ints: enum flags cost a microsecond to combine
 _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)
+
+
+class _Woken(Exception):
+    """The connection is over, and whoever waits for a reply is told so."""
+
+
+_context: zmq.Context[Any] | None = None
+_context_lock = threading.Lock()
+
+
+def _shared_context() -> zmq.Context[Any]:
+    """The one of all connections of this process."""
+    global _context
+    with _context_lock:
+        if _context is None:
+            _context = zmq.Context()
+            _context.max_sockets = _MOST_SOCKETS
+        return _context
 
 
 def _socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
@@ -351,17 +373,17 @@ class _Line:
     def __init__(self, connection: _Connection) -> None:
         self.lock = threading.Lock()
         self.calling = False
+        self._connection = connection
         self._url = connection.url
-        self._connect: Callable[[], zmq.Socket[bytes]] | None = connection.socket
         self._numbers = itertools.count(1)
         self._socket: zmq.Socket[bytes] | None = None
         self._open()
 
     def _open(self) -> zmq.Socket[bytes]:
-        if self._connect is None:
-            raise zmq.ContextTerminated
         self._timeout = -1  # ms, as set on the socket
-        self._socket = self._connect()
+        self._socket = self._connection.line()
+        if self._connection.lost:  # it may have been before there was a socket to wake
+            raise _Woken
         return self._socket
 
     def call(self, message: Message, timeout: float) -> Message:
@@ -397,6 +419,8 @@ class _Line:
                 header = reply.header
                 if header[: _NUMBER.size] == number:
                     return Message(header[_NUMBER.size :], reply.buffers)
+                if not header and self._connection.lost:
+                    raise _Woken
             except zmq.Again:
                 pass
             left = deadline - time.monotonic()
@@ -419,12 +443,6 @@ class _Line:
             self._socket.close(linger=0)
             self._socket = None
 
-    def end(self) -> None:
-        """Close the socket for good."""
-        with self.lock:
-            self._connect = None
-            self.close()
-
     def __del__(self) -> None:  # its thread has ended
         self.close()
 
@@ -446,7 +464,7 @@ class _Connection(Requester):
         self.url = url
         self._address = address
         self._who = secrets.token_hex(8)
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._context = _shared_context()
         self._lock = threading.Lock()
         self._local = threading.local()
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
@@ -454,33 +472,56 @@ class _Connection(Requester):
         self._outbox: deque[tuple[int, Message]] = deque()
         self._woken = False
         self._why: Closed | Unreachable | None = None  # set once, when it is over
-        self._terminating = False
-        # Blocks until every socket is closed, and makes those that wait on one raise at once.
-        self._term = threading.Thread(target=self._context.term, name="edgeml term", daemon=True)
+        self._ended = False
+        self._sockets: list[zmq.Socket[bytes]] = []
         try:
-            self._bell = _socket(self._context, zmq.PAIR)
-            self._listen = _socket(self._context, zmq.PAIR)
-            self._listen.bind("inproc://bell")
-            self._bell.connect("inproc://bell")
-            self._shared = self.socket(_MOST_QUEUED, connect=False)
+            self._listen, self._bell = self._open(zmq.PAIR), self._open(zmq.PAIR)
+            self._listen.bind(f"inproc://{self._who}.bell")
+            self._bell.connect(f"inproc://{self._who}.bell")
+            self._waker = self._open(zmq.DEALER)
+            self._waker.rcvhwm = 1
+            self._waker.bind(f"inproc://{self._who}.waker")
+            self._shared = self._open(zmq.DEALER)
             self._monitor = self._shared.get_monitor_socket(_LOST)
-            self._shared.connect(address)
+            self._sockets.append(self._monitor)
+            self._dial(self._shared, _MOST_QUEUED)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise Unreachable(f"no connection to {url} can be opened: {error}") from error
+            self._close_sockets()
+            raise Unreachable(
+                f"no connection to {url} can be opened: {error}{what_to_do(error.errno)}"
+            ) from error
         self._io = threading.Thread(target=self._run, name=f"edgeml to {url}", daemon=True)
         self._io.start()
         _open_ends.add(self)
 
-    def socket(self, room: int = 0, connect: bool = True) -> zmq.Socket[bytes]:
-        """A socket to the peer that queues ``room`` messages; 0 for any number."""
-        line = _socket(self._context, zmq.DEALER)
+    def _open(self, kind: int) -> zmq.Socket[bytes]:
+        made = _socket(self._context, kind)
+        self._sockets.append(made)
+        return made
+
+    def _dial(self, line: zmq.Socket[bytes], room: int) -> None:
+        """Connect a socket to the peer, to queue ``room`` messages; 0 for any number."""
         line.sndhwm = room
         line.ipv6 = "[" in self._address
         line.metadata = f"{_WHO}:{self._who}".encode()
-        if connect:
-            line.connect(self._address)
+        line.connect(self._address)
+
+    def line(self) -> zmq.Socket[bytes]:
+        """A socket to the peer that `_wake` wakes."""
+        line = _socket(self._context, zmq.DEALER)
+        line.sndhwm = 1
+        line.connect(f"inproc://{self._who}.waker")
+        with suppress(zmq.Again):
+            while True:  # until this way is full, which it stays, as nobody reads there
+                line.send(b"", zmq.DONTWAIT)
+        self._dial(line, 0)
         return line
+
+    def _wake(self) -> None:
+        """Send something to every line; they take turns, and some may just be closing."""
+        with suppress(zmq.Again):
+            for _ in range(2 * len(self._lines)):
+                self._waker.send(b"", zmq.DONTWAIT)
 
     @property
     def lost(self) -> bool:
@@ -499,9 +540,11 @@ class _Connection(Requester):
             if line is None:
                 line = self._new_line()
             return line.call(message, timeout)
+        except _Woken:
+            raise self._over() from None
         except zmq.ZMQError as error:
-            if self._why is None and not isinstance(error, zmq.ContextTerminated):
-                raise Unreachable(f"{self.url}: {error}") from error
+            if self._why is None:
+                raise Unreachable(f"{self.url}: {error}{what_to_do(error.errno)}") from error
             raise self._over() from None
 
     def _new_line(self) -> _Line:
@@ -533,15 +576,13 @@ class _Connection(Requester):
                 why = Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
             else:
                 why = Unreachable(f"the connection to {self.url} was lost")
-        except zmq.ContextTerminated:
-            why = Closed(f"the connection to {self.url} has been closed")
         except Exception as error:
             _log.exception("the connection to %s failed", self.url)
             why = Unreachable(f"the connection to {self.url} failed: {error}")
         self._end(why)
 
     def _carry(self) -> int:
-        """Send requests and settle replies until the connection is lost; returns the event."""
+        """Send requests and settle replies until the connection is over; returns the event."""
         poller = zmq.Poller()
         for sock in (self._listen, self._shared, self._monitor):
             poller.register(sock, zmq.POLLIN)
@@ -551,6 +592,8 @@ class _Connection(Requester):
             if self._listen in ready:
                 self._listen.recv()
                 with self._lock:
+                    if self._why is not None:
+                        return zmq.EVENT_CLOSED
                     queue += self._outbox
                     self._outbox.clear()
                     self._woken = False
@@ -591,37 +634,40 @@ class _Connection(Requester):
             lines = list(self._lines)
         self._pending.fail(self._over())
         # Calls have TCP connections of their own, on which a last reply may still be under way.
-        deadline = time.monotonic() + _GRACE
+        deadline = time.monotonic() + (0 if isinstance(self._why, Closed) else _GRACE)
         for line in lines:
             if line.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 line.lock.release()
-        self._terminate()
         for line in lines:
-            line.end()
-        for sock in (self._bell, self._monitor, self._listen, self._shared):
-            sock.close(linger=0)
-        self._term.join()
-
-    def _terminate(self) -> None:
-        """Make everybody who waits on a socket raise."""
+            self._wake()
+            while not line.lock.acquire(timeout=0.05):
+                self._wake()
+            line.close()
+            line.lock.release()
         with self._lock:
-            if not self._terminating:
-                self._terminating = True
-                self._term.start()
+            self._ended = True
+            self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        for sock in self._sockets:
+            # First, or libzmq's thread would wait for ever to tell the monitor of the end.
+            sock.disable_monitor()
+            sock.close(linger=0)
 
     def forked(self) -> None:
         """Forget everything, in a forked child, where the I/O thread is not."""
         self._why = Closed(f"the connection to {self.url} belongs to the process before the fork")
         self._lock = threading.Lock()  # whoever held it is not there
-        self._terminating = True
-        _inherited.append(self._local)
+        self._ended = True
+        _inherited.append((self._local, self._sockets))
         self._local = threading.local()
 
     def close(self) -> None:
         with self._lock:
             if self._why is None:
                 self._why = Closed(f"the connection to {self.url} has been closed")
-        self._terminate()
+            if not self._ended:
+                self._bell.send(b"")
         line: _Line | None = getattr(self._local, "line", None)
         within_call = line is not None and line.calling  # in a signal's handler, say
         if self._io is not threading.current_thread() and not within_call:
@@ -633,8 +679,10 @@ _open_ends: weakref.WeakSet[_Listener | _Connection] = weakref.WeakSet()
 
 def _forked() -> None:
     # Kept for good, for a parent's sockets are not the child's to close.
+    global _context, _context_lock
     ends = list(_open_ends)
-    _inherited.append(ends)
+    _inherited.append((ends, _context))
+    _context, _context_lock = None, threading.Lock()
     for end in ends:
         end.forked()
 
@@ -656,13 +704,11 @@ class ZmqTransport(Transport):
     name: ClassVar[str] = "zmq"
 
     def report(self) -> dict[str, str]:
-        """See `Transport.report`: versions, and how many sockets one context may hold."""
-        with zmq.Context() as context:
-            most = context.get(zmq.MAX_SOCKETS)
+        """See `Transport.report`: versions, and how many sockets there may be."""
         return {
             "libzmq": zmq.zmq_version(),
             "pyzmq": zmq.__version__,
-            "sockets of one client": f"{most} at most, one for each thread that calls",
+            "sockets of all clients": f"{_MOST_SOCKETS} at most, about eight for each client",
         }
 
     def serve(
@@ -677,6 +723,8 @@ class ZmqTransport(Transport):
             with socket.create_connection((url.host, url.port), timeout) as probe:
                 host = probe.getpeername()[0]
         except (OSError, UnicodeError) as error:
+            if advice := what_to_do(getattr(error, "errno", None)):
+                raise Unreachable(f"no connection to {url}: {error}{advice}") from error
             raise Unreachable(
                 f"nobody answers at {url}: {error}; is the server started, and does its host= let "
                 "this machine in?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import threading
@@ -27,6 +28,7 @@ from edgeml.core import (
     own,
     unframe,
 )
+from edgeml.core.limits import what_to_do
 from edgeml.transports.grpc.protocol import (
     ERRORS,
     LARGEST_PIECE,
@@ -73,6 +75,10 @@ class Connection(Requester):
                 raise PermissionDenied(f"{url}: {details}") from None
             if code is grpc.StatusCode.UNIMPLEMENTED:
                 raise Unreachable(f"what answers at {url} is no edgeml server: {details}") from None
+            if os.strerror(errno.EMFILE) in details:
+                raise Unreachable(
+                    f"no connection to {url}: {details}{what_to_do(errno.EMFILE)}"
+                ) from None
             raise Unreachable(
                 f"nobody answers at {url}: {details}; is the server started, and does its host= "
                 "let this machine in?"

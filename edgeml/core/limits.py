@@ -1,0 +1,19 @@
+"""What the system allows a process, for errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import resource
+
+__all__ = ["what_to_do"]
+
+
+def what_to_do(number: int | None) -> str:
+    """What to add to the text of an error with this errno; nothing if there is nothing to say."""
+    if number not in (errno.EMFILE, errno.ENFILE):
+        return ""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"; this process may have {soft} files and sockets open, and `ulimit -n` in its shell "
+        f"raises that to {hard} at most: `edgeml doctor` tells what a client takes"
+    )
