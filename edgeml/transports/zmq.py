@@ -519,8 +519,8 @@ class _Connection(Requester):
 
     def _wake(self) -> None:
         """Send something to every line; they take turns, and some may just be closing."""
-        with suppress(zmq.Again):
-            for _ in range(2 * len(self._lines)):
+        with self._lock, suppress(zmq.Again):
+            for _ in range(0 if self._ended else 2 * len(self._lines)):
                 self._waker.send(b"", zmq.DONTWAIT)
 
     @property
@@ -638,8 +638,8 @@ class _Connection(Requester):
         for line in lines:
             if line.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 line.lock.release()
+        self._wake()
         for line in lines:
-            self._wake()
             while not line.lock.acquire(timeout=0.05):
                 self._wake()
             line.close()
@@ -668,6 +668,7 @@ class _Connection(Requester):
                 self._why = Closed(f"the connection to {self.url} has been closed")
             if not self._ended:
                 self._bell.send(b"")
+        self._wake()  # here, too, for this may be the I/O thread
         line: _Line | None = getattr(self._local, "line", None)
         within_call = line is not None and line.calling  # in a signal's handler, say
         if self._io is not threading.current_thread() and not within_call:
