@@ -528,6 +528,7 @@ def test_what_zmq_does_not_carry_is_refused_with_a_reason(connected):
 
 def test_a_publication_may_take_longer_than_a_heartbeat_on_a_slow_network(monkeypatch):
     monkeypatch.setattr("edgeml.core.wire.SILENCE", 3.0)
+    monkeypatch.setattr("edgeml.core.streams.HOLD", 1.0)
     config = edgeml.TrainerConfig(0, transport="zmq")
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(edgeml.TrainerServer(config))
