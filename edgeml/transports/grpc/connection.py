@@ -45,6 +45,7 @@ _OPTIONS = [
     ("grpc.enable_retries", 0),  # a request is sent once
     ("grpc.initial_reconnect_backoff_ms", 100),
 ]
+_MOMENT = 0.4  # seconds that closing waits for gRPC, which now and then takes a second over it
 _FOR_EVER = 1e8  # seconds; three years
 
 
@@ -218,10 +219,11 @@ class Connection(Requester):
         closing.start()
         if threading.current_thread() in threads:
             return
-        closing.join(1.0)
+        deadline = time.monotonic() + _MOMENT
+        closing.join(_MOMENT)
         self._pending.fail(self._over())
         for thread in threads:
-            thread.join(1.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def forked(self) -> None:
         """Forget everything, in a forked child, where gRPC's threads are not."""
