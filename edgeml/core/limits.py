@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 
-__all__ = ["what_to_do"]
+__all__ = ["if_out_of_files", "what_to_do"]
 
 
 def what_to_do(number: int | None) -> str:
@@ -17,3 +18,12 @@ def what_to_do(number: int | None) -> str:
         f"; this process may have {soft} files and sockets open, and `ulimit -n` in its shell "
         f"raises that to {hard} at most: `edgeml doctor` tells what a client takes"
     )
+
+
+def if_out_of_files() -> str:
+    """The same for an error of which a library hides the cause: not empty if no file can be opened."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return what_to_do(error.errno)
+    return ""

@@ -62,7 +62,7 @@ from edgeml.core import (
     own,
     reached,
 )
-from edgeml.core.limits import what_to_do
+from edgeml.core.limits import if_out_of_files, what_to_do
 
 _log = logging.getLogger(__name__)
 _exiting = False
@@ -575,7 +575,7 @@ class _Connection(Requester):
             if self._carry() == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 why = Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
             else:
-                why = Unreachable(f"the connection to {self.url} was lost")
+                why = Unreachable(f"the connection to {self.url} was lost{if_out_of_files()}")
         except Exception as error:
             _log.exception("the connection to %s failed", self.url)
             why = Unreachable(f"the connection to {self.url} failed: {error}")
