@@ -115,3 +115,28 @@ def _leaves_nothing_behind(_temporary: Path) -> Iterator[None]:
         time.sleep(0.01)
     said = "; ".join(f"{what}: {', '.join(names)}" for what, names in left.items() if names)
     pytest.fail(f"the test left behind {said}", pytrace=False)
+
+
+@pytest.fixture
+def connected(request):
+    """An echoing endpoint of the module's transport, and a connection to it."""
+    transport, anywhere = request.module.transport, request.module.ANYWHERE
+    with (
+        transport.serve(anywhere, lambda message, reply: reply(message)) as endpoint,
+        transport.connect(endpoint.url, 5.0) as requester,
+    ):
+        yield endpoint, requester
+
+
+@pytest.fixture
+def parking(request):
+    """An endpoint that keeps every request in a list, with that, and a connection to it."""
+    transport, anywhere = request.module.transport, request.module.ANYWHERE
+    taken = []
+    with (
+        transport.serve(
+            anywhere, lambda message, reply: taken.append((message, reply))
+        ) as endpoint,
+        transport.connect(endpoint.url, 5.0) as requester,
+    ):
+        yield endpoint, requester, taken

@@ -82,29 +82,6 @@ def refused(code: grpc.StatusCode):
 
 
 @pytest.fixture
-def connected():
-    """An echoing endpoint and a connection to it."""
-    with (
-        transport.serve(ANYWHERE, lambda message, reply: reply(message)) as endpoint,
-        transport.connect(endpoint.url, 5.0) as requester,
-    ):
-        yield endpoint, requester
-
-
-@pytest.fixture
-def parking():
-    """An endpoint that keeps every request in a list, and a connection to it."""
-    taken = []
-    with (
-        transport.serve(
-            ANYWHERE, lambda message, reply: taken.append((message, reply))
-        ) as endpoint,
-        transport.connect(endpoint.url, 5.0) as requester,
-    ):
-        yield endpoint, requester, taken
-
-
-@pytest.fixture
 def stranger(connected):
     with Stranger(connected[0].url.port) as made:
         yield made

@@ -100,29 +100,6 @@ def rng():
     return random.Random(0)
 
 
-@pytest.fixture
-def connected():
-    """An echoing endpoint and a connection to it."""
-    with (
-        transport.serve(ANYWHERE, lambda message, reply: reply(message)) as endpoint,
-        transport.connect(endpoint.url, 5.0) as requester,
-    ):
-        yield endpoint, requester
-
-
-@pytest.fixture
-def parking():
-    """An endpoint that keeps every request in a list, and a connection to it."""
-    taken = []
-    with (
-        transport.serve(
-            ANYWHERE, lambda message, reply: taken.append((message, reply))
-        ) as endpoint,
-        transport.connect(endpoint.url, 5.0) as requester,
-    ):
-        yield endpoint, requester, taken
-
-
 def until(condition, timeout=5.0) -> bool:
     deadline = time.monotonic() + timeout
     while not condition():

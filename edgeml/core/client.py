@@ -236,13 +236,12 @@ class Client:
                 if closed:
                     raise Closed("this client has been closed")
                 return self._greet(requester, time.monotonic() + left)
-            except DeadlineExceeded as error:
+            except (DeadlineExceeded, Unreachable) as error:
                 requester.close()
-                reason = "it is busy, or has reached its limit of open files (see `edgeml doctor`)"
-                failures.append(Unreachable(f"no handshake with {url}: {error}; {reason}"))
-            except Unreachable as error:
-                requester.close()
-                failures.append(Unreachable(f"no handshake with {url}: {error}"))
+                told = f"no handshake with {url}: {error}"
+                if isinstance(error, DeadlineExceeded):
+                    told += "; it is busy, or at its limit of open files (see `edgeml doctor`)"
+                failures.append(Unreachable(told))
             except BaseException:
                 requester.close()
                 raise

@@ -35,7 +35,7 @@ def parts(message: Message) -> list[bytes | memoryview]:
     """What a message's frame is the concatenation of; the buffers are its own, not copies.
 
     Raises:
-        NotEncodable: too many buffers, or too large a header.
+        NotEncodable: too many buffers.
     """
     header, buffers = message.header, message.buffers
     if not buffers:

@@ -21,7 +21,7 @@ def what_to_do(number: int | None) -> str:
 
 
 def if_out_of_files() -> str:
-    """The same for an error of which a library hides the cause: not empty if no file can be opened."""
+    """The same for an error whose cause a library hides: not empty if no file can be opened."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:

@@ -9,7 +9,6 @@ makes a short handler look longer now and then, so trust is lost by degrees.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import queue
 import secrets
@@ -44,7 +43,7 @@ from edgeml.core.message import Message
 from edgeml.core.plugins import load_codec, load_transport
 from edgeml.core.streams import Topic
 from edgeml.core.transport import Credentials, Endpoint, Peer, Reply
-from edgeml.core.url import Url
+from edgeml.core.url import Url, is_loopback
 
 __all__ = ["Handler", "Server", "Session"]
 
@@ -238,7 +237,7 @@ class Server:
         if not codec.executes or self._credentials is not None:
             return
         for url, _ in self._requested:
-            if not url.path and not _is_loopback(url.host):
+            if not url.path and not is_loopback(url.host):
                 raise PermissionDenied(
                     f"codec {codec.name!r} runs code that the sender chooses, and {url} lets in "
                     "other machines without credentials; listen on 127.0.0.1, or leave it out"
@@ -619,11 +618,3 @@ def _named(known: dict[str, T], name: str, what: str) -> T:
         # The heartbeat has no name, and what starts with a slash is not for users.
         names = ", ".join(sorted(n for n in known if n and n[0] != "/")) or "none"
         raise UnknownInterface(f"there is no {what} {name!r}; known: {names}") from None
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False

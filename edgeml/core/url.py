@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-__all__ = ["AUTO", "DEFAULT_TRANSPORT", "Url", "bindable", "reached", "resolve"]
+__all__ = ["AUTO", "DEFAULT_TRANSPORT", "Url", "bindable", "is_loopback", "reached", "resolve"]
 
 DEFAULT_TRANSPORT = "zmq"
 AUTO = "auto"
@@ -62,6 +64,15 @@ class Url:
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = f":{self.port}" if self.port or not self.path else ""
         return f"{self.scheme}://{host}{port}{self.path}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address stays within this machine."""
+    if host == "localhost":
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
 
 
 def bindable(url: Url) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import threading
 import time
@@ -29,9 +28,10 @@ from edgeml.core import (
     unframe,
 )
 from edgeml.core.limits import what_to_do
+from edgeml.core.url import is_loopback
 from edgeml.transports.grpc.protocol import (
     ERRORS,
-    LARGEST_PIECE,
+    LARGEST_FRAME,
     PREFIX,
     SERVICE,
     Assembly,
@@ -58,8 +58,9 @@ class Connection(Requester):
         self._pending = Pending()
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()  # that may be at work for this
-        options = [*_OPTIONS, ("grpc.enable_http_proxy", int(not _is_local(url.host)))]
-        host = f"[{url.host}]" if ":" in url.host else url.host or "localhost"
+        host = url.host or "localhost"
+        options = [*_OPTIONS, ("grpc.enable_http_proxy", int(not is_loopback(host)))]
+        host = f"[{host}]" if ":" in host else host
         self._channel = grpc.insecure_channel(f"{host}:{url.port}", options)
         self._request = self._channel.unary_unary(f"/{SERVICE}/Request")
         self._stream = self._channel.stream_stream(f"/{SERVICE}/Stream")
@@ -106,7 +107,7 @@ class Connection(Requester):
             raise self._over()
         content = [PREFIX.pack(self._number, size), *parts]
         try:
-            if size > LARGEST_PIECE - PREFIX.size:
+            if size > LARGEST_FRAME:
                 with _Sending(content) as sending:
                     return _assembled(self._stream(sending, timeout=timeout))
             return self._opened(self._request(b"".join(content), timeout=timeout), deadline)
@@ -152,7 +153,7 @@ class Connection(Requester):
         if self._why is not None:
             raise self._over()
         number, future = self._pending.add()
-        if size > LARGEST_PIECE - PREFIX.size:
+        if size > LARGEST_FRAME:
             size, parts = parts_of(own(message))
             self._start(number, lambda: self._exchange(size, parts, _FOR_EVER, _FOR_EVER))
             return future
@@ -257,13 +258,6 @@ def _assembled(received: Iterable[bytes]) -> Message:
     for piece in received:
         assembly.add(piece)
     return assembly.message()
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return host in ("", "localhost") or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 _all: weakref.WeakSet[Connection] = weakref.WeakSet()

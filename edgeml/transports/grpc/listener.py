@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -31,15 +30,13 @@ from edgeml.core import (
 from edgeml.core.loops import Loop
 from edgeml.transports.grpc.protocol import (
     ERRORS,
-    LARGEST_PIECE,
+    LARGEST_FRAME,
     PREFIX,
     SERVICE,
     Assembly,
     parts_of,
     stream,
 )
-
-_log = logging.getLogger(__name__)
 
 _GRACE = 0.3  # seconds that an endpoint which closes gives to what is still to be sent
 _KEPT = 30.0  # seconds that a large reply waits to be fetched
@@ -74,7 +71,7 @@ class _Reply:
     def __init__(self, listener: Listener, context: _Context) -> None:
         self._listener = listener
         self._context = context
-        self.answer: asyncio.Future[_Answer] = listener.future()
+        self.answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
 
     @property
     def peer(self) -> Peer:
@@ -100,10 +97,9 @@ class Listener(Endpoint):
         self._closed = False
         self._loop = Loop(f"edgeml {url}")
         try:
-            self._server: aio.Server | None
             self._server, self.url = self._loop.start(self._open(url)).result()
         except BaseException:
-            self._loop.close(self._stop)
+            self._loop.close()
             raise
 
     async def _open(self, url: Url) -> tuple[aio.Server, Url]:
@@ -204,10 +200,6 @@ class Listener(Endpoint):
     async def _abort(self, context: _Context, error: EdgemlError) -> Any:
         await context.abort(_CODES.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
 
-    def future(self) -> asyncio.Future[_Answer]:
-        """What a reply is given to."""
-        return asyncio.get_running_loop().create_future()
-
     def _forget(self, key: int) -> None:
         if self._kept.pop(key, None) is not None:
             self.dropped += 1
@@ -217,7 +209,7 @@ class Listener(Endpoint):
     def give(self, replies: list[_Reply], message: Message) -> None:
         """Answer several requests with one message."""
         size, parts = parts_of(message)
-        if size <= LARGEST_PIECE - PREFIX.size:
+        if size <= LARGEST_FRAME:
             answer: _Answer = b"".join([PREFIX.pack(0, size), *parts])
         else:
             answer = own(message)
@@ -247,13 +239,11 @@ class Listener(Endpoint):
         self._loop.close(self._stop)
 
     async def _stop(self) -> None:
-        server, self._server = self._server, None
-        if server is None:
-            return
         for answer in self._waiting:
             if not answer.done():
                 answer.set_exception(Closed(f"{self.url} has closed"))
         ends = asyncio.get_running_loop().time() + _GRACE
         while self._kept and asyncio.get_running_loop().time() < ends:
             await asyncio.sleep(0.01)
-        await server.stop(max(0.05, ends - asyncio.get_running_loop().time()))
+        await self._server.stop(max(0.05, ends - asyncio.get_running_loop().time()))
+        del self._server  # it refers to this

@@ -2,7 +2,8 @@
 
 Every request and reply starts with a prefix of two numbers, little-endian: which server this is for
 (or, in a reply, under which number the rest is kept), and the size of the frame that follows. A
-unary method carries one piece of at most `LARGEST_PIECE` bytes, a streaming one any number of them.
+unary method carries one piece, with a frame of at most `LARGEST_FRAME` bytes, a streaming one any
+number of pieces.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from edgeml.core.frames import parts
 
 __all__ = [
     "ERRORS",
-    "LARGEST_PIECE",
+    "LARGEST_FRAME",
     "PREFIX",
     "SERVICE",
     "Assembly",
@@ -44,8 +45,8 @@ __all__ = [
 
 SERVICE = "edgeml.Transport"
 PREFIX = struct.Struct("<QQ")
-LARGEST_PIECE = 4 << 20
-"""gRPC's own limit on what is received, which neither end changes."""
+LARGEST_FRAME = (4 << 20) - PREFIX.size
+"""That goes in one piece: gRPC's own limit on what is received, which neither end changes."""
 
 _STREAMED = 1 << 20  # bytes of a piece of a stream; larger and smaller ones were slower
 _LARGEST = 1 << 32  # bytes of a frame
