@@ -70,6 +70,41 @@ class DataStoreBase(ABC):
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
         """Insert items, all or (where it raises) none; their ids are the store's next ones."""
 
+    @abstractmethod
+    def reset(self, next_id: int = 1) -> None:
+        """Forget all items; the next one that is inserted gets the id ``next_id``."""
+
+    def interrupt(self) -> None:
+        """Tell that what is inserted next does not follow upon what was inserted last.
+
+        Another actor's items come, or some in between were lost. A store that knows episodes
+        lets none go on across this; others need not care, and this does nothing.
+        """
+
+    # What a checkpoint (edgeml.data.checkpoint) needs; these will do for a store whose items are
+    # all that it knows.
+
+    def state(self) -> Any:
+        """Return what the store knows beyond its items, small: plain values and arrays."""
+        return None
+
+    def set_state(self, state: Any) -> None:
+        """Take up what `state` gave, of a store that was made alike."""
+        del state
+
+    def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
+        """Return items as `get_latest_data` does, and what else the store knows of each.
+
+        The latter is a value that a codec carries, such as a dict of arrays as long as the batch,
+        or None.
+        """
+        return self.get_latest_data(from_id, limit=limit), None
+
+    def load(self, batch: Batch, extra: Any) -> None:
+        """Insert what `dump` gave."""
+        del extra
+        self.batch_insert(batch)
+
     def release(self, up_to_id: int) -> None:
         """Tell that the items up to this id have reached their destination.
 

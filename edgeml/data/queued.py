@@ -113,6 +113,13 @@ class QueuedDataStore(DataStoreBase):
         batch = join(batches, first, room)
         return batch if batch.columns is not None else Batch.of([_copy(i) for i in batch], first)
 
+    def reset(self, next_id: int = 1) -> None:
+        """Forget all items; the next one that is inserted gets the id ``next_id``."""
+        with self.lock:
+            self._chunks.clear()
+            self._held, self._latest = 0, next_id - 1
+            self._room.notify_all()
+
     def release(self, up_to_id: int) -> None:
         """Free the items up to this id: they have reached their destination."""
         with self.lock:

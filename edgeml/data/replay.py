@@ -42,7 +42,7 @@ class ReplayBuffer(DataStoreBase):
     def __init__(self, capacity: int, *, example: Any = None, seed: int | None = None) -> None:
         super().__init__(capacity)
         self._rng = np.random.default_rng(seed)
-        self._latest = 0
+        self._latest = self._before = 0  # ids: of the newest item, and the one before the first
         self._schema: Schema | None = None
         # Small leaves are fields of one array, so that one copy of a row samples them all.
         self._rows = self._scratch = np.empty(0, np.dtype([]))
@@ -51,7 +51,7 @@ class ReplayBuffer(DataStoreBase):
             self._allocate(Schema(example))
 
     def __len__(self) -> int:
-        return min(self._latest, self._capacity)
+        return min(self._latest - self._before, self._capacity)
 
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""
@@ -68,6 +68,11 @@ class ReplayBuffer(DataStoreBase):
             for column, value in zip(self._columns.values(), row, strict=True):
                 column[slot] = value
             self._latest += 1
+
+    def reset(self, next_id: int = 1) -> None:
+        """Forget all items; the next one that is inserted gets the id ``next_id``."""
+        with self.lock:
+            self._latest = self._before = next_id - 1
 
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
         """Insert copies of items in one step; the class tells what it raises."""
@@ -128,9 +133,11 @@ class ReplayBuffer(DataStoreBase):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         with self.lock:
             schema = self._schema
-            if schema is None or not self._latest:
+            if schema is None or not len(self):
                 raise ValueError("can't sample from an empty replay buffer")
             index = (rng or self._rng).integers(len(self), size=batch_size)
+            index += self._latest - len(self)
+            index %= self._capacity
             # Kept, since at some hundred KB fresh memory costs more than what is done with it.
             if len(self._scratch) < batch_size:
                 self._scratch = np.empty(batch_size, self._rows.dtype)

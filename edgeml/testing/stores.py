@@ -163,6 +163,28 @@ class StoreTests:
         store.insert(self.make_item(5))
         self.assert_holds(store.get_latest_data(4), 5, 5)
 
+    @pytest.mark.parametrize("next_id", [1, 8, 1000])
+    def test_a_reset_store_is_empty_and_counts_from_where_it_is_told(self, next_id: int) -> None:
+        """Nothing of before is left, and ids go on from the one given."""
+        store = self.filled(capacity=5, n=7)
+        store.reset(next_id)
+        assert len(store) == 0
+        assert store.latest_data_id() == next_id - 1
+        self.assert_holds(store.get_latest_data(0), next_id, next_id - 1)
+        for i in range(next_id, next_id + 7):
+            store.insert(self.make_item(i))
+            assert store.latest_data_id() == i
+            assert len(store) == min(i + 1 - next_id, 5)
+        self.assert_holds(store.get_latest_data(0), next_id + 2, next_id + 6)
+
+    def test_an_interruption_changes_no_item(self) -> None:
+        """Interrupting concerns episodes, not items."""
+        store = self.filled(capacity=5, n=3)
+        store.interrupt()
+        store.interrupt()
+        store.insert(self.make_item(4))
+        self.assert_holds(store.get_latest_data(0), 1, 4)
+
     def test_a_batch_survives_its_payload(self) -> None:
         """A batch is the same at the far side, and goes into a store there."""
         batch = self.filled(capacity=5, n=7).get_latest_data(0)
