@@ -30,6 +30,7 @@ __all__ = [
     "is_owned",
     "own",
     "pooled",
+    "private",
     "root_of",
 ]
 
@@ -62,6 +63,10 @@ class Owned(np.ndarray[Any, Any]):
     Its base must be no array, or numpy would make that the base of its views, and it would not live
     as long as they do.
     """
+
+
+class _Private(np.ndarray[Any, Any]):
+    """Marks memory as `Owned` does, but whoever has it may change it at any time."""
 
 
 _PARALLEL = 1 << 24  # bytes; from here on a second thread is worth its start
@@ -110,8 +115,8 @@ class _Pool:
     def __init__(self) -> None:
         self._free: dict[int, deque[mmap.mmap]] = {}
 
-    def room(self, size: int) -> memoryview | None:
-        """Memory of that size, if pooling it pays."""
+    def room(self, size: int, kind: type[np.ndarray[Any, Any]] = Owned) -> memoryview | None:
+        """Memory of that size, if pooling it pays; ``kind`` marks what becomes of it."""
         if size < self._SMALL or size > self._LARGE:
             return None
         # Four sizes to each power of two waste at most a fifth.
@@ -123,7 +128,7 @@ class _Pool:
         except IndexError:
             # Private, or a forked child would go on to write into the same memory.
             block = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        root = Owned(room, np.uint8, block)
+        root = kind(room, np.uint8, block)
         weakref.finalize(root, free.append, block).atexit = False
         return memoryview(root)[:size]  # type: ignore[arg-type]
 
@@ -138,6 +143,11 @@ class _Pool:
 _pool = _Pool()
 pooled: Room = _pool.room
 """Gives memory that has been used before, which spares the page faults."""
+
+
+def private(nbytes: int) -> memoryview | None:
+    """Gives such memory, too, but for arrays that users may change: a message copies those."""
+    return _pool.room(nbytes, _Private)
 
 
 def root_of(buffer: memoryview) -> Any:

@@ -8,7 +8,7 @@ A namedtuple counts as the dict that it is, which is also how codecs carry it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -145,7 +145,7 @@ def describe(node: Any) -> str:
     return type(node).__name__
 
 
-def fill(skeleton: Skeleton, leaves: Sequence[Any]) -> Any:
+def fill(skeleton: Skeleton, leaves: Sequence[Any] | Mapping[int, Any]) -> Any:
     """Build an item from its leaves: the opposite of `leaves_of`."""
     if type(skeleton) is int:
         return leaves[skeleton]

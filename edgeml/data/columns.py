@@ -1,0 +1,282 @@
+"""Where the leaves of items lie: small ones side by side in rows, large ones in their own arrays.
+
+A batch drawn at random touches other memory with each item, and that is most of its cost. So the
+small leaves of an item are fields of one row, and one copy of the row brings them all. A large
+observation is most often there twice, as what an action led to and as what the next one started
+from; it is kept once then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgeml.core.message import Room, empty
+from edgeml.data.batch import concatenate
+from edgeml.data.memory import zeros
+from edgeml.data.schema import Schema
+from edgeml.data.tree import Array
+
+__all__ = ["Columns", "contents"]
+
+_PACKED = 1024  # bytes; larger leaves gain nothing from lying in a row with others
+
+
+class Columns:
+    """A ring of rows, each with the leaves of one item.
+
+    Rows are written in order, so that the one written over is always the oldest. Nothing here
+    takes a lock.
+
+    Args:
+        schema: of the items; everything that is written must have been made to fit it.
+        n: how many rows.
+        pairs: numbers of leaves of the same shape and dtype, each an observation and the next
+            one. Where they are large, and a row's observation equals the next observation of the
+            row before, byte by byte, it is kept once.
+    """
+
+    def __init__(self, schema: Schema, n: int, pairs: Iterable[tuple[int, int]] = ()) -> None:
+        self._n = n
+        sizes = [
+            dtype.itemsize * math.prod(shape)
+            for dtype, shape in zip(schema.dtypes, schema.shapes, strict=True)
+        ]
+        specs = list(zip(map(str, range(len(sizes))), schema.dtypes, schema.shapes, strict=True))
+        packed = [spec for spec, size in zip(specs, sizes, strict=True) if 0 < size <= _PACKED]
+        self._rows = zeros((n,), np.dtype(packed, align=True))
+        self._raw = self._rows.view(f"V{self._rows.itemsize}") if packed else self._rows
+        self._scratch = np.empty(0, self._raw.dtype)
+        self._scratch_fields: dict[int, Array] = {}
+        self._fields: dict[int, tuple[np.dtype[Any], int]] = {}  # as bytes, and their offset
+        for name, _, _ in packed:
+            assert self._rows.dtype.fields is not None
+            size, offset = sizes[int(name)], self._rows.dtype.fields[name][1]
+            self._fields[int(name)] = (np.dtype(f"V{size}"), offset)
+        large = {leaf for leaf, size in enumerate(sizes) if size > _PACKED}
+        self._frames = _Frames(
+            n,
+            [
+                (a, b, schema.shapes[a], schema.dtypes[a])
+                for a, b in pairs
+                if a in large and b in large
+            ],
+        )
+        # Every other leaf's column.
+        self._columns: dict[int, Array] = {
+            leaf: self._rows[str(leaf)]
+            if leaf in self._fields
+            else zeros((n, *schema.shapes[leaf]), schema.dtypes[leaf])
+            for leaf in range(len(sizes))
+            if leaf not in self._frames.leaves
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all rows written so far need, large pages aside."""
+        own = sum(c.nbytes for leaf, c in self._columns.items() if leaf not in self._fields)
+        return self._rows.nbytes + own + self._frames.nbytes
+
+    def clear(self) -> None:
+        """Forget what is kept."""
+        self._frames.clear()
+
+    def write(self, row: int, leaves: Sequence[Any]) -> None:
+        """Write one item."""
+        for leaf, column in self._columns.items():
+            column[row] = leaves[leaf]
+        if self._frames.leaves:
+            self._frames.write(row, [np.asarray(leaf)[None] for leaf in leaves], 1)
+
+    def write_many(self, row: int, leaves: Sequence[Array], n: int) -> None:
+        """Write n items, at most as many as there are rows, from ``row`` on and round the end."""
+        before_end = min(n, self._n - row)
+        for leaf, column in self._columns.items():
+            values = leaves[leaf]
+            column[row : row + before_end] = values[:before_end]
+            if before_end < n:
+                column[: n - before_end] = values[before_end:]
+        if self._frames.leaves:
+            self._frames.write(row, leaves, n)
+
+    def read(self, row: int, n: int, room: Room) -> list[Array]:
+        """All leaves of n items from ``row`` on, as arrays in memory from ``room``."""
+        wrapped = max(0, row + n - self._n)
+        columns: dict[int, Array] = {
+            leaf: concatenate((column[row : row + n], column[:wrapped]), room)
+            for leaf, column in self._columns.items()
+        }
+        if self._frames.leaves:
+            index = np.arange(row, row + n) % self._n
+            columns |= self._frames.read(index, room)
+        return [columns[leaf] for leaf in range(len(columns))]
+
+    def take(self, index: Array, outs: Mapping[int, Array]) -> None:
+        """Copy leaves of the rows in ``index`` into contiguous arrays of the same length."""
+        n = len(index)
+        fields: dict[int, Array] | None = None
+        for leaf, out in outs.items():
+            if leaf in self._fields:
+                if fields is None:
+                    fields = self._take_rows(index)
+                # As bytes, which is twice as fast as an array of a few numbers for each row.
+                field = fields[leaf]
+                target: Array = np.ndarray((n,), field.dtype, contents(out))
+                target[...] = field
+            elif leaf in self._frames.leaves:
+                self._frames.take(leaf, index, out)
+            elif out.size:
+                # mode="raise" would copy twice, and the indices are in range.
+                self._columns[leaf].take(index, axis=0, mode="clip", out=out)
+
+    def look(self, leaf: int, index: Array) -> Array:
+        """One leaf of the rows in ``index``, which may have any shape; not one kept once."""
+        found: Array = self._columns[leaf][index]
+        return found
+
+    def take_stacks(
+        self, leaf: int, index: Array, out: Array, following: tuple[int, Array] | None = None
+    ) -> None:
+        """Copy stacks of a leaf into ``out``, of shape (n, k, ...).
+
+        Args:
+            leaf: its number.
+            index: of the rows, shape (n, k); where something follows, (n, k - 1).
+            out: contiguous.
+            following: for the last place of each stack, the number of the paired leaf, and the
+                rows to take that from, shape (n,).
+        """
+        if leaf in self._frames.leaves:
+            slots = self._frames.slots[leaf][index]
+            if following is not None:
+                last = self._frames.slots[following[0]][following[1]]
+                slots = np.concatenate([slots, last[:, None]], axis=1)
+            flat = out.reshape(slots.size, *out.shape[2:])
+            self._frames.arrays[leaf].take(slots.ravel(), axis=0, mode="clip", out=flat)
+        elif following is None:
+            out[...] = self._columns[leaf][index]
+        else:
+            out[:, :-1] = self._columns[leaf][index]
+            out[:, -1] = self._columns[following[0]][following[1]]
+
+    def _take_rows(self, index: Array) -> dict[int, Array]:
+        """The fields of the rows in ``index``, as bytes, until it is called again."""
+        if len(self._scratch) != len(index):
+            # Kept, since at some hundred KB fresh memory costs more than what is done with it.
+            self._scratch = np.empty(len(index), self._raw.dtype)
+            self._scratch_fields = {
+                leaf: np.ndarray(
+                    self._scratch.shape, raw, self._scratch.data, offset, self._raw.strides
+                )
+                for leaf, (raw, offset) in self._fields.items()
+            }
+        self._raw.take(index, mode="clip", out=self._scratch)
+        return self._scratch_fields
+
+
+class _Frames:
+    """Large observations, each kept once for the row that it came from and the one it led to."""
+
+    def __init__(
+        self, n: int, pairs: Sequence[tuple[int, int, tuple[int, ...], np.dtype[Any]]]
+    ) -> None:
+        self._n = n
+        self._pairs = [(a, b) for a, b, _, _ in pairs]
+        self._bytes = sum(dtype.itemsize * math.prod(shape) for _, _, shape, dtype in pairs)
+        self.slots: dict[int, Array] = {}  # of each leaf, where in its array a row's frame is
+        self.arrays: dict[int, Array] = {}
+        self._top = self._free_count = 0  # slots that were ever used; those of them free again
+        if not pairs:
+            return
+        # Twice the rows are needed only if nothing is shared: memory that is never written to
+        # costs nothing.
+        self._of, self._next = np.full((2, n), -1)
+        self._free = np.empty(2 * n, np.int64)
+        for a, b, shape, dtype in pairs:
+            self.arrays[a] = self.arrays[b] = zeros((2 * n, *shape), dtype)
+            self.slots |= {a: self._of, b: self._next}
+
+    @property
+    def leaves(self) -> Mapping[int, Array]:
+        """The leaves that are kept here."""
+        return self.slots
+
+    @property
+    def nbytes(self) -> int:
+        return self._top * self._bytes
+
+    def clear(self) -> None:
+        if self.slots:
+            self._of[:] = self._next[:] = -1
+            self._top = self._free_count = 0
+
+    def write(self, row: int, leaves: Sequence[Array], n: int) -> None:
+        before = (row - 1) % self._n
+        led_here = self._next[before] if n < self._n else -1  # -1: nothing, or written over
+        rows = np.arange(row, row + n) % self._n
+        self._release(rows)
+        shared = np.zeros(n, np.bool_)
+        if led_here >= 0:
+            shared[0] = all(
+                _equal(self.arrays[a][led_here][None], leaves[a][:1])[0] for a, _ in self._pairs
+            )
+        if n > 1:
+            shared[1:] = True
+            for a, b in self._pairs:
+                shared[1:] &= _equal(leaves[b][:-1], leaves[a][1:])
+        own = np.flatnonzero(~shared)
+        slots = self._take_slots(n + len(own))
+        following, first = slots[:n], slots[n:]
+        of = np.concatenate([[led_here], following[:-1]])
+        of[own] = first
+        self._of[rows], self._next[rows] = of, following
+        for a, b in self._pairs:
+            array = self.arrays[a]
+            array[following] = leaves[b]
+            if len(own):
+                array[first] = leaves[a][own]
+
+    def _release(self, rows: Array) -> None:
+        """Free what only these rows need; they are the oldest, so none before them is left."""
+        of, following = self._of[rows], self._next[rows]
+        goes_on = self._of[(rows + 1) % self._n] == following
+        gone = np.concatenate([of[of >= 0], following[(following >= 0) & ~goes_on]])
+        self._free[self._free_count : self._free_count + len(gone)] = gone
+        self._free_count += len(gone)
+
+    def _take_slots(self, n: int) -> Array:
+        reused = min(n, self._free_count)
+        self._free_count -= reused
+        fresh = np.arange(self._top, self._top + n - reused)
+        self._top += len(fresh)
+        return np.concatenate([self._free[self._free_count : self._free_count + reused], fresh])
+
+    def read(self, index: Array, room: Room) -> dict[int, Array]:
+        columns: dict[int, Array] = {}
+        for leaf, array in self.arrays.items():
+            columns[leaf] = empty(room, (len(index), *array.shape[1:]), array.dtype)
+            self.take(leaf, index, columns[leaf])
+        return columns
+
+    def take(self, leaf: int, index: Array, out: Array) -> None:
+        slots = self.slots[leaf].take(index, mode="clip")
+        self.arrays[leaf].take(slots, axis=0, mode="clip", out=out)
+
+
+def contents(array: Array) -> Any:
+    """The memory of a contiguous array that is not empty, of any dtype."""
+    return array if array.dtype.isbuiltin == 1 else array.reshape(-1).view(np.uint8)
+
+
+def _equal(left: Array, right: Array) -> Array:
+    """For each item of two columns whether they have the same bytes."""
+    n = len(left)
+    left = np.ascontiguousarray(left).reshape(n, -1).view(np.uint8)
+    right = np.ascontiguousarray(right).reshape(n, -1).view(np.uint8)
+    if not left.shape[1] % 8:
+        left, right = left.view(np.uint64), right.view(np.uint64)
+    same: Array = (left == right).all(axis=1)
+    return same

@@ -1,0 +1,110 @@
+"""Batches drawn ahead, in the background, while the one before is being used."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+__all__ = ["Prefetch"]
+
+T = TypeVar("T")
+
+_LOOK = 0.1  # seconds after which the thread looks whether anybody still wants its batches
+
+
+class Prefetch(Iterator[T], Generic[T]):
+    """An endless iterator over what ``sample()`` gives, called ahead in a thread of its own.
+
+    ::
+
+        with store.prefetch(256, device=jax.devices()[0]) as batches:
+            for batch in batches:
+                state = update(state, batch)
+
+    ``depth`` batches are ready and one more is being drawn, so a batch may be that much older than
+    the newest item. An error of ``sample`` is raised when its turn comes, and ends the iterator.
+
+    Args:
+        sample: gives a batch; its arrays are never touched again, as on a CPU `jax.device_put`
+            takes the memory of numpy arrays as it is.
+        device: a JAX device, or sharding, on which to put each batch; None leaves it as it is.
+        depth: how many batches are kept ready (default 2).
+    """
+
+    def __init__(self, sample: Callable[[], T], *, device: Any = None, depth: int = 2) -> None:
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        if device is not None:
+            import jax
+
+            draw = sample
+
+            def sample() -> T:
+                placed: T = jax.device_put(draw(), device)
+                return placed
+
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=_work, args=(sample, self._ready, self._closed), name="edgeml prefetch"
+        )
+        self._thread.daemon = True
+        self._thread.start()
+        weakref.finalize(self, self._closed.set)  # one that was forgotten ends, too
+
+    def __next__(self) -> T:
+        """Return the next batch, waiting for it if need be.
+
+        Raises:
+            whatever ``sample`` raised.
+            StopIteration: it is closed, or an error has ended it.
+        """
+        while not self._closed.is_set():
+            try:
+                batch, error = self._ready.get(timeout=_LOOK)
+            except queue.Empty:
+                continue
+            if error is not None:
+                self.close()
+                raise error
+            return batch  # type: ignore[return-value]
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the thread, and with it the iterator."""
+        self._closed.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _work(sample: Callable[[], Any], ready: queue.Queue[Any], closed: threading.Event) -> None:
+    """Draw until nobody wants any more; refers to no iterator, so that one can be forgotten."""
+    while not closed.is_set():
+        try:
+            made: tuple[Any, BaseException | None] = (sample(), None)
+        except Exception as error:
+            made = (None, error)
+        while not closed.is_set():
+            try:
+                ready.put(made, timeout=_LOOK)
+                break
+            except queue.Full:
+                continue
+        if made[1] is not None:
+            return
+        del made
