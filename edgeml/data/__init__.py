@@ -3,8 +3,11 @@
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.limiter import RateLimiter
+from edgeml.data.mixture import Mixture
+from edgeml.data.prefetch import Prefetch
+from edgeml.data.prioritized import PrioritizedReplayBuffer
 from edgeml.data.queued import QueuedDataStore
-from edgeml.data.replay import ReplayBuffer, ReplayBufferDataStore
+from edgeml.data.replay import ReplayBuffer, ReplayBufferDataStore, transition_example
 
 __all__ = [
     "DataStoreBase",
@@ -12,5 +15,9 @@ __all__ = [
     "QueuedDataStore",
     "ReplayBuffer",
     "ReplayBufferDataStore",
+    "PrioritizedReplayBuffer",
+    "transition_example",
+    "Mixture",
+    "Prefetch",
     "RateLimiter",
 ]

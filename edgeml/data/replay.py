@@ -265,7 +265,7 @@ class ReplayBuffer(DataStoreBase):
     def load(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave."""
         with self.lock:
-            if extra is None:
+            if extra is None or "ends" not in extra:
                 self.batch_insert(batch)
                 return
             if "older" in extra and not len(self):

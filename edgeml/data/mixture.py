@@ -1,0 +1,136 @@
+"""Batches drawn from several stores at a fixed ratio."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgeml.data.prefetch import Prefetch
+
+__all__ = ["Mixture", "Samples"]
+
+
+class Samples(Protocol):
+    """What a mixture is made of: a replay buffer, or another mixture."""
+
+    def sample(
+        self, batch_size: int, *, keys: Iterable[Any] | None = None, out: Any = None
+    ) -> dict[Any, Any]:
+        """Draw a batch."""
+
+    def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
+        """Return a batch to write to."""
+
+
+class Mixture:
+    """Draws each batch from several sources, such as what is seen online and demonstrations.
+
+    ::
+
+        mixture = Mixture([(online, 0.5), (demonstrations, 0.5)])
+        batch = mixture.sample(256)  # 128 items of each, those of the first source first
+
+    Half and half, with everything else as it was, is RLPD's "symmetric sampling" (Ball et al.
+    2023, arXiv 2302.02948). Where a share is no whole number of items, the shares differ by one
+    from batch to batch, so that they are right in the long run.
+
+    The first source gives the batches their structure. Keys that only some sources have, such as
+    the ``weights`` of a `PrioritizedReplayBuffer`, are left out by naming ``keys``.
+
+    Args:
+        sources: pairs of a store and how much of each batch comes from it; these are numbers
+            above 0, of which only the ratio counts. In place of a store any function of the batch
+            size and the keys will do that gives such a batch: ``lambda n, keys: ...``. The arrays
+            may be JAX's, and come to the host.
+
+    Raises:
+        ValueError: no sources, or a share that is not above 0.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Samples | Callable[[int, Iterable[Any] | None], Any], float]],
+    ) -> None:
+        shares = np.array([share for _, share in sources], np.float64)
+        if not len(shares) or not (np.isfinite(shares) & (shares > 0)).all():
+            raise ValueError(f"at least one source, with shares above 0, got {shares.tolist()}")
+        self._sources = [source for source, _ in sources]
+        self._shares = shares / shares.sum()
+        self._lock = threading.Lock()
+        self._owed = np.zeros(len(shares))  # what earlier batches were short of, or over (below 0)
+
+    def sample(
+        self, batch_size: int, *, keys: Iterable[Any] | None = None, out: Any = None
+    ) -> dict[Any, Any]:
+        """Draw a batch; see `ReplayBuffer.sample`.
+
+        Raises:
+            ValueError: what the sources raise, or they don't agree in structure.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        keys = None if keys is None else tuple(keys)
+        batch = self.empty_batch(batch_size, keys) if out is None else out
+        start = 0
+        for source, n in zip(self._sources, self._parts(batch_size), strict=True):
+            if not n:
+                continue
+            part = _sliced(batch, slice(start, start + n))
+            if callable(source):
+                _copy(source(n, keys), part, "batch")
+            else:
+                source.sample(n, keys=keys, out=part)
+            start += n
+        return batch
+
+    def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
+        """Return a batch as `sample` gives it, with anything in it, for its ``out``."""
+        first = self._sources[0]
+        if not callable(first):
+            return first.empty_batch(batch_size, keys)
+        made: dict[Any, Any] = _like(first(1, keys), batch_size)
+        return made
+
+    def prefetch(
+        self, batch_size: int, *, device: Any = None, depth: int = 2, keys: Any = None
+    ) -> Prefetch[dict[Any, Any]]:
+        """Return an endless iterator of samples drawn ahead; see `ReplayBuffer.prefetch`."""
+        return Prefetch(lambda: self.sample(batch_size, keys=keys), device=device, depth=depth)
+
+    def _parts(self, batch_size: int) -> list[int]:
+        """How many items come from each source: whole numbers, and over time the right ones."""
+        with self._lock:
+            due = self._shares * batch_size + self._owed
+            parts = np.maximum(np.floor(due), 0).astype(int)
+            for _ in range(batch_size - int(parts.sum())):
+                parts[np.argmax(due - parts)] += 1
+            for _ in range(int(parts.sum()) - batch_size):
+                parts[np.argmin(np.where(parts > 0, due - parts, np.inf))] -= 1
+            self._owed = due - parts
+        counts: list[int] = parts.tolist()
+        return counts
+
+
+def _sliced(batch: Any, part: slice) -> Any:
+    if isinstance(batch, dict):
+        return {key: _sliced(child, part) for key, child in batch.items()}
+    return batch[part]
+
+
+def _like(batch: Any, n: int) -> Any:
+    if isinstance(batch, dict):
+        return {key: _like(child, n) for key, child in batch.items()}
+    return np.empty((n, *batch.shape[1:]), batch.dtype)
+
+
+def _copy(batch: Any, into: Any, path: str) -> None:
+    if not isinstance(into, dict):
+        into[...] = np.asarray(batch)
+        return
+    if not isinstance(batch, dict) or batch.keys() != into.keys():
+        raise ValueError(f"{path}: the first source has {list(into)}, another one has not")
+    for key, child in into.items():
+        _copy(batch[key], child, f"{path}[{key!r}]")

@@ -1,0 +1,293 @@
+"""A slow, obvious model of the replay buffers: lists, against which random histories are held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from edgeml.data import Batch, PrioritizedReplayBuffer, ReplayBuffer
+
+SIDE = 33  # an image of more than 1 KiB, which is kept once
+
+
+def observation(t: int) -> dict[str, Any]:
+    """One like no other t's; the image repeats itself after 251."""
+    return {
+        "image": np.full((SIDE, SIDE), t % 251, np.uint8),
+        "state": np.array([t, -t], np.float32),
+    }
+
+
+def transition(
+    item_id: int, obs: int, following: int, terminated: bool, truncated: bool
+) -> dict[str, Any]:
+    return {
+        "observations": observation(obs),
+        "next_observations": observation(following),
+        "actions": np.int64(item_id),
+        "rewards": np.float32(item_id % 7 - 2),
+        "masks": np.float32(not terminated),
+        "dones": np.bool_(terminated or truncated),
+        "policy_version": np.int64(item_id // 4),
+    }
+
+
+@dataclass
+class Kept:
+    """One item of the model."""
+
+    obs: int
+    following: int
+    terminated: bool
+    done: bool
+    last: bool  # of its episode, as far as the buffer is to know
+
+
+class Model(RuleBasedStateMachine):
+    """Histories of a replay buffer."""
+
+    capacity = 5
+    n_step = 1
+    frame_stack = 1
+    discount = 0.9
+
+    def make(self) -> ReplayBuffer:
+        return ReplayBuffer(self.capacity, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "n_step": self.n_step,
+            "frame_stack": self.frame_stack,
+            "discount": self.discount,
+            "seed": 1,
+        }
+
+    @initialize()
+    def begin(self) -> None:
+        self.store = self.make()
+        self.items: dict[int, Kept] = {}  # all since the last reset
+        self.latest = 0
+        self.clock = 0
+
+    # Inserting ------------------------------------------------------------------------------
+
+    def made(self, ending: str, follows: bool) -> dict[str, Any]:
+        """The next item, noted in the model."""
+        before = self.items.get(self.latest)
+        if before is not None and follows:
+            obs = before.following
+        else:
+            self.clock += 1
+            obs = self.clock
+        self.clock += 1
+        self.latest += 1
+        kept = Kept(obs, self.clock, ending == "terminated", ending != "", ending != "")
+        self.items[self.latest] = kept
+        return transition(
+            self.latest, obs, self.clock, kept.terminated, kept.done and not kept.terminated
+        )
+
+    endings = st.sampled_from(["", "", "", "terminated", "truncated"])
+    steps = st.tuples(endings, st.integers(0, 4).map(bool))
+
+    @rule(step=steps)
+    def insert(self, step: tuple[str, bool]) -> None:
+        self.store.insert(self.made(*step))
+
+    @rule(steps=st.lists(steps, max_size=14), columns=st.booleans())
+    def batch_insert(self, steps: list[tuple[str, bool]], columns: bool) -> None:
+        items = [self.made(*step) for step in steps]
+        self.store.batch_insert(Batch.of(items) if columns else items)
+
+    @rule()
+    def interrupt(self) -> None:
+        self.store.interrupt()
+        if self.latest in self.items:
+            self.items[self.latest].last = True
+
+    @rule(next_id=st.integers(1, 30))
+    def reset(self, next_id: int) -> None:
+        self.store.reset(next_id)
+        self.items = {}
+        self.latest = next_id - 1
+
+    @rule(limit=st.integers(1, 9), anew=st.booleans())
+    def save_and_load(self, limit: int, anew: bool) -> None:
+        """Carry all over to another store, as a checkpoint does."""
+        other = self.make()
+        if not anew:  # into one that has been used before
+            other.batch_insert([transition(i, i, i + 1, False, i % 3 == 0) for i in range(1, 9)])
+        state, parts, at = self.store.state(), [], 0
+        while len((part := self.store.dump(at, limit=limit))[0]):
+            parts.append(part)
+            at = part[0].first_id + len(part[0]) - 1
+        other.reset(parts[0][0].first_id if parts else self.latest + 1)
+        other.set_state(state)
+        for batch, extra in parts:
+            other.load(Batch.from_payload(batch.to_payload()), extra)
+        self.store = other
+
+    # Looking --------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> list[int]:
+        return [i for i in self.items if i > self.latest - self.capacity]
+
+    @invariant()
+    def holds_the_newest(self) -> None:
+        assert self.store.latest_data_id() == self.latest
+        assert len(self.store) == len(self.held)
+
+    @rule(back=st.integers(0, 6), limit=st.one_of(st.none(), st.integers(0, 6)))
+    def read(self, back: int, limit: int | None) -> None:
+        after = max(0, self.latest - back)
+        ids = [i for i in self.held if i > after][:limit]
+        batch = self.store.get_latest_data(after, limit=limit)
+        assert len(batch) == len(ids)
+        for item, item_id in zip(batch, ids, strict=True):
+            kept = self.items[item_id]
+            truncated = kept.done and not kept.terminated
+            assert_same(
+                item, transition(item_id, kept.obs, kept.following, kept.terminated, truncated)
+            )
+
+    @precondition(lambda self: self.held)
+    @rule(n=st.integers(1, 12), lag=st.one_of(st.none(), st.integers(0, 2)))
+    def sample(self, n: int, lag: int | None) -> None:
+        batch = self.store.sample(n, max_policy_lag=lag)
+        for i, item_id in enumerate(batch["actions"].tolist()):
+            assert item_id in self.held
+            if lag is not None:
+                assert item_id // 4 >= self.latest // 4 - lag
+            assert_same(
+                {key: take(value, i) for key, value in batch.items() if key not in self.added},
+                self.expected(item_id),
+            )
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def sample_some_keys(self) -> None:
+        keys = ["actions", "next_observations"]
+        out = self.store.empty_batch(3, keys)
+        assert self.store.sample(3, keys=keys, out=out) is out
+        assert list(out) == keys
+        for i, item_id in enumerate(out["actions"].tolist()):
+            expected = self.expected(item_id)["next_observations"]
+            assert_same(take(out["next_observations"], i), expected)
+
+    added: tuple[str, ...] = ()
+
+    def expected(self, item_id: int) -> dict[str, Any]:
+        """What a sample of this item is."""
+        ids = [item_id]
+        while len(ids) < self.n_step and not self.items[ids[-1]].last and ids[-1] < self.latest:
+            ids.append(ids[-1] + 1)
+        end = self.items[ids[-1]]
+        rewards = [self.discount**j * (i % 7 - 2) for j, i in enumerate(ids)]
+        expected: dict[str, Any] = {
+            "observations": self.stacked(item_id, None),
+            "next_observations": self.stacked(ids[-1], end.following),
+            "actions": np.int64(item_id),
+            "rewards": np.float32(sum(rewards)),
+            "masks": np.float32(not end.terminated),
+            "dones": np.bool_(end.done),
+            "policy_version": np.int64(item_id // 4),
+        }
+        if self.n_step > 1:
+            expected["discounts"] = np.float32(self.discount ** len(ids) * (not end.terminated))
+        return expected
+
+    def stacked(self, item_id: int, following: int | None) -> dict[str, Any]:
+        frames = [self.items[item_id].obs]
+        while len(frames) < self.frame_stack:
+            before = self.items.get(item_id - 1)
+            if before is not None and not before.last:
+                item_id -= 1
+            frames.insert(0, self.items[item_id].obs)
+        if following is not None:
+            frames = [*frames[1:], following]
+        observations = [observation(t) for t in frames]
+        if self.frame_stack == 1:
+            return observations[0]
+        return {key: np.stack([o[key] for o in observations]) for key in observations[0]}
+
+
+class PrioritizedModel(Model):
+    """Histories of a prioritized one."""
+
+    alpha, beta, epsilon = 0.7, 0.5, 0.01
+    added = ("ids", "weights")
+
+    def make(self) -> ReplayBuffer:
+        return PrioritizedReplayBuffer(
+            self.capacity,
+            alpha=self.alpha,
+            beta=self.beta,
+            epsilon=self.epsilon,
+            **self.options(),
+        )
+
+    @initialize()
+    def begin_priorities(self) -> None:
+        self.priorities: dict[int, float] = {}
+        self.highest = 1.0
+        self.stale = 0
+
+    @invariant()
+    def new_items_have_the_highest(self) -> None:
+        if hasattr(self, "priorities"):
+            self.priorities = {i: self.priorities.get(i, self.highest) for i in self.held}
+
+    @rule(
+        changes=st.lists(
+            st.tuples(st.integers(0, 7), st.sampled_from([0.0, 0.1, 1.0, 5.0])), max_size=6
+        )
+    )
+    def update_priorities(self, changes: list[tuple[int, float]]) -> None:
+        changes = [(self.latest - back, p) for back, p in changes if self.latest - back >= 1]
+        assert isinstance(self.store, PrioritizedReplayBuffer)
+        self.store.update_priorities([i for i, _ in changes], [p for _, p in changes])
+        for item_id, priority in changes:
+            if item_id in self.held:
+                self.priorities[item_id] = priority
+                self.highest = max(self.highest, priority)
+            else:
+                self.stale += 1
+        assert self.store.stale == self.stale
+
+    @precondition(lambda self: self.held)
+    @rule(n=st.integers(1, 12))
+    def sample_weighted(self, n: int) -> None:
+        batch = self.store.sample(n)
+        assert batch["ids"].tolist() == batch["actions"].tolist()
+        lowest = min((p + self.epsilon) ** self.alpha for p in self.priorities.values())
+        for item_id, weight in zip(batch["ids"].tolist(), batch["weights"], strict=True):
+            value = (self.priorities[item_id] + self.epsilon) ** self.alpha
+            np.testing.assert_allclose(weight, (value / lowest) ** -self.beta, rtol=1e-5)
+
+    @rule(next_id=st.integers(1, 30))
+    def reset(self, next_id: int) -> None:
+        super().reset(next_id)
+        self.priorities = {}
+
+
+def take(node: Any, i: int) -> Any:
+    """One item of a batch."""
+    if isinstance(node, dict):
+        return {key: take(child, i) for key, child in node.items()}
+    return node[i]
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Equal in structure, dtypes and values, which may differ by a rounding of float32."""
+    if isinstance(right, dict):
+        assert left.keys() == right.keys()
+        for key, child in right.items():
+            assert_same(left[key], child)
+        return
+    assert np.asarray(left).dtype == np.asarray(right).dtype
+    np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-6)
