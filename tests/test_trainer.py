@@ -32,7 +32,7 @@ from edgeml import (
 )
 from edgeml.core.client import Client
 from edgeml.core.url import Url
-from edgeml.data import Batch, QueuedDataStore, ReplayBuffer
+from edgeml.data import Batch, QueuedDataStore, ReplayBuffer, checkpoint
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -1181,3 +1181,84 @@ def test_many_chunks_under_way_arrive_once_each_and_in_order_whatever_fails(tran
                         client.update(timeout=0.1)
             assert client.lost == 0
         assert ids(there) == list(range(600))
+
+
+# Episodes, and learners that come back ------------------------------------------------------
+
+
+class Interrupted(ReplayBuffer):
+    """Notes after which items it was told that an episode goes no further."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.after: list[int] = []
+
+    def interrupt(self) -> None:
+        super().interrupt()
+        self.after.append(self.latest_data_id())
+
+
+def test_an_episode_goes_on_in_the_next_upload_of_its_actor_alone(transport):
+    store = Interrupted(1000)
+    with learner(transport, store=store) as server:
+        one, other = filled(3), filled(4, first=100)
+        with actor(server, one) as first, actor(server, other) as second:
+            for _ in range(2):  # three of the first one's in a row
+                first.update()
+                one.insert(transition(7))
+            first.update()
+            second.update()
+            other.insert(transition(8))
+            one.insert(transition(9))
+            first.update()
+            second.update()
+    assert ids(store) == [0, 1, 2, 7, 7, 100, 101, 102, 103, 9, 8]
+    assert store.after == [0, 5, 9, 10]
+
+
+def test_an_episode_does_not_go_on_over_what_was_lost(transport):
+    store = Interrupted(1000)
+    with learner(transport, store=store) as server:
+        local = QueuedDataStore(3)
+        with actor(server, local) as client:
+            local.batch_insert([transition(n) for n in range(2)])
+            client.update()
+            local.batch_insert([transition(n) for n in range(2, 9)])
+            client.update()
+    assert ids(store) == [0, 1, 6, 7, 8]
+    assert store.after == [0, 2]
+
+
+def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transport, tmp_path):
+    path = tmp_path / "learner.checkpoint"
+    local = ReplayBuffer(1000)
+    local.batch_insert([transition(n) for n in range(10)])
+    with contextlib.ExitStack() as stack:
+        with learner(transport, store=ReplayBuffer(1000)) as server:
+            client = stack.enter_context(actor(server, local))
+            client.update()
+            weights = np.arange(5.0)
+            report = server.save_checkpoint(path, lambda: {"weights": weights, "updates": 3})
+            assert report.items == {"actor_env": 10}
+            local.batch_insert([transition(n) for n in range(10, 15)])
+            assert client.update() == 5
+            port = server.port
+        store = ReplayBuffer(1000)
+        again = TrainerServer(config_of(transport, port))
+        again.register_data_store("actor_env", store)
+        values = again.load_checkpoint(path)
+        assert values["updates"] == 3
+        np.testing.assert_array_equal(values["weights"], weights)
+        assert ids(store) == list(range(10))
+        with started(again):
+            local.insert(transition(15))
+            client.update()
+            assert ids(store) == list(range(16))
+            assert client.lost == 0
+
+
+def test_a_file_of_another_kind_is_no_learners_checkpoint(transport, tmp_path):
+    with learner(transport) as server:
+        checkpoint.save(tmp_path / "other", {"mine": 1}, {"actor_env": filled(3)})
+        with pytest.raises(Malformed, match="no checkpoint of a TrainerServer"):
+            server.load_checkpoint(tmp_path / "other")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import secrets
 import threading
 from collections import deque
@@ -37,7 +38,8 @@ from edgeml.core.server import Server, Session
 from edgeml.core.streams import Subscription
 from edgeml.core.transport import Credentials
 from edgeml.core.url import resolve
-from edgeml.data import Batch, DataStoreBase
+from edgeml.data import Batch, DataStoreBase, checkpoint
+from edgeml.data.checkpoint import Report
 from edgeml.services.base import ServiceClient, ServiceServer, listening_urls, names
 
 __all__ = ["TrainerClient", "TrainerConfig", "TrainerServer", "TrainerTunnel"]
@@ -51,6 +53,7 @@ _WINDOW = 4  # chunks under way: one is collected, sent or inserted while others
 _MOST_ITEMS = 4096  # in a chunk
 _FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
 _WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
+_SHUT_OUT = 256  # incarnations of one client id that are remembered
 _LAST_UPDATE = 2.0  # seconds that stopping may spend on what hasn't been sent
 
 
@@ -89,7 +92,7 @@ class TrainerConfig:
 class _Mark:
     incarnation: int
     number: int
-    shut_out: deque[int] = field(default_factory=lambda: deque(maxlen=256))
+    shut_out: deque[int] = field(default_factory=lambda: deque(maxlen=_SHUT_OUT))
 
 
 class TrainerServer(ServiceServer):
@@ -123,6 +126,8 @@ class TrainerServer(ServiceServer):
         self._stores: dict[str, DataStoreBase] = {}
         self._marks: dict[tuple[str, str], _Mark] = {}
         self._lock = threading.Lock()
+        # Of each store, who inserted last, and the number of that client's next item.
+        self._last: dict[str, tuple[str, int, int]] = {}
         server = Server(
             "trainer",
             *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
@@ -159,6 +164,58 @@ class TrainerServer(ServiceServer):
     def store_names(self) -> list[str]:
         """The names of the registered stores."""
         return list(self._stores)
+
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], values: Any | Callable[[], Any] = None
+    ) -> Report:
+        """Save all registered stores, and values of your own, to one file.
+
+        Also how far each client's uploads have come: after `load_checkpoint` nothing is inserted
+        twice, and a client that still holds what the file lacks sends that again. Uploads and
+        calls go on meanwhile. See `edgeml.data.checkpoint.save`, which has the promises.
+
+        Args:
+            path: of the file, which is replaced as a whole.
+            values: what a codec carries, such as weights and counters; or a function that returns
+                it, called at the very moment that the stores are saved as of.
+
+        Raises:
+            NotEncodable: a value that the codec doesn't carry.
+            OSError: what the system says.
+        """
+
+        def all_values() -> Any:
+            marks = [
+                [client, name, mark.incarnation, mark.number, list(mark.shut_out)]
+                for (client, name), mark in self._marks.items()
+            ]
+            return {"values": values() if callable(values) else values, "marks": marks}
+
+        return checkpoint.save(path, all_values, self._stores)
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> Any:
+        """Fill all registered stores from what `save_checkpoint` wrote, and return the values.
+
+        Call it before `start`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            Malformed, ConfigMismatch, ValueError: see `edgeml.data.checkpoint.load`.
+        """
+        saved = checkpoint.load(path, self._stores)
+        try:
+            marks = {
+                (client, name): _Mark(incarnation, number, deque(shut_out, maxlen=_SHUT_OUT))
+                for client, name, incarnation, number, shut_out in saved["marks"]
+            }
+            values = saved["values"]
+        except (KeyError, TypeError, ValueError):
+            raise Malformed(
+                f"{os.fspath(path)} is no checkpoint of a TrainerServer: "
+                "load it with edgeml.data.checkpoint.load"
+            ) from None
+        self._marks, self._last = marks, {}
+        return values
 
     def publish_network(self, params: Any) -> int:
         """Send weights to every client, those that connect later included.
@@ -205,7 +262,9 @@ class TrainerServer(ServiceServer):
                 f"a batch from {batch.first_id} on cannot come after {after}, or {acknowledged}"
             )
         store = self.data_store(name)
-        with self._lock:
+        # The store's own lock, too, so that a checkpoint finds items and marks at the same point.
+        # It alone won't do, since a store that waits for room lets go of it.
+        with self._lock, store.lock:
             # Of a client that isn't known, what was acknowledged counts: of several uploads that
             # are under way, a later one may be the first to come.
             mark = self._marks.setdefault(
@@ -226,9 +285,12 @@ class TrainerServer(ServiceServer):
                 self._server.counts["items_lost_by_clients"] += max(
                     0, batch.first_id - mark.number - 1
                 )
+                if self._last.get(name) != (session.client_id, incarnation, new.first_id):
+                    store.interrupt()
                 store.batch_insert(new)
                 self._server.counts["items"] += len(new)
                 mark.number = batch.first_id + len(batch) - 1
+                self._last[name] = (session.client_id, incarnation, mark.number + 1)
             number = mark.number
         if len(new) and self._data_callback is not None:
             self._data_callback(name, new)
