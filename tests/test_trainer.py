@@ -1251,6 +1251,9 @@ def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transpor
         np.testing.assert_array_equal(values["weights"], weights)
         assert ids(store) == list(range(10))
         with started(again):
+            # Although there is nothing new to send.
+            wait_until(lambda: client.update() > 0 or len(store) > 10)
+            assert ids(store) == list(range(15))
             local.insert(transition(15))
             client.update()
             assert ids(store) == list(range(16))

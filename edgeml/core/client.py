@@ -160,6 +160,12 @@ class Client:
         self._keeper = threading.Thread(target=self._keep, name="edgeml keeper", daemon=True)
         self._keeper.start()
 
+    @property
+    def epoch(self) -> int:
+        """A number for the start of the server last connected to, which changes with each."""
+        link = self._link
+        return 0 if link is None else link.epoch
+
     # Links --------------------------------------------------------------------------------
 
     def _connect_first(self, wait: float) -> None:

@@ -366,6 +366,7 @@ class TrainerClient(ServiceClient):
             credentials=credentials,
         )
         super().__init__(client)
+        self._epochs = dict.fromkeys(self._stores, client.epoch)
         for store in self._stores.values():
             store.room = self._batch_room
         self.lost = 0
@@ -399,8 +400,12 @@ class TrainerClient(ServiceClient):
         before, lost_before = self._sent[name], self.lost
         newest = store.latest_data_id()  # what comes in meanwhile goes with the next update
         under_way: deque[tuple[Callable[[], int], int]] = deque()  # with the last item of each
-        if self._unsure[name]:
+        epoch = self._client.epoch
+        if self._unsure[name] or epoch != self._epochs[name]:
+            # A server that was started anew may have its stores from a checkpoint, and lack what
+            # came after that; this store may hold it yet.
             self._ask_how_far(name, timeout)
+            self._epochs[name] = epoch
         cursor = self._sent[name]
         try:
             while True:
