@@ -10,15 +10,20 @@ In two processes, or on two machines, in any order:
     python examples/async_learner_actor.py --actor --ip ADDRESS_OF_THE_LEARNER
 
 It ends with the line ``evaluation return: MEAN +- STD over N episodes`` and a picture of the
-learning curve.
+learning curve. With ``--checkpoint_path FILE`` the learner saves all that it has now and then, and
+goes on from there when it is started again; actors outlive that. With ``--rlds_log_dir`` every step
+that an actor takes is logged as a dataset.
 """
 
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +38,17 @@ from edgeml import (
     TrainerConfig,
     TrainerServer,
     TrainerTunnel,
+    Unreachable,
 )
-from edgeml.data import QueuedDataStore, RateLimiter, ReplayBufferDataStore
+from edgeml.data import (
+    DataStoreBase,
+    RateLimiter,
+    ReplayBuffer,
+    ReplayBufferDataStore,
+    TrajectoryBufferDataStore,
+    make_default_trajectory_buffer,
+)
+from edgeml.data.rlds import RLDSLogger
 from policy import NumpyPolicy, scale_action, use_one_thread
 from terminal import StatusLine, add_connection_options, run
 
@@ -64,7 +78,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--replay_buffer_capacity", type=int, default=1_000_000)
     option("--eval_period", type=int, default=5_000, help="steps between evaluations")
     option("--eval_episodes", type=int, default=10, help="episodes of the last evaluation")
-    option("--checkpoint_path", type=Path, help="learner: where to save the policy, as .npz")
+    option("--checkpoint_path", type=Path, help="learner: where to save all, and to go on from")
+    option("--checkpoint_period", type=int, default=5_000, help="steps between checkpoints")
+    option("--use_traj_buffer", action="store_true", help="train from a JAX trajectory buffer")
+    option("--rlds_log_dir", type=Path, help="actor: log all steps here, as an RLDS dataset")
     option("--curve", type=Path, default="learning_curve.png", help="actor: the picture's file")
     option("--render", action="store_true", help="actor: show the environment in a window")
     options = parser.parse_args(arguments)
@@ -106,8 +123,13 @@ def make_limiter(options: argparse.Namespace, actors: int) -> RateLimiter:
     )
 
 
-def make_store(env: gymnasium.Env[Any, Any], capacity: int) -> ReplayBufferDataStore:
-    return ReplayBufferDataStore(env.observation_space, env.action_space, capacity)
+def make_store(
+    options: argparse.Namespace, env: gymnasium.Env[Any, Any]
+) -> ReplayBufferDataStore | TrajectoryBufferDataStore:
+    spaces, capacity = (env.observation_space, env.action_space), options.replay_buffer_capacity
+    if options.use_traj_buffer:
+        return make_default_trajectory_buffer(*spaces, capacity)
+    return ReplayBufferDataStore(*spaces, capacity)
 
 
 # The learner ------------------------------------------------------------------------------
@@ -125,10 +147,10 @@ class Learner:
         self._server = server
         self._sac = sac
         self._limiter = limiter
-        self._uploaded = 0  # actors that will send no more
+        self._uploaded: set[str] = set()  # actors that will send no more
         self._left = threading.Semaphore(0)  # released by each actor that has the last weights
         env = gymnasium.make(options.env)
-        self.store = make_store(env, options.replay_buffer_capacity)
+        self.store = make_store(options, env)
         server.register_data_store(STORE, self.store)
         assert env.observation_space.shape
         assert env.action_space.shape
@@ -139,6 +161,19 @@ class Learner:
             self._config(env.action_space.shape[0]),
         )
         env.close()
+        self._resume()
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        path = self._options.checkpoint_path
+        self._saved = 0  # how many transitions there were at the last save
+        if path is not None and path.exists():
+            values = self._server.load_checkpoint(path)
+            self._state = self._sac.from_arrays(self._state, values["agent"])
+            self._saved = self.store.latest_data_id()
+            self._limiter.advance_to(inserts=self._saved, samples=values["updates"])
+            self._publish(final=False)
+        self.resumed_at = self._saved // self._options.actors
 
     def _config(self, act_dim: int) -> Any:
         """SAC's usual settings; for the pendulum smaller and faster ones, which settle."""
@@ -159,10 +194,12 @@ class Learner:
             target_entropy=-1.0,
         )
 
-    def on_request(self, kind: str) -> dict[str, Any]:
-        """An actor says that it will send no more, or that it has the last weights."""
+    def on_request(self, kind: str, actor: str) -> dict[str, Any]:
+        """An actor asks where to go on, will send no more, or has the last weights."""
+        if kind == "begin":
+            return {"steps": self.resumed_at}
         if kind == "uploaded":
-            self._uploaded += 1
+            self._uploaded.add(actor)
         else:
             self._left.release()
         return {}
@@ -175,21 +212,29 @@ class Learner:
     def train(self, status: StatusLine) -> None:
         """Train until the actors have finished and all updates are done, or until stopped."""
         options = self._options
+        if self._saved:
+            status.note(
+                f"going on from {options.checkpoint_path}: "
+                f"{self._saved} transitions, {self._limiter.samples} updates"
+            )
         rng = np.random.default_rng(options.seed)
         updates = max(1, round(options.steps_per_update * options.utd_ratio))
         try:
             while self._may_train(updates):
-                batch = self.store.sample(updates * options.batch_size, rng)
+                batch = self._sample(updates * options.batch_size, rng)
                 batches = {
-                    key: column.reshape(updates, options.batch_size, *column.shape[1:])
-                    for key, column in batch.items()
+                    key: batch[key].reshape(updates, options.batch_size, *batch[key].shape[1:])
+                    for key in self._sac.BATCH_KEYS
                 }
                 self._state, metrics = self._sac.update(self._state, batches)
                 q = float(metrics["q"])  # waits until the update is done
                 self._limiter.sampled(updates)
                 self._publish(final=False)
+                if self.store.latest_data_id() - self._saved >= options.checkpoint_period:
+                    self._save()
                 status.show(f"learner: {self._limiter.samples} updates, mean q {q:.1f}")
         except Closed:
+            self._save()
             return
         self._publish(final=True)
         self._save()
@@ -201,7 +246,7 @@ class Learner:
     def _may_train(self, updates: int) -> bool:
         """Wait for enough data; False once there will be no more."""
         while True:
-            last_chance = self._uploaded >= self._options.actors
+            last_chance = len(self._uploaded) >= self._options.actors
             try:
                 self._limiter.await_sample(updates, timeout=0.0 if last_chance else 1.0)
                 return True
@@ -218,11 +263,16 @@ class Learner:
         }
         self._server.publish_network(network)
 
+    def _sample(self, n: int, rng: np.random.Generator) -> Any:
+        if isinstance(self.store, TrajectoryBufferDataStore):
+            return self.store.sample("training", n)[0]
+        return self.store.sample(n, rng, keys=self._sac.BATCH_KEYS)
+
     def _save(self) -> None:
         if self._options.checkpoint_path is not None:
-            layers = self._sac.actor_params(self._state, average=True)
-            arrays = {f"{name}{i}": a for i, p in enumerate(layers) for name, a in p.items()}
-            np.savez(self._options.checkpoint_path, **arrays)
+            values = {"agent": self._sac.to_arrays(self._state), "updates": self._limiter.samples}
+            self._server.save_checkpoint(self._options.checkpoint_path, values)
+            self._saved = self.store.latest_data_id()
 
     def stop(self) -> None:
         self._limiter.close()
@@ -233,7 +283,7 @@ def run_learner(options: argparse.Namespace, config: TrainerConfig) -> None:
     server = TrainerServer(
         config,
         data_callback=lambda name, batch: limiter.inserted(len(batch)),
-        request_callback=lambda kind, payload: learner.on_request(kind),
+        request_callback=lambda kind, actor: learner.on_request(kind, actor),
         host=options.host,
     )
     with StatusLine() as status, server:
@@ -263,7 +313,7 @@ class Actor:
         self,
         options: argparse.Namespace,
         link: TrainerClient | TrainerTunnel,
-        store: QueuedDataStore | ReplayBufferDataStore,
+        store: DataStoreBase,
         env: gymnasium.Env[Any, Any],
         limiter: RateLimiter,
     ) -> None:
@@ -280,6 +330,7 @@ class Actor:
         self._random = NumpyPolicy(act_dim=act_dim, seed=options.seed)
         self._limiter = limiter
         self._final = threading.Event()
+        self._name = secrets.token_hex(4)
         self.curve: list[Point] = []
         link.recv_network_callback(self._receive)
 
@@ -291,33 +342,48 @@ class Actor:
             self._final.set()
 
     def act(self, status: StatusLine) -> None:
-        """Collect all steps, evaluating now and then."""
+        """Collect all steps, evaluating now and then, and get the last weights."""
+        steps = self._link.request("begin", self._name)["steps"]
+        if steps:
+            status.note(f"going on after step {steps}")
+            self._limiter.advance_to(inserts=steps)
+        with self._log() as log:
+            self._collect(steps, log, status)
+        self._end(status)
+
+    def _log(self) -> AbstractContextManager[RLDSLogger | None]:
+        directory = self._options.rlds_log_dir
+        return nullcontext() if directory is None else RLDSLogger(directory)
+
+    def _collect(self, steps: int, log: RLDSLogger | None, status: StatusLine) -> None:
         options = self._options
         returned = last_return = 0.0
-        obs, _ = self._env.reset(seed=options.seed)
-        for step in range(1, options.max_steps + 1):
-            self._limiter.await_insert(timeout=PATIENCE)
+        obs, _ = self._env.reset(seed=options.seed + steps)
+        for step in range(steps + 1, options.max_steps + 1):
+            self._await_turn()
             policy = self._random if step <= options.random_steps else self._policy
             action = policy.act(obs)
             next_obs, reward, terminated, truncated, _ = self._env.step(self._scaled(action))
-            self._store.insert(
-                {
-                    "observations": np.asarray(obs, np.float32),
-                    "next_observations": np.asarray(next_obs, np.float32),
-                    "actions": action,
-                    "rewards": np.float32(reward),
-                    "masks": np.float32(1 - terminated),
-                    "dones": bool(terminated or truncated),
-                }
-            )
+            over = terminated or truncated
+            item = {
+                "observations": np.asarray(obs, np.float32),
+                "next_observations": np.asarray(next_obs, np.float32),
+                "actions": action,
+                "rewards": np.float32(reward),
+                "masks": np.float32(1 - terminated),
+                "end_of_trajectory" if options.use_traj_buffer else "dones": bool(over),
+            }
+            self._store.insert(item)
+            if log is not None:
+                log(item, over)
             self._limiter.inserted()
             obs = next_obs
             returned += float(reward)
-            if terminated or truncated:
+            if over:
                 last_return, returned = returned, 0.0
                 obs, _ = self._env.reset()
             if step % options.steps_per_update == 0:
-                self._link.update()
+                self._patiently(self._link.update)
             if step % options.eval_period == 0 and step < options.max_steps:
                 self.curve.append(self.evaluate(step, episodes=3))
             point = f", evaluated at {self.curve[-1].mean:.0f}" if self.curve else ""
@@ -325,12 +391,43 @@ class Actor:
                 f"actor: {step}/{options.max_steps} steps, {self._limiter.samples} updates heard "
                 f"of, last return {last_return:.0f}{point}"
             )
-        self._link.update()
-        self._link.request("uploaded")
+
+    def _end(self, status: StatusLine) -> None:
+        """See that the learner has everything, and get the last weights from it."""
         status.show("actor: waiting for the last weights")
-        if not self._final.wait(PATIENCE):
-            raise DeadlineExceeded(f"no last weights within {PATIENCE:g} s")
-        self._link.request("finished")
+        deadline = time.monotonic() + PATIENCE
+        while not self._final.is_set():
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"no last weights within {PATIENCE:g} s")
+            # Again and again, since a learner that was started anew has forgotten it.
+            self._patiently(self._link.update)
+            self._patiently(lambda: self._link.request("uploaded", self._name))
+            self._final.wait(5)
+        self._link.request("finished", self._name)
+
+    def _await_turn(self) -> None:
+        """Wait until the learner has kept up."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._limiter.await_insert(timeout=1.0)
+            except DeadlineExceeded:
+                if time.monotonic() > deadline:
+                    raise
+            # A learner that was started anew may lack what it had.
+            self._patiently(self._link.update)
+
+    def _patiently(self, ask: Callable[[], Any]) -> None:
+        """Ask the learner, which may be away for a while: somebody may start it anew."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                ask()
+                return
+            except (Unreachable, DeadlineExceeded):
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
     def _scaled(self, action: Any) -> Any:
         return scale_action(action, self._low, self._high)
@@ -384,7 +481,8 @@ def draw(curve: list[Point], title: str, path: Path) -> None:
 
 
 def run_actor(options: argparse.Namespace, config: TrainerConfig) -> None:
-    store = QueuedDataStore(capacity=10 * options.steps_per_update, on_full="raise")
+    # It holds what a learner lacks that goes on from its last checkpoint.
+    store = ReplayBuffer(2 * options.checkpoint_period + 10 * options.steps_per_update)
     env = gymnasium.make(options.env, render_mode="human" if options.render else None)
     with StatusLine() as status:
         status.note(f"acting in {options.env}, for a learner at {options.ip}")
@@ -400,7 +498,7 @@ def run_actor(options: argparse.Namespace, config: TrainerConfig) -> None:
 
 def run_both(options: argparse.Namespace, config: TrainerConfig) -> None:
     limiter = make_limiter(options, actors=1)  # one process, one store, one limiter
-    tunnel = TrainerTunnel(config, request_callback=lambda kind, payload: learner.on_request(kind))
+    tunnel = TrainerTunnel(config, request_callback=lambda kind, actor: learner.on_request(kind, actor))
     env = gymnasium.make(options.env, render_mode="human" if options.render else None)
     with StatusLine() as status, tunnel:
         status.note(f"learning {options.env} in one process")
@@ -422,7 +520,7 @@ def main() -> None:
     config = TrainerConfig(
         port_number=options.port,
         broadcast_port=None,
-        request_types=["uploaded", "finished"],
+        request_types=["begin", "uploaded", "finished"],
         transport=options.transport,
     )
     began = time.monotonic()

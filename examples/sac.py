@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -275,6 +275,31 @@ def update(state: State, batches: Mapping[str, ArrayLike]) -> tuple[State, dict[
     updated: tuple[State, dict[str, jax.Array]]
     updated = _update(state, {name: batches[name] for name in BATCH_KEYS})
     return updated
+
+
+def to_arrays(state: State) -> list[np.ndarray[Any, Any]]:
+    """All of an agent, optimizers and random key among it, as NumPy arrays for a checkpoint."""
+    plain = replace(state, key=jax.random.key_data(state.key))
+    return [np.array(leaf) for leaf in jax.tree.leaves(plain)]
+
+
+def from_arrays(state: State, arrays: Sequence[ArrayLike]) -> State:
+    """The agent that `to_arrays` took apart.
+
+    Args:
+        state: one that was created with the same sizes and configuration.
+        arrays: what `to_arrays` gave.
+
+    Raises:
+        ValueError: it was created otherwise.
+    """
+    plain = replace(state, key=jax.random.key_data(state.key))
+    leaves, structure = jax.tree.flatten(plain)
+    new = [jnp.array(array) for array in arrays]
+    if [(a.shape, a.dtype) for a in new] != [(b.shape, b.dtype) for b in leaves]:
+        raise ValueError("the checkpoint is of an agent of other sizes, or another configuration")
+    restored: State = jax.tree.unflatten(structure, new)
+    return replace(restored, key=jax.random.wrap_key_data(restored.key))
 
 
 def actor_params(state: State, *, average: bool = False) -> Params:

@@ -63,12 +63,29 @@ def test_the_readme_programs_run_as_they_stand(
         server.wait()
 
 
+ALONE = {
+    "replay": ["(256, 4, 64, 64, 3)", "2.9701", "an observation is kept once: True"],
+    "sequences": ["(256, 8, 2) of which", "goals lie ahead: True"],
+    "episodes": ["me (", ", 4) True", "(32, 4)"],
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_readme_programs_of_one_process_run_as_they_stand(name: str, tmp_path: Path) -> None:
+    program = start(tmp_path, f"{name}.py")
+    printed, _ = program.communicate(timeout=100)
+    assert program.returncode == 0, printed
+    for text in ALONE[name]:
+        assert text in printed
+
+
 def test_every_program_in_the_readme_is_run() -> None:
-    assert sorted(PROGRAMS) == sorted(
+    pairs = [
         f"{pair}_{side}.py"
         for pair in ("action", "inference", "trainer", "camera")
         for side in ("server", "client")
-    )
+    ]
+    assert sorted(PROGRAMS) == sorted([*pairs, *(f"{name}.py" for name in ALONE)])
 
 
 def test_the_readme_commands_are_the_ones_that_ci_runs() -> None:

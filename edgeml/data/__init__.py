@@ -8,6 +8,19 @@ from edgeml.data.prefetch import Prefetch
 from edgeml.data.prioritized import PrioritizedReplayBuffer
 from edgeml.data.queued import QueuedDataStore
 from edgeml.data.replay import ReplayBuffer, ReplayBufferDataStore, transition_example
+from edgeml.data.samplers import (
+    FutureSampler,
+    LatestSampler,
+    PrioritySampler,
+    Sampler,
+    SequenceSampler,
+)
+from edgeml.data.trajectory import (
+    DataShape,
+    TrajectoryBuffer,
+    TrajectoryBufferDataStore,
+    make_default_trajectory_buffer,
+)
 
 __all__ = [
     "DataStoreBase",
@@ -17,6 +30,15 @@ __all__ = [
     "ReplayBufferDataStore",
     "PrioritizedReplayBuffer",
     "transition_example",
+    "TrajectoryBuffer",
+    "TrajectoryBufferDataStore",
+    "make_default_trajectory_buffer",
+    "DataShape",
+    "Sampler",
+    "LatestSampler",
+    "SequenceSampler",
+    "FutureSampler",
+    "PrioritySampler",
     "Mixture",
     "Prefetch",
     "RateLimiter",

@@ -1,0 +1,189 @@
+"""Which ids make up a trajectory, and steps drawn uniformly from all trajectories held.
+
+A ring holds the newest rows, numbered by consecutive ids, and trajectories follow each other
+without a gap. So a sorted table of first ids tells them all, and beside it stands, for each way
+of drawing, how many steps could be drawn from the trajectories before. A number drawn uniformly
+below the last of these sums is looked up in them, and that is a step: nothing is rejected, and
+an insert changes nothing but the end of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgeml.data.tree import Array
+
+__all__ = ["Spans"]
+
+_LEAST = 64  # columns of the table
+
+
+class Spans:
+    """The trajectories of a ring. Nothing here takes a lock.
+
+    Args:
+        capacity: how many rows the ring holds.
+        min_length: a trajectory of which fewer rows are held is not drawn from.
+
+    Attributes:
+        next_id: of the row that comes next.
+    """
+
+    def __init__(self, capacity: int, min_length: int) -> None:
+        self._capacity = capacity
+        self._min_length = min_length
+        self._ranges: list[tuple[int, int]] = []
+        self.reset(1)
+
+    def reset(self, next_id: int) -> None:
+        """Forget all rows; the next one gets this id."""
+        self.next_id = self._first = next_id
+        # Of each trajectory the first id, and below, one row for each range, the sums. The last
+        # column that counts is the trajectory that goes on, and the one after it is spare.
+        self._table = np.zeros((1 + len(self._ranges), _LEAST), np.int64)
+        self._table[0, 0] = next_id
+        self._head = self._tail = 0  # columns of the oldest trajectory, and of the newest
+
+    @property
+    def oldest_id(self) -> int:
+        """Id of the oldest row held; the next id where there is none."""
+        return max(self._first, self.next_id - self._capacity)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the next row goes on with the trajectory of the last one."""
+        return bool(self.next_id > self._table[0, self._tail])
+
+    @property
+    def short(self) -> int:
+        """How many trajectories have ended, and hold too few rows to be drawn from."""
+        self._settle()
+        firsts = np.maximum(self._table[0, self._head : self._tail + 1], self.oldest_id)
+        return int((np.diff(firsts) < self._min_length).sum())
+
+    def extend(self, n: int, firsts: Sequence[int] | Array = ()) -> None:
+        """Take up n rows; with these ids (ascending, the one after the last may be among them)
+        new trajectories begin.
+        """
+        begun = np.asarray(firsts, np.int64)
+        if len(begun):
+            begun = begun[begun > self._table[0, self._tail]]
+        if len(begun):
+            self._make_room(len(begun))
+            at, end = self._tail, self._tail + len(begun)
+            self._table[0, at + 1 : end + 1] = begun
+            lengths = np.diff(self._table[0, at : end + 1])
+            for sums, range_ in zip(self._table[1:], self._ranges, strict=True):
+                sums[at + 1 : end + 1] = sums[at] + np.cumsum(self._count(lengths, range_))
+            self._tail = end
+        self.next_id += n
+
+    def end(self) -> None:
+        """Let the next row begin a new trajectory."""
+        self.extend(0, [self.next_id])
+
+    def begins(self, first_id: int, n: int) -> Array:
+        """For each of n rows held whether a trajectory begins there; shape (n,) bool."""
+        begins = np.zeros(n, np.bool_)
+        firsts = self._table[0, self._head : self._tail + 1]
+        low, high = np.searchsorted(firsts, [first_id, first_id + n])
+        begins[firsts[low:high] - first_id] = True
+        return begins
+
+    def add_range(self, range_: tuple[int, int]) -> int:
+        """Prepare to draw steps i for which i + a to i + b - 1 are in the same trajectory.
+
+        Returns:
+            The number by which `draw` and `locate` know it.
+        """
+        a, b = min(range_[0], 0), max(range_[1], 1)  # step i itself is always needed
+        if (a, b) not in self._ranges:
+            self._ranges.append((a, b))
+            sums = np.zeros((1, self._table.shape[1]), np.int64)
+            counts = self._count(np.diff(self._table[0, : self._tail + 1]), (a, b))
+            sums[0, 1 : self._tail + 1] = np.cumsum(counts)
+            self._table = np.concatenate([self._table, sums])
+        return self._ranges.index((a, b))
+
+    def draw(
+        self, range_number: int, n: int, rng: np.random.Generator
+    ) -> tuple[Array, Array, Array] | None:
+        """Draw steps uniformly from all that fit the range, with replacement.
+
+        Returns:
+            Of each step the first id of its trajectory that is held, its own id, and the id past
+            the trajectory's last; shapes (n,) int64. None where no step fits.
+        """
+        self._settle()
+        range_ = self._ranges[range_number]
+        firsts = self._table[0, self._head : self._tail + 2]
+        sums = self._table[1 + range_number, self._head : self._tail + 2]
+        # The oldest trajectory may have lost its beginning, and so the smallest of its numbers.
+        oldest = self.oldest_id
+        low = int(sums[1]) - self._count(int(firsts[1]) - max(int(firsts[0]), oldest), range_)
+        high = int(sums[-1])
+        if low == high:
+            return None
+        numbers = rng.integers(low, high, n)
+        after = sums.searchsorted(numbers, "right")
+        ends = firsts.take(after)
+        # The last step that fits is `range_[1]` before the end, and has the highest number.
+        ids = ends - (sums.take(after) - numbers) + (1 - range_[1])
+        return np.maximum(firsts.take(after - 1), oldest), ids, ends
+
+    def locate(self, range_number: int, ids: Array) -> tuple[Array, Array, Array]:
+        """Return what `draw` does, of these steps.
+
+        Raises:
+            ValueError: a step that `draw` would never give.
+        """
+        self._settle()
+        a, b = self._ranges[range_number]
+        firsts = self._table[0, self._head : self._tail + 2]
+        found = np.searchsorted(firsts[:-1], ids, "right") - 1
+        begins = np.maximum(firsts[found], self.oldest_id)
+        ends = firsts[np.minimum(found + 1, len(firsts) - 1)]
+        fits = (self.oldest_id <= ids) & (ids < self.next_id)
+        if not fits.all():
+            raise ValueError(
+                f"id {ids[~fits][0]} is not held: ids {self.oldest_id} to {self.next_id - 1} are"
+            )
+        fits = (begins <= ids + a) & (ids + b <= ends) & (ends - begins >= self._min_length)
+        if not fits.all():
+            i = np.flatnonzero(~fits)[0]
+            raise ValueError(
+                f"id {ids[i]} can't be sampled: of its trajectory ids {begins[i]} to "
+                f"{ends[i] - 1} are held, it takes at least {self._min_length}, "
+                f"and {ids[i] + a} to {ids[i] + b - 1} among them"
+            )
+        return begins, ids, ends
+
+    def _count(self, length: Any, range_: tuple[int, int]) -> Any:
+        """How many steps of a trajectory of this length, or of these, fit a range."""
+        width = range_[1] - range_[0]
+        return (length - width + 1) * (length >= max(width, self._min_length))
+
+    def _settle(self) -> None:
+        """Skip the trajectories that are gone, and close the newest for now, in the spare column.
+
+        That column is written anew before each use.
+        """
+        firsts, tail, oldest = self._table[0], self._tail, self.oldest_id
+        self._head += int(firsts[self._head : tail + 1].searchsorted(oldest, "right")) - 1
+        firsts[tail + 1] = self.next_id
+        length = self.next_id - max(int(firsts[tail]), oldest)
+        for sums, range_ in zip(self._table[1:], self._ranges, strict=True):
+            sums[tail + 1] = sums[tail] + self._count(length, range_)
+
+    def _make_room(self, n: int) -> None:
+        if self._tail + n + 2 > self._table.shape[1]:
+            self._settle()
+            live = self._table[:, self._head : self._tail + 1]
+            size = max(_LEAST, 2 * (live.shape[1] + n + 1))
+            self._table = np.zeros((len(live), size), np.int64)
+            self._table[:, : live.shape[1]] = live
+            self._tail -= self._head
+            self._head = 0

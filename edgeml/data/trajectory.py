@@ -1,0 +1,814 @@
+"""Trajectory buffers for JAX: rows on a device, from which steps, sequences and goals are drawn.
+
+The work is divided so that a step costs little on either side. The host knows where trajectories
+begin (`edgeml.data.spans`), draws the steps, and gathers inserts in numpy until there are enough,
+or somebody asks, to be worth writing to the device. There, one compiled function writes them, and
+another lets samplers choose rows and gathers these. The arrays are *donated* to the former: it
+writes in place, and the old references are invalid from then on, so that all of this happens
+under the store's lock, and nothing but fresh arrays is handed out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from edgeml.core.message import empty
+from edgeml.data import checkpoint
+from edgeml.data.base import DataStoreBase
+from edgeml.data.batch import Batch
+from edgeml.data.samplers import LatestSampler, Sampler, Steps
+from edgeml.data.schema import Schema
+from edgeml.data.spans import Spans
+from edgeml.data.tree import Array, fill, is_plain, paths_of
+
+if TYPE_CHECKING:
+    import jax
+
+__all__ = [
+    "DataShape",
+    "TrajectoryBuffer",
+    "TrajectoryBufferDataStore",
+    "make_default_trajectory_buffer",
+]
+
+_log = logging.getLogger(__name__)
+
+END = "end_of_trajectory"
+
+_STAGED = 1024  # rows that are gathered before they are written to the device, at most
+_STAGED_BYTES = 4 << 20
+_NARROW = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
+_LARGEST = 1 << 30  # rows; an index and an offset still add up to an int32
+
+Transform: TypeAlias = "Callable[[dict[str, Any], dict[str, jax.Array]], tuple[Any, Any]]"
+RLDSLogger: TypeAlias = Callable[[Any, bool], None]
+
+
+class DataShape(NamedTuple):
+    """What one part of a step looks like.
+
+    Attributes:
+        name: its key in an item; ``"observations/image"`` is the key ``"image"`` of the dict
+            ``"observations"``.
+        shape: of the part in one step; () is a number.
+        dtype: numeric or bool, by name or as numpy knows it. Types of 64 bits are refused unless
+            ``jax_enable_x64`` is set, for without it JAX would keep half of them.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: Any = "float32"
+
+
+class TrajectoryBuffer(DataStoreBase):
+    """A ring of the newest steps, kept on a device with the trajectories that they belong to.
+
+    Steps come in their order. A trajectory ends with a step that says so, with `end_trajectory`
+    or with `interrupt`, and the next step begins another. What a sampler gives never mixes two.
+    As the ring goes round, the oldest trajectory loses its first steps and is a shorter one.
+
+    An item (as `get_latest_data` gives and `batch_insert` takes it) is a dict of all data shapes,
+    nested as their names say, and the key ``end_of_trajectory``, a bool. A part of another dtype
+    is converted where that keeps what it means, as in `ReplayBuffer`.
+
+    ::
+
+        buffer = TrajectoryBuffer(100_000, [
+            DataShape("observations", (17,)), DataShape("actions", (6,)), DataShape("rewards"),
+        ])
+        buffer.register_sample_config("training", {
+            "observations": LatestSampler(),
+            "actions": SequenceSampler(0, 16),
+            "goals": FutureSampler("exponential", lambda_=0.02, source="observations"),
+        })
+        buffer.insert({"observations": obs, "actions": action, "rewards": 0.0})
+        buffer.end_trajectory()
+        batch, mask = buffer.sample("training", 256)
+
+    Args:
+        capacity: how many steps are held at most; up to 2**30.
+        data_shapes: what a step consists of.
+        min_trajectory_length: a trajectory of which fewer steps are held is not sampled, whether
+            it goes on (then it will be, later) or has ended (`short_trajectories` counts these).
+            Else steps can be sampled as soon as they are in.
+        seed: of all that is random in `sample`.
+        device: `jax.Device` or `jax.sharding.Sharding` that the steps are kept on (default:
+            JAX's default device).
+
+    Raises:
+        ImportError: JAX is not installed.
+        ValueError: no capacity, or data shapes that can't be; and by the inserts, for an item
+            that doesn't fit: the store is then as it was.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        data_shapes: Sequence[DataShape],
+        min_trajectory_length: int = 2,
+        seed: int = 0,
+        device: Any = None,
+    ) -> None:
+        super().__init__(capacity)
+        if capacity > _LARGEST:
+            raise ValueError(f"capacity must be at most {_LARGEST}, got {capacity}")
+        if min_trajectory_length < 1:
+            raise ValueError(
+                f"min_trajectory_length must be at least 1, got {min_trajectory_length}"
+            )
+        try:
+            import jax.numpy as jnp
+        except ImportError as error:
+            raise ImportError(
+                'a trajectory buffer needs JAX: pip install "edgeml-robotics[jax]"'
+            ) from error
+        self._schema = Schema(_example(data_shapes) | {END: np.False_})
+        paths = paths_of(self._schema.skeleton)[:-1]
+        self._paths = {"/".join(path): path for path in paths}
+        specs = list(zip(self._schema.shapes, self._schema.dtypes, strict=True))[:-1]
+        self._specs = dict(zip(self._paths, specs, strict=True))
+        if jnp.result_type(float) != np.float64:  # jax_enable_x64 isn't set
+            for name, (_, dtype) in self._specs.items():
+                if dtype.itemsize > (8 if dtype.kind == "c" else 4):
+                    raise ValueError(
+                        f"{name} would lose half of its {dtype}: JAX keeps 32 bits. Ask for "
+                        f"{dtype.kind}{dtype.itemsize // 2}, or set jax_enable_x64"
+                    )
+        self._device = device
+        self._rng = np.random.default_rng(seed)
+        self._spans = Spans(capacity, min_trajectory_length)
+        self._configs: dict[str, tuple[int, _Plan]] = {}
+        self._ends = np.zeros(capacity, np.bool_)  # what items say under end_of_trajectory
+        self._sums: dict[str, float] = {}  # of each priority, over the trajectory that goes on
+        self._rows = _Rows(
+            {name: self._column(shape, dtype) for name, (shape, dtype) in self._specs.items()}, {}
+        )
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._specs.values())
+        most = min(_STAGED, capacity, max(1, _STAGED_BYTES // max(1, size)))
+        self._sizes = sorted({1, min(32, most), most})  # a compiled function for each
+        self._staged = self._stage()
+        self._n_staged = 0
+        self._next_written = 1  # id of the first staged row
+        self._handed_out = 0  # the newest id that get_latest_data gave
+        self._warned = False
+
+    def __len__(self) -> int:
+        with self.lock:
+            return self._spans.next_id - self._spans.oldest_id
+
+    @property
+    def short_trajectories(self) -> int:
+        """How many trajectories have ended, and are too short to be sampled, of those held."""
+        with self.lock:
+            return self._spans.short
+
+    def latest_data_id(self) -> int:
+        """Return the id of the newest step ever inserted; 0 where there was none."""
+        return self._spans.next_id - 1
+
+    # What comes in --------------------------------------------------------------------------
+
+    def insert(self, data: Any, end_of_trajectory: bool = False) -> None:
+        """Insert a copy of one step.
+
+        Args:
+            data: a dict of all data shapes, without the key ``end_of_trajectory``.
+            end_of_trajectory: this is the last step of its trajectory.
+        """
+        if isinstance(data, dict):
+            if END in data:
+                raise ValueError(f"{END} is an argument here, not a key")
+            data = {**data, END: end_of_trajectory}
+        self._insert(data)
+
+    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+        """Insert copies of items in one step; the class tells what they are."""
+        batch = batch if isinstance(batch, Batch) else Batch.of(batch)
+        if not batch:
+            return
+        with self.lock:
+            columns = self._fit(batch)
+            firsts = self._spans.next_id + 1 + np.flatnonzero(columns[-1])
+            self._add(columns, len(batch), firsts)
+
+    def end_trajectory(self) -> None:
+        """End the trajectory that goes on, if any: its last item becomes an ``end_of_trajectory``.
+
+        Who has had that item from `get_latest_data` before, such as a trainer's server, doesn't
+        learn of it. So where you can, say it as you insert the last step.
+        """
+        with self.lock:
+            if not self._spans.is_open:
+                return
+            last = self._spans.next_id - 1
+            if last <= self._handed_out and not self._warned:
+                self._warned = True
+                _log.warning(
+                    "a trajectory was ended after its last step had been handed out (uploaded, "
+                    "say), and who has it takes the trajectory to go on: insert the last step with "
+                    "end_of_trajectory=True"
+                )
+            self._ends[(last - 1) % self._capacity] = True
+            self._spans.end()
+
+    def interrupt(self) -> None:
+        """End the trajectory that goes on, if any, without a change to any item."""
+        with self.lock:
+            self._spans.end()
+
+    def reset(self, next_id: int = 1) -> None:
+        """Forget all steps; the next one that is inserted gets the id ``next_id``.
+
+        The sample configs stay, and so does the state of the random generator.
+        """
+        with self.lock:
+            self._spans.reset(next_id)
+            self._n_staged = 0
+            self._next_written = next_id
+            self._handed_out = next_id - 1
+
+    def _insert(self, item: Any) -> None:
+        with self.lock:
+            leaves = self._schema.fit(item)
+            self._add(leaves, 1, (self._spans.next_id + 1,) if leaves[-1] else ())
+
+    def _fit(self, batch: Batch) -> list[Array]:
+        if batch.columns is not None:
+            return self._schema.fit(batch.columns, len(batch))
+        rows = [self._schema.fit(item) for item in batch]
+        return [np.stack(column) for column in zip(*rows, strict=True)]
+
+    def _add(self, leaves: Sequence[Any], n: int, firsts: Sequence[int] | Array) -> None:
+        """Take in what fits: one item's leaves, or n with a leading axis; firsts as for Spans."""
+        first_id = self._spans.next_id
+        sums = {}
+        if self._sums:
+            columns = dict(zip(self._specs, leaves, strict=False))
+            for name, total in self._sums.items():
+                before = total if self._spans.is_open else 0.0
+                sums[name] = _running_sums(
+                    name, columns[name], before, np.subtract(firsts, first_id)
+                )
+        if n == 1:  # what several items take costs as much again
+            self._ends[(first_id - 1) % self._capacity] = leaves[-1]
+        else:
+            self._ends[np.arange(first_id - 1, first_id - 1 + n) % self._capacity] = leaves[-1]
+        done = 0
+        while done < n:
+            at, k = self._n_staged, min(n - done, self._sizes[-1] - self._n_staged)
+            for column, values in zip(self._staged.data.values(), leaves, strict=False):
+                column[at : at + k] = values if k == n else values[done : done + k]
+            for name, column in self._staged.sums.items():
+                column[at : at + k] = sums[name][done : done + k]
+            self._n_staged += k
+            done += k
+            if self._n_staged == self._sizes[-1]:
+                self._flush()
+        self._spans.extend(n, firsts)
+        for name, values in sums.items():
+            self._sums[name] = float(values[-1])
+
+    def _flush(self) -> None:
+        """Write what is staged to the device."""
+        n = self._n_staged
+        if not n:
+            return
+        size = next(size for size in self._sizes if size >= n)
+        rows = _Rows(*({name: a[:size] for name, a in part.items()} for part in self._staged))
+        start = np.int32((self._next_written - 1) % self._capacity)
+        self._rows = _compiled().write(self._rows, rows, start, np.int32(n))
+        self._next_written += n
+        # On a CPU, JAX may use the very memory that it was given, for as long as it likes.
+        self._staged = self._stage()
+        self._n_staged = 0
+
+    def _stage(self) -> _Rows:
+        size = self._sizes[-1]
+        return _Rows(
+            {name: np.empty((size, *shape), dtype) for name, (shape, dtype) in self._specs.items()},
+            {name: np.empty(size, np.float32) for name in self._sums},
+        )
+
+    def _column(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        import jax.numpy as jnp
+
+        return jnp.zeros((self._capacity, *shape), dtype, device=self._device)
+
+    # What goes out --------------------------------------------------------------------------
+
+    def register_sample_config(
+        self,
+        name: str,
+        samplers: Mapping[str, Sampler],
+        sample_range: tuple[int, int] = (0, 1),
+        transform: Transform | None = None,
+    ) -> None:
+        """Say what `sample` gives under a name; an earlier config of that name is replaced.
+
+        Args:
+            name: of the config.
+            samplers: for each key of the batch, where it comes from. A sampler's ``source``, by
+                default the key, is a data shape's name, or a dict of several (``"observations"``
+                of ``"observations/image"`` and ``"observations/state"``), all from the same row.
+            sample_range: (a, b): step i is drawn uniformly, with replacement, from all those for
+                which steps i + a to i + b - 1, and i, are held and in one trajectory.
+            transform: is given ``data`` and ``mask``, and returns what `sample` then does, two
+                values. `jax.jit` traces it, once for each batch size.
+
+        Raises:
+            ValueError: there is no such source or priority, or a priority is not at least 0.
+        """
+        a, b = sample_range
+        if a >= b:
+            raise ValueError(f"the sample_range {sample_range} has no steps")
+        if not samplers:
+            raise ValueError("a batch without a sampler is empty")
+        parts = []
+        for key, sampler in samplers.items():
+            source = tuple((key if sampler.source is None else sampler.source).split("/"))
+            leaves = tuple(
+                (path[len(source) :], leaf)
+                for leaf, path in self._paths.items()
+                if path[: len(source)] == source
+            )
+            if not leaves:
+                raise ValueError(f"{key}: no data {'/'.join(source)!r}; there is {[*self._specs]}")
+            parts.append(_Part(key, sampler, leaves))
+        with self.lock:
+            for sampler in samplers.values():
+                if sampler.priority is not None and sampler.priority not in self._sums:
+                    self._sum_up(sampler.priority)
+            self._configs[name] = self._spans.add_range((a, b)), _Plan(tuple(parts), transform)
+
+    def sample(
+        self, name: str, batch_size: int, force_indices: Sequence[int] | Array | None = None
+    ) -> tuple[Any, Any]:
+        """Draw a batch as a sample config says, of all steps that are in.
+
+        Args:
+            name: under which it was registered.
+            batch_size: how many steps are drawn, B. Each new size is compiled first.
+            force_indices: ids of the steps to be used rather than drawn, shape (B,).
+
+        Returns:
+            ``data, mask``, two dicts with the samplers' keys, of arrays on the device: the data,
+            (B, ...) or (B, T, ...), a dict where the source is one; and bools, (B,) or (B, T),
+            True where it is what the sampler asked for, and not a stand-in because the trajectory
+            has no such step.
+
+        Raises:
+            ValueError: no such config, no steps that could be drawn, or an id of ``force_indices``
+                that isn't held or is not to be sampled with this config.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        with self.lock:
+            if name not in self._configs:
+                raise ValueError(f"no sample config {name!r}; there is {[*self._configs]}")
+            range_number, plan = self._configs[name]
+            if force_indices is None:
+                drawn = self._spans.draw(range_number, batch_size, self._rng)
+                if drawn is None:
+                    raise ValueError(
+                        f"no step can be sampled: {len(self)} are held, and none in a trajectory "
+                        f"that is long enough for {name!r}"
+                    )
+            else:
+                ids = np.asarray(force_indices)
+                if ids.shape != (batch_size,) or ids.dtype.kind not in "iu":
+                    raise ValueError(
+                        f"force_indices: expected {batch_size} ids, got shape {ids.shape} "
+                        f"{ids.dtype}"
+                    )
+                drawn = self._spans.locate(range_number, ids.astype(np.int64))
+            begins, ids, ends = drawn
+            at = np.stack([(begins - 1) % self._capacity, ids - begins, ends - begins])
+            words = self._rng.integers(1 << 32, size=2, dtype=np.uint32)
+            self._flush()
+            data, mask = _compiled().draw(self._rows, at.astype(np.int32), words, plan)
+            return data, mask
+
+    def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
+        """Return the items with ids above ``from_id`` that are still held; see the base class."""
+        with self.lock:
+            batch = self._items(from_id, limit)
+            self._handed_out = max(self._handed_out, batch.first_id + len(batch) - 1)
+            return batch
+
+    def _items(self, from_id: int, limit: int | None) -> Batch:
+        first = max(from_id + 1, self._spans.oldest_id)
+        n = self._spans.next_id - first
+        if limit is not None:
+            n = min(n, limit)
+        if n <= 0:
+            return Batch.of([], first)
+        leaves = [*self._read(first, n, self._specs).values()]
+        leaves.append(self._ends[np.arange(first - 1, first - 1 + n) % self._capacity])
+        return Batch.from_columns(fill(self._schema.skeleton, leaves), first)
+
+    def _read(self, first_id: int, n: int, names: Iterable[str]) -> dict[str, Array]:
+        """Columns of n rows, on the host."""
+        self._flush()
+        columns = {name: self._rows.data[name] for name in names}
+        out = {
+            name: empty(self.room, (n, *column.shape[1:]), column.dtype)
+            for name, column in columns.items()
+        }
+        for done in range(0, n, self._sizes[-1]):
+            k = min(n - done, self._sizes[-1])
+            size = next(size for size in self._sizes if size >= k)
+            start = np.int32((first_id - 1 + done) % self._capacity)
+            for name, rows in _compiled().read(columns, start, size).items():
+                out[name][done : done + k] = np.asarray(rows)[:k]
+        return out
+
+    def _sum_up(self, name: str) -> None:
+        """Begin to keep the running sums of a priority."""
+        shape, dtype = self._specs.get(name, ((), np.dtype(np.void)))
+        if shape or dtype.kind == "c" or name not in self._specs:
+            raise ValueError(
+                f"a priority is one real number of each step, and {name!r} isn't; "
+                f"there is {[*self._specs]}"
+            )
+        column = self._column((), np.float32)
+        first, n = self._spans.oldest_id, len(self)
+        total = 0.0
+        if n:
+            begun = np.flatnonzero(self._spans.begins(first, n))
+            sums = _running_sums(name, self._read(first, n, [name])[name], 0.0, begun)
+            rows = np.zeros(self._capacity, np.float32)
+            rows[:n] = sums
+            start = np.int32((first - 1) % self._capacity)
+            column = _compiled().write(column, rows, start, np.int32(n))
+            total = float(sums[-1])
+        self._sums[name] = total
+        self._rows.sums[name] = column
+        self._staged = self._stage()  # nothing is staged after reading
+
+    # What checkpoints need ------------------------------------------------------------------
+
+    def state(self) -> Any:
+        """Return what the store knows beyond its items."""
+        with self.lock:
+            return {"rng": self._rng.bit_generator.state, "open": self._spans.is_open}
+
+    def set_state(self, state: Any) -> None:
+        """Take up what `state` gave."""
+        with self.lock:
+            self._rng.bit_generator.state = state["rng"]
+            if not state["open"]:
+                self._spans.end()
+
+    def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
+        """Return items as `get_latest_data` does, and of each whether a trajectory begins there."""
+        with self.lock:
+            batch = self._items(from_id, limit)
+            return batch, {"begins": self._spans.begins(batch.first_id, len(batch))}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save everything but the sample configs to a file, as `edgeml.data.checkpoint` does."""
+        checkpoint.save(path, stores={"trajectories": self})
+
+    def load(self, source: str | os.PathLike[str] | Batch, extra: Any = None) -> None:
+        """Take up what `save` wrote, in place of what is held; or insert what `dump` gave.
+
+        Args:
+            source: the file; or the first of what `dump` gave.
+            extra: the second of what `dump` gave.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            Malformed: it is damaged, or something else.
+            ValueError: the data shapes are not those of the buffer that was saved.
+        """
+        if not isinstance(source, Batch):
+            checkpoint.load(source, {"trajectories": self})
+            return
+        if not source:
+            return
+        with self.lock:
+            columns = self._fit(source)
+            begun, ended = np.flatnonzero(extra["begins"]), np.flatnonzero(columns[-1]) + 1
+            self._add(columns, len(source), self._spans.next_id + np.union1d(begun, ended))
+
+
+class TrajectoryBufferDataStore(TrajectoryBuffer):
+    """A `TrajectoryBuffer` for either end of a trainer's client and server.
+
+    What is inserted is a whole item, with the key ``end_of_trajectory``, so that none can be
+    forgotten; the same items come out of `get_latest_data`.
+
+    Args:
+        capacity: see `TrajectoryBuffer`, as for all others.
+        rlds_logger: is called as ``rlds_logger(item, end_of_trajectory)`` with each item as it is
+            inserted, and as ``rlds_logger(None, True)`` where a trajectory ended, or was
+            interrupted, after its last item. Its arrays are its own. Where it raises, nothing is
+            inserted, though some of a batch may be logged.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        data_shapes: Sequence[DataShape],
+        min_trajectory_length: int = 2,
+        seed: int = 0,
+        device: Any = None,
+        rlds_logger: RLDSLogger | None = None,
+    ) -> None:
+        super().__init__(capacity, data_shapes, min_trajectory_length, seed, device)
+        self._rlds_logger = rlds_logger
+
+    def insert(self, item: Any, end_of_trajectory: bool = False) -> None:
+        """Insert a copy of one item.
+
+        Args:
+            item: a dict of all data shapes and ``end_of_trajectory``.
+            end_of_trajectory: True is the same as if the item said so.
+        """
+        if end_of_trajectory and isinstance(item, dict):
+            item = {**item, END: True}
+        self._insert(item)
+
+    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+        """Insert copies of items in one step."""
+        batch = batch if isinstance(batch, Batch) else Batch.of(batch)
+        with self.lock:
+            if self._rlds_logger and batch:
+                self._fit(batch)  # or some would be logged before another is refused
+                for item in batch:
+                    self._log(item)
+            super().batch_insert(batch)
+
+    def end_trajectory(self) -> None:
+        """End the trajectory that goes on, as `TrajectoryBuffer.end_trajectory` does."""
+        with self.lock:
+            self._log_end()
+            super().end_trajectory()
+
+    def interrupt(self) -> None:
+        """End the trajectory that goes on, if any, without a change to any item."""
+        with self.lock:
+            self._log_end()
+            super().interrupt()
+
+    def reset(self, next_id: int = 1) -> None:
+        """Forget all items, as `TrajectoryBuffer.reset` does."""
+        with self.lock:
+            self._log_end()
+            super().reset(next_id)
+
+    def _insert(self, item: Any) -> None:
+        with self.lock:
+            if self._rlds_logger:
+                self._log(item)
+            super()._insert(item)
+
+    def _log(self, item: Any) -> None:
+        assert self._rlds_logger
+        leaves = [np.array(leaf)[()] for leaf in self._schema.fit(item)]
+        self._rlds_logger(fill(self._schema.skeleton, leaves), bool(leaves[-1]))
+
+    def _log_end(self) -> None:
+        if self._rlds_logger and self._spans.is_open:
+            self._rlds_logger(None, True)
+
+
+def make_default_trajectory_buffer(
+    observation_space: Any,
+    action_space: Any,
+    capacity: int,
+    device: Any = None,
+    rlds_logger: RLDSLogger | None = None,
+    *,
+    seed: int = 0,
+) -> TrajectoryBufferDataStore:
+    """Make a store of the transitions of off-policy learning, to be sampled as ``"training"``.
+
+    An item is what `ReplayBufferDataStore` takes, but for the last key:
+
+    ==================  ======================  =================================================
+    observations        like observation_space
+    next_observations   like observation_space
+    actions             like action_space
+    rewards             () float32
+    masks               () float32              0 where the episode terminated, else 1
+    end_of_trajectory   () bool                 the episode ended, terminated or truncated
+    ==================  ======================  =================================================
+
+    ``sample("training", n)`` gives all but the last, of any step that is in. Register other
+    configs for sequences and goals. float64 and int64, which gymnasium's spaces often have, are
+    kept as float32 and int32, as JAX computes with them; an integer beyond these is refused.
+
+    Args:
+        observation_space: of gymnasium, or like it: Box, Discrete, MultiDiscrete, MultiBinary, and
+            a Dict of them, nested as you like.
+        action_space: the same.
+        capacity: how many transitions are held at most.
+        device: see `TrajectoryBuffer`.
+        rlds_logger: see `TrajectoryBufferDataStore`.
+        seed: of all that is random in `sample`.
+
+    Raises:
+        TypeError: a space whose samples have no fixed shape and dtype, or a Tuple.
+    """
+    data_shapes = [
+        *_shapes_of("observations", observation_space),
+        *_shapes_of("next_observations", observation_space),
+        *_shapes_of("actions", action_space),
+        DataShape("rewards"),
+        DataShape("masks"),
+    ]
+    # Each item is a transition by itself, so that even a trajectory of one is of use.
+    store = TrajectoryBufferDataStore(capacity, data_shapes, 1, seed, device, rlds_logger)
+    keys = ("observations", "next_observations", "actions", "rewards", "masks")
+    store.register_sample_config("training", {key: LatestSampler() for key in keys})
+    return store
+
+
+def _shapes_of(name: str, space: Any) -> Iterator[DataShape]:
+    parts = getattr(space, "spaces", None)
+    if isinstance(parts, Mapping):
+        for key, part in parts.items():
+            if not isinstance(key, str) or "/" in key:
+                raise TypeError(f"{name}: a Dict's keys are str without '/' here, got {key!r}")
+            yield from _shapes_of(f"{name}/{key}", part)
+        return
+    shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
+    if parts is not None or shape is None or dtype is None or not is_plain(np.dtype(dtype)):
+        raise TypeError(
+            f"{name}: {space!r} has no fixed shape and numeric dtype to store; of several "
+            "parts, make a Dict"
+        )
+    dtype = np.dtype(dtype)
+    yield DataShape(name, shape, _NARROW.get(dtype.name, dtype))
+
+
+def _example(data_shapes: Sequence[DataShape]) -> dict[str, Any]:
+    """An item of zeros, nested as the names say."""
+    example: dict[str, Any] = {}
+    for name, shape, dtype in data_shapes:
+        *parents, last = name.split("/")
+        node = example
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node or name == END:
+            raise ValueError(f"the name {name!r} is taken already, or part of another")
+        node[last] = np.zeros(shape, np.dtype(dtype))
+    if not example:
+        raise ValueError("a step with nothing in it to store")
+    return example
+
+
+def _running_sums(name: str, values: Any, before: float, firsts: Any) -> Array:
+    """Sums of a priority over each trajectory up to each row; ``before`` is that of the first.
+
+    Args:
+        name: of the data.
+        values: shape (n,), or a number.
+        before: the sum up to the row before, if its trajectory goes on.
+        firsts: positions at which trajectories begin.
+
+    Returns:
+        Shape (n,) float64.
+    """
+    values = np.asarray(values, np.float64).reshape(-1)
+    pieces = np.split(values, [i for i in firsts if i < len(values)])
+    sums = [np.cumsum(np.append(before, pieces[0]))[1:], *map(np.cumsum, pieces[1:])]
+    whole = np.concatenate(sums)
+    # NaN compares as False.
+    if not (values >= 0).all() or not (whole <= np.finfo(np.float32).max).all():
+        wrong = values[~((values >= 0) & (values < np.inf))]
+        raise ValueError(
+            f"{name} is a priority: finite numbers of at least 0, whose sum over a trajectory is "
+            f"one of float32; got {wrong[0] if len(wrong) else whole.max()}"
+        )
+    return whole
+
+
+# On the device ------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """Columns by name: the data, and the running sums of priorities."""
+
+    data: dict[str, Any]
+    sums: dict[str, Any]
+
+
+class _Part(NamedTuple):
+    """What one sampler is for: a key of the batch, from leaves (path in the batch, data's name)."""
+
+    key: str
+    sampler: Sampler
+    leaves: tuple[tuple[tuple[str, ...], str], ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A sample config, as the compiled functions are known by."""
+
+    parts: tuple[_Part, ...]
+    transform: Transform | None
+
+
+class _Compiled(NamedTuple):
+    write: Callable[..., Any]
+    read: Callable[..., Any]
+    draw: Callable[..., Any]
+
+
+@cache
+def _compiled() -> _Compiled:
+    """The functions of all buffers, so that those alike are compiled once."""
+    import jax
+
+    return _Compiled(
+        jax.jit(_write, donate_argnums=0),
+        jax.jit(_read, static_argnums=2),
+        jax.jit(_draw, static_argnums=3),
+    )
+
+
+def _write(columns: Any, rows: Any, start: jax.Array, n: jax.Array) -> Any:
+    """Write the first n of the rows into columns, from ``start`` on and round the end."""
+    import jax
+    import jax.numpy as jnp
+
+    def write(column: jax.Array, rows: jax.Array) -> jax.Array:
+        capacity, i = column.shape[0], jnp.arange(rows.shape[0], dtype=jnp.int32)
+        slots = jnp.where(i < n, (start + i) % capacity, capacity + i)
+        return column.at[slots].set(rows, mode="drop", unique_indices=True)
+
+    return jax.tree.map(write, columns, rows)
+
+
+def _read(columns: dict[str, jax.Array], start: jax.Array, n: int) -> dict[str, jax.Array]:
+    """Rows of columns, n from ``start`` on and round the end."""
+    import jax.numpy as jnp
+
+    i = start + jnp.arange(n, dtype=jnp.int32)
+    return {
+        name: column.at[i % len(column)].get(mode="promise_in_bounds")
+        for name, column in columns.items()
+    }
+
+
+def _draw(rows: _Rows, at: jax.Array, words: jax.Array, plan: _Plan) -> tuple[Any, Any]:
+    """Let samplers choose rows, and gather these.
+
+    Args:
+        rows: the columns.
+        at: (3, B) int32: where a step's trajectory begins in the ring, the step's position in it,
+            and its length.
+        words: (2,) uint32, random.
+        plan: which samplers, and what for.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    begin, position, length = at
+    capacity = len(next(iter(rows.data.values())))
+
+    def beside(values: jax.Array, positions: jax.Array) -> jax.Array:
+        return values.reshape(-1, *[1] * (positions.ndim - 1))
+
+    def take(column: jax.Array, positions: jax.Array) -> jax.Array:
+        inside = jnp.clip(positions, 0, beside(length, positions) - 1)
+        slots = (beside(begin, positions) + inside) % capacity
+        return column.at[slots].get(mode="promise_in_bounds")
+
+    def read(name: str, positions: jax.Array) -> jax.Array:
+        return take(rows.data[name], positions)
+
+    def sums(name: str, positions: jax.Array) -> jax.Array:
+        # A trajectory that has lost its first rows still has them in its sums.
+        first = jnp.zeros_like(position)
+        lost, own = take(rows.sums[name], first), read(name, first).astype(jnp.float32)
+        return take(rows.sums[name], positions) - beside(lost, positions) + beside(own, positions)
+
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    steps = Steps(position, length, read, sums)
+    data: dict[str, Any] = {}
+    mask: dict[str, jax.Array] = {}
+    for i, part in enumerate(plan.parts):
+        positions = part.sampler.draw(jax.random.fold_in(key, i), steps)
+        mask[part.key] = (positions >= 0) & (positions < beside(length, positions))
+        for path, name in part.leaves:
+            *parents, last = part.key, *path
+            node = data
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = read(name, positions)
+    if plan.transform is not None:
+        data, mask = plan.transform(data, mask)
+    return data, mask
