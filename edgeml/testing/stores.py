@@ -7,12 +7,15 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgeml.data import Batch, DataStoreBase
+from edgeml.core.frames import frame
+from edgeml.core.plugins import load_codec
+from edgeml.data import Batch, DataStoreBase, checkpoint
 
 __all__ = ["StoreTests"]
 
@@ -184,6 +187,45 @@ class StoreTests:
         store.interrupt()
         store.insert(self.make_item(4))
         self.assert_holds(store.get_latest_data(0), 1, 4)
+
+    @pytest.mark.parametrize("n", [0, 3, 5, 12])
+    def test_a_checkpoint_brings_it_back(self, n: int, tmp_path: Path) -> None:
+        """A store loaded from a checkpoint is the one that was saved, and goes on as that would."""
+        report = checkpoint.save(tmp_path / "saved", stores={"it": self.filled(capacity=5, n=n)})
+        assert report.items == {"it": min(n, 5)}
+        assert report.missed == {"it": 0}
+        for store in self.make_store(5), self.filled(capacity=5, n=4):
+            checkpoint.load(tmp_path / "saved", {"it": store})
+            for last in n, n + 1, n + 7:
+                for i in range(store.latest_data_id() + 1, last + 1):
+                    store.insert(self.make_item(i))
+                assert store.latest_data_id() == last
+                assert len(store) == min(last, 5)
+                self.assert_holds(store.get_latest_data(0), max(1, last - 4), last)
+
+    @pytest.mark.parametrize("capacity", [1, 3, 8])
+    def test_a_checkpoint_fits_another_capacity(self, capacity: int, tmp_path: Path) -> None:
+        """The newest items go into a smaller store, and a larger one has room for more."""
+        checkpoint.save(tmp_path / "saved", stores={"it": self.filled(capacity=5, n=12)})
+        store = self.make_store(capacity)
+        checkpoint.load(tmp_path / "saved", {"it": store})
+        assert store.latest_data_id() == 12
+        assert len(store) == min(5, capacity)
+        self.assert_holds(store.get_latest_data(0), max(8, 13 - capacity), 12)
+        store.insert(self.make_item(13))
+        self.assert_holds(store.get_latest_data(0), max(8, 14 - capacity), 13)
+
+    def test_what_a_checkpoint_is_given_stays_as_it_is(self) -> None:
+        """It is written while inserts go on, which must not change it."""
+        store = self.filled(capacity=5, n=7)
+        batch, extra = store.dump(3, limit=4)
+        self.assert_holds(batch, 4, 7)
+        given = [batch.to_payload(), extra, store.state()]
+        codec = load_codec("msgpack")
+        before = frame(codec.encode(given))
+        for i in range(8, 20):
+            store.insert(self.make_item(i))
+        assert frame(codec.encode(given)) == before
 
     def test_a_batch_survives_its_payload(self) -> None:
         """A batch is the same at the far side, and goes into a store there."""
