@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgeml.data.prefetch import Prefetch
+from edgeml.data.tree import describe
 
 __all__ = ["Mixture", "Samples"]
 
@@ -78,7 +79,7 @@ class Mixture:
         for source, n in zip(self._sources, self._parts(batch_size), strict=True):
             if not n:
                 continue
-            part = _sliced(batch, slice(start, start + n))
+            part = _sliced(batch, slice(start, start + n), batch_size)
             if callable(source):
                 _copy(source(n, keys), part, "batch")
             else:
@@ -98,6 +99,7 @@ class Mixture:
         self, batch_size: int, *, device: Any = None, depth: int = 2, keys: Any = None
     ) -> Prefetch[dict[Any, Any]]:
         """Return an endless iterator of samples drawn ahead; see `ReplayBuffer.prefetch`."""
+        keys = None if keys is None else tuple(keys)  # an iterator would do for one batch only
         return Prefetch(lambda: self.sample(batch_size, keys=keys), device=device, depth=depth)
 
     def _parts(self, batch_size: int) -> list[int]:
@@ -114,9 +116,12 @@ class Mixture:
         return counts
 
 
-def _sliced(batch: Any, part: slice) -> Any:
+def _sliced(batch: Any, part: slice, n: int) -> Any:
+    """A part of a batch of n items."""
     if isinstance(batch, dict):
-        return {key: _sliced(child, part) for key, child in batch.items()}
+        return {key: _sliced(child, part, n) for key, child in batch.items()}
+    if len(batch) != n:
+        raise ValueError(f"out has arrays of {len(batch)} items for a batch of {n}")
     return batch[part]
 
 
@@ -128,7 +133,10 @@ def _like(batch: Any, n: int) -> Any:
 
 def _copy(batch: Any, into: Any, path: str) -> None:
     if not isinstance(into, dict):
-        into[...] = np.asarray(batch)
+        array = np.asarray(batch)
+        if array.shape != into.shape or not np.can_cast(array.dtype, into.dtype, "same_kind"):
+            raise ValueError(f"{path}: expected {describe(into)}, got {describe(array)}")
+        into[...] = array
         return
     if not isinstance(batch, dict) or batch.keys() != into.keys():
         raise ValueError(f"{path}: the first source has {list(into)}, another one has not")

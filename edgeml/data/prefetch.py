@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
@@ -14,6 +15,9 @@ __all__ = ["Prefetch"]
 T = TypeVar("T")
 
 _LOOK = 0.1  # seconds after which the thread looks whether anybody still wants its batches
+_PATIENCE = 5.0  # seconds for a thread to end at the program's end
+
+_threads: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
 
 class Prefetch(Iterator[T], Generic[T]):
@@ -54,6 +58,9 @@ class Prefetch(Iterator[T], Generic[T]):
         )
         self._thread.daemon = True
         self._thread.start()
+        _threads[self._thread] = self._closed
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)  # anew, to run before what JAX has registered
         weakref.finalize(self, self._closed.set)  # one that was forgotten ends, too
 
     def __next__(self) -> T:
@@ -92,12 +99,20 @@ class Prefetch(Iterator[T], Generic[T]):
         self.close()
 
 
+def _end_all() -> None:
+    """End all threads: one that Python cuts off within JAX takes the process down with it."""
+    for closed in list(_threads.values()):
+        closed.set()
+    for thread in list(_threads):
+        thread.join(_PATIENCE)
+
+
 def _work(sample: Callable[[], Any], ready: queue.Queue[Any], closed: threading.Event) -> None:
     """Draw until nobody wants any more; refers to no iterator, so that one can be forgotten."""
     while not closed.is_set():
         try:
             made: tuple[Any, BaseException | None] = (sample(), None)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, somebody is waiting
             made = (None, error)
         while not closed.is_set():
             try:

@@ -5,6 +5,7 @@ Schaul et al. 2016, "Prioritized Experience Replay", arXiv 1511.05952; the propo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         epsilon: float = 1e-6,
         **options: Any,
     ) -> None:
-        if alpha < 0 or epsilon <= 0:
+        if not (0 <= alpha < math.inf and 0 < epsilon < math.inf):
             raise ValueError(f"alpha is from 0 up and epsilon above, got {alpha} and {epsilon}")
         self.beta = beta
         self._alpha, self._epsilon = alpha, epsilon
@@ -75,10 +76,11 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             priorities: shape (n,), from 0 up, such as absolute temporal-difference errors.
 
         Raises:
-            ValueError: of different lengths, ids that were never given, or priorities that are
-                negative or not finite; nothing is changed then.
+            ValueError: of different lengths, ids that are no integers or were never given, or
+                priorities that are negative, not finite or, to the power of alpha, above 1e308 /
+                capacity; nothing is changed then.
         """
-        ids = np.asarray(ids, np.int64)
+        ids = np.asarray(ids)
         priorities = np.asarray(priorities, np.float64)
         if ids.ndim != 1 or ids.shape != priorities.shape:
             raise ValueError(
@@ -86,6 +88,9 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             )
         if not len(ids):
             return
+        if ids.dtype.kind not in "iu":  # float32 would take one id for another
+            raise ValueError(f"ids are whole numbers, got {ids.dtype}")
+        ids = ids.astype(np.int64, copy=False)
         if not (np.isfinite(priorities) & (priorities >= 0)).all():
             raise ValueError("priorities are finite numbers from 0 up")
         with self.lock:
@@ -93,13 +98,15 @@ class PrioritizedReplayBuffer(ReplayBuffer):
                 raise ValueError(f"ids are from 1 to {self._latest}: take those of a sample")
             self._catch_up()
             held = ids > self._latest - len(self)
-            if not held.all():
-                self._stale += int(np.count_nonzero(~held))
+            stale = len(ids) - int(np.count_nonzero(held))
+            if stale:
                 ids, priorities = ids[held], priorities[held]
             if len(ids):
-                self._highest = max(self._highest, float(priorities.max()))
-                values = (priorities + self._epsilon) ** self._alpha
+                with np.errstate(over="ignore"):  # the tree refuses what is infinite
+                    values = (priorities + self._epsilon) ** self._alpha
                 self._tree.set((ids - 1) % self._n_rows, values)
+                self._highest = max(self._highest, float(priorities.max()))
+            self._stale += stale
 
     def reset(self, next_id: int = 1) -> None:
         """Forget all items; the next one that is inserted gets the id ``next_id``."""

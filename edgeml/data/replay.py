@@ -47,11 +47,12 @@ class ReplayBuffer(DataStoreBase):
         example: an item that gives the schema; it is not inserted.
         seed: of the generator that `sample` uses unless it is given one.
         n_step: samples look so many transitions ahead within their episode (default 1). With more
-            than 1, ``rewards`` are the discounted sums of up to n rewards; ``next_observations``,
-            ``masks`` and ``dones`` are those of the last of these transitions; and there is one
-            more key, ``discounts`` (float32): ``discount ** m * masks`` of the m transitions that
-            there were, by which the value of ``next_observations`` is to be multiplied. An episode
-            that was truncated keeps its value, and so does one that has got no further yet.
+            than 1, ``rewards``, which must be floats, are the discounted sums of up to n rewards;
+            ``next_observations``, ``masks`` and ``dones`` are those of the last of these
+            transitions; and there is one more key, ``discounts`` (float32), by which the value of
+            ``next_observations`` is to be multiplied: ``discount ** m * masks`` of the m
+            transitions that there were. An episode that was truncated keeps its value, and so
+            does one that has got no further yet.
             (Sutton & Barto 2018, 7.1; Mnih et al. 2016.)
         discount: of future rewards, for ``n_step`` (default 0.99).
         frame_stack: samples have so many frames of each observation, the oldest first, as one
@@ -98,7 +99,8 @@ class ReplayBuffer(DataStoreBase):
             self._allocate(Schema(example))
 
     def __len__(self) -> int:
-        return min(self._latest - self._before, self._capacity)
+        with self.lock:
+            return min(self._latest - self._before, self._capacity)
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +109,8 @@ class ReplayBuffer(DataStoreBase):
 
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""
-        return self._latest
+        with self.lock:  # `load` goes back for a moment
+            return self._latest
 
     def insert(self, item: Any) -> None:
         """Insert a copy of one item; the class tells what it raises."""
@@ -233,8 +236,13 @@ class ReplayBuffer(DataStoreBase):
             batch_size: how many items each has.
             device: a JAX device, or sharding, to put them on; None for numpy arrays.
             depth: how many are kept ready.
-            options: ``keys``, ``rng`` and the like, for `sample`.
+            options: ``keys``, ``rng`` and the like, for `sample`; no ``out``, as each batch has
+                its own memory.
         """
+        if options.get("out") is not None:
+            raise ValueError("batches drawn ahead have memory of their own: give no out")
+        if options.get("keys") is not None:
+            options["keys"] = tuple(options["keys"])  # an iterator would do for one batch only
         return Prefetch(lambda: self.sample(batch_size, **options), device=device, depth=depth)
 
     # What checkpoints need ------------------------------------------------------------------
@@ -294,6 +302,8 @@ class ReplayBuffer(DataStoreBase):
                 "n_step and frame_stack need items with observations, next_observations (alike), "
                 "rewards, masks and dones"
             )
+        if transition and self._n_step > 1 and schema.dtypes[transition.rewards].kind in "biu":
+            raise ValueError("discounted sums are no whole numbers: give rewards as floats")
         self._added = [
             (key, len(schema.shapes) + i, dtype) for i, (key, dtype) in enumerate(self._adds())
         ]
@@ -541,9 +551,12 @@ class _Transition:
         if "observations" not in keyed or "next_observations" not in keyed:
             return None
         now, following = keyed["observations"], keyed["next_observations"]
-        if paths_of(now) != paths_of(following):
+        # By their paths, since dicts may have the same keys in another order.
+        numbers = dict(zip(paths_of(following), _leaves(following), strict=True))
+        paths = paths_of(now)
+        if numbers.keys() != set(paths):
             return None
-        pairs = list(zip(_leaves(now), _leaves(following), strict=True))
+        pairs = [(a, numbers[path]) for a, path in zip(_leaves(now), paths, strict=True)]
         for a, b in pairs:
             if (schema.shapes[a], schema.dtypes[a]) != (schema.shapes[b], schema.dtypes[b]):
                 return None
