@@ -498,7 +498,9 @@ def run_actor(options: argparse.Namespace, config: TrainerConfig) -> None:
 
 def run_both(options: argparse.Namespace, config: TrainerConfig) -> None:
     limiter = make_limiter(options, actors=1)  # one process, one store, one limiter
-    tunnel = TrainerTunnel(config, request_callback=lambda kind, actor: learner.on_request(kind, actor))
+    tunnel = TrainerTunnel(
+        config, request_callback=lambda kind, actor: learner.on_request(kind, actor)
+    )
     env = gymnasium.make(options.env, render_mode="human" if options.render else None)
     with StatusLine() as status, tunnel:
         status.note(f"learning {options.env} in one process")

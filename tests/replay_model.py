@@ -128,7 +128,7 @@ class Model(RuleBasedStateMachine):
         other.reset(parts[0][0].first_id if parts else self.latest + 1)
         other.set_state(state)
         for batch, extra in parts:
-            other.load(Batch.from_payload(batch.to_payload()), extra)
+            other.restore(Batch.from_payload(batch.to_payload()), extra)
         self.store = other
 
     # Looking --------------------------------------------------------------------------------

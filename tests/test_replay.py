@@ -104,7 +104,7 @@ def carried(store: ReplayBuffer, other: ReplayBuffer, *between: Any) -> ReplayBu
         between = ()
     other.reset(parts[0][0].first_id)
     for part in parts:
-        other.load(*part)
+        other.restore(*part)
     other.set_state(store.state())
     return other
 

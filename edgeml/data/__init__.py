@@ -4,7 +4,7 @@ from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.limiter import RateLimiter
 from edgeml.data.mixture import Mixture
-from edgeml.data.prefetch import Prefetch
+from edgeml.data.prefetch import Prefetch, on_device
 from edgeml.data.prioritized import PrioritizedReplayBuffer
 from edgeml.data.queued import QueuedDataStore
 from edgeml.data.replay import ReplayBuffer, ReplayBufferDataStore, transition_example
@@ -41,5 +41,6 @@ __all__ = [
     "PrioritySampler",
     "Mixture",
     "Prefetch",
+    "on_device",
     "RateLimiter",
 ]

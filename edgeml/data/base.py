@@ -74,7 +74,7 @@ class DataStoreBase(ABC):
     def reset(self, next_id: int = 1) -> None:
         """Forget all items; the next one that is inserted gets the id ``next_id``."""
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> None:  # noqa: B027 - to be overridden, or not
         """Tell that what is inserted next does not follow upon what was inserted last.
 
         Another actor's items come, or some in between were lost. A store that knows episodes
@@ -100,7 +100,7 @@ class DataStoreBase(ABC):
         """
         return self.get_latest_data(from_id, limit=limit), None
 
-    def load(self, batch: Batch, extra: Any) -> None:
+    def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave."""
         del extra
         self.batch_insert(batch)

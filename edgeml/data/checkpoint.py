@@ -205,12 +205,15 @@ def _write_items(writer: _Writer, store: DataStoreBase, stored: _Stored, held: i
         with store.lock:
             now = store.latest_data_id()
             oldest = now + 1 - len(store)
-            if oldest > at + 1 or now < latest:  # with a gap, what comes before is of no use
-                stored.parts.clear()
-                at = oldest - 1
-                if not at < latest <= now:
-                    return
-            batch, extra = store.dump(at, limit=min(n, latest - at))
+        if oldest > at + 1 or now < latest:  # with a gap, what comes before is of no use
+            stored.parts.clear()
+            at = oldest - 1
+            if not at < latest <= now:
+                return
+        # Not under the lock: the store takes it for as long as it must.
+        batch, extra = store.dump(at, limit=min(n, latest - at))
+        if batch.first_id > at + 1:
+            continue  # the oldest were overwritten just now
         if not batch:
             raise RuntimeError(f"{store!r} holds ids {at + 1} to {latest}, but dumps none of them")
         begin = writer.at
@@ -224,15 +227,17 @@ def _fill(reader: _Reader, store: DataStoreBase, stored: _Stored) -> None:
     gone = stored.latest_id - store.capacity  # ids up to here would be overwritten
     ends = [first for first, _ in stored.parts[1:]] + [stored.latest_id + 1]
     wanted = [part for part, end in zip(stored.parts, ends, strict=False) if end > gone + 1]
+    # And one part before these: a store may need what came before its oldest item.
+    wanted = stored.parts[max(0, len(stored.parts) - len(wanted) - 1) :]
     store.reset(stored.latest_id + 1)
-    for i, (_, record) in enumerate(wanted):
+    for _, record in wanted:
         payload, extra = reader.value(record)
         batch = Batch.from_payload(payload)
         if extra is None:  # a store that refuses what it has no room for is spared it
             batch = batch[max(0, gone + 1 - batch.first_id) :]
-        if i == 0:
+        if not len(store):
             store.reset(batch.first_id)
-        store.load(batch, extra)
+        store.restore(batch, extra)
     # Last, since inserting changes what a store knows.
     store.set_state(reader.value(stored.state, writable=True))
 

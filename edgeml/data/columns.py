@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.core.message import Room, empty
+from edgeml.core.message import Room, empty, private
 from edgeml.data.batch import concatenate
 from edgeml.data.memory import zeros
 from edgeml.data.schema import Schema
 from edgeml.data.tree import Array
 
-__all__ = ["Columns", "contents"]
+__all__ = ["Columns"]
 
 _PACKED = 1024  # bytes; larger leaves gain nothing from lying in a row with others
 
@@ -41,6 +41,7 @@ class Columns:
 
     def __init__(self, schema: Schema, n: int, pairs: Iterable[tuple[int, int]] = ()) -> None:
         self._n = n
+        self._shapes, self._dtypes = schema.shapes, schema.dtypes
         sizes = [
             dtype.itemsize * math.prod(shape)
             for dtype, shape in zip(schema.dtypes, schema.shapes, strict=True)
@@ -56,6 +57,8 @@ class Columns:
             assert self._rows.dtype.fields is not None
             size, offset = sizes[int(name)], self._rows.dtype.fields[name][1]
             self._fields[int(name)] = (np.dtype(f"V{size}"), offset)
+        # Whether arrays of a leaf's dtype are buffers; those of ml_dtypes are not.
+        self._buffers = [dtype.isbuiltin == 1 for dtype in schema.dtypes]
         large = {leaf for leaf, size in enumerate(sizes) if size > _PACKED}
         self._frames = _Frames(
             n,
@@ -102,17 +105,34 @@ class Columns:
         if self._frames.leaves:
             self._frames.write(row, leaves, n)
 
-    def read(self, row: int, n: int, room: Room) -> list[Array]:
-        """All leaves of n items from ``row`` on, as arrays in memory from ``room``."""
+    def grab(self, row: int, n: int, room: Room) -> list[Array]:
+        """Copy n items from ``row`` on, in few steps; `split` makes arrays of their leaves.
+
+        Each step may let go of the GIL, and wait 5 ms for it beside a thread that computes in
+        Python: so the fewer are taken under a lock, the better.
+        """
         wrapped = max(0, row + n - self._n)
-        columns: dict[int, Array] = {
-            leaf: concatenate((column[row : row + n], column[:wrapped]), room)
+        grabbed = [
+            concatenate((column[row : row + n], column[:wrapped]), room)
             for leaf, column in self._columns.items()
-        }
+            if leaf not in self._fields
+        ]
         if self._frames.leaves:
-            index = np.arange(row, row + n) % self._n
-            columns |= self._frames.read(index, room)
-        return [columns[leaf] for leaf in range(len(columns))]
+            grabbed += self._frames.read(np.arange(row, row + n) % self._n, room)
+        grabbed.append(concatenate((self._raw[row : row + n], self._raw[:wrapped]), private))
+        return grabbed
+
+    def split(self, grabbed: Sequence[Array], room: Room) -> list[Array]:
+        """All leaves of the items that `grab` copied; this needs no lock."""
+        *whole, raw = grabbed
+        others = [leaf for leaf in self._columns if leaf not in self._fields]
+        leaves = dict(zip([*others, *self._frames.leaves], whole, strict=True))
+        for leaf, (dtype, offset) in self._fields.items():
+            field: Array = np.ndarray(raw.shape, dtype, raw.view(np.uint8), offset, raw.strides)
+            out = leaves[leaf] = empty(room, (len(raw), *self._shapes[leaf]), self._dtypes[leaf])
+            target: Array = np.ndarray(raw.shape, dtype, out.reshape(-1).view(np.uint8))
+            target[...] = field
+        return [leaves[leaf] for leaf in range(len(leaves))]
 
     def take(self, index: Array, outs: Mapping[int, Array]) -> None:
         """Copy leaves of the rows in ``index`` into contiguous arrays of the same length."""
@@ -124,7 +144,8 @@ class Columns:
                     fields = self._take_rows(index)
                 # As bytes, which is twice as fast as an array of a few numbers for each row.
                 field = fields[leaf]
-                target: Array = np.ndarray((n,), field.dtype, contents(out))
+                buffer = out if self._buffers[leaf] else out.reshape(-1).view(np.uint8)
+                target: Array = np.ndarray((n,), field.dtype, buffer)
                 target[...] = field
             elif leaf in self._frames.leaves:
                 self._frames.take(leaf, index, out)
@@ -254,21 +275,19 @@ class _Frames:
         self._top += len(fresh)
         return np.concatenate([self._free[self._free_count : self._free_count + reused], fresh])
 
-    def read(self, index: Array, room: Room) -> dict[int, Array]:
-        columns: dict[int, Array] = {}
-        for leaf, array in self.arrays.items():
-            columns[leaf] = empty(room, (len(index), *array.shape[1:]), array.dtype)
-            self.take(leaf, index, columns[leaf])
-        return columns
+    def read(self, index: Array, room: Room) -> list[Array]:
+        """The frames of the rows in ``index``, of each leaf."""
+        read = []
+        for leaf in self.slots:
+            array = self.arrays[leaf]
+            out = empty(room, (len(index), *array.shape[1:]), array.dtype)
+            self.take(leaf, index, out)
+            read.append(out)
+        return read
 
     def take(self, leaf: int, index: Array, out: Array) -> None:
         slots = self.slots[leaf].take(index, mode="clip")
         self.arrays[leaf].take(slots, axis=0, mode="clip", out=out)
-
-
-def contents(array: Array) -> Any:
-    """The memory of a contiguous array that is not empty, of any dtype."""
-    return array if array.dtype.isbuiltin == 1 else array.reshape(-1).view(np.uint8)
 
 
 def _equal(left: Array, right: Array) -> Array:

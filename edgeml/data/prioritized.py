@@ -132,10 +132,10 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             rows = self._rows_of(batch.first_id, len(batch))
             return batch, {**(extra or {}), "priorities": self._tree.get(rows)}
 
-    def load(self, batch: Batch, extra: Any) -> None:
+    def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave."""
         with self.lock:
-            super().load(batch, extra)
+            super().restore(batch, extra)
             self._catch_up()
             if extra is not None and "priorities" in extra:  # of another kind of buffer: none
                 kept = min(len(batch), len(self))

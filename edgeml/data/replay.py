@@ -109,7 +109,7 @@ class ReplayBuffer(DataStoreBase):
 
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""
-        with self.lock:  # `load` goes back for a moment
+        with self.lock:  # `restore` goes back for a moment
             return self._latest
 
     def insert(self, item: Any) -> None:
@@ -155,13 +155,9 @@ class ReplayBuffer(DataStoreBase):
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
         with self.lock:
-            first = max(from_id + 1, self._latest - len(self) + 1)
-            n = self._latest + 1 - first
-            if limit is not None:
-                n = min(n, limit)
-            if n <= 0 or self._schema is None:
-                return Batch.of([], first)
-            return self._read(first, n)
+            first, n = self._range(from_id, limit)
+            grabbed = self._grab(first, n)
+        return self._split(grabbed, first)
 
     def reset(self, next_id: int = 1) -> None:
         """Forget all items; the next one that is inserted gets the id ``next_id``."""
@@ -195,8 +191,8 @@ class ReplayBuffer(DataStoreBase):
             keys: an item's outermost keys that are wanted (default: all), such as
                 ``("observations",)``; of tuples and lists, the positions.
             out: a batch of the same keys and size to write to, which is returned then. Its arrays
-                are contiguous; `empty_batch` makes one. Don't give one that JAX has: on a CPU
-                `jax.device_put` takes the memory as it is.
+                are contiguous; `empty_batch` makes one. Don't give one that went to
+                `jax.device_put`: on a CPU that takes the memory as it is (`on_device` copies).
             max_policy_lag: only items whose ``policy_version`` (a number in each item: of the
                 weights that it was made with) is behind by no more than this.
             policy_version: behind which (default: that of the newest item).
@@ -258,19 +254,20 @@ class ReplayBuffer(DataStoreBase):
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, and where episodes end among them."""
         with self.lock:
-            batch = self.get_latest_data(from_id, limit=limit)
-            if self._transition is None or not len(batch):
-                return batch, None
-            extra: dict[str, Any] = {"ends": self._ends[self._rows_of(batch.first_id, len(batch))]}
-            older = batch.first_id - max(self._kept_from, self._latest + 1 - self._n_rows)
-            if batch.first_id == self._latest + 1 - len(self) and older > 0:
-                # Rows that are kept for the frames of the oldest items.
-                before = self._read(batch.first_id - older, older)
-                extra["older"] = before.to_payload()
-                extra["older_ends"] = self._ends[self._rows_of(before.first_id, older)]
-            return batch, extra
+            first, n = self._range(from_id, limit)
+            extra: dict[str, Any] | None = None
+            if self._transition is not None and n:
+                extra = {"ends": self._ends[self._rows_of(first, n)]}
+                older = first - max(self._kept_from, self._latest + 1 - self._n_rows)
+                if first == self._latest + 1 - len(self) and older > 0:
+                    # Rows that are kept for the frames of the oldest items.
+                    before = self._split(self._grab(first - older, older), first - older)
+                    extra["older"] = before.to_payload()
+                    extra["older_ends"] = self._ends[self._rows_of(first - older, older)]
+            grabbed = self._grab(first, n)
+        return self._split(grabbed, first), extra
 
-    def load(self, batch: Batch, extra: Any) -> None:
+    def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave."""
         with self.lock:
             if extra is None or "ends" not in extra:
@@ -279,11 +276,11 @@ class ReplayBuffer(DataStoreBase):
             if "older" in extra and not len(self):
                 older = Batch.from_payload(extra["older"])
                 self.reset(self._latest + 1 - len(older))
-                self._load(older, extra["older_ends"])
+                self._restore(older, extra["older_ends"])
                 self._before = self._latest
-            self._load(batch, extra["ends"])
+            self._restore(batch, extra["ends"])
 
-    def _load(self, batch: Batch, ends: Array) -> None:
+    def _restore(self, batch: Batch, ends: Array) -> None:
         """Insert items, and end episodes where they did."""
         interrupted = ends & ~np.asarray(batch.columns["dones"], np.bool_)
         start = 0
@@ -325,9 +322,23 @@ class ReplayBuffer(DataStoreBase):
     def _rows_of(self, first_id: int, n: int) -> Array:
         return np.arange(first_id - 1, first_id - 1 + n) % self._n_rows
 
-    def _read(self, first_id: int, n: int) -> Batch:
+    def _range(self, from_id: int, limit: int | None) -> tuple[int, int]:
+        """The first id, and the number, of the items past ``from_id`` that are held."""
+        first = max(from_id + 1, self._latest - len(self) + 1)
+        n = max(0, self._latest + 1 - first)
+        return first, n if limit is None else min(n, limit)
+
+    def _grab(self, first_id: int, n: int) -> list[Array]:
+        if not n:
+            return []
+        return self._columns.grab((first_id - 1) % self._n_rows, n, self.room)
+
+    def _split(self, grabbed: list[Array], first_id: int) -> Batch:
+        """Make a batch of what was grabbed, which needs no lock."""
+        if not grabbed:
+            return Batch.of([], first_id)
         assert self._schema is not None
-        leaves = self._columns.read((first_id - 1) % self._n_rows, n, self.room)
+        leaves = self._columns.split(grabbed, self.room)
         return Batch.from_columns(fill(self._schema.skeleton, leaves), first_id)
 
     def _mark(self, row: int, done: Any) -> None:
@@ -420,13 +431,15 @@ class ReplayBuffer(DataStoreBase):
         return index
 
     def _draw_rows(self, n: int, rng: np.random.Generator) -> Array:
+        held = len(self)
         # Twice as fast as rng.integers, and as even: it is off by less than 2**-53 of the length.
-        index = (rng.random(n) * len(self)).astype(np.int64)
-        oldest = (self._latest - len(self)) % self._n_rows
-        if oldest:
-            index += oldest
-            index[index >= self._n_rows] -= self._n_rows
-        return index
+        index = rng.random(n)
+        index *= held
+        rows = index.astype(np.int64)
+        if held < self._n_rows:  # or all rows are held, whichever the oldest is
+            rows += (self._latest - held) % self._n_rows
+            rows[rows >= self._n_rows] -= self._n_rows
+        return rows
 
     def _choose(self, rows: Array, n: int, rng: np.random.Generator) -> Array:
         """Draw among these rows only, as `_draw_rows` does among all."""

@@ -477,27 +477,24 @@ class TrajectoryBuffer(DataStoreBase):
         """Save everything but the sample configs to a file, as `edgeml.data.checkpoint` does."""
         checkpoint.save(path, stores={"trajectories": self})
 
-    def load(self, source: str | os.PathLike[str] | Batch, extra: Any = None) -> None:
-        """Take up what `save` wrote, in place of what is held; or insert what `dump` gave.
-
-        Args:
-            source: the file; or the first of what `dump` gave.
-            extra: the second of what `dump` gave.
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take up what `save` wrote, in place of what is held.
 
         Raises:
             FileNotFoundError: there is no such file.
             Malformed: it is damaged, or something else.
             ValueError: the data shapes are not those of the buffer that was saved.
         """
-        if not isinstance(source, Batch):
-            checkpoint.load(source, {"trajectories": self})
-            return
-        if not source:
+        checkpoint.load(path, {"trajectories": self})
+
+    def restore(self, batch: Batch, extra: Any) -> None:
+        """Insert what `dump` gave."""
+        if not batch:
             return
         with self.lock:
-            columns = self._fit(source)
+            columns = self._fit(batch)
             begun, ended = np.flatnonzero(extra["begins"]), np.flatnonzero(columns[-1]) + 1
-            self._add(columns, len(source), self._spans.next_id + np.union1d(begun, ended))
+            self._add(columns, len(batch), self._spans.next_id + np.union1d(begun, ended))
 
 
 class TrajectoryBufferDataStore(TrajectoryBuffer):
