@@ -51,22 +51,17 @@ class Columns:
         self._rows = zeros((n,), np.dtype(packed, align=True))
         self._raw = self._rows.view(f"V{self._rows.itemsize}") if packed else self._rows
         self._scratch = np.empty(0, self._raw.dtype)
-        self._scratch_fields: dict[int, Array] = {}
+        self._scratch_fields: list[tuple[int, Array]] = []
         self._fields: dict[int, tuple[np.dtype[Any], int]] = {}  # as bytes, and their offset
         for name, _, _ in packed:
             assert self._rows.dtype.fields is not None
             size, offset = sizes[int(name)], self._rows.dtype.fields[name][1]
             self._fields[int(name)] = (np.dtype(f"V{size}"), offset)
-        # Whether arrays of a leaf's dtype are buffers; those of ml_dtypes are not.
-        self._buffers = [dtype.isbuiltin == 1 for dtype in schema.dtypes]
-        large = {leaf for leaf, size in enumerate(sizes) if size > _PACKED}
+        self._no_buffers = {leaf for leaf in self._fields if not _is_buffer(schema.dtypes[leaf])}
+        self._large = [leaf for leaf in range(len(sizes)) if leaf not in self._fields]
         self._frames = _Frames(
             n,
-            [
-                (a, b, schema.shapes[a], schema.dtypes[a])
-                for a, b in pairs
-                if a in large and b in large
-            ],
+            [(a, b, schema.shapes[a], schema.dtypes[a]) for a, b in pairs if sizes[a] > _PACKED],
         )
         # Every other leaf's column.
         self._columns: dict[int, Array] = {
@@ -127,31 +122,33 @@ class Columns:
         *whole, raw = grabbed
         others = [leaf for leaf in self._columns if leaf not in self._fields]
         leaves = dict(zip([*others, *self._frames.leaves], whole, strict=True))
-        for leaf, (dtype, offset) in self._fields.items():
-            field: Array = np.ndarray(raw.shape, dtype, raw.view(np.uint8), offset, raw.strides)
+        for leaf, field in self._fields_of(raw) if self._fields else ():
             out = leaves[leaf] = empty(room, (len(raw), *self._shapes[leaf]), self._dtypes[leaf])
-            target: Array = np.ndarray(raw.shape, dtype, out.reshape(-1).view(np.uint8))
+            target: Array = np.ndarray(raw.shape, field.dtype, out.reshape(-1).view(np.uint8))
             target[...] = field
         return [leaves[leaf] for leaf in range(len(leaves))]
 
     def take(self, index: Array, outs: Mapping[int, Array]) -> None:
         """Copy leaves of the rows in ``index`` into contiguous arrays of the same length."""
-        n = len(index)
-        fields: dict[int, Array] | None = None
-        for leaf, out in outs.items():
-            if leaf in self._fields:
-                if fields is None:
-                    fields = self._take_rows(index)
+        shape = index.shape
+        if not self._fields.keys().isdisjoint(outs):
+            for leaf, field in self._take_rows(index):
+                out = outs.get(leaf)
+                if out is None:
+                    continue
+                if leaf in self._no_buffers:
+                    out = out.reshape(-1).view(np.uint8)
                 # As bytes, which is twice as fast as an array of a few numbers for each row.
-                field = fields[leaf]
-                buffer = out if self._buffers[leaf] else out.reshape(-1).view(np.uint8)
-                target: Array = np.ndarray((n,), field.dtype, buffer)
+                target: Array = np.ndarray(shape, field.dtype, out)
                 target[...] = field
-            elif leaf in self._frames.leaves:
-                self._frames.take(leaf, index, out)
-            elif out.size:
+        for leaf in self._large:
+            if leaf not in outs:
+                continue
+            if leaf in self._frames.leaves:
+                self._frames.take(leaf, index, outs[leaf])
+            else:
                 # mode="raise" would copy twice, and the indices are in range.
-                self._columns[leaf].take(index, axis=0, mode="clip", out=out)
+                self._columns[leaf].take(index, axis=0, mode="clip", out=outs[leaf])
 
     def look(self, leaf: int, index: Array) -> Array:
         """One leaf of the rows in ``index``, which may have any shape; not one kept once."""
@@ -183,19 +180,21 @@ class Columns:
             out[:, :-1] = self._columns[leaf][index]
             out[:, -1] = self._columns[following[0]][following[1]]
 
-    def _take_rows(self, index: Array) -> dict[int, Array]:
+    def _take_rows(self, index: Array) -> list[tuple[int, Array]]:
         """The fields of the rows in ``index``, as bytes, until it is called again."""
-        if len(self._scratch) != len(index):
+        if self._scratch.shape != index.shape:
             # Kept, since at some hundred KB fresh memory costs more than what is done with it.
-            self._scratch = np.empty(len(index), self._raw.dtype)
-            self._scratch_fields = {
-                leaf: np.ndarray(
-                    self._scratch.shape, raw, self._scratch.data, offset, self._raw.strides
-                )
-                for leaf, (raw, offset) in self._fields.items()
-            }
+            self._scratch = np.empty(index.shape, self._raw.dtype)
+            self._scratch_fields = self._fields_of(self._scratch)
         self._raw.take(index, mode="clip", out=self._scratch)
         return self._scratch_fields
+
+    def _fields_of(self, rows: Array) -> list[tuple[int, Array]]:
+        raw = rows.view(np.uint8)
+        return [
+            (leaf, np.ndarray(rows.shape, dtype, raw, offset, rows.strides))
+            for leaf, (dtype, offset) in self._fields.items()
+        ]
 
 
 class _Frames:
@@ -288,6 +287,15 @@ class _Frames:
     def take(self, leaf: int, index: Array, out: Array) -> None:
         slots = self.slots[leaf].take(index, mode="clip")
         self.arrays[leaf].take(slots, axis=0, mode="clip", out=out)
+
+
+def _is_buffer(dtype: np.dtype[Any]) -> bool:
+    """Whether arrays of it can be used as memory; those of ml_dtypes can't."""
+    try:
+        memoryview(np.empty(1, dtype))  # type: ignore[arg-type]
+    except ValueError:
+        return False
+    return True
 
 
 def _equal(left: Array, right: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ class ReplayBuffer(DataStoreBase):
 
     def __len__(self) -> int:
         with self.lock:
-            return min(self._latest - self._before, self._capacity)
+            return self._held()
 
     @property
     def nbytes(self) -> int:
@@ -319,6 +319,9 @@ class ReplayBuffer(DataStoreBase):
     def _added_leaf(self, key: str) -> int:
         return next((number for added, number, _ in self._added if added == key), -1)
 
+    def _held(self) -> int:
+        return min(self._latest - self._before, self._capacity)
+
     def _rows_of(self, first_id: int, n: int) -> Array:
         return np.arange(first_id - 1, first_id - 1 + n) % self._n_rows
 
@@ -411,7 +414,7 @@ class ReplayBuffer(DataStoreBase):
 
     def _draw(self, n: int, rng: np.random.Generator, least: int | None) -> Array:
         """Rows of n items, of policies from the version ``least`` on."""
-        if not len(self):
+        if not self._held():
             raise ValueError("can't sample from an empty replay buffer")
         index = self._draw_rows(n, rng)
         if least is None:
@@ -431,7 +434,7 @@ class ReplayBuffer(DataStoreBase):
         return index
 
     def _draw_rows(self, n: int, rng: np.random.Generator) -> Array:
-        held = len(self)
+        held = self._held()
         # Twice as fast as rng.integers, and as even: it is off by less than 2**-53 of the length.
         index = rng.random(n)
         index *= held
@@ -501,21 +504,29 @@ class _Plan:
     Attributes:
         skeleton: its structure, with the numbers of the leaves.
         specs: of an item's part of each leaf the shape, the dtype and how many bytes it has.
+        sized: the same for the last batch size, the shapes those of the batch.
     """
 
     skeleton: Any
     specs: dict[int, tuple[tuple[int, ...], np.dtype[Any], int]]
+    sized: dict[int, list[tuple[int, tuple[int, ...], np.dtype[Any], bool]]] = field(
+        default_factory=dict
+    )
 
     def arrays(self, n: int, out: Any = None) -> dict[int, Array]:
         """Arrays to write n items to, those of ``out`` once they have been found to fit."""
         if n < 1:
             raise ValueError(f"batch_size must be at least 1, got {n}")
         if out is None:
+            if n not in self.sized:
+                self.sized.clear()
+                self.sized[n] = [
+                    (leaf, (n, *shape), dtype, n * size < _POOLED)
+                    for leaf, (shape, dtype, size) in self.specs.items()
+                ]
             return {
-                leaf: np.empty((n, *shape), dtype)
-                if n * size < _POOLED
-                else empty(private, (n, *shape), dtype)
-                for leaf, (shape, dtype, size) in self.specs.items()
+                leaf: np.empty(shape, dtype) if small else empty(private, shape, dtype)
+                for leaf, shape, dtype, small in self.sized[n]
             }
         outs = dict(zip(self.specs, leaves_of(self.skeleton, out), strict=True))
         for leaf, array in outs.items():

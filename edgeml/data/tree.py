@@ -150,7 +150,10 @@ def fill(skeleton: Skeleton, leaves: Sequence[Any] | Mapping[int, Any]) -> Any:
     if type(skeleton) is int:
         return leaves[skeleton]
     if type(skeleton) is dict:
-        return {key: fill(child, leaves) for key, child in skeleton.items()}
+        return {
+            key: leaves[child] if type(child) is int else fill(child, leaves)  # spares a call
+            for key, child in skeleton.items()
+        }
     return type(skeleton)([fill(child, leaves) for child in skeleton])
 
 
