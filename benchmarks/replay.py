@@ -333,6 +333,12 @@ class Edgeml(Peer):
         ids = np.arange(first + 1, first + 1 + len(priorities))
         self._buffer.update_priorities(ids, priorities)
 
+    def to_jax(self, n: int) -> Any:
+        from edgeml.data import on_device
+
+        jax = importlib.import_module("jax")
+        return jax.block_until_ready(on_device(self.sample(n), jax.devices()[0]))
+
 
 class EdgemlOut(Edgeml):
     """The same, into a batch that is kept."""

@@ -9,12 +9,13 @@ from; it is kept once then.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from edgeml.core.message import Room, empty, private
+from edgeml.core.message import Room, empty, private, together
 from edgeml.data.batch import concatenate
 from edgeml.data.memory import zeros
 from edgeml.data.schema import Schema
@@ -22,6 +23,7 @@ from edgeml.data.tree import Array
 
 __all__ = ["Columns"]
 
+_PARALLEL = 1 << 22  # bytes; from here on two threads take half to three quarters of one's time
 _PACKED = 1024  # bytes; larger leaves gain nothing from lying in a row with others
 
 
@@ -141,14 +143,10 @@ class Columns:
                 # As bytes, which is twice as fast as an array of a few numbers for each row.
                 target: Array = np.ndarray(shape, field.dtype, out)
                 target[...] = field
-        for leaf in self._large:
-            if leaf not in outs:
-                continue
-            if leaf in self._frames.leaves:
-                self._frames.take(leaf, index, outs[leaf])
-            else:
-                # mode="raise" would copy twice, and the indices are in range.
-                self._columns[leaf].take(index, axis=0, mode="clip", out=outs[leaf])
+        if self._large:
+            _gather(
+                [(*self._source(leaf, index), outs[leaf]) for leaf in self._large if leaf in outs]
+            )
 
     def look(self, leaf: int, index: Array) -> Array:
         """One leaf of the rows in ``index``, which may have any shape; not one kept once."""
@@ -173,12 +171,18 @@ class Columns:
                 last = self._frames.slots[following[0]][following[1]]
                 slots = np.concatenate([slots, last[:, None]], axis=1)
             flat = out.reshape(slots.size, *out.shape[2:])
-            self._frames.arrays[leaf].take(slots.ravel(), axis=0, mode="clip", out=flat)
+            _gather([(self._frames.arrays[leaf], slots.ravel(), flat)])
         elif following is None:
             out[...] = self._columns[leaf][index]
         else:
             out[:, :-1] = self._columns[leaf][index]
             out[:, -1] = self._columns[following[0]][following[1]]
+
+    def _source(self, leaf: int, index: Array) -> tuple[Array, Array]:
+        """The array that a large leaf is in, and where there the rows in ``index`` have it."""
+        if leaf in self._frames.leaves:
+            return self._frames.arrays[leaf], self._frames.slots[leaf][index]
+        return self._columns[leaf], index
 
     def _take_rows(self, index: Array) -> list[tuple[int, Array]]:
         """The fields of the rows in ``index``, as bytes, until it is called again."""
@@ -278,15 +282,34 @@ class _Frames:
         """The frames of the rows in ``index``, of each leaf."""
         read = []
         for leaf in self.slots:
-            array = self.arrays[leaf]
+            array, slots = self.arrays[leaf], self.slots[leaf][index]
             out = empty(room, (len(index), *array.shape[1:]), array.dtype)
-            self.take(leaf, index, out)
+            _gather([(array, slots, out)])
             read.append(out)
         return read
 
-    def take(self, leaf: int, index: Array, out: Array) -> None:
-        slots = self.slots[leaf].take(index, mode="clip")
-        self.arrays[leaf].take(slots, axis=0, mode="clip", out=out)
+
+def _gather(jobs: Sequence[tuple[Array, Array, Array]]) -> None:
+    """Copy items of arrays, each of them by an index, into contiguous arrays."""
+    large = sum(out.nbytes for _, _, out in jobs) >= _PARALLEL and os.cpu_count() != 1
+    if large:
+        halves = [slice(len(index) // 2) for _, index, _ in jobs]
+        jobs = [
+            (array, index[part], out[part])
+            for (array, index, out), half in zip(jobs, halves, strict=True)
+            for part in (half, slice(half.stop, None))
+        ]
+    pieces = iter(jobs)
+
+    def work() -> None:
+        for array, index, out in pieces:  # whoever is free takes the next
+            # mode="raise" would copy twice, and the indices are in range.
+            array.take(index, axis=0, mode="clip", out=out)
+
+    if large:
+        together(work)
+    else:
+        work()
 
 
 def _is_buffer(dtype: np.dtype[Any]) -> bool:
