@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import platform
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,9 @@ from edgeml.data.tree import Array
 __all__ = ["zeros"]
 
 _HUGE = 1 << 22  # bytes; from here on large pages are asked for, as numpy.empty does
+# MAP_NORESERVE of mmap(2), which Python names from 3.13 on: more than the machine has may be asked
+# for, as what is never written to takes nothing.
+_NO_RESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -25,7 +29,8 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.zeros(shape, dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    memory = mmap.mmap(-1, size, flags=flags)
     with suppress(OSError):  # of a kernel that was built without
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
