@@ -15,8 +15,8 @@ from edgeml.data.tree import Array
 __all__ = ["zeros"]
 
 _HUGE = 1 << 22  # bytes; from here on large pages are asked for, as numpy.empty does
-# MAP_NORESERVE of mmap(2), which Python names from 3.13 on: more than the machine has may be asked
-# for, as what is never written to takes nothing.
+# MAP_NORESERVE of mmap(2), which Python 3.11 has no name for: more than the machine has may be
+# asked for, as what is never written to takes nothing.
 _NO_RESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
 
