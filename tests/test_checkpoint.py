@@ -137,6 +137,15 @@ class TestRoundTrip:
         assert "the store 'b'" in raised.value.__notes__[0]
         assert len(right) == len(wrong) == 0
 
+    def test_a_store_of_another_kind(self, tmp_path: Path) -> None:
+        queue = QueuedDataStore(5)
+        queue.insert(item(1))
+        checkpoint.save(tmp_path / "c", stores={"a": queue})
+        store = filled()
+        with pytest.raises(ValueError, match=r"'a' in .* of another kind than ReplayBuffer"):
+            checkpoint.load(tmp_path / "c", {"a": store})
+        assert len(store) == 0
+
     def test_values_are_asked_for_while_all_stores_are_locked(self, tmp_path: Path) -> None:
         stores = {"a": filled(), "b": filled()}
         free: list[bool] = []
@@ -218,6 +227,15 @@ class TestDamage:
         head[7] = 2
         content = bytes(head) + zlib.crc32(head).to_bytes(4, "little") + b"anything"
         self.refused(small, content, "of version 2, and this edgeml reads version 1")
+
+    def test_an_index_of_records_that_are_none(self, small: tuple[bytes, Path]) -> None:
+        """One that was made up asks for no memory, whatever is said where it points to."""
+        path, stores = small[1], {"it": {"latest_id": 0, "state": 0, "parts": []}}
+        for at in (32, 1 << 40, -64):
+            with open(path, "wb") as file:
+                writer = checkpoint._Writer(file.fileno())
+                writer.record({"values": at, "stores": stores}, checkpoint._INDEX)
+            self.refused(small, path.read_bytes(), f"no record is at byte {at}")
 
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):

@@ -24,6 +24,7 @@ from edgeml.data import (
     PrioritizedReplayBuffer,
     ReplayBuffer,
     ReplayBufferDataStore,
+    on_device,
     transition_example,
 )
 from edgeml.testing import StoreTests
@@ -465,6 +466,14 @@ class TestPrefetch:
                 store.sample(2000)
             for batch, rewards in kept:
                 np.testing.assert_array_equal(np.asarray(batch["rewards"]), rewards)
+
+    def test_arrays_put_on_a_device_may_be_used_again(self) -> None:
+        array = np.zeros((1 << 20) + 1, np.float32)[1:]  # such as JAX can't take as it is
+        for i in range(20):
+            array[:] = i
+            placed = on_device({"x": array}, jax.devices()[0])
+            array[:] = -1
+            assert (np.asarray(placed["x"]) == i).all()
 
     def test_an_error_comes_in_its_turn_and_ends_it(self) -> None:
         made: list[int] = []

@@ -296,6 +296,11 @@ class TestWhatWasLogged:
             log.log_reset(np.zeros((4, 4, 3), np.uint8))
             with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
                 log.log_step(0, np.zeros((4, 4, 3), np.uint8), 0.0)
+            monkeypatch.undo()
+            log.log_step(0, np.zeros((4, 4, 3), np.uint8), 0.0)
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
+            list(read_episodes(tmp_path))
 
     def test_an_unfinished_episode_is_truncated(self, tmp_path):
         with RLDSLogger(tmp_path) as log:
@@ -886,6 +891,15 @@ class TestReading:
         info["splits"][0]["filepathTemplate"] = template
         path.write_text(json.dumps(info))
         with pytest.raises((Malformed, FileNotFoundError)):
+            list(read_episodes(tmp_path))
+
+    def test_a_split_needs_a_name(self, tmp_path):
+        log_episodes(tmp_path, [1])
+        path = tmp_path / "dataset_info.json"
+        info = json.loads(path.read_bytes())
+        info["splits"][0] |= {"name": [], "filepathTemplate": "{DATASET}"}
+        path.write_text(json.dumps(info))
+        with pytest.raises(Malformed, match="not what tensorflow_datasets writes"):
             list(read_episodes(tmp_path))
 
     def test_other_files_are_told(self, tmp_path):

@@ -1216,6 +1216,18 @@ def test_an_episode_goes_on_in_the_next_upload_of_its_actor_alone(transport):
     assert store.after == [0, 5, 9, 10]
 
 
+def test_an_episode_does_not_go_on_over_what_others_insert(transport):
+    store = Interrupted(1000)
+    with learner(transport, store=store) as server:
+        local = filled(3)
+        with actor(server, local) as client:
+            client.update()
+            store.insert(transition(9))
+            local.insert(transition(3))
+            client.update()
+    assert store.after == [0, 4]
+
+
 def test_an_episode_does_not_go_on_over_what_was_lost(transport):
     store = Interrupted(1000)
     with learner(transport, store=store) as server:
@@ -1257,6 +1269,27 @@ def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transpor
             local.insert(transition(15))
             client.update()
             assert ids(store) == list(range(16))
+            assert client.lost == 0
+
+
+def test_a_learner_that_comes_back_gets_again_what_came_of_those_its_checkpoint_does_not_know(
+    transport, tmp_path
+):
+    local = ReplayBuffer(1000)
+    local.batch_insert([transition(n) for n in range(10)])
+    with contextlib.ExitStack() as stack:
+        with learner(transport, store=ReplayBuffer(1000)) as server:
+            server.save_checkpoint(tmp_path / "early")
+            client = stack.enter_context(actor(server, local))
+            client.update()
+            port = server.port
+        store = ReplayBuffer(1000)
+        again = TrainerServer(config_of(transport, port))
+        again.register_data_store("actor_env", store)
+        again.load_checkpoint(tmp_path / "early")
+        with started(again):
+            wait_until(lambda: client.update() > 0 or len(store) > 0)
+            assert ids(store) == list(range(10))
             assert client.lost == 0
 
 

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edgeml.core.errors import Malformed
-from edgeml.data import Batch
+from edgeml.data import Batch, trajectory
 from edgeml.data.samplers import (
     FutureSampler,
     LatestSampler,
@@ -478,6 +479,16 @@ class TestSamplers:
             data, _ = drawn(store, PrioritySampler("p"), [5], 5000)
             assert_distributed(data, {3.0: 1.0, 4.0: 2.0, 5.0: 3.0, 6.0: 4.0})
 
+    def test_what_an_endless_trajectory_has_lost_drowns_none(self) -> None:
+        store = buffer_of()
+        store.register_sample_config("it", {"x": PrioritySampler("p")})
+        for i in range(1, 2 * CAPACITY + 10):
+            store.insert(step(i, 1e9 if i == 1 else 1.0))
+        data, mask = drawn(store, PrioritySampler("p"), [2 * CAPACITY], 5000)
+        assert mask.all()
+        held = range(CAPACITY + 10, 2 * CAPACITY + 10)
+        assert_distributed(data, {float(i): 1.0 for i in held})
+
     @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf, 3e38])
     def test_what_can_be_no_priority_is_refused(self, wrong: float) -> None:
         store = buffer_of(3, priorities=[0, 3e38, 1])
@@ -596,6 +607,27 @@ class TestBuffer:
             store.insert({"x": np.full(n, i, np.float32)})
         rows = store.get_latest_data(0).columns["x"]
         assert (rows == np.arange(136, 200)[:, None]).all()
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_an_insert_that_is_interrupted_is_none(
+        self, n: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def write(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        store = buffer_of(CAPACITY - 1)
+        i = CAPACITY - 1
+        with monkeypatch.context() as patched:
+            compiled = trajectory._compiled()._replace(write=write)
+            patched.setattr(trajectory, "_compiled", lambda: compiled)
+            with suppress(KeyboardInterrupt):
+                while i < 3 * CAPACITY:
+                    store.batch_insert([item(i + k, True) for k in range(1, n + 1)])
+                    i += n
+        assert store.latest_data_id() == i < 3 * CAPACITY
+        store.batch_insert([item(i + k, True) for k in range(1, n + 1)])
+        held = [each["x"] for each in store.get_latest_data(0)]
+        assert held == [*range(i + n - CAPACITY + 1, i + n + 1)]
 
     def test_threads(self) -> None:
         store = TrajectoryBufferDataStore(CAPACITY, SHAPES)

@@ -162,7 +162,7 @@ class Client:
 
     @property
     def epoch(self) -> int:
-        """A number for the start of the server last connected to, which changes with each."""
+        """A number that each start of the server has anew; of the one last connected to."""
         link = self._link
         return 0 if link is None else link.epoch
 

@@ -170,8 +170,8 @@ def load(path: str | os.PathLike[str], stores: _Stores | None = None) -> Any:
         Malformed: it is damaged, cut off, of a newer version, or no checkpoint at all; the text
             tells which.
         ConfigMismatch: a store that the file doesn't have.
-        ValueError: by a store that was made otherwise, for an item that it can't take. All of the
-            stores are empty then.
+        ValueError: a store is of another kind than the saved one, or was made otherwise and can't
+            take an item. All of the stores are empty then.
     """
     stores = stores or {}
     with open(path, "rb", buffering=0) as file:
@@ -192,6 +192,11 @@ def load(path: str | os.PathLike[str], stores: _Stores | None = None) -> Any:
                 for store in stores.values():
                     store.reset()
                 error.add_note(f"while loading the store {name!r} from {reader.path}")
+                if isinstance(error, (KeyError, TypeError)):
+                    kind = type(stores[name]).__name__
+                    raise ValueError(
+                        f"the store {name!r} in {reader.path} is of another kind than {kind}"
+                    ) from error
                 raise
     return values
 
@@ -376,6 +381,7 @@ class _Reader:
         self.path = path
         self._fd = fd
         self._codec: Codec = load_codec("msgpack")
+        self._sizes: dict[int, int] = {}  # of the frames, by the offsets of their records
         index = self.value(self._check())
         try:
             self.contents = msgspec.convert(index, _Contents)
@@ -384,7 +390,9 @@ class _Reader:
 
     def value(self, at: int, *, writable: bool = False) -> Any:
         """Decode the record at an offset; its arrays live in memory of their own."""
-        _, size, _, _ = _HEAD.unpack(os.pread(self._fd, _HEAD.size, at))
+        if at not in self._sizes:
+            raise Malformed(f"{self.path} has an index that is none: no record is at byte {at}")
+        size = self._sizes[at]
         memory = memoryview(empty(pooled, size, np.uint8))  # type: ignore[arg-type]
         if self._read(at + _HEAD.size, memory) < size:
             raise self._torn()
@@ -402,6 +410,7 @@ class _Reader:
             if len(head) < _HEAD.size:
                 raise self._torn()
             tag, size, _, expected = _HEAD.unpack(head)
+            self._sizes[at] = size
             begin, at = at, at + _HEAD.size
             crc = zlib.crc32(head[:_CHECKED], crc)
             size += -size % _HEAD.size

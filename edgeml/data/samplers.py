@@ -149,7 +149,7 @@ class FutureSampler(Sampler):
 
     Args:
         distribution: "uniform" (default) over all later steps; or "exponential", where offset k
-            has a probability proportional to exp(-lambda\\_ k). What lies past the end of the
+            has a probability proportional to ``exp(-lambda_ * k)``. What lies past the end of the
             trajectory is left out of both, not moved to the end.
         max_future: the largest offset (default: none).
         lambda_: rate of the exponential, 1/steps; ``-log(discount)`` for the discounted future.
@@ -199,7 +199,8 @@ class PrioritySampler(Sampler):
     Where all of a trajectory's are 0, the mask is False.
 
     It looks the step up in running sums, which the buffer keeps in float32: so a step's
-    probability is right to about 1e-7, the whole trajectory's being 1.
+    probability is right to about 1e-7, the whole trajectory's being 1. Steps that the ring has
+    overwritten count in the whole, but no more than one round of them.
 
     Args:
         priority: name of the data that is the priority: one number for each step, at least 0, such

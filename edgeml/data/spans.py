@@ -65,8 +65,12 @@ class Spans:
         return int((np.diff(firsts) < self._min_length).sum())
 
     def extend(self, n: int, firsts: Sequence[int] | Array = ()) -> None:
-        """Take up n rows; with these ids (ascending, the one after the last may be among them)
-        new trajectories begin.
+        """Take up the next n rows.
+
+        Args:
+            n: how many.
+            firsts: ids with which new trajectories begin, ascending; the one after the last row's
+                may be among them.
         """
         begun = np.asarray(firsts, np.int64)
         if len(begun):

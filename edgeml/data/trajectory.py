@@ -49,7 +49,7 @@ _NARROW = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
 _LARGEST = 1 << 30  # rows; an index and an offset still add up to an int32
 
 Transform: TypeAlias = "Callable[[dict[str, Any], dict[str, jax.Array]], tuple[Any, Any]]"
-RLDSLogger: TypeAlias = Callable[[Any, bool], None]
+StepLogger: TypeAlias = Callable[[Any, bool], None]
 
 
 class DataShape(NamedTuple):
@@ -257,24 +257,36 @@ class TrajectoryBuffer(DataStoreBase):
                 sums[name] = _running_sums(
                     name, columns[name], before, np.subtract(firsts, first_id)
                 )
+        most = self._sizes[-1]
+        if self._n_staged + n > most:
+            self._flush()  # before anything is changed: it may fail, or Ctrl-C may come amid it
         if n == 1:  # what several items take costs as much again
             self._ends[(first_id - 1) % self._capacity] = leaves[-1]
         else:
             self._ends[np.arange(first_id - 1, first_id - 1 + n) % self._capacity] = leaves[-1]
-        done = 0
-        while done < n:
-            at, k = self._n_staged, min(n - done, self._sizes[-1] - self._n_staged)
+        for done in range(0, n, most):
+            if done:
+                self._flush()
+            at, k = self._n_staged, min(n - done, most)
             for column, values in zip(self._staged.data.values(), leaves, strict=False):
                 column[at : at + k] = values if k == n else values[done : done + k]
             for name, column in self._staged.sums.items():
                 column[at : at + k] = sums[name][done : done + k]
             self._n_staged += k
-            done += k
-            if self._n_staged == self._sizes[-1]:
-                self._flush()
         self._spans.extend(n, firsts)
         for name, values in sums.items():
             self._sums[name] = float(values[-1])
+        if sums and first_id // self._capacity < self._spans.next_id // self._capacity:
+            self._forget_lost_sums()  # once a round
+
+    def _forget_lost_sums(self) -> None:
+        """Sum priorities up anew where one trajectory fills the ring, or goes on for longer.
+
+        Else its sums would grow for ever, and float32 would not tell its steps apart.
+        """
+        if not self._spans.begins(self._spans.oldest_id, len(self)).any():
+            for name in self._sums:
+                self._sum_up(name)
 
     def _flush(self) -> None:
         """Write what is staged to the device."""
@@ -518,7 +530,7 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
         min_trajectory_length: int = 2,
         seed: int = 0,
         device: Any = None,
-        rlds_logger: RLDSLogger | None = None,
+        rlds_logger: StepLogger | None = None,
     ) -> None:
         super().__init__(capacity, data_shapes, min_trajectory_length, seed, device)
         self._rlds_logger = rlds_logger
@@ -583,7 +595,7 @@ def make_default_trajectory_buffer(
     action_space: Any,
     capacity: int,
     device: Any = None,
-    rlds_logger: RLDSLogger | None = None,
+    rlds_logger: StepLogger | None = None,
     *,
     seed: int = 0,
 ) -> TrajectoryBufferDataStore:

@@ -126,8 +126,10 @@ class TrainerServer(ServiceServer):
         self._stores: dict[str, DataStoreBase] = {}
         self._marks: dict[tuple[str, str], _Mark] = {}
         self._lock = threading.Lock()
-        # Of each store, who inserted last, and the number of that client's next item.
-        self._last: dict[str, tuple[str, int, int]] = {}
+        # Of each store, who uploaded last, the number of that client's next item, and the store's
+        # newest id after it, as others may insert too.
+        self._last: dict[str, tuple[str, int, int, int]] = {}
+        self._restored = False  # from a checkpoint
         server = Server(
             "trainer",
             *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
@@ -214,7 +216,7 @@ class TrainerServer(ServiceServer):
                 f"{os.fspath(path)} is no checkpoint of a TrainerServer: "
                 "load it with edgeml.data.checkpoint.load"
             ) from None
-        self._marks, self._last = marks, {}
+        self._marks, self._last, self._restored = marks, {}, True
         return values
 
     def publish_network(self, params: Any) -> int:
@@ -266,17 +268,17 @@ class TrainerServer(ServiceServer):
         # It alone won't do, since a store that waits for room lets go of it.
         with self._lock, store.lock:
             # Of a client that isn't known, what was acknowledged counts: of several uploads that
-            # are under way, a later one may be the first to come.
-            mark = self._marks.setdefault(
-                (session.client_id, name), _Mark(incarnation, acknowledged)
-            )
+            # are under way, a later one may be the first to come. But a checkpoint that doesn't
+            # know it has nothing of it, and all that it still holds is to come again.
+            start = 0 if self._restored else acknowledged
+            mark = self._marks.setdefault((session.client_id, name), _Mark(incarnation, start))
             if incarnation in mark.shut_out:
                 raise PermissionDenied(
                     f"a newer client calls itself {session.client_id!r}; give each its own id"
                 )
             if incarnation != mark.incarnation:
                 mark.shut_out.append(mark.incarnation)
-                mark.incarnation, mark.number = incarnation, acknowledged
+                mark.incarnation, mark.number = incarnation, start
             if after > mark.number:
                 return mark.number  # a gap: the client goes on from here
             new = batch[max(0, mark.number + 1 - batch.first_id) :]
@@ -285,12 +287,13 @@ class TrainerServer(ServiceServer):
                 self._server.counts["items_lost_by_clients"] += max(
                     0, batch.first_id - mark.number - 1
                 )
-                if self._last.get(name) != (session.client_id, incarnation, new.first_id):
+                sender, newest = (session.client_id, incarnation), store.latest_data_id()
+                if self._last.get(name) != (*sender, new.first_id, newest):
                     store.interrupt()
                 store.batch_insert(new)
                 self._server.counts["items"] += len(new)
                 mark.number = batch.first_id + len(batch) - 1
-                self._last[name] = (session.client_id, incarnation, mark.number + 1)
+                self._last[name] = (*sender, mark.number + 1, store.latest_data_id())
             number = mark.number
         if len(new) and self._data_callback is not None:
             self._data_callback(name, new)

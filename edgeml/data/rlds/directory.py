@@ -73,6 +73,7 @@ def splits(directory: Path) -> dict[str, Split]:
         info = json.loads(path.read_bytes())
         kept = info.get("fileFormat", "tfrecord")
         found = [_split(directory, info["name"], part) for part in info.get("splits", [])]
+        by_name = {split.name: split for split in found}
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no dataset in {directory}: it has no {INFO}, which is written with the first episode"
@@ -81,7 +82,7 @@ def splits(directory: Path) -> dict[str, Split]:
         raise Malformed(f"{path}: not what tensorflow_datasets writes: {error!r}") from None
     if kept != "tfrecord":
         raise TypeError(f"{path}: files of the format {kept!r} are not read, only tfrecord")
-    return {split.name: split for split in found}
+    return by_name
 
 
 def _split(directory: Path, dataset: str, part: Any) -> Split:

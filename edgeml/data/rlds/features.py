@@ -406,8 +406,9 @@ def _inflated(tensor: Tensor, data: bytes) -> bytes:
 def _decoded(image: Image, data: bytes) -> Array:
     height, width, channels = image.shape
     mode = "RGBA" if image.dtype == np.float32 else _MODES.get(channels or 0)
+    pillow = _pillow()
     try:
-        with _pillow().open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF")) as file:
+        with pillow.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF")) as file:
             # Before it is decoded, which takes as much memory as the file says.
             if height not in (None, file.height) or width not in (None, file.width):
                 raise Malformed(f"an image of {file.height}x{file.width}, not {height}x{width}")
@@ -417,7 +418,7 @@ def _decoded(image: Image, data: bytes) -> Array:
                 pixels = np.asarray(file).astype(np.uint16)
             else:
                 pixels = np.asarray(file if mode in (None, file.mode) else file.convert(mode))
-    except Malformed:
+    except (Malformed, MemoryError):
         raise
     except Exception as error:  # whatever a decoder raises for what is no image
         raise Malformed(f"not an image: {error}") from None
