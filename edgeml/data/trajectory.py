@@ -124,12 +124,7 @@ class TrajectoryBuffer(DataStoreBase):
             raise ValueError(
                 f"min_trajectory_length must be at least 1, got {min_trajectory_length}"
             )
-        try:
-            import jax.numpy as jnp
-        except ImportError as error:
-            raise ImportError(
-                'a trajectory buffer needs JAX: pip install "edgeml-robotics[jax]"'
-            ) from error
+        jnp = _jax().numpy
         self._schema = Schema(_example(data_shapes) | {END: np.False_})
         paths = paths_of(self._schema.skeleton)[:-1]
         self._paths = {"/".join(path): path for path in paths}
@@ -640,6 +635,21 @@ def make_default_trajectory_buffer(
     keys = ("observations", "next_observations", "actions", "rewards", "masks")
     store.register_sample_config("training", {key: LatestSampler() for key in keys})
     return store
+
+
+def narrowed(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """As what JAX keeps a dtype: in 32 bits for 64, unless ``jax_enable_x64`` is set."""
+    kept: np.dtype[Any] = _jax().dtypes.canonicalize_dtype(dtype)
+    return kept
+
+
+def _jax() -> Any:
+    try:
+        import jax
+    except ImportError as error:
+        why = 'a trajectory buffer needs JAX: pip install "edgeml-robotics[jax]"'
+        raise ImportError(why) from error
+    return jax
 
 
 def _shapes_of(name: str, space: Any) -> Iterator[DataShape]:

@@ -16,6 +16,14 @@ from edgeml.data.replay import ReplayBuffer
 from edgeml.data.rlds.directory import FEATURES, splits
 from edgeml.data.rlds.example import decode_example
 from edgeml.data.rlds.features import Series, from_json, read
+from edgeml.data.samplers import LatestSampler
+from edgeml.data.trajectory import (
+    END,
+    DataShape,
+    TrajectoryBuffer,
+    TrajectoryBufferDataStore,
+    narrowed,
+)
 from edgeml.data.tree import Array, fill, leaves_of, paths_of, skeleton_of
 
 __all__ = ["make_datastore", "populate_datastore", "read_episodes", "transitions_of"]
@@ -193,8 +201,6 @@ def _batches(
 
 
 def _insert(store: DataStoreBase, columns: dict[str, Any]) -> int:
-    from edgeml.data.trajectory import END, TrajectoryBuffer
-
     if isinstance(store, TrajectoryBuffer) and "dones" in columns:
         columns = dict(columns)
         columns[END] = columns.pop("dones")
@@ -208,17 +214,12 @@ def _insert(store: DataStoreBase, columns: dict[str, Any]) -> int:
 def _trajectory_buffer(
     capacity: int, example: dict[str, Any], options: dict[str, Any]
 ) -> DataStoreBase:
-    import jax
-
-    from edgeml.data.samplers import LatestSampler
-    from edgeml.data.trajectory import DataShape, TrajectoryBufferDataStore
-
     example = {key: part for key, part in example.items() if key != "dones"}
     skeleton = skeleton_of(example)
     shapes = []
     for path, leaf in zip(paths_of(skeleton), leaves_of(skeleton, example), strict=True):
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        shapes.append(DataShape("/".join(map(str, path)), leaf.shape, dtype))
+        name = "/".join(map(str, path))
+        shapes.append(DataShape(name, leaf.shape, narrowed(leaf.dtype)))
     store = TrajectoryBufferDataStore(capacity, shapes, **{"min_trajectory_length": 1, **options})
     store.register_sample_config("training", {key: LatestSampler() for key in example})
     return store
