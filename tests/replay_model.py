@@ -70,6 +70,7 @@ class Model(RuleBasedStateMachine):
     def begin(self) -> None:
         self.store = self.make()
         self.items: dict[int, Kept] = {}  # all since the last reset
+        self.cuts: set[int] = set()  # ids before which there was an interruption
         self.latest = 0
         self.clock = 0
 
@@ -106,13 +107,15 @@ class Model(RuleBasedStateMachine):
     @rule()
     def interrupt(self) -> None:
         self.store.interrupt()
+        if self.latest:
+            self.cuts.add(self.latest + 1)
         if self.latest in self.items:
             self.items[self.latest].last = True
 
     @rule(next_id=st.integers(1, 30))
     def reset(self, next_id: int) -> None:
         self.store.reset(next_id)
-        self.items = {}
+        self.items, self.cuts = {}, set()
         self.latest = next_id - 1
 
     @rule(limit=st.integers(1, 9), anew=st.booleans())
@@ -126,9 +129,9 @@ class Model(RuleBasedStateMachine):
             parts.append(part)
             at = part[0].first_id + len(part[0]) - 1
         other.reset(parts[0][0].first_id if parts else self.latest + 1)
-        other.set_state(state)
         for batch, extra in parts:
             other.restore(Batch.from_payload(batch.to_payload()), extra)
+        other.set_state(state)
         self.store = other
 
     # Looking --------------------------------------------------------------------------------
@@ -148,6 +151,7 @@ class Model(RuleBasedStateMachine):
         ids = [i for i in self.held if i > after][:limit]
         batch = self.store.get_latest_data(after, limit=limit)
         assert len(batch) == len(ids)
+        assert batch.cuts == tuple(n for n, i in enumerate(ids) if i in self.cuts)
         for item, item_id in zip(batch, ids, strict=True):
             kept = self.items[item_id]
             truncated = kept.done and not kept.terminated

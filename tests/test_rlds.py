@@ -33,6 +33,7 @@ from edgeml.data.rlds.tfrecord import (
     crc32c,
     crc32c_numpy,
     framed,
+    is_torn,
     masked_crc32c,
     read_records,
 )
@@ -208,6 +209,32 @@ class TestRecordsAndExamples:
             with pytest.raises(Malformed, match=f"at byte {21 * (size > 21)}"):
                 list(read_records(path))
 
+    def test_torn_is_what_a_crash_leaves(self, tmp_path):
+        """The last record with its end missing, or with pages or checksums that are zeros."""
+        path = tmp_path / "records"
+
+        def torn(rest: bytes) -> bool:
+            path.write_bytes(first + rest)
+            return is_torn(path, len(first))
+
+        first = b"".join(framed(b"first"))
+        record = b"".join(framed(np.random.default_rng(0).bytes(10_000)))
+        assert all(torn(record[:size]) for size in (1, 5, 11, 12, 13, 5000, len(record) - 1))
+        assert all(torn(record[:12] + bytes(n)) for n in (0, 1, 10_000, len(record) - 12))
+        assert all(torn(bytes(n)) for n in (1, 12, 5000))
+        assert torn(record[:-4] + bytes(4))
+        page = 4096 - len(first)
+        assert torn(record[:page] + bytes(4096) + record[page + 4096 :])
+        assert torn(record[:page] + bytes(len(record) - page))
+        # Not: a changed bit; something after it; a page that is lost in the midst of others.
+        for at in (0, 9, 12, 5000, len(record) - 1):
+            damaged = bytearray(record)
+            damaged[at] ^= 1
+            assert not torn(damaged)
+            assert not torn(damaged + record)
+            assert not torn(damaged + b"x")
+        assert not torn(bytes(page) + record[page:])
+
     def test_a_huge_length_asks_for_no_memory(self, tmp_path):
         length = (1 << 60).to_bytes(8, "little")
         path = tmp_path / "records"
@@ -293,14 +320,16 @@ class TestWhatWasLogged:
     def test_without_pillow_images_say_what_to_install(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "PIL", None)
         with RLDSLogger(tmp_path) as log:
-            log.log_reset(np.zeros((4, 4, 3), np.uint8))
             with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
-                log.log_step(0, np.zeros((4, 4, 3), np.uint8), 0.0)
+                log.log_reset(np.zeros((4, 4, 3), np.uint8))
             monkeypatch.undo()
+            log.log_reset(np.zeros((4, 4, 3), np.uint8))
             log.log_step(0, np.zeros((4, 4, 3), np.uint8), 0.0)
         monkeypatch.setitem(sys.modules, "PIL", None)
         with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
             list(read_episodes(tmp_path))
+        with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
+            RLDSLogger(tmp_path)
 
     def test_an_unfinished_episode_is_truncated(self, tmp_path):
         with RLDSLogger(tmp_path) as log:
@@ -552,6 +581,78 @@ class TestReopening:
         with pytest.raises(FileNotFoundError, match="is missing"):
             RLDSLogger(tmp_path)
 
+    @pytest.mark.parametrize("info", ["lost", "old"])
+    @pytest.mark.parametrize("episode", [0, 10, 19])
+    def test_damage_where_nothing_is_counted_is_left(self, tmp_path, info, episode):
+        shard, counts = tmp_path / "edgeml-train.tfrecord-00000", tmp_path / "dataset_info.json"
+        if info == "old":
+            log_episodes(tmp_path, [1])
+            old = counts.read_bytes()
+            log_episodes(tmp_path, [1] * 20, start=2)
+            counts.write_bytes(old)
+        else:
+            log_episodes(tmp_path, [1] * 20)
+            counts.unlink()
+        data = bytearray(shard.read_bytes())
+        at = [offset for offset, _ in read_records(shard)][episode]
+        for damaged in (at, at + 8, at + 40):  # the length, its checksum, the data
+            data[damaged] ^= 4
+            shard.write_bytes(data)
+            before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+            with pytest.raises(Malformed, match=rf"{shard}, the record at byte {at}: .* backup"):
+                RLDSLogger(tmp_path)
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+            data[damaged] ^= 4
+        shard.write_bytes(data)
+        with RLDSLogger(tmp_path) as log:
+            assert log.episodes == 20 + (info == "old")
+
+    @pytest.mark.parametrize("damage", ["missing", "empty", "torn"])
+    def test_only_the_last_shard_may_end_early(self, tmp_path, damage):
+        log_episodes(tmp_path, [1, 1, 1], max_shard_bytes=1)
+        (tmp_path / "dataset_info.json").unlink()
+        shard = tmp_path / "edgeml-train.tfrecord-00001"
+        data = shard.read_bytes()
+        if damage == "missing":
+            shard.unlink()
+        else:
+            shard.write_bytes(data[: 30 * (damage == "torn")])
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises((FileNotFoundError, Malformed), match=f"{shard}.*Nothing was changed"):
+            RLDSLogger(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        shard.write_bytes(data)
+        with RLDSLogger(tmp_path) as log:
+            assert log.episodes == 3
+
+    def test_features_of_others_are_left(self, tmp_path):
+        log_episodes(tmp_path / "logged", [1])
+        ours = (tmp_path / "logged" / "features.json").read_bytes()
+        path = tmp_path / "features.json"
+        for content in (
+            b"",
+            b"{}",
+            b'{"features": 1}',
+            json.dumps(json.loads(ours), indent=4).encode(),  # as tfds writes it
+        ):
+            path.write_bytes(content)
+            with pytest.raises(ConfigMismatch, match=f"{path} was not written by edgeml"):
+                RLDSLogger(tmp_path)
+            assert path.read_bytes() == content
+
+    def test_features_without_an_episode_are_kept(self, tmp_path, caplog):
+        """A crash may come between the two."""
+        log_episodes(tmp_path / "logged", [1])
+        path = tmp_path / "features.json"
+        path.write_bytes((tmp_path / "logged" / "features.json").read_bytes())
+        with RLDSLogger(tmp_path) as log:
+            assert f"{path} is there, but no episode" in caplog.text
+            with pytest.raises(ValueError, match="an observation has"):
+                log({**transition(0), "observations": 0})
+            log(transition(0))
+        assert path.read_bytes() == (tmp_path / "logged" / "features.json").read_bytes()
+        assert lengths_of(tmp_path) == [1]
+
 
 CHILD = """
 import sys
@@ -631,19 +732,27 @@ class TestCrashes:
             assert rewards == [*(i / 2 for i in range(len(rewards) - 1)), 3.5]
             assert len(rewards) in (n + 1, n + 2)
 
-    def test_a_torn_tail_is_cut_off(self, tmp_path):
+    @pytest.mark.parametrize("zeros", [False, True])
+    def test_a_torn_tail_is_cut_off(self, tmp_path, caplog, zeros):
+        """Whether its end is missing, or the file is longer than what was written to it."""
         log_episodes(tmp_path, [1])
         shard, info = tmp_path / "edgeml-train.tfrecord-00000", tmp_path / "dataset_info.json"
         first, counts = shard.read_bytes(), info.read_bytes()
         log_episodes(tmp_path, [2], start=2)
         both = shard.read_bytes()
         for size in range(len(first), len(both), 7):
-            shard.write_bytes(both[:size])
+            torn = both[:size]
+            if zeros:  # nothing or its head is all that was written, then zeros
+                torn = both[: min(size, len(first) + 12)] + bytes(size)
+            shard.write_bytes(torn)
+            caplog.clear()
             info.write_bytes(counts)
             assert lengths_of(tmp_path) == [1]  # even before it is cut off
             with RLDSLogger(tmp_path) as log:
                 assert log.episodes == 1
             assert shard.read_bytes() == first
+            told = f"{shard}: cut off {len(torn) - len(first)} bytes"
+            assert (told in caplog.text) == (len(torn) > len(first))
         shard.write_bytes(both)
         info.write_bytes(counts)
         with RLDSLogger(tmp_path) as log:

@@ -31,6 +31,7 @@ from edgeml import (
     Unreachable,
 )
 from edgeml.core.client import Client
+from edgeml.core.message import pooled
 from edgeml.core.url import Url
 from edgeml.data import Batch, QueuedDataStore, ReplayBuffer, checkpoint
 
@@ -1241,6 +1242,36 @@ def test_an_episode_does_not_go_on_over_what_was_lost(transport):
     assert store.after == [0, 2]
 
 
+def test_an_interruption_at_the_actor_reaches_the_learner(transport):
+    store = Interrupted(1000)
+    with learner(transport, store=store) as server:
+        local = ReplayBuffer(1000)
+        with actor(server, local) as client:
+            local.batch_insert([transition(n) for n in range(3)])
+            local.interrupt()
+            local.batch_insert([transition(n) for n in range(3, 5)])
+            client.update()
+            local.interrupt()
+            local.insert(transition(5))
+            client.update()
+    assert ids(store) == [0, 1, 2, 3, 4, 5]
+    assert store.get_latest_data(0).cuts == (3, 5)
+
+
+def test_a_local_store_that_is_reset_sends_what_comes_then(transport):
+    with learner(transport) as server:
+        local = ReplayBuffer(1000)
+        with actor(server, local) as client:
+            local.batch_insert([transition(n) for n in range(10)])
+            client.update()
+            local.reset()
+            local.batch_insert([transition(n) for n in range(20, 28)])
+            assert client.update() == 8
+            assert client.lost == 0
+        assert ids(server.data_store("actor_env")) == [*range(10), *range(20, 28)]
+        assert local.room is pooled
+
+
 def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transport, tmp_path):
     path = tmp_path / "learner.checkpoint"
     local = ReplayBuffer(1000)
@@ -1298,3 +1329,4 @@ def test_a_file_of_another_kind_is_no_learners_checkpoint(transport, tmp_path):
         checkpoint.save(tmp_path / "other", {"mine": 1}, {"actor_env": filled(3)})
         with pytest.raises(Malformed, match="no checkpoint of a TrainerServer"):
             server.load_checkpoint(tmp_path / "other")
+        assert ids(server.data_store("actor_env")) == []

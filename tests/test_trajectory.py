@@ -920,4 +920,4 @@ class TestDefaultBuffer:
         ]
         assert logged[0][0]["o"]["v"].tolist() == [1, 1]
         assert logged[2][0]["end_of_trajectory"]
-        assert store.latest_data_id() == 0
+        assert store.latest_data_id() == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class DataStoreBase(ABC):
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         self._capacity = capacity
+        self._cuts: deque[int] = deque()  # ids of items that don't follow upon the one before
+        self._cuts_kept = capacity  # for how many items back
         self.lock = threading.RLock()
         self.room: Room = pooled
 
@@ -55,7 +58,8 @@ class DataStoreBase(ABC):
         """Return the items with ids above ``from_id`` that are still held.
 
         The batch stays as it is, whatever happens to the store. Its ``first_id`` is above
-        ``from_id + 1`` where items in between are gone.
+        ``from_id + 1`` where items in between are gone, and its ``cuts`` are what `cuts_within`
+        gives.
 
         Args:
             from_id: the id of the last item that the caller has; 0 for all.
@@ -68,29 +72,66 @@ class DataStoreBase(ABC):
 
     @abstractmethod
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
-        """Insert items, all or (where it raises) none; their ids are the store's next ones."""
+        """Insert items, all or (where it raises) none; their ids are the store's next ones.
+
+        A batch's ``cuts`` go on to be told: give them to `take_cuts`.
+        """
 
     @abstractmethod
-    def reset(self, next_id: int = 1) -> None:
-        """Forget all items; the next one that is inserted gets the id ``next_id``."""
+    def reset(self, next_id: int | None = None) -> None:
+        """Forget all items.
 
-    def interrupt(self) -> None:  # noqa: B027 - to be overridden, or not
+        Args:
+            next_id: the id that the next one gets; by default the one that is next anyway. Ids
+                must not begin anew where somebody reads the store, such as a `TrainerClient`: it
+                would take new items for those that it has.
+
+        Raises:
+            ValueError: it is below 1.
+        """
+
+    def interrupt(self) -> None:
         """Tell that what is inserted next does not follow upon what was inserted last.
 
-        Another actor's items come, or some in between were lost. A store that knows episodes
-        lets none go on across this; others need not care, and this does nothing.
+        Another environment's items come, or some in between were lost. A store that knows
+        episodes lets none go on across this; all tell their readers, by `Batch.cuts`.
         """
+        with self.lock:
+            self.take_cuts([0], self.latest_data_id() + 1)
+
+    # What implementations need for that ---------------------------------------------------------
+
+    def take_cuts(self, cuts: Sequence[int], first_id: int) -> None:
+        """Remember the cuts of a batch whose first item has, or will have, the id ``first_id``."""
+        for cut in cuts:
+            if first_id + cut > (self._cuts[-1] if self._cuts else 1):
+                self._cuts.append(first_id + cut)
+
+    def cuts_within(self, first_id: int, n: int) -> list[int]:
+        """Positions of the n items from ``first_id`` on that don't follow upon the one before."""
+        while self._cuts and self._cuts[0] <= self.latest_data_id() - self._cuts_kept:
+            self._cuts.popleft()
+        return [cut - first_id for cut in self._cuts if first_id <= cut < first_id + n]
+
+    def forget_cuts(self, next_id: int | None) -> int:
+        """Forget all cuts, for `reset`; returns the id of the next item."""
+        if next_id is not None and next_id < 1:
+            raise ValueError(f"ids are from 1 on, got {next_id}")
+        self._cuts.clear()
+        return self.latest_data_id() + 1 if next_id is None else next_id
 
     # What a checkpoint (edgeml.data.checkpoint) needs; these will do for a store whose items are
     # all that it knows.
 
     def state(self) -> Any:
         """Return what the store knows beyond its items, small: plain values and arrays."""
-        return None
+        with self.lock:
+            return {"interrupted": self.latest_data_id() + 1 in self._cuts}
 
     def set_state(self, state: Any) -> None:
-        """Take up what `state` gave, of a store that was made alike."""
-        del state
+        """Take up what `state` gave, after all items were restored."""
+        if state["interrupted"]:
+            self.interrupt()
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, and what else the store knows of each.

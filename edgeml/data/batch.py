@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -34,12 +35,15 @@ class Batch(Sequence[Any]):
 
     Attributes:
         first_id: the id of the first item, and of an empty batch the id that would come next.
+        cuts: positions, ascending, of items that don't follow upon the one before although that
+            doesn't say so itself; see `DataStoreBase.interrupt`.
     """
 
     first_id: int
     _items: list[Any] | None
     _skeleton: Skeleton
     _leaves: list[Array]
+    cuts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, items: Sequence[Any], first_id: int = 1, *, room: Room = pooled) -> Batch:
@@ -50,7 +54,7 @@ class Batch(Sequence[Any]):
         copies, in memory from ``room``; items that don't make columns are held by reference.
         """
         if isinstance(items, Batch):
-            return cls(first_id, items._items, items._skeleton, items._leaves)
+            return cls(first_id, items._items, items._skeleton, items._leaves, items.cuts)
         items = list(items)
         if items:
             try:
@@ -83,6 +87,10 @@ class Batch(Sequence[Any]):
             raise ValueError("columns without data")
         return cls(first_id, None, skeleton, [_read_only(leaf) for leaf in leaves])
 
+    def cut(self, positions: Sequence[int]) -> Batch:
+        """Return the same batch with these `cuts`."""
+        return Batch(self.first_id, self._items, self._skeleton, self._leaves, tuple(positions))
+
     @property
     def columns(self) -> Any:
         """An item's structure with an array of shape (n, ...) for each leaf, or None."""
@@ -102,12 +110,13 @@ class Batch(Sequence[Any]):
     def __getitem__(self, index: slice) -> Batch: ...
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            start, _, step = index.indices(len(self))
+            start, stop, step = index.indices(len(self))
             if step != 1:
                 raise ValueError("a batch's ids are consecutive: its slices have step 1")
             items = None if self._items is None else self._items[index]
             leaves = [leaf[index] for leaf in self._leaves]
-            return Batch(self.first_id + start, items, self._skeleton, leaves)
+            cuts = tuple(cut - start for cut in self.cuts if start <= cut < stop)
+            return Batch(self.first_id + start, items, self._skeleton, leaves, cuts)
         if self._items is not None:
             return self._items[index]
         return fill(self._skeleton, [leaf[index] for leaf in self._leaves])
@@ -123,9 +132,14 @@ class Batch(Sequence[Any]):
 
     def to_payload(self) -> dict[str, Any]:
         """Return a dict that any codec carries; it shares the batch's arrays or items."""
+        payload: dict[str, Any] = {"first_id": self.first_id}
         if self._items is not None:
-            return {"first_id": self.first_id, "items": self._items}
-        return {"first_id": self.first_id, "columns": self.columns}
+            payload["items"] = self._items
+        else:
+            payload["columns"] = self.columns
+        if self.cuts:
+            payload["cuts"] = list(self.cuts)
+        return payload
 
     @classmethod
     def from_payload(cls, payload: Any) -> Batch:
@@ -134,20 +148,29 @@ class Batch(Sequence[Any]):
         Raises:
             Malformed: nothing that `to_payload` could have made.
         """
-        if not isinstance(payload, dict) or len(payload) != 2:
-            raise Malformed("a batch is a dict of first_id and either columns or items")
+        if not isinstance(payload, dict) or len(payload) != 2 + ("cuts" in payload):
+            raise Malformed("a batch is a dict of first_id, either columns or items, and cuts")
         first_id = payload.get("first_id")
         if type(first_id) is not int or first_id < 1:
             raise Malformed(f"a batch's first_id is an int from 1, got {first_id!r:.40}")
         if "columns" in payload:
             try:
-                return cls.from_columns(payload["columns"], first_id)
+                batch = cls.from_columns(payload["columns"], first_id)
             except ValueError as error:
                 raise Malformed(f"a batch's columns: {error}") from None
-        items = payload.get("items")
-        if not isinstance(items, list):
-            raise Malformed("a batch has a list of items, or columns")
-        return cls(first_id, items, None, [])
+        else:
+            items = payload.get("items")
+            if not isinstance(items, list):
+                raise Malformed("a batch has a list of items, or columns")
+            batch = cls(first_id, items, None, [])
+        if "cuts" not in payload:
+            return batch
+        cuts = payload["cuts"]
+        if not isinstance(cuts, list) or not all(type(cut) is int for cut in cuts):
+            raise Malformed("a batch's cuts are a list of positions")
+        if any(a >= b for a, b in pairwise([-1, *cuts, len(batch)])):
+            raise Malformed("a batch's cuts are ascending, and positions of its items")
+        return batch.cut(cuts)
 
 
 def join(parts: Sequence[Batch], first_id: int, room: Room) -> Batch:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 import zlib
@@ -56,6 +57,8 @@ _UNSYNCED = 64 << 20  # bytes; see _Writer
 _AT_ONCE = 1024  # pieces that the system takes in one call
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has the latter alone
+
+_log = logging.getLogger(__name__)
 
 _Stores: TypeAlias = Mapping[str, DataStoreBase]
 
@@ -139,18 +142,27 @@ def save(
                 for name, (latest, _, state) in begun.items()
             },
         )
-        for name, stored in contents.stores.items():
-            _write_items(writer, stores[name], stored, begun[name][1])
+        # Those with the fewest items first, as these are overwritten the soonest.
+        for name in sorted(begun, key=lambda name: begun[name][1]):
+            _write_items(writer, stores[name], contents.stores[name], begun[name][1])
         writer.record(contents, _INDEX)
     items = {
         name: stored.latest_id + 1 - stored.parts[0][0] if stored.parts else 0
         for name, stored in contents.stores.items()
     }
     missed = {name: begun[name][1] - n for name, n in items.items()}
+    for name, n in missed.items():
+        if n:
+            text = "%d items of the store %r were overwritten before they could be saved to %s"
+            _log.warning(text, n, name, path)
     return Report(writer.at, items, missed)
 
 
-def load(path: str | os.PathLike[str], stores: _Stores | None = None) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    stores: _Stores | None = None,
+    check: Callable[[Any], Any] | None = None,
+) -> Any:
     """Fill stores from a file that `save` made, and return its values.
 
     The whole file is checked before anything is touched. The stores are made by the caller as
@@ -161,6 +173,8 @@ def load(path: str | os.PathLike[str], stores: _Stores | None = None) -> Any:
         path: of the file.
         stores: to be filled, by the names under which they were saved. Others that the file has
             are left alone.
+
+        check: is given the values before any store is touched; what it raises ends the load.
 
     Returns:
         The values, with arrays that are private and can be written to.
@@ -183,6 +197,8 @@ def load(path: str | os.PathLike[str], stores: _Stores | None = None) -> Any:
                 f"it has {sorted(contents.stores) or 'none'}"
             )
         values = reader.value(contents.values, writable=True)
+        if check is not None:
+            check(values)
         with _locked(stores):
             name = ""
             try:
@@ -238,8 +254,6 @@ def _fill(reader: _Reader, store: DataStoreBase, stored: _Stored) -> None:
     for _, record in wanted:
         payload, extra = reader.value(record)
         batch = Batch.from_payload(payload)
-        if extra is None:  # a store that refuses what it has no room for is spared it
-            batch = batch[max(0, gone + 1 - batch.first_id) :]
         if not len(store):
             store.reset(batch.first_id)
         store.restore(batch, extra)

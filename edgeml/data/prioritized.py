@@ -108,12 +108,12 @@ class PrioritizedReplayBuffer(ReplayBuffer):
                 self._highest = max(self._highest, float(priorities.max()))
             self._stale += stale
 
-    def reset(self, next_id: int = 1) -> None:
-        """Forget all items; the next one that is inserted gets the id ``next_id``."""
+    def reset(self, next_id: int | None = None) -> None:
+        """Forget all items; see the base class."""
         with self.lock:
             super().reset(next_id)
             self._tree = SumTree(self._n_rows)
-            self._in_tree = next_id - 1
+            self._in_tree = self._latest
 
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
@@ -122,7 +122,9 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
         super().set_state(state)
-        self._highest, self._stale = float(state["highest"]), int(state["stale"])
+        # That of another kind of buffer has none.
+        self._highest = float(state.get("highest", self._highest))
+        self._stale = int(state.get("stale", 0))
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, their episodes' ends and their priorities."""
@@ -167,7 +169,8 @@ class PrioritizedReplayBuffer(ReplayBuffer):
 
     def _draw_rows(self, n: int, rng: np.random.Generator) -> Array:
         self._catch_up()
-        return self._tree.find((np.arange(n) + rng.random(n)) * (self._tree.total / n))
+        # Not in their order in the ring, for a batch may be cut into smaller ones.
+        return self._tree.find((rng.permutation(n) + rng.random(n)) * (self._tree.total / n))
 
     def _choose(self, rows: Array, n: int, rng: np.random.Generator) -> Array:
         values = self._tree.get(rows)

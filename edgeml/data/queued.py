@@ -76,12 +76,15 @@ class QueuedDataStore(DataStoreBase):
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
         """Insert copies of items in one step; the class tells what it raises."""
         if not isinstance(batch, Batch):
+            if isinstance(batch, (dict, str)):
+                raise TypeError(f"a batch is a sequence of items, got a {type(batch).__name__}")
             batch = list(batch)
         kept = batch[-self.capacity :]
+        cuts = kept.cuts if isinstance(kept, Batch) else ()
         if isinstance(kept, Batch) and kept.columns is not None:
-            self._append(Batch.from_columns(_copy(kept.columns)), len(batch))
+            self._append(Batch.from_columns(_copy(kept.columns)), len(batch), cuts)
         else:
-            self._append([_copy(item) for item in kept], len(batch))
+            self._append([_copy(item) for item in kept], len(batch), cuts)
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
@@ -107,18 +110,32 @@ class QueuedDataStore(DataStoreBase):
                     parts.append([*islice(chunk, skip, end)])
                 left -= min(len(chunk) - skip, left)
                 skip = 0
+            cuts = self.cuts_within(first, sum(map(len, parts)))
         # What is held is never changed, so the rest needs no lock.
         room = self.room
         batches = [p if isinstance(p, Batch) else Batch.of(p, room=room) for p in parts]
         batch = join(batches, first, room)
-        return batch if batch.columns is not None else Batch.of([_copy(i) for i in batch], first)
+        if batch.columns is None:
+            batch = Batch.of([_copy(i) for i in batch], first)
+        return batch.cut(cuts)
 
-    def reset(self, next_id: int = 1) -> None:
-        """Forget all items; the next one that is inserted gets the id ``next_id``."""
+    def reset(self, next_id: int | None = None) -> None:
+        """Forget all items; see the base class."""
         with self.lock:
+            next_id = self.forget_cuts(next_id)
             self._chunks.clear()
             self._held, self._latest = 0, next_id - 1
             self._room.notify_all()
+
+    def restore(self, batch: Batch, extra: Any) -> None:
+        """Insert what `dump` gave; where there is no room, the oldest items go."""
+        with self.lock:
+            kept = self._on_full, self._dropped
+            self._on_full = "drop_oldest"
+            try:
+                self.batch_insert(batch)
+            finally:
+                self._on_full, self._dropped = kept
 
     def release(self, up_to_id: int) -> None:
         """Free the items up to this id: they have reached their destination."""
@@ -126,8 +143,8 @@ class QueuedDataStore(DataStoreBase):
             self._forget(up_to_id - (self._latest - self._held))
             self._room.notify_all()
 
-    def _append(self, items: Batch | list[Any], n: int) -> None:
-        """Append the last of n items; the others are too many to be held."""
+    def _append(self, items: Batch | list[Any], n: int, cuts: Sequence[int] = ()) -> None:
+        """Append the last of n items, with their cuts; the others are too many to be held."""
         with self.lock:
             if self._on_full != "drop_oldest":
                 self._require_room(n)
@@ -145,6 +162,7 @@ class QueuedDataStore(DataStoreBase):
                 tail.extend(items)
             self._held += len(items)
             self._latest += n
+            self.take_cuts(cuts, self._latest + 1 - len(items))
 
     def _require_room(self, n: int) -> None:
         if n > self._capacity:

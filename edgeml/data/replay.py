@@ -38,7 +38,8 @@ class ReplayBuffer(DataStoreBase):
     ``dones``, as `ReplayBufferDataStore` describes them, are *transitions*, inserted in the order
     in which they happened. ``n_step`` and ``frame_stack`` need those. An episode goes on until
     ``dones`` is true, or `interrupt` was called; where several environments fill one buffer, call
-    `interrupt` between their items (a `TrainerServer` does), or give each its own. Of large
+    `interrupt` between their items (a `TrainerServer` does), or give each its own store, in
+    which its episodes stay whole. Of large
     observations (above 1 KiB) each is kept once: what one transition led to, and what the
     next one started from.
 
@@ -82,7 +83,7 @@ class ReplayBuffer(DataStoreBase):
         self._rng = np.random.default_rng(seed)
         self._n_step, self._discount, self._stack = n_step, discount, frame_stack
         # Rows are kept for the frames of the oldest item's stack, too.
-        self._n_rows = capacity + frame_stack - 1
+        self._n_rows = self._cuts_kept = capacity + frame_stack - 1
         self._latest = 0  # ids: of the newest item,
         self._before = 0  # of the one before the first that counts as held,
         self._kept_from = 1  # and of the first whose row was written
@@ -148,20 +149,24 @@ class ReplayBuffer(DataStoreBase):
             first = self._latest + len(batch) - kept + 1
             row = (first - 1) % self._n_rows
             self._columns.write_many(row, columns, kept)
+            cuts = [cut - len(batch) + kept for cut in batch.cuts if cut >= len(batch) - kept]
             if self._transition is not None:
-                self._mark_many(first, np.asarray(columns[self._transition.dones], np.bool_))
+                dones = np.asarray(columns[self._transition.dones], np.bool_)
+                self._mark_many(first, dones, cuts)
             self._latest += len(batch)
+            self.take_cuts(cuts, first)
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
         with self.lock:
             first, n = self._range(from_id, limit)
-            grabbed = self._grab(first, n)
-        return self._split(grabbed, first)
+            grabbed, cuts = self._grab(first, n), self.cuts_within(first, n)
+        return self._split(grabbed, first).cut(cuts)
 
-    def reset(self, next_id: int = 1) -> None:
-        """Forget all items; the next one that is inserted gets the id ``next_id``."""
+    def reset(self, next_id: int | None = None) -> None:
+        """Forget all items; see the base class."""
         with self.lock:
+            next_id = self.forget_cuts(next_id)
             self._latest = self._before = next_id - 1
             self._kept_from = next_id
             if self._schema is not None:
@@ -170,6 +175,7 @@ class ReplayBuffer(DataStoreBase):
     def interrupt(self) -> None:
         """End the episode under way: what is inserted next does not follow upon it."""
         with self.lock:
+            super().interrupt()
             if self._latest >= self._kept_from:
                 self._ends[(self._latest - 1) % self._n_rows] = True
 
@@ -210,7 +216,7 @@ class ReplayBuffer(DataStoreBase):
             plan = self._plan(keys)
             outs = plan.arrays(batch_size, out)
             least = self._least_version(max_policy_lag, policy_version)
-            self._fill(outs, self._draw(batch_size, rng or self._rng, least))
+            self._fill(outs, self._draw(batch_size, self._rng if rng is None else rng, least))
             return plan.filled(outs) if out is None else out
 
     def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
@@ -245,50 +251,36 @@ class ReplayBuffer(DataStoreBase):
 
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
-        return {"rng": _packed(self._rng.bit_generator.state)}
+        return {**super().state(), "rng": _packed(self._rng.bit_generator.state)}
 
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
+        super().set_state(state)
         self._rng.bit_generator.state = _unpacked(state["rng"])
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
-        """Return items as `get_latest_data` does, and where episodes end among them."""
+        """Return items as `get_latest_data` does, with the frames before the oldest one."""
         with self.lock:
             first, n = self._range(from_id, limit)
             extra: dict[str, Any] | None = None
-            if self._transition is not None and n:
-                extra = {"ends": self._ends[self._rows_of(first, n)]}
-                older = first - max(self._kept_from, self._latest + 1 - self._n_rows)
-                if first == self._latest + 1 - len(self) and older > 0:
-                    # Rows that are kept for the frames of the oldest items.
-                    before = self._split(self._grab(first - older, older), first - older)
-                    extra["older"] = before.to_payload()
-                    extra["older_ends"] = self._ends[self._rows_of(first - older, older)]
-            grabbed = self._grab(first, n)
-        return self._split(grabbed, first), extra
+            older = first - max(self._kept_from, self._latest + 1 - self._n_rows)
+            if n and first == self._latest + 1 - len(self) and older > 0:
+                # Rows that are kept for the frames of the oldest items.
+                before = self._split(self._grab(first - older, older), first - older)
+                cuts = self.cuts_within(first - older, older)
+                extra = {"older": before.cut(cuts).to_payload()}
+            grabbed, cuts = self._grab(first, n), self.cuts_within(first, n)
+        return self._split(grabbed, first).cut(cuts), extra
 
     def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave."""
         with self.lock:
-            if extra is None or "ends" not in extra:
-                self.batch_insert(batch)
-                return
-            if "older" in extra and not len(self):
+            if extra is not None and "older" in extra and not len(self):
                 older = Batch.from_payload(extra["older"])
                 self.reset(self._latest + 1 - len(older))
-                self._restore(older, extra["older_ends"])
+                self.batch_insert(older)
                 self._before = self._latest
-            self._restore(batch, extra["ends"])
-
-    def _restore(self, batch: Batch, ends: Array) -> None:
-        """Insert items, and end episodes where they did."""
-        interrupted = ends & ~np.asarray(batch.columns["dones"], np.bool_)
-        start = 0
-        for stop in (np.flatnonzero(interrupted) + 1).tolist():
-            self.batch_insert(batch[start:stop])
-            self.interrupt()
-            start = stop
-        self.batch_insert(batch[start:])
+            self.batch_insert(batch)
 
     # Within --------------------------------------------------------------------------------
 
@@ -329,7 +321,7 @@ class ReplayBuffer(DataStoreBase):
         """The first id, and the number, of the items past ``from_id`` that are held."""
         first = max(from_id + 1, self._latest - len(self) + 1)
         n = max(0, self._latest + 1 - first)
-        return first, n if limit is None else min(n, limit)
+        return first, n if limit is None else max(0, min(n, limit))
 
     def _grab(self, first_id: int, n: int) -> list[Array]:
         if not n:
@@ -351,15 +343,20 @@ class ReplayBuffer(DataStoreBase):
             self._begins[row] = self._begins[row - 1] if goes_on else self._latest + 1
         self._ends[row] = done
 
-    def _mark_many(self, first_id: int, dones: Array) -> None:
+    def _mark_many(self, first_id: int, dones: Array, cuts: Sequence[int]) -> None:
         rows = self._rows_of(first_id, len(dones))
+        if 0 in cuts and first_id == self._latest + 1:
+            self._ends[rows[0] - 1] = True
+        starts = np.zeros(len(dones), np.bool_)
+        starts[1:] = dones[:-1]
+        starts[0] = not self._goes_on(first_id)
+        starts[list(cuts)] = True
         if self._stack > 1:
             ids = np.arange(first_id, first_id + len(dones))
-            goes_on = self._goes_on(first_id)
-            starts = np.concatenate([[not goes_on], dones[:-1]])
-            begins = np.where(starts, ids, self._begins[rows[0] - 1] if goes_on else 0)
+            begins = np.where(starts, ids, 0 if starts[0] else self._begins[rows[0] - 1])
             self._begins[rows] = np.maximum.accumulate(begins)
         self._ends[rows] = dones
+        self._ends[rows[:-1]] |= starts[1:]
 
     def _goes_on(self, item_id: int) -> bool:
         """Whether an item belongs to the episode of the one before, which must be the newest."""
@@ -369,6 +366,8 @@ class ReplayBuffer(DataStoreBase):
         return not self._ends[(newest - 1) % self._n_rows]
 
     def _plan(self, keys: Iterable[Any] | None) -> _Plan:
+        if isinstance(keys, str):
+            raise ValueError(f"keys are a list of keys, got {keys!r}")
         keys = None if keys is None else tuple(keys)
         try:
             return self._plans[keys]

@@ -191,8 +191,12 @@ class TrajectoryBuffer(DataStoreBase):
             return
         with self.lock:
             columns = self._fit(batch)
-            firsts = self._spans.next_id + 1 + np.flatnonzero(columns[-1])
-            self._add(columns, len(batch), firsts)
+            first_id = self._spans.next_id
+            firsts = 1 + np.flatnonzero(columns[-1])
+            if batch.cuts:
+                firsts = np.union1d(firsts, batch.cuts)
+            self._add(columns, len(batch), first_id + firsts)
+            self.take_cuts(batch.cuts, first_id)
 
     def end_trajectory(self) -> None:
         """End the trajectory that goes on, if any: its last item becomes an ``end_of_trajectory``.
@@ -217,14 +221,16 @@ class TrajectoryBuffer(DataStoreBase):
     def interrupt(self) -> None:
         """End the trajectory that goes on, if any, without a change to any item."""
         with self.lock:
+            super().interrupt()
             self._spans.end()
 
-    def reset(self, next_id: int = 1) -> None:
-        """Forget all steps; the next one that is inserted gets the id ``next_id``.
+    def reset(self, next_id: int | None = None) -> None:
+        """Forget all steps; see the base class.
 
         The sample configs stay, and so does the state of the random generator.
         """
         with self.lock:
+            next_id = self.forget_cuts(next_id)
             self._spans.reset(next_id)
             self._n_staged = 0
             self._next_written = next_id
@@ -419,7 +425,8 @@ class TrajectoryBuffer(DataStoreBase):
             return Batch.of([], first)
         leaves = [*self._read(first, n, self._specs).values()]
         leaves.append(self._ends[np.arange(first - 1, first - 1 + n) % self._capacity])
-        return Batch.from_columns(fill(self._schema.skeleton, leaves), first)
+        batch = Batch.from_columns(fill(self._schema.skeleton, leaves), first)
+        return batch.cut(self.cuts_within(first, n))
 
     def _read(self, first_id: int, n: int, names: Iterable[str]) -> dict[str, Array]:
         """Columns of n rows, on the host."""
@@ -465,11 +472,16 @@ class TrajectoryBuffer(DataStoreBase):
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
         with self.lock:
-            return {"rng": self._rng.bit_generator.state, "open": self._spans.is_open}
+            return {
+                **super().state(),
+                "rng": self._rng.bit_generator.state,
+                "open": self._spans.is_open,
+            }
 
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
         with self.lock:
+            super().set_state(state)
             self._rng.bit_generator.state = state["rng"]
             if not state["open"]:
                 self._spans.end()
@@ -500,8 +512,10 @@ class TrajectoryBuffer(DataStoreBase):
             return
         with self.lock:
             columns = self._fit(batch)
+            first_id = self._spans.next_id
             begun, ended = np.flatnonzero(extra["begins"]), np.flatnonzero(columns[-1]) + 1
-            self._add(columns, len(batch), self._spans.next_id + np.union1d(begun, ended))
+            self._add(columns, len(batch), first_id + np.union1d(begun, ended))
+            self.take_cuts(batch.cuts, first_id)
 
 
 class TrajectoryBufferDataStore(TrajectoryBuffer):
@@ -547,7 +561,9 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
         with self.lock:
             if self._rlds_logger and batch:
                 self._fit(batch)  # or some would be logged before another is refused
-                for item in batch:
+                for i, item in enumerate(batch):
+                    if i in batch.cuts:
+                        self._rlds_logger(None, True)
                     self._log(item)
             super().batch_insert(batch)
 
@@ -563,7 +579,7 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
             self._log_end()
             super().interrupt()
 
-    def reset(self, next_id: int = 1) -> None:
+    def reset(self, next_id: int | None = None) -> None:
         """Forget all items, as `TrajectoryBuffer.reset` does."""
         with self.lock:
             self._log_end()

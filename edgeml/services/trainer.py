@@ -204,20 +204,23 @@ class TrainerServer(ServiceServer):
             FileNotFoundError: there is none.
             Malformed, ConfigMismatch, ValueError: see `edgeml.data.checkpoint.load`.
         """
-        saved = checkpoint.load(path, self._stores)
-        try:
-            marks = {
-                (client, name): _Mark(incarnation, number, deque(shut_out, maxlen=_SHUT_OUT))
-                for client, name, incarnation, number, shut_out in saved["marks"]
-            }
-            values = saved["values"]
-        except (KeyError, TypeError, ValueError):
-            raise Malformed(
-                f"{os.fspath(path)} is no checkpoint of a TrainerServer: "
-                "load it with edgeml.data.checkpoint.load"
-            ) from None
+        marks: dict[tuple[str, str], _Mark] = {}
+
+        def take_marks(saved: Any) -> None:
+            try:
+                for client, name, incarnation, number, shut_out in saved["marks"]:
+                    shut = deque[int](shut_out, maxlen=_SHUT_OUT)
+                    marks[client, name] = _Mark(incarnation, number, shut)
+                saved["values"]
+            except (KeyError, TypeError, ValueError):
+                raise Malformed(
+                    f"{os.fspath(path)} is no checkpoint of a TrainerServer: "
+                    "load it with edgeml.data.checkpoint.load"
+                ) from None
+
+        saved = checkpoint.load(path, self._stores, check=take_marks)
         self._marks, self._last, self._restored = marks, {}, True
-        return values
+        return saved["values"]
 
     def publish_network(self, params: Any) -> int:
         """Send weights to every client, those that connect later included.
@@ -574,6 +577,9 @@ class TrainerClient(ServiceClient):
         if first and unsent:
             text = "up to %d items of %r were not sent, or not known to have arrived: %s"
             _log.warning(text, unsent, self.name, why)
+        for store in self._stores.values():
+            if store.room == self._batch_room:
+                store.room = pooled
         super().stop()
         if updater is not None and updater is not threading.current_thread():
             updater.join(_LAST_UPDATE)

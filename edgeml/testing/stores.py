@@ -180,6 +180,40 @@ class StoreTests:
             assert len(store) == min(i + 1 - next_id, 5)
         self.assert_holds(store.get_latest_data(0), next_id + 2, next_id + 6)
 
+    def test_a_reset_store_counts_on_unless_told_otherwise(self) -> None:
+        """So that who reads it misses nothing, and takes nothing for what it has."""
+        store = self.filled(capacity=5, n=7)
+        store.reset()
+        assert (len(store), store.latest_data_id()) == (0, 7)
+        store.insert(self.make_item(8))
+        self.assert_holds(store.get_latest_data(7), 8, 8)
+        with pytest.raises(ValueError, match="from 1 on"):
+            store.reset(0)
+
+    def test_an_interruption_is_told_to_whoever_reads(self) -> None:
+        """And goes on to be told by the store that the items go to, and by a checkpoint's."""
+        store = self.make_store(5)
+        store.interrupt()  # before the first there is nothing to interrupt
+        for i in range(1, 5):
+            store.insert(self.make_item(i))
+        store.interrupt()
+        store.batch_insert([self.make_item(5), self.make_item(6)])
+        assert store.get_latest_data(0).cuts == (3,)
+        assert store.get_latest_data(4).cuts == (0,)
+        assert store.get_latest_data(5).cuts == store.get_latest_data(0, limit=3).cuts == ()
+        store.interrupt()
+        other = self.make_store(20)
+        other.batch_insert([self.make_item(i) for i in range(1, 4)])
+        other.batch_insert(Batch.from_payload(store.get_latest_data(4).to_payload()))
+        assert other.get_latest_data(1).cuts == (2,)  # of the second that came
+        anew = self.make_store(5)
+        _carry(store, anew)
+        anew.insert(self.make_item(7))
+        assert anew.get_latest_data(0).cuts == (2, 4)
+        anew.reset()
+        anew.insert(self.make_item(8))
+        assert anew.get_latest_data(0).cuts == ()
+
     def test_an_interruption_changes_no_item(self) -> None:
         """Interrupting concerns episodes, not items."""
         store = self.filled(capacity=5, n=3)
@@ -288,6 +322,14 @@ class StoreTests:
         held = list(store.get_latest_data(0))
         for i in [0, 1, n - 1, n, n + 1, 2 * n - 1]:
             assert sum(_same(item, self.make_item(i)) for item in held) == 1, f"item {i} is lost"
+
+
+def _carry(store: DataStoreBase, other: DataStoreBase) -> None:
+    """Take everything over to another store, as a checkpoint does."""
+    batch, extra = store.dump(0)
+    other.reset(batch.first_id)
+    other.restore(batch, extra)
+    other.set_state(store.state())
 
 
 def _same(left: Any, right: Any) -> bool:

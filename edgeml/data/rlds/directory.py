@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeml.core.errors import ConfigMismatch, Malformed
-from edgeml.data.rlds.tfrecord import FRAMING, framed, read_records
+from edgeml.data.rlds.tfrecord import FRAMING, framed, is_torn, read_records
 
 __all__ = ["FEATURES", "INFO", "Shards", "Split", "replace", "splits"]
+
+_log = logging.getLogger(__name__)
 
 INFO = "dataset_info.json"
 FEATURES = "features.json"
@@ -28,6 +31,10 @@ _SPLIT = "train"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 _TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _MOST = 99_999  # shards; with more tfds expects six digits in the names of all
+_DAMAGED = (
+    "Nothing was changed. Move the directory away, to log into a new one and read what is whole "
+    "in the old one; or restore it from a backup"
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,8 @@ class Shards:
     """The episodes of a directory that is being written, by one process at a time.
 
     What a crash has left behind is put right when the directory is opened: whole episodes that
-    are not counted yet are counted, and what follows the last whole one is cut off.
+    are not counted yet are counted, and one that was being written is cut off, with a warning.
+    Anything else that is not as it was written is left as it is, and raises.
 
     Args:
         directory: made if need be.
@@ -124,7 +132,9 @@ class Shards:
     Raises:
         BlockingIOError: someone else has it open.
         ConfigMismatch: it has a dataset of another name, or one that wasn't written by this class.
-        Malformed: it has fewer episodes than are counted, or damaged ones among them.
+        FileNotFoundError: a shard is missing.
+        Malformed: it has fewer episodes than are counted, or a damaged one, as far as is looked:
+            from the last shard that is counted on.
     """
 
     def __init__(self, directory: Path, name: str, max_shard_bytes: int) -> None:
@@ -216,35 +226,53 @@ class Shards:
         return [count for _, count in info[_SPLIT].shards]
 
     def _recover(self) -> None:
-        """Find out how long the shards are, and put right what a crash may have left."""
+        """Find out how long the shards are, and put right what a crash may have left.
+
+        As an episode is on the disk before the next is begun, that is no more than a torn record
+        at the end of the last shard. Nothing is changed before all else is found to be whole.
+        """
         counts, sizes = list(self._counts), list(self._sizes)
-        for index in range(len(counts) - 1):
+        first = max(0, len(counts) - 1)
+        for index in range(first):
             sizes[index] = self._path(index).stat().st_size  # complete before the next was begun
-        index = max(0, len(counts) - 1)
-        while self._path(index).exists():
-            count, size = 0, 0
+        total = max(len(counts), self._there())
+        torn = 0
+        for index in range(first, total):
+            path, last = self._path(index), index == total - 1
             counted = counts[index] if index < len(counts) else 0
+            if not path.exists():
+                why = f"{INFO} counts it" if index < len(counts) else "there are later ones"
+                raise FileNotFoundError(f"{path} is missing, but {why}. {_DAMAGED}")
+            count, size = 0, 0
             try:
-                for offset, data in read_records(self._path(index)):
+                for offset, data in read_records(path):
                     count, size = count + 1, offset + len(data) + FRAMING
-            except Malformed:
-                if count < counted:  # not what a crash leaves: that was on the disk
-                    raise
-            if count < counted:
-                raise Malformed(
-                    f"{self._path(index)} has {count} episodes, but {INFO} counts {counted}"
-                )
-            if self._path(index).stat().st_size > size:
-                os.truncate(self._path(index), size)
-            if not count:
-                break
-            counts[index:], sizes[index:] = [count], [size]
-            index += 1
-        if index < len(counts):
-            raise FileNotFoundError(f"{self._path(index)} is missing, but {INFO} counts it")
+            except Malformed as error:
+                if count < counted or not last or not is_torn(path, size):
+                    raise Malformed(f"{error}. {_DAMAGED}") from None
+                torn = path.stat().st_size - size
+            least = counted if last else max(counted, 1)
+            if count < least:
+                raise Malformed(f"{path} has {count} episodes, but it had {least}. {_DAMAGED}")
+            if count:  # or a crash came before anything was in it
+                counts[index:], sizes[index:] = [count], [size]
+        if torn:
+            _log.warning(
+                "%s: cut off %d bytes at its end, of an episode whose writing a crash broke off",
+                path,
+                torn,
+            )
+            os.truncate(path, size)
         if counts != self._counts:
             self._commit(counts, sizes)
         self._counts, self._sizes = counts, sizes
+
+    def _there(self) -> int:
+        """Return how many shards there are, by the last one's name."""
+        prefix = self._path(0).name.removesuffix("00000")
+        found = [path.name.removeprefix(prefix) for path in self._directory.glob(f"{prefix}*")]
+        # Not those of tfds, which end in "-of-00001".
+        return max((int(name) + 1 for name in found if re.fullmatch(r"[0-9]{5}", name)), default=0)
 
     def _commit(self, counts: list[int], sizes: list[int]) -> None:
         split = {

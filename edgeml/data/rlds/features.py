@@ -31,6 +31,7 @@ __all__ = [
     "feature_of",
     "from_json",
     "joined",
+    "load_pillow",
     "pack",
     "read",
     "to_json",
@@ -263,7 +264,7 @@ def pack(leaf: Leaf, value: Any) -> Any:
     # 95 is the quality of tf.image.encode_jpeg. A PNG at Pillow's own level takes 8 times as long
     # (measured), for a file that is shorter by a sixth.
     options = {"quality": 95} if leaf.encoding == "jpeg" else {"compress_level": 1}
-    _pillow().fromarray(value).save(file, leaf.encoding.upper(), **options)
+    load_pillow().fromarray(value).save(file, leaf.encoding.upper(), **options)
     return file.getvalue()
 
 
@@ -406,7 +407,7 @@ def _inflated(tensor: Tensor, data: bytes) -> bytes:
 def _decoded(image: Image, data: bytes) -> Array:
     height, width, channels = image.shape
     mode = "RGBA" if image.dtype == np.float32 else _MODES.get(channels or 0)
-    pillow = _pillow()
+    pillow = load_pillow()
     try:
         with pillow.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF")) as file:
             # Before it is decoded, which takes as much memory as the file says.
@@ -452,7 +453,8 @@ def _objects(values: list[Any]) -> Array:
     return array
 
 
-def _pillow() -> Any:
+def load_pillow() -> Any:
+    """Return the module `PIL.Image`; an ImportError says how to install it."""
     try:
         import PIL.Image
     except ImportError:

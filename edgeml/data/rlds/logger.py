@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import threading
@@ -13,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgeml.core.errors import ConfigMismatch
+from edgeml.core.errors import ConfigMismatch, Malformed
 from edgeml.data.rlds.directory import FEATURES, Shards, replace
 from edgeml.data.rlds.example import Values, encode_example
 from edgeml.data.rlds.features import (
+    Feature,
     Image,
     Leaf,
     Series,
@@ -25,6 +27,7 @@ from edgeml.data.rlds.features import (
     feature_of,
     from_json,
     joined,
+    load_pillow,
     pack,
     to_json,
 )
@@ -32,6 +35,8 @@ from edgeml.data.schema import Schema
 from edgeml.data.tree import describe
 
 __all__ = ["RLDSLogger"]
+
+_log = logging.getLogger(__name__)
 
 _FLAGS = ("is_first", "is_last", "is_terminal")
 _TRANSITION = {
@@ -73,7 +78,8 @@ class RLDSLogger:
     **Crashes.** An episode is on the disk, and counted, when the call that ended it returns, and
     what is there then stays whatever happens later. So a crash loses the episode under way and
     no other. If it comes while an episode is being written, what it left is put right when the
-    next logger opens the directory.
+    next logger opens the directory: what is there of that episode is cut off, with a warning.
+    Damage that is not a crash's is never cut off, but raises `Malformed`.
 
     All methods may be called from any thread.
 
@@ -91,8 +97,11 @@ class RLDSLogger:
 
     Raises:
         BlockingIOError: another logger has the directory open.
-        ConfigMismatch: it has a dataset with another name, metadata or image format.
-        Malformed: the dataset in it is damaged.
+        ConfigMismatch: it has a dataset with another name, metadata or image format, or a
+            `features.json` that no logger wrote.
+        FileNotFoundError: a file of the dataset in it is missing.
+        Malformed: the dataset in it is damaged; the text names the file and the byte.
+        ImportError: it has images, and Pillow is not installed; by the methods, too.
         ValueError: by the methods, for what doesn't fit. The text gives the part, what was
             expected and what came; the episode is as it was before.
         OSError: by the methods that end an episode, if it can't be written. It is kept then, and
@@ -246,9 +255,8 @@ class RLDSLogger:
                 self._forget()
                 return
             episodes = self._shards.episodes
-            if not episodes:
-                content = json.dumps(to_json(self._features()), indent=2, sort_keys=True)
-                replace(self._path, content.encode())
+            if not self._path.exists():
+                replace(self._path, _content(self._features()))
             try:
                 self._shards.append(encode_example(self._example()))
             finally:  # also if Ctrl-C came after it was counted
@@ -357,7 +365,9 @@ class RLDSLogger:
     def _take_up_features(self) -> None:
         """Go on with the features of the episodes that are there."""
         if not self._shards.episodes:
-            return
+            if not self._path.exists():
+                return
+            self._check_leftover()
         features = from_json(self._path.read_bytes())
         found = features.get("steps") if isinstance(features, dict) else None
         if not isinstance(features, dict) or not isinstance(found, Series):
@@ -384,6 +394,23 @@ class RLDSLogger:
         self._observation = _Part(observed, "an observation")
         self._outcome = _Part(outcome, "a step")
 
+    def _check_leftover(self) -> None:
+        """Tell what a logger left that didn't come to its first episode from any other file."""
+        content = self._path.read_bytes()
+        try:
+            ours = content == _content(from_json(content))
+        except (Malformed, TypeError):
+            ours = False
+        if not ours:
+            raise ConfigMismatch(
+                f"{self._path} was not written by edgeml, and its dataset isn't there: log into "
+                "another directory, or remove the file if nothing needs it"
+            )
+        _log.warning(
+            "%s is there, but no episode: what is logged has to fit it. Remove it to begin anew",
+            self._path,
+        )
+
 
 class _Part:
     """A part of a step: leaves that come together, by the path to each.
@@ -398,6 +425,8 @@ class _Part:
         arrays = {key: leaf for key, leaf in leaves.items() if not isinstance(leaf, Text)}
         self.leaves: dict[str, Leaf] = arrays | texts  # in the order of what `fit` returns
         self._what, self._arrays, self._texts = what, list(arrays), list(texts)
+        if any(isinstance(leaf, Image) for leaf in leaves.values()):
+            load_pillow()  # rather than fail later, when one is packed
         self._zeros = {
             key: np.zeros([n or 0 for n in leaf.shape], leaf.dtype) for key, leaf in arrays.items()
         }
@@ -464,6 +493,11 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = value
     return tree
+
+
+def _content(features: Feature) -> bytes:
+    """Return the content of `features.json`."""
+    return json.dumps(to_json(features), indent=2, sort_keys=True).encode()
 
 
 def _leaves(feature: Any) -> dict[str, Leaf]:

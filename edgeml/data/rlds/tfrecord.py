@@ -18,11 +18,21 @@ import numpy as np
 from edgeml.core.errors import Malformed
 from edgeml.data.tree import Array
 
-__all__ = ["FRAMING", "crc32c", "crc32c_numpy", "framed", "masked_crc32c", "read_records"]
+__all__ = [
+    "FRAMING",
+    "crc32c",
+    "crc32c_numpy",
+    "framed",
+    "is_torn",
+    "masked_crc32c",
+    "read_records",
+]
 
 _HEAD = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 FRAMING = _HEAD.size + _CRC.size  # bytes that a record is longer than its data
+
+_PAGE = 4096  # bytes that get to the disk together
 
 _POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed (RFC 3720, section 12.1)
 _LANE = 64  # bytes
@@ -166,3 +176,28 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
                 raise wrong("the checksum of its data is wrong")
             yield offset, data
             offset += FRAMING + length
+
+
+def is_torn(path: str | os.PathLike[str], offset: int) -> bool:
+    """Whether what follows the last whole record is one that was being written in a crash.
+
+    Such a record is the file's last. Its bytes are missing, or they are there as zeros: after a
+    power cut a file may be as long as it was to be, but not have all of its pages. What looks
+    otherwise, or has more after it, was damaged.
+
+    Args:
+        path: the file's.
+        offset: where its last whole record ends, before the file's end.
+    """
+    rest = np.memmap(path, np.uint8, "r", offset)  # not read: it may be most of a large file
+    if not rest[_HEAD.size :].any():
+        return True
+    length, crc = _HEAD.unpack(rest[: _HEAD.size].tobytes())
+    if crc != masked_crc32c(rest[:8].tobytes()):
+        return False
+    size = length + FRAMING
+    if size != len(rest):
+        return bool(size > len(rest))
+    pages = range(_PAGE - offset % _PAGE, size, _PAGE)
+    pieces = [*(rest[at : at + _PAGE] for at in pages), rest[-_CRC.size :]]
+    return not all(piece.any() for piece in pieces)
