@@ -66,6 +66,7 @@ def test_the_readme_programs_run_as_they_stand(
 ALONE = {
     "replay": ["(256, 4, 64, 64, 3)", "2.9701", "an observation is kept once: True"],
     "sequences": ["(256, 8, 2) of which", "goals lie ahead: True"],
+    "resume": ["steps 100 items 100"],
     "episodes": ["me (", ", 4) True", "(32, 4)"],
 }
 

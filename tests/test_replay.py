@@ -22,6 +22,7 @@ from edgeml.data import (
     Mixture,
     Prefetch,
     PrioritizedReplayBuffer,
+    QueuedDataStore,
     ReplayBuffer,
     ReplayBufferDataStore,
     on_device,
@@ -440,6 +441,8 @@ class TestMixture:
         for shares in ([], [(online, 0)], [(online, -1)], [(online, np.nan)]):
             with pytest.raises(ValueError, match="shares"):
                 Mixture(shares)
+        with pytest.raises(TypeError, match="give a function"):
+            Mixture([(QueuedDataStore(3), 1)])
         with pytest.raises(ValueError, match="first source"):
             Mixture([(online, 1), (lambda n, keys: {"rewards": np.zeros(n)}, 1)]).sample(4)
         for wrong in (np.zeros(1, np.int64), np.int64(0), np.zeros(2), {"a": np.zeros(2)}):

@@ -616,7 +616,7 @@ class TestReopening:
         if damage == "missing":
             shard.unlink()
         else:
-            shard.write_bytes(data[: 30 * (damage == "torn")])
+            shard.write_bytes(data + data[:30] if damage == "torn" else b"")
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises((FileNotFoundError, Malformed), match=f"{shard}.*Nothing was changed"):
             RLDSLogger(tmp_path)

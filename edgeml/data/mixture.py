@@ -41,6 +41,8 @@ class Mixture:
     The first source gives the batches their structure. Keys that only some sources have, such as
     the ``weights`` of a `PrioritizedReplayBuffer`, are left out by naming ``keys``.
 
+    A batch is not shuffled: where it is cut into several, shuffle it, or sample each.
+
     Args:
         sources: pairs of a store and how much of each batch comes from it; these are numbers
             above 0, of which only the ratio counts. In place of a store any function of the batch
@@ -49,6 +51,7 @@ class Mixture:
 
     Raises:
         ValueError: no sources, or a share that is not above 0.
+        TypeError: a source that is none, such as a `TrajectoryBuffer`: give a function.
     """
 
     def __init__(
@@ -59,6 +62,12 @@ class Mixture:
         if not len(shares) or not (np.isfinite(shares) & (shares > 0)).all():
             raise ValueError(f"at least one source, with shares above 0, got {shares.tolist()}")
         self._sources = [source for source, _ in sources]
+        for source in self._sources:
+            if not callable(source) and not hasattr(source, "empty_batch"):
+                raise TypeError(
+                    f"a {type(source).__name__} gives no batches by itself: give a function, such "
+                    "as lambda n, keys: buffer.sample('training', n)[0]"
+                )
         self._shares = shares / shares.sum()
         self._lock = threading.Lock()
         self._owed = np.zeros(len(shares))  # what earlier batches were short of, or over (below 0)
@@ -139,6 +148,6 @@ def _copy(batch: Any, into: Any, path: str) -> None:
         into[...] = array
         return
     if not isinstance(batch, dict) or batch.keys() != into.keys():
-        raise ValueError(f"{path}: the first source has {list(into)}, another one has not")
+        raise ValueError(f"{path}: the first source has {list(into)}, another one not: name keys=")
     for key, child in into.items():
         _copy(batch[key], child, f"{path}[{key!r}]")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from edgeml.data.extras import load_jax
+
 __all__ = ["Prefetch", "on_device"]
 
 T = TypeVar("T")
@@ -104,17 +106,15 @@ def on_device(batch: T, device: Any) -> T:
     new structure, and set of shapes, is compiled first. What has 64 bits gets 32, as everywhere in
     JAX, unless ``jax_enable_x64`` is set.
     """
-    import jax
-
+    jax = load_jax()
     # JAX goes on to read large arrays after the call.
-    placed: T = jax.block_until_ready(_placing(device)(batch))  # type: ignore[no-untyped-call]
+    placed: T = jax.block_until_ready(_placing(device)(batch))
     return placed
 
 
 @functools.cache
 def _placing(device: Any) -> Callable[[Any], Any]:
-    import jax
-
+    jax = load_jax()
     place = jax.sharding.SingleDeviceSharding(device) if isinstance(device, jax.Device) else device
     copied: Callable[[Any], Any] = jax.jit(lambda batch: batch, out_shardings=place)
     return copied

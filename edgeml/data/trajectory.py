@@ -24,6 +24,7 @@ from edgeml.core.message import empty
 from edgeml.data import checkpoint
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
+from edgeml.data.extras import load_jax
 from edgeml.data.samplers import LatestSampler, Sampler, Steps
 from edgeml.data.schema import Schema
 from edgeml.data.spans import Spans
@@ -124,7 +125,7 @@ class TrajectoryBuffer(DataStoreBase):
             raise ValueError(
                 f"min_trajectory_length must be at least 1, got {min_trajectory_length}"
             )
-        jnp = _jax().numpy
+        jnp = load_jax().numpy
         self._schema = Schema(_example(data_shapes) | {END: np.False_})
         paths = paths_of(self._schema.skeleton)[:-1]
         self._paths = {"/".join(path): path for path in paths}
@@ -631,7 +632,8 @@ def make_default_trajectory_buffer(
         observation_space: of gymnasium, or like it: Box, Discrete, MultiDiscrete, MultiBinary, and
             a Dict of them, nested as you like.
         action_space: the same.
-        capacity: how many transitions are held at most.
+        capacity: how many transitions are held at most. All of their memory is set aside on the
+            device at once, both observations of each.
         device: see `TrajectoryBuffer`.
         rlds_logger: see `TrajectoryBufferDataStore`.
         seed: of all that is random in `sample`.
@@ -655,17 +657,8 @@ def make_default_trajectory_buffer(
 
 def narrowed(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """As what JAX keeps a dtype: in 32 bits for 64, unless ``jax_enable_x64`` is set."""
-    kept: np.dtype[Any] = _jax().dtypes.canonicalize_dtype(dtype)
+    kept: np.dtype[Any] = load_jax().dtypes.canonicalize_dtype(dtype)
     return kept
-
-
-def _jax() -> Any:
-    try:
-        import jax
-    except ImportError as error:
-        why = 'a trajectory buffer needs JAX: pip install "edgeml-robotics[jax]"'
-        raise ImportError(why) from error
-    return jax
 
 
 def _shapes_of(name: str, space: Any) -> Iterator[DataShape]:
