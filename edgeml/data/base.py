@@ -118,7 +118,10 @@ class DataStoreBase(ABC):
         if next_id is not None and next_id < 1:
             raise ValueError(f"ids are from 1 on, got {next_id}")
         self._cuts.clear()
-        return self.latest_data_id() + 1 if next_id is None else next_id
+        if next_id is not None:
+            return next_id
+        DataStoreBase.interrupt(self)  # a reader has the items before
+        return self.latest_data_id() + 1
 
     # What a checkpoint (edgeml.data.checkpoint) needs; these will do for a store whose items are
     # all that it knows.

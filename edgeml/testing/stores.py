@@ -212,6 +212,9 @@ class StoreTests:
         assert anew.get_latest_data(0).cuts == (2, 4)
         anew.reset()
         anew.insert(self.make_item(8))
+        assert anew.get_latest_data(0).cuts == (0,), "what came before a reset is over"
+        anew.reset(8)
+        anew.insert(self.make_item(8))
         assert anew.get_latest_data(0).cuts == ()
 
     def test_an_interruption_changes_no_item(self) -> None:
