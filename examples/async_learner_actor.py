@@ -148,6 +148,8 @@ class Learner:
         self._sac = sac
         self._limiter = limiter
         self._uploaded: set[str] = set()  # actors that will send no more
+        self._saved = 0  # how many transitions there were at the last save
+        self._resumed_at = 0  # after how many steps of each actor this run goes on
         self._left = threading.Semaphore(0)  # released by each actor that has the last weights
         env = gymnasium.make(options.env)
         self.store = make_store(options, env)
@@ -166,14 +168,13 @@ class Learner:
     def _resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
         path = self._options.checkpoint_path
-        self._saved = 0  # how many transitions there were at the last save
         if path is not None and path.exists():
             values = self._server.load_checkpoint(path)
             self._state = self._sac.from_arrays(self._state, values["agent"])
             self._saved = self.store.latest_data_id()
             self._limiter.advance_to(inserts=self._saved, samples=values["updates"])
             self._publish(final=False)
-        self.resumed_at = self._saved // self._options.actors
+            self._resumed_at = self._saved // self._options.actors
 
     def _config(self, act_dim: int) -> Any:
         """SAC's usual settings; for the pendulum smaller and faster ones, which settle."""
@@ -197,7 +198,7 @@ class Learner:
     def on_request(self, kind: str, actor: str) -> dict[str, Any]:
         """An actor asks where to go on, will send no more, or has the last weights."""
         if kind == "begin":
-            return {"steps": self.resumed_at}
+            return {"steps": self._resumed_at}
         if kind == "uploaded":
             self._uploaded.add(actor)
         else:

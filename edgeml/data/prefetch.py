@@ -18,7 +18,7 @@ __all__ = ["Prefetch", "on_device"]
 T = TypeVar("T")
 
 _LOOK = 0.1  # seconds after which the thread looks whether anybody still wants its batches
-_PATIENCE = 5.0  # seconds for a thread to end at the program's end
+_PATIENCE = 5.0  # seconds for a thread to end, which first has to return from a user's function
 
 _threads: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
@@ -81,10 +81,10 @@ class Prefetch(Iterator[T], Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread, and with it the iterator."""
+        """End the iterator, and wait up to 5 s for its thread, which may be drawing."""
         self._closed.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_PATIENCE)
 
     def __enter__(self) -> Self:
         return self
