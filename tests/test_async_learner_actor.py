@@ -152,7 +152,8 @@ def test_half_cheetah_is_being_learned(
     more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file where it runs
-    arguments = ["--env", "HalfCheetah-v4", "--max_steps", "25000", *more]
+    # Seeds 0 to 3 reach 1,000 to 2,800.
+    arguments = ["--env", "HalfCheetah-v4", "--max_steps", "25000", "--seed", "1", *more]
     acted, _ = two_processes([*arguments, "--curve", str(tmp_path / "curve.png")], seconds=800)
     print(f"HalfCheetah-v4 at 25,000 steps: {evaluation_return(acted)}")
     assert evaluation_return(acted) >= 1000
