@@ -25,6 +25,7 @@ import logging
 import os
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from edgeml.core.message import empty, pooled
 from edgeml.core.plugins import load_codec
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
+from edgeml.data.files import rename
 
 __all__ = ["Report", "load", "save"]
 
@@ -246,12 +248,10 @@ def _write_items(writer: _Writer, store: DataStoreBase, stored: _Stored, held: i
 
 def _fill(reader: _Reader, store: DataStoreBase, stored: _Stored) -> None:
     gone = stored.latest_id - store.capacity  # ids up to here would be overwritten
-    ends = [first for first, _ in stored.parts[1:]] + [stored.latest_id + 1]
-    wanted = [part for part, end in zip(stored.parts, ends, strict=False) if end > gone + 1]
-    # And one part before these: a store may need what came before its oldest item.
-    wanted = stored.parts[max(0, len(stored.parts) - len(wanted) - 1) :]
+    oldest = bisect_right([first for first, _ in stored.parts], gone + 1) - 1  # part, of those held
     store.reset(stored.latest_id + 1)
-    for _, record in wanted:
+    # From one part before that on: a store may need what came before its oldest item.
+    for _, record in stored.parts[max(0, oldest - 1) :]:
         payload, extra = reader.value(record)
         batch = Batch.from_payload(payload)
         if not len(store):
@@ -282,7 +282,7 @@ def _replacing(path: Path) -> Iterator[int]:
         try:
             yield fd
             os.fsync(fd)
-            os.replace(temporary, path)
+            rename(temporary, path)
         except BaseException:
             if _is_at(fd, temporary):
                 os.unlink(temporary)
@@ -292,11 +292,6 @@ def _replacing(path: Path) -> Iterator[int]:
         with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _open_alone(temporary: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["load_jax"]
+__all__ = ["load_jax", "load_pillow"]
 
 
 def load_jax() -> Any:
@@ -18,3 +18,16 @@ def load_jax() -> Any:
     except ImportError as error:
         raise ImportError('this needs JAX: pip install "edgeml-robotics[jax]"') from error
     return jax
+
+
+def load_pillow() -> Any:
+    """Return the module `PIL.Image`.
+
+    Raises:
+        ImportError: it is not installed; the text says how to.
+    """
+    try:
+        import PIL.Image
+    except ImportError:
+        raise ImportError("images need Pillow: pip install 'edgeml-robotics[rlds]'") from None
+    return PIL.Image

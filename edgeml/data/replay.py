@@ -251,12 +251,12 @@ class ReplayBuffer(DataStoreBase):
 
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
-        return {**super().state(), "rng": _packed(self._rng.bit_generator.state)}
+        return {**super().state(), "rng": self._rng.bit_generator.state}
 
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
         super().set_state(state)
-        self._rng.bit_generator.state = _unpacked(state["rng"])
+        self._rng.bit_generator.state = state["rng"]
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, with the frames before the oldest one."""
@@ -593,22 +593,6 @@ def _leaves(skeleton: Any) -> list[int]:
 
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     return math.prod(shape) * dtype.itemsize
-
-
-def _packed(state: Any) -> Any:
-    """A generator's state, with its integers of 128 bits as text."""
-    if isinstance(state, dict):
-        return {key: _packed(child) for key, child in state.items()}
-    return str(state) if type(state) is int else state
-
-
-def _unpacked(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {
-            key: child if key == "bit_generator" else _unpacked(child)
-            for key, child in state.items()
-        }
-    return int(state)
 
 
 class ReplayBufferDataStore(ReplayBuffer):

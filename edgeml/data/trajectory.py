@@ -28,7 +28,7 @@ from edgeml.data.extras import load_jax
 from edgeml.data.samplers import LatestSampler, Sampler, Steps
 from edgeml.data.schema import Schema
 from edgeml.data.spans import Spans
-from edgeml.data.tree import Array, fill, is_plain, paths_of
+from edgeml.data.tree import Array, fill, is_plain, nested, paths_of
 
 if TYPE_CHECKING:
     import jax
@@ -126,7 +126,7 @@ class TrajectoryBuffer(DataStoreBase):
                 f"min_trajectory_length must be at least 1, got {min_trajectory_length}"
             )
         jnp = load_jax().numpy
-        self._schema = Schema(_example(data_shapes) | {END: np.False_})
+        self._schema = Schema(_example(data_shapes))
         paths = paths_of(self._schema.skeleton)[:-1]
         self._paths = {"/".join(path): path for path in paths}
         specs = list(zip(self._schema.shapes, self._schema.dtypes, strict=True))[:-1]
@@ -473,25 +473,18 @@ class TrajectoryBuffer(DataStoreBase):
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
         with self.lock:
-            return {
-                **super().state(),
-                "rng": self._rng.bit_generator.state,
-                "open": self._spans.is_open,
-            }
+            return {**super().state(), "rng": self._rng.bit_generator.state}
 
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
         with self.lock:
             super().set_state(state)
             self._rng.bit_generator.state = state["rng"]
-            if not state["open"]:
-                self._spans.end()
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
-        """Return items as `get_latest_data` does, and of each whether a trajectory begins there."""
+        """Return items as `get_latest_data` does, but hand out none."""
         with self.lock:
-            batch = self._items(from_id, limit)
-            return batch, {"begins": self._spans.begins(batch.first_id, len(batch))}
+            return self._items(from_id, limit), None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save everything but the sample configs to a file, as `edgeml.data.checkpoint` does."""
@@ -508,15 +501,8 @@ class TrajectoryBuffer(DataStoreBase):
         checkpoint.load(path, {"trajectories": self})
 
     def restore(self, batch: Batch, extra: Any) -> None:
-        """Insert what `dump` gave."""
-        if not batch:
-            return
-        with self.lock:
-            columns = self._fit(batch)
-            first_id = self._spans.next_id
-            begun, ended = np.flatnonzero(extra["begins"]), np.flatnonzero(columns[-1]) + 1
-            self._add(columns, len(batch), first_id + np.union1d(begun, ended))
-            self.take_cuts(batch.cuts, first_id)
+        """Insert what `dump` gave, and log nothing."""
+        TrajectoryBuffer.batch_insert(self, batch)
 
 
 class TrajectoryBufferDataStore(TrajectoryBuffer):
@@ -681,20 +667,18 @@ def _shapes_of(name: str, space: Any) -> Iterator[DataShape]:
 
 def _example(data_shapes: Sequence[DataShape]) -> dict[str, Any]:
     """An item of zeros, nested as the names say."""
-    example: dict[str, Any] = {}
-    for name, shape, dtype in data_shapes:
-        *parents, last = name.split("/")
-        node = example
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or last in node or name == END:
-            raise ValueError(f"the name {name!r} is taken already, or part of another")
-        node[last] = np.zeros(shape, np.dtype(dtype))
-    if not example:
+    if not data_shapes:
         raise ValueError("a step with nothing in it to store")
-    return example
+    # With the key that all items have, so that none is given that name.
+    return nested(
+        [
+            *(
+                (name.split("/"), np.zeros(shape, np.dtype(dtype)))
+                for name, shape, dtype in data_shapes
+            ),
+            ([END], np.False_),
+        ]
+    )
 
 
 def _running_sums(name: str, values: Any, before: float, firsts: Any) -> Array:
@@ -831,12 +815,7 @@ def _draw(rows: _Rows, at: jax.Array, words: jax.Array, plan: _Plan) -> tuple[An
     for i, part in enumerate(plan.parts):
         positions = part.sampler.draw(jax.random.fold_in(key, i), steps)
         mask[part.key] = (positions >= 0) & (positions < beside(length, positions))
-        for path, name in part.leaves:
-            *parents, last = part.key, *path
-            node = data
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = read(name, positions)
+        data |= nested(((part.key, *path), read(name, positions)) for path, name in part.leaves)
     if plan.transform is not None:
         data, mask = plan.transform(data, mask)
     return data, mask

@@ -22,6 +22,7 @@ __all__ = [
     "is_plain",
     "keyed_by_position",
     "leaves_of",
+    "nested",
     "path_of",
     "paths_of",
     "skeleton_of",
@@ -155,6 +156,25 @@ def fill(skeleton: Skeleton, leaves: Sequence[Any] | Mapping[int, Any]) -> Any:
             for key, child in skeleton.items()
         }
     return type(skeleton)([fill(child, leaves) for child in skeleton])
+
+
+def nested(parts: Iterable[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
+    """Build dicts from values and the keys that lead to them.
+
+    Raises:
+        ValueError: two of them lead to one place, or one leads through another.
+    """
+    tree: dict[Any, Any] = {}
+    for keys, value in parts:
+        *parents, last = keys
+        node: Any = tree
+        for key in parents:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last in node:
+            name = "/".join(map(str, keys))
+            raise ValueError(f"the name {name!r} is taken already, or part of another")
+        node[last] = value
+    return tree
 
 
 def paths_of(skeleton: Skeleton, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeml.core.errors import ConfigMismatch, Malformed
+from edgeml.data.files import rename
 from edgeml.data.rlds.tfrecord import FRAMING, framed, is_torn, read_records
 
 __all__ = ["FEATURES", "INFO", "Shards", "Split", "replace", "splits"]
@@ -298,12 +299,7 @@ def replace(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name, and that of a new shard beside it
-    finally:
-        os.close(directory)
+    rename(temporary, path)  # which also puts the name of a new shard beside it on the disk
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgeml.core.errors import Malformed
+from edgeml.data.extras import load_pillow
 from edgeml.data.rlds.example import Values
 from edgeml.data.tree import Array, describe, is_plain
 
@@ -31,7 +32,6 @@ __all__ = [
     "feature_of",
     "from_json",
     "joined",
-    "load_pillow",
     "pack",
     "read",
     "to_json",
@@ -451,12 +451,3 @@ def _objects(values: list[Any]) -> Array:
     for i, value in enumerate(values):  # numpy would make one array of arrays of one length
         array[i] = value
     return array
-
-
-def load_pillow() -> Any:
-    """Return the module `PIL.Image`; an ImportError says how to install it."""
-    try:
-        import PIL.Image
-    except ImportError:
-        raise ImportError("images need Pillow: pip install 'edgeml-robotics[rlds]'") from None
-    return PIL.Image

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgeml.core.errors import ConfigMismatch, Malformed
+from edgeml.data.extras import load_pillow
 from edgeml.data.rlds.directory import FEATURES, Shards, replace
 from edgeml.data.rlds.example import Values, encode_example
 from edgeml.data.rlds.features import (
@@ -27,12 +28,11 @@ from edgeml.data.rlds.features import (
     feature_of,
     from_json,
     joined,
-    load_pillow,
     pack,
     to_json,
 )
 from edgeml.data.schema import Schema
-from edgeml.data.tree import describe
+from edgeml.data.tree import describe, nested
 
 __all__ = ["RLDSLogger"]
 
@@ -485,14 +485,7 @@ def _collect(node: Any, path: str, flat: dict[str, Any]) -> None:
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree of dicts of which `_flat` makes this."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *keys, last = path.split("/")
-        node = tree
-        for key in keys:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
+    return nested((path.split("/"), value) for path, value in flat.items())
 
 
 def _content(features: Feature) -> bytes:
