@@ -711,6 +711,20 @@ class TestBuffer:
         data, _ = drawn(other, SequenceSampler(-9, 10), [1, 4, 6])
         assert data[:, [0, -1]].tolist() == [[1, 3], [4, 5], [6, 8]]
 
+    def test_loading_logs_nothing(self, tmp_path: Path) -> None:
+        logged: list[Any] = []
+        store = TrajectoryBufferDataStore(CAPACITY, SHAPES)
+        store.batch_insert([item(1), item(2)])
+        store.interrupt()
+        store.save(tmp_path / "buffer")
+        other = TrajectoryBufferDataStore(
+            CAPACITY, SHAPES, rlds_logger=lambda *arguments: logged.append(arguments)
+        )
+        other.load(tmp_path / "buffer")
+        assert (len(other), logged) == (2, [])
+        other.insert(item(3))
+        assert other.get_latest_data(0).cuts == (2,)
+
     def test_ending_late_warns_once_who_has_the_last_step(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:

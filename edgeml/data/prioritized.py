@@ -127,7 +127,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         self._stale = int(state.get("stale", 0))
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
-        """Return items as `get_latest_data` does, their episodes' ends and their priorities."""
+        """Return items as `ReplayBuffer.dump` does, and their priorities."""
         with self.lock:
             self._catch_up()
             batch, extra = super().dump(from_id, limit=limit)
@@ -181,8 +181,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         ids, weights = (outs.pop(self._added_leaf(key), None) for key in ("ids", "weights"))
         super()._fill(outs, index)
         if ids is not None:
-            newest = (self._latest - 1) % self._n_rows
-            ids[:] = self._latest - (newest - index) % self._n_rows
+            ids[:] = self._ids_of(index)
         if weights is not None:
             # n and the sum are the same in all weights, and so in the largest: they cancel.
             weights[:] = (self._tree.get(index) / self._tree.smallest) ** -self.beta

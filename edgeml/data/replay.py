@@ -317,6 +317,10 @@ class ReplayBuffer(DataStoreBase):
     def _rows_of(self, first_id: int, n: int) -> Array:
         return np.arange(first_id - 1, first_id - 1 + n) % self._n_rows
 
+    def _ids_of(self, rows: Array) -> Array:
+        newest = (self._latest - 1) % self._n_rows
+        return self._latest - (newest - rows) % self._n_rows
+
     def _range(self, from_id: int, limit: int | None) -> tuple[int, int]:
         """The first id, and the number, of the items past ``from_id`` that are held."""
         first = max(from_id + 1, self._latest - len(self) + 1)
@@ -489,9 +493,7 @@ class ReplayBuffer(DataStoreBase):
 
     def _before_it(self, index: Array) -> Array:
         """For each row those of its stack, itself last: shape (n, k)."""
-        newest = (self._latest - 1) % self._n_rows
-        ids = self._latest - (newest - index) % self._n_rows
-        stack = ids[:, None] + np.arange(1 - self._stack, 1)
+        stack = self._ids_of(index)[:, None] + np.arange(1 - self._stack, 1)
         stack = np.maximum(stack, self._begins[index][:, None])
         return (stack - 1) % self._n_rows
 

@@ -478,7 +478,8 @@ class TrajectoryBuffer(DataStoreBase):
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
         with self.lock:
-            super().set_state(state)
+            if state["interrupted"]:
+                TrajectoryBuffer.interrupt(self)  # and log nothing
             self._rng.bit_generator.state = state["rng"]
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
