@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,3 +103,16 @@ def process(program: str, *arguments: object) -> Iterator[Process]:
     finally:
         made.popen.kill()
         made.popen.communicate()
+
+
+def run_fresh(program: str, timeout: float = 30.0) -> tuple[str, str]:
+    """Run a program in a fresh interpreter, which is to end well; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr

@@ -7,9 +7,7 @@ import random
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -18,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from pairs import process, started, wait_until
+from pairs import process, run_fresh, started, wait_until
 
 import edgeml
 from edgeml import (
@@ -784,15 +782,8 @@ def test_ctrl_c_ends_a_call_at_once_and_the_connection_goes_on(size):
 
 def _run(program: str, timeout: float = 30.0) -> None:
     """Run a program in a fresh interpreter, which is to end well and without a complaint."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()  # gRPC itself says that it does nothing about forks
+    _, stderr = run_fresh(program, timeout)
+    lines = stderr.splitlines()  # gRPC itself says that it does nothing about forks
     assert not [line for line in lines if "skipping fork() handlers" not in line]
 
 

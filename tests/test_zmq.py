@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import zmq
-from pairs import process, threads, took
+from pairs import process, run_fresh, threads, took
 
 import edgeml
 from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Overloaded, Unreachable
@@ -801,16 +801,9 @@ def test_signals_that_raise_at_any_moment_do_not_mix_up_messages(connected):
 
 def _run(program: str, timeout: float = 30.0, complaint: str = "") -> str:
     """Run a program in a fresh interpreter, which is to end well, and without a complaint."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr or (complaint and complaint not in done.stderr), done.stderr
-    return done.stdout
+    printed, stderr = run_fresh(program, timeout)
+    assert not stderr or (complaint and complaint not in stderr), stderr
+    return printed
 
 
 def test_a_signals_handler_may_close_what_it_interrupted(parking):

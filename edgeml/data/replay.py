@@ -136,11 +136,7 @@ class ReplayBuffer(DataStoreBase):
             return
         with self.lock:
             schema = self._schema or Schema(batch[0])
-            if batch.columns is not None:
-                columns = schema.fit(batch.columns, len(batch))
-            else:
-                rows = [schema.fit(item) for item in batch]
-                columns = [np.stack(column) for column in zip(*rows, strict=True)]
+            columns = schema.fit_batch(batch)
             if self._schema is None:
                 self._allocate(schema)
             kept = min(len(batch), self._n_rows)

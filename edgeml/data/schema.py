@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeml.data.batch import Batch
 from edgeml.data.tree import (
     Array,
     Skeleton,
@@ -70,6 +71,17 @@ class Schema:
                 continue
             leaves[i] = self._converted(leaf, i, shape)
         return leaves
+
+    def fit_batch(self, batch: Batch) -> list[Any]:
+        """Return a batch's leaves as columns in the shapes and dtypes of this schema.
+
+        Raises:
+            ValueError: an item doesn't fit, as `fit` says.
+        """
+        if batch.columns is not None:
+            return self.fit(batch.columns, len(batch))
+        rows = [self.fit(item) for item in batch]
+        return [np.stack(column) for column in zip(*rows, strict=True)]
 
     def _converted(self, leaf: Any, i: int, shape: tuple[int, ...]) -> Array:
         array, dtype, beyond = _as_array(leaf), self.dtypes[i], ""

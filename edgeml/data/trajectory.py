@@ -191,7 +191,7 @@ class TrajectoryBuffer(DataStoreBase):
         if not batch:
             return
         with self.lock:
-            columns = self._fit(batch)
+            columns = self._schema.fit_batch(batch)
             first_id = self._spans.next_id
             firsts = 1 + np.flatnonzero(columns[-1])
             if batch.cuts:
@@ -241,12 +241,6 @@ class TrajectoryBuffer(DataStoreBase):
         with self.lock:
             leaves = self._schema.fit(item)
             self._add(leaves, 1, (self._spans.next_id + 1,) if leaves[-1] else ())
-
-    def _fit(self, batch: Batch) -> list[Array]:
-        if batch.columns is not None:
-            return self._schema.fit(batch.columns, len(batch))
-        rows = [self._schema.fit(item) for item in batch]
-        return [np.stack(column) for column in zip(*rows, strict=True)]
 
     def _add(self, leaves: Sequence[Any], n: int, firsts: Sequence[int] | Array) -> None:
         """Take in what fits: one item's leaves, or n with a leading axis; firsts as for Spans."""
@@ -548,7 +542,7 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
         batch = batch if isinstance(batch, Batch) else Batch.of(batch)
         with self.lock:
             if self._rlds_logger and batch:
-                self._fit(batch)  # or some would be logged before another is refused
+                self._schema.fit_batch(batch)  # or some would be logged before another is refused
                 for i, item in enumerate(batch):
                     if i in batch.cuts:
                         self._rlds_logger(None, True)
