@@ -1,14 +1,13 @@
 """What every test is held to: it leaves no thread, no child process and no temporary file.
 
 And the websocket plugin is made to look installed, here and in child processes, so that the tests
-of the services run over it too; tests/test_third_party.py really installs it.
+of the services run over it too; tests/plugins/test_third_party.py really installs it.
 """
 
 import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-PLUGIN = Path(__file__).parent.parent / "examples" / "plugins" / "edgeml-websocket"
+from pairs import ROOT, TRANSPORTS, threads
+
+PLUGIN = ROOT / "plugins" / "edgeml-websocket"
 _installed = pytest.StashKey[tuple[Path, str | None]]()
 
 
@@ -52,15 +53,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 _PATIENCE = 3.0  # seconds that what a test has ended may take to be gone
-
-
-def _threads() -> set[threading.Thread]:
-    return {t for t in threading.enumerate() if not is_a_librarys(t)}
-
-
-def is_a_librarys(thread: threading.Thread) -> bool:
-    """Whether it is one that pyzmq or grpc.aio keeps for the whole process."""
-    return type(thread).__name__ == "GarbageCollectorThread" or "_poll_wrapper" in thread.name
 
 
 def _children() -> dict[int, str]:
@@ -99,12 +91,12 @@ def _temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(_temporary: Path) -> Iterator[None]:
-    threads, children, files = _threads(), _children(), set(_temporary.iterdir())
+    running, children, files = threads(), _children(), set(_temporary.iterdir())
     yield
     deadline = time.monotonic() + _PATIENCE
     while True:
         left = {
-            "threads": [thread.name for thread in _threads() - threads],
+            "threads": [thread.name for thread in threads() - running],
             "processes": [f"{p} {n}" for p, n in _children().items() if p not in children],
             "files": [str(path) for path in set(_temporary.iterdir()) - files],
         }
@@ -115,6 +107,12 @@ def _leaves_nothing_behind(_temporary: Path) -> Iterator[None]:
         time.sleep(0.01)
     said = "; ".join(f"{what}: {', '.join(names)}" for what, names in left.items() if names)
     pytest.fail(f"the test left behind {said}", pytrace=False)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request):
+    """The transport that a test of the services runs over: each in turn."""
+    return request.param
 
 
 @pytest.fixture

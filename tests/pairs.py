@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conftest import is_a_librarys
-
 from edgeml.services.base import ServiceServer
+
+ROOT = Path(__file__).parents[1]
+"""Of the repository."""
 
 TRANSPORTS = ("grpc", "inproc", "shm", "ws", "zmq")
 """Every test of the services runs over each of these."""
@@ -55,6 +56,11 @@ def no_thread_left() -> Iterator[None]:
     before = threads()
     yield
     wait_until(lambda: threads() <= before, timeout=1.0)
+
+
+def is_a_librarys(thread: threading.Thread) -> bool:
+    """Whether it is one that pyzmq or grpc.aio keeps for the whole process."""
+    return type(thread).__name__ == "GarbageCollectorThread" or "_poll_wrapper" in thread.name
 
 
 def threads() -> set[threading.Thread]:

@@ -1,0 +1,362 @@
+"""The command line, in processes of its own: plugins, doctor and bench."""
+
+import importlib
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import tomllib
+
+import pytest
+
+from edgeml import InferenceServer, TrainerConfig, TrainerServer
+from edgeml.cli import _size, main
+from edgeml.cli.probe import ACK
+from edgeml.core import Message, Url, load_transport, wire
+from pairs import ROOT, TRANSPORTS, process, started
+from strangers import TRANSPORT
+
+BETWEEN = sorted(set(TRANSPORTS) - {"inproc"})
+PROGRAM = "import sys; from edgeml.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def edgeml(*arguments, **options) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, and see that it shows no traceback, whatever happens."""
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeml", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    return done
+
+
+def line_of(done, *words) -> str:
+    """The one line of the output that has all of some words."""
+    lines = [line for line in done.stdout.splitlines() if all(word in line for word in words)]
+    assert len(lines) == 1, done.stdout + done.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """Installs packages that offer a module as a plugin; for processes with what it returns."""
+    sites = []
+
+    def install(name, source, *, package, kind="transport") -> dict[str, str]:
+        site = tmp_path / package
+        info = site / f"{package}-1.5.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.5\n")
+        module = f"module_of_{package}"
+        (info / "entry_points.txt").write_text(f"[edgeml.{kind}s]\n{name} = {module}\n")
+        source = textwrap.dedent(source.replace("{name!r}", repr(name)))
+        (site / f"{module}.py").write_text(source)
+        sites.append(str(site))
+        return {**os.environ, "PYTHONPATH": os.pathsep.join([*sites, os.environ["PYTHONPATH"]])}
+
+    return install
+
+
+# The commands -----------------------------------------------------------------------------
+
+
+def test_help_names_the_commands_and_each_has_its_own():
+    done = edgeml("--help")
+    assert done.returncode == 0
+    for command in ("plugins", "doctor", "bench"):
+        assert command in done.stdout
+        assert edgeml(command, "--help").returncode == 0
+    assert "--host" in edgeml("bench", "serve", "--help").stdout
+
+
+def test_the_console_script_is_the_same_program():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["edgeml"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "dance"),
+        (["doctor", "--url", "robot:5555"], "'robot:5555' is not a URL"),
+        (["doctor", "--url", "zmq://robot"], "'zmq://robot' names no port"),
+        (["doctor", "--timeout", "nan"], "'nan' is no time in seconds"),
+        (["bench", "--size", "big"], "'big' is no size"),
+        (["bench", "--size", "0"], "'0' is no size"),
+        (["bench", "--seconds", "-1"], "'-1' is no time in seconds"),
+        (["bench", "--url", "zmq://a:1", "--transport", "zmq"], "not allowed with"),
+    ],
+)
+def test_arguments_that_are_not_understood_are_quoted(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("56", 56), ("56B", 56), ("300KB", 300_000), ("300 kb", 300_000), ("4M", 4_000_000)),
+        *(("1.5MB", 1_500_000), ("1KiB", 1024), ("2MiB", 2 << 20), ("1GB", 10**9)),
+    ],
+)
+def test_a_size_is_read(text, size):
+    assert _size(text) == size
+
+
+# plugins ----------------------------------------------------------------------------------
+
+
+def test_plugins_lists_what_is_installed_with_its_package():
+    done = edgeml("plugins")
+    assert done.returncode == 0
+    for kind, names in (("transport", TRANSPORTS), ("codec", ("cloudpickle", "msgpack"))):
+        for name in names:
+            package = "edgeml-websocket" if name == "ws" else "edgeml-robotics"
+            row = rf"(?m)^{kind} +{name} +{package} [\d.]+ +ok$"
+            assert re.search(row, done.stdout), done.stdout
+    assert "FAILED" not in done.stdout
+
+
+NO_TEXT = """
+class Silent(BaseException):
+    def __str__(self):
+        raise ValueError
+
+raise Silent
+"""
+
+
+def test_plugins_names_each_that_is_broken_with_the_reason(installed):
+    reasons = {
+        "quits": ("raise SystemExit(0)", "SystemExit: 0"),
+        "raises": ("raise RuntimeError('no\\n licence')", "RuntimeError: no licence"),
+        "imports": ("import a_module_that_is_not_there", "a_module_that_is_not_there"),
+        "garbled": ("def broken(:", "SyntaxError"),
+        "silent": (NO_TEXT, "Silent"),
+        "lacking": (TRANSPORT.replace("def connect", "def connects"), "lacks connect"),
+    }
+    for name, (source, _) in reasons.items():
+        installed(name, source, package=f"p_{name}")
+    installed("inproc", TRANSPORT, package="thief")
+    installed("twice", TRANSPORT, package="first")
+    installed("twice", TRANSPORT, package="second")
+    installed("morse", "import sys; sys.exit('why')", package="p_morse", kind="codec")
+    done = edgeml("plugins", env=installed("fine", TRANSPORT, package="p_fine"))
+    assert done.returncode == 1
+    for name, (_, reason) in reasons.items():
+        assert re.search(rf"transport +{name} +p_{name} 1\.5 +FAILED\n.*{reason}", done.stdout)
+    assert re.search(r"codec +morse +p_morse 1\.5 +FAILED\n.*SystemExit: why", done.stdout)
+    for package in ("first", "second"):
+        row = rf"transport +twice +{package} 1\.5 +FAILED\n.*claimed by first 1\.5 and second 1\.5"
+        assert re.search(row, done.stdout), done.stdout
+    row = r"transport +inproc +thief 1\.5 +FAILED\n.*claimed by edgeml-robotics .* and thief 1\.5"
+    assert re.search(row, done.stdout), done.stdout
+    for row in (
+        r"transport +fine +p_fine 1\.5",
+        *(rf"transport +{name} +edgeml" for name in BETWEEN),
+    ):
+        assert re.search(rf"(?m)^{row}.* ok$", done.stdout), done.stdout
+
+
+# doctor -----------------------------------------------------------------------------------
+
+
+def test_doctor_tries_every_transport():
+    done = edgeml("doctor")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^edgeml [\d.]+, protocol \d+\nPython 3\.\d+\.\d+, numpy \d", done.stdout)
+    for name in BETWEEN:
+        assert re.search(rf"  {name} +ok, .* ms in this process, .* ms between two", done.stdout)
+        assert re.search(rf"  {name}: a client .* takes \d+ at the server: about \d+", done.stdout)
+    assert "within one process only" in line_of(done, "  inproc ")
+    for reported in ("libzmq: ", "pyzmq: ", "memory: ", "lent to one peer: "):
+        assert line_of(done, reported)
+
+
+def test_doctor_counts_the_descriptors_that_a_client_takes():
+    done = edgeml("doctor", "--transport", "shm", "zmq")
+    for name, each in (("shm", 4), ("zmq", 3)):
+        assert f" takes {each} at the server" in line_of(done, f"{name}: a client")
+
+
+def limited(soft, hard):
+    return edgeml(
+        *("doctor", "--transport", "zmq"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
+    )
+
+
+def test_doctor_says_how_to_have_more_open_files():
+    done = limited(256, 512)
+    assert "256 (soft limit), and raise that to 512 (hard limit)" in done.stdout
+    assert line_of(done, "ulimit -n 512")
+    clients = int(re.findall(r"zmq: .*about (\d+) clients", done.stdout)[0])
+    assert 50 < clients <= 256 / 3
+    done = limited(256, 256)
+    assert "`ulimit -n` can't raise it" in done.stdout
+
+
+def test_doctor_shows_a_limit_of_shared_memory_that_was_chosen():
+    done = edgeml("doctor", "--transport", "shm", env={**os.environ, "EDGEML_SHM_LIMIT_MB": "300"})
+    assert "300 MiB" in line_of(done, "lent to one peer")
+
+
+def test_doctor_asks_a_server():
+    with started(InferenceServer(0, transport="zmq")) as server:
+        done = edgeml("doctor", "--transport", "inproc", "--url", server.url)
+    assert done.returncode == 0, done.stdout
+    assert f"{server.url}  ok, inference server, protocol {wire.PROTOCOL}" in done.stdout
+    assert re.search(r"round trip [\d.]+ ms \(median\), [\d.]+ ms \(best\)", done.stdout)
+    clock = re.search(r"its clock is ([\d.]+) ms .* ours, give or take ([\d.]+) ms", done.stdout)
+    assert clock is not None
+    assert float(clock[1]) <= float(clock[2]) + 0.001  # it is the same clock; and the rounding
+
+
+def test_doctor_says_of_each_server_what_is_wrong():
+    def foreign(message, reply):
+        reply(Message(b"hello"))
+
+    def newer(message, reply):
+        pong = wire.pack(wire.Pong(99, "action", 0.0))
+        reply(Message(wire.pack(wire.Reply(wire.OK, pong))))
+
+    def older(message, reply):
+        reply(Message(wire.pack_error(wire.Malformed("unknown kind of request: 4"))))
+
+    zmq, url = load_transport("zmq"), Url("zmq")
+    with (
+        zmq.serve(url, foreign) as first,
+        zmq.serve(url, newer) as second,
+        zmq.serve(url, older) as third,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        started(InferenceServer(0, transport="zmq")) as good,
+    ):
+        taken = socket.socket()
+        taken.bind(("127.0.0.1", 0))  # and listens not
+        nobody = Url("zmq", port=taken.getsockname()[1])
+        mute = Url("zmq", port=silent.getsockname()[1])
+        urls = [first.url, second.url, third.url, mute, nobody, "pigeon://loft:1", good.url]
+        done = edgeml("doctor", "--transport", "inproc", "--timeout", 0.5, "--url", *urls)
+        taken.close()
+    assert done.returncode == 1
+    for endpoint in (first, third):
+        assert "FAILED: what answers is no edgeml server" in line_of(done, str(endpoint.url))
+    assert "protocol 99" in line_of(done, str(second.url), "FAILED")
+    assert "gave no reply within" in line_of(done, f"{mute}  FAILED")
+    assert "nobody answers" in line_of(done, f"{nobody}  FAILED")
+    assert "no transport 'pigeon'" in line_of(done, "pigeon://loft:1  FAILED")
+    assert line_of(done, f"{good.url}  ok")
+
+
+def test_doctor_goes_on_after_a_transport_that_fails(installed):
+    installed("raises", TRANSPORT.replace("NotImplementedError", "KeyError('why')"), package="one")
+    env = installed("quits", "raise SystemExit", package="two")
+    done = edgeml("doctor", "--transport", "raises", "quits", "inproc", "unknown", env=env)
+    assert done.returncode == 1
+    assert "KeyError: 'why'" in line_of(done, "  raises ", "FAILED")
+    assert "two 1.5 failed to load: SystemExit" in line_of(done, "  quits ", "FAILED")
+    assert "there is no transport 'unknown'" in line_of(done, "  unknown ", "FAILED")
+    assert line_of(done, "  inproc ", "ok")
+
+
+# bench ------------------------------------------------------------------------------------
+
+FIGURES = r" +\d+\.\d+ +\d+\.\d+ +\d+ +\d+\.\d"
+
+
+def test_bench_measures_every_transport_between_processes():
+    done = edgeml("bench", "--seconds", 0.02, "--size", 56, "300KB")
+    assert done.returncode == 0, done.stdout
+    for name in BETWEEN:
+        for size in ("56 B", "300 KB"):
+            assert re.search(rf"(?m)^{name} +{size}{FIGURES}$", done.stdout), done.stdout
+    assert "within one process only" in line_of(done, "inproc ")
+
+
+def test_bench_goes_on_after_a_transport_that_fails(installed):
+    env = installed(
+        "raises", TRANSPORT.replace("NotImplementedError", "KeyError('why')"), package="one"
+    )
+    arguments = ("--transport", "unknown", "raises", "shm", "--seconds", 0.02, "--size", 56)
+    done = edgeml("bench", *arguments, env=env)
+    assert done.returncode == 1
+    assert "there is no transport 'unknown'" in line_of(done, "unknown ", "FAILED")
+    assert "it can't serve: KeyError: 'why'" in line_of(done, "raises ", "FAILED")
+    assert re.search(rf"(?m)^shm +56 B{FIGURES}$", done.stdout), done.stdout
+
+
+def test_bench_serve_is_measured_from_elsewhere_until_ctrl_c():
+    with process(PROGRAM, "bench", "serve", "--transport", "shm,zmq") as server:
+        urls = [re.findall(r"edgeml bench --url (\S+)", server.line())[0] for _ in range(2)]
+        assert [url.partition(":")[0] for url in urls] == ["shm", "zmq"]
+        assert "only this machine" in server.line()
+        assert "Ctrl-C stops it" in server.line()
+        for url in urls:
+            done = edgeml("bench", "--url", url, "--seconds", 0.02, "--size", 56)
+            assert done.returncode == 0, done.stdout
+            assert re.search(rf"(?m)^\w+ +56 B{FIGURES}$", done.stdout), done.stdout
+        server.signal(signal.SIGINT)
+        assert (server.line(), server.line()) == ("", "stopped")
+        assert server.end() == (0, "")
+
+
+def test_bench_serve_says_that_its_port_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = edgeml("bench", "serve", "--transport", "zmq", "--port", port)
+    assert done.returncode == 1
+    assert done.stderr.startswith("edgeml: ")
+    assert f"cannot serve zmq://127.0.0.1:{port}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: InferenceServer(0, transport="zmq"),
+        lambda: TrainerServer(TrainerConfig(port_number=0, broadcast_port=0, transport="zmq")),
+    ],
+    ids=["inference", "trainer"],
+)
+def test_bench_says_that_another_server_is_none_to_measure(make):
+    with started(make()) as server:
+        done = edgeml("bench", "--url", server.url)
+    assert done.returncode == 1
+    assert "is no `edgeml bench serve`" in line_of(done, "FAILED")
+
+
+def test_bench_says_that_its_server_was_lost():
+    measured = threading.Event()
+
+    def ack(payload):
+        measured.set()
+        return 0
+
+    server = InferenceServer(0, transport="zmq")
+    server.register_interface(ACK, ack)
+    with started(server), process(PROGRAM, "bench", "--url", server.url, "--seconds", 60) as bench:
+        assert measured.wait(30)
+        server.stop()
+        printed, stderr = bench.popen.communicate(timeout=30)
+        assert bench.popen.returncode == 1
+        assert "FAILED" in printed
+        assert stderr == ""
+
+
+def test_ctrl_c_ends_a_measurement_at_once():
+    with process(PROGRAM, "bench", "--transport", "shm", "--seconds", 60) as bench:
+        assert "p50 ms" in bench.line()
+        bench.signal(signal.SIGINT)
+        assert bench.end() == (130, "")

@@ -1,0 +1,201 @@
+"""The loop that asyncio's transports run in, and what such a transport does for them all."""
+
+import asyncio
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from edgeml.core import Closed, Message, Url, links, load_transport
+from edgeml.core.frames import frame
+from edgeml.core.loops import Loop
+from pairs import wait_until
+
+
+@pytest.fixture
+def loop():
+    loop = Loop("a loop")
+    yield loop
+    loop.close()
+
+
+# The loop ---------------------------------------------------------------------------------
+
+
+def test_what_is_done_in_the_loop_is_done_in_order_and_in_its_thread(loop):
+    done = queue.SimpleQueue()
+    for index in range(100):
+        assert loop.do(lambda index=index: done.put((index, loop.inside)))
+    assert [done.get(timeout=5) for _ in range(100)] == [(index, True) for index in range(100)]
+    assert not loop.inside
+
+
+def test_what_fails_is_logged_and_the_loop_goes_on(loop, caplog):
+    loop.do(lambda: 1 // 0)
+
+    async def fine():
+        return 1
+
+    assert loop.start(fine()).result(5) == 1
+    wait_until(lambda: "ZeroDivisionError" in caplog.text)
+
+
+def test_only_the_first_close_runs_its_last_coroutine_and_all_wait_for_it(loop):
+    ran = []
+
+    async def last():
+        await asyncio.sleep(0.2)
+        ran.append(threading.current_thread().name)
+
+    closing = [threading.Thread(target=loop.close, args=(last,)) for _ in range(5)]
+    for each in closing:
+        each.start()
+    for each in closing:
+        each.join(5)
+        assert ran == ["a loop"]
+    assert not any(thread.name == "a loop" for thread in threading.enumerate())
+
+
+def test_a_last_coroutine_that_hangs_or_fails_ends_the_loop_all_the_same(caplog):
+    async def hang():
+        await asyncio.Event().wait()
+
+    async def fail():
+        raise ValueError("why")
+
+    for last in (hang, fail):
+        loop = Loop("a loop")
+        began = time.monotonic()
+        loop.close(last, 0.1)
+        assert time.monotonic() - began < 1.0
+        assert not loop.do(print)
+    assert "why" in caplog.text
+
+
+def test_what_runs_at_the_end_is_cancelled_and_nothing_starts_afterwards(loop):
+    async def hang():
+        await asyncio.Event().wait()
+
+    under_way = [loop.start(hang()) for _ in range(3)]
+    loop.close()
+    assert all(future.cancelled() for future in under_way)
+    with pytest.raises(Closed):
+        loop.start(hang())
+    assert not loop.do(print)
+    loop.relieve()
+    loop.close()
+
+
+def test_a_request_that_is_passed_on_as_the_loop_ends_is_not_handled(loop):
+    handled = []
+
+    async def last():
+        loop.pass_on(lambda message, reply: handled.append(message), Message(b""), None)
+        loop._over = True
+
+    loop.close(last)
+    assert not handled
+
+
+FORK = """
+import gc
+import os
+import sys
+from edgeml.core import Closed, Message, Url, load_transport
+
+transport = load_transport("ws")
+endpoint = transport.serve(Url("ws"), lambda message, reply: reply(message))
+requester = transport.connect(endpoint.url, 5)
+assert requester.call(Message(b"x"), 5).header == b"x"
+child = os.fork()
+if not child:
+    for _ in range(2):
+        try:
+            requester.call(Message(b"x"), 1)
+        except Closed:
+            requester.close()
+            endpoint.close()
+    del requester, endpoint
+    gc.collect()  # which must not touch what the parent polls
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+for _ in range(10):
+    assert requester.call(Message(b"parent"), 5).header == b"parent"
+requester.close()
+endpoint.close()
+print("fine")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_leaves_the_parent_alone_and_ends_at_once_in_the_child():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
+
+
+# Links ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def requests():
+    return queue.SimpleQueue()
+
+
+@pytest.fixture
+def endpoint(requests):
+    serve = load_transport("ws").serve
+    with serve(Url("ws"), lambda message, reply: requests.put((message, reply))) as endpoint:
+        yield endpoint
+
+
+def piece(number, message):
+    return number.to_bytes(8, "little") + frame(message)
+
+
+def test_a_peer_that_does_not_read_gets_so_much_and_no_more(endpoint, requests, monkeypatch):
+    monkeypatch.setattr(links, "_MOST_WAITING", 1 << 20)
+    big = Message(b"", [memoryview(bytes(1 << 20))])
+    with connect(str(endpoint.url), compression=None, max_size=None, close_timeout=0.1) as peer:
+        for number in range(60):
+            peer.send(piece(number, Message(b"more")))
+        for _ in range(60):
+            began = time.monotonic()
+            requests.get(timeout=5)[1](big)
+            assert time.monotonic() - began < 0.5
+        wait_until(lambda: 5 < endpoint.dropped < 60)
+        arrived = 60 - endpoint.dropped
+        for _ in range(arrived):
+            assert peer.recv(timeout=5).endswith(bytes(1 << 20))
+        peer.send(piece(99, Message(b"and now")))
+        assert requests.get(timeout=5)[0].header == b"and now"
+
+
+@pytest.mark.parametrize("sent", [b"", b"1234567", bytes(8), bytes(100), "text"])
+def test_who_speaks_something_else_is_cut_off_and_nobody_is_hurt(endpoint, requests, sent):
+    with (
+        connect(str(endpoint.url)) as stranger,
+        load_transport("ws").connect(endpoint.url, 5) as requester,
+    ):
+        stranger.send(sent)
+        with pytest.raises(Exception, match="close frame"):
+            stranger.recv(timeout=5)
+        future = requester.request(Message(b"x"))
+        requests.get(timeout=5)[1](Message(b"y"))
+        assert future.result(5).header == b"y"
+
+
+def test_a_web_page_is_refused(endpoint):
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(str(endpoint.url), origin="http://localhost:8000")

@@ -1,0 +1,837 @@
+"""What is gRPC's own: strangers, codes, streams, large messages, signals and forks."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+
+import edgeml
+from edgeml import (
+    Closed,
+    DeadlineExceeded,
+    InferenceClient,
+    Malformed,
+    Overloaded,
+    PermissionDenied,
+    Unreachable,
+)
+from edgeml.core import Message, Url, load_transport, wire
+from edgeml.core.frames import frame
+from edgeml.transports.grpc.protocol import Assembly
+from pairs import process, run_fresh, started, wait_until
+
+ANYWHERE = Url("grpc", "127.0.0.1", 0)
+LIMIT = 4 << 20  # gRPC's own
+PREFIX = struct.Struct("<QQ")
+
+transport = load_transport("grpc")
+
+
+class Stranger:
+    """A client that knows what gRPC is, and no more; its limits are gRPC's own."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1"):
+        self.channel = grpc.insecure_channel(
+            f"{host}:{port}", [("grpc.use_local_subchannel_pool", 1)]
+        )
+
+    def connect(self, data: bytes = b"") -> bytes:
+        return self.channel.unary_unary("/edgeml.Transport/Connect")(data, timeout=10)
+
+    def request(self, data: bytes, timeout: float = 10) -> bytes:
+        return self.channel.unary_unary("/edgeml.Transport/Request")(data, timeout=timeout)
+
+    def stream(self, pieces, timeout: float = 10) -> bytes:
+        call = self.channel.stream_stream("/edgeml.Transport/Stream")
+        return b"".join(call(iter(pieces), timeout=timeout))
+
+    def fetch(self, data: bytes) -> bytes:
+        return b"".join(self.channel.unary_stream("/edgeml.Transport/Fetch")(data, timeout=10))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.channel.close()
+
+
+def request_of(message: Message, number: int = 0) -> bytes:
+    content = frame(message)
+    return PREFIX.pack(number, len(content)) + content
+
+
+@contextlib.contextmanager
+def refused(code: grpc.StatusCode):
+    with pytest.raises(grpc.RpcError) as caught:
+        yield
+    assert caught.value.code() is code, caught.value
+
+
+@pytest.fixture
+def stranger(connected):
+    with Stranger(connected[0].url.port) as made:
+        yield made
+
+
+@pytest.fixture
+def unharmed(connected):
+    """Holds the endpoint to answering, to old friends and new, and to leaving nothing behind."""
+    endpoint, requester = connected
+    requester.call(Message(b"x"), 5.0)
+    before = under_way(endpoint)
+    yield
+    assert requester.call(Message(b"known"), 5.0).header == b"known"
+    with transport.connect(endpoint.url, 5.0) as new:
+        large = Message(b"new", [memoryview(bytes(LIMIT))])
+        assert new.call(large, 5.0).header == b"new"
+    wait_until(lambda: under_way(endpoint) <= before)
+
+
+def under_way(endpoint) -> int:
+    """How many calls the endpoint is at work on, and what else its loop has to do."""
+    for _ in range(10):
+        with contextlib.suppress(RuntimeError):  # it changed meanwhile
+            return len(asyncio.all_tasks(endpoint._loop._asyncio))
+    return 1 << 30
+
+
+@pytest.fixture
+def assemblies(monkeypatch):
+    """The streams of which an endpoint has had a piece, as long as it keeps what came."""
+    known = weakref.WeakSet()
+
+    class Watched(Assembly):
+        def add(self, piece: bytes) -> None:
+            super().add(piece)
+            known.add(self)
+
+    monkeypatch.setattr("edgeml.transports.grpc.listener.Assembly", Watched)
+    return known
+
+
+def resident() -> int:
+    """Bytes of memory in use."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# Strangers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["/edgeml.Transport/Nothing", "/other.Service/Request", "/x"])
+def test_a_method_that_does_not_exist_is_unimplemented(stranger, unharmed, method):
+    with refused(grpc.StatusCode.UNIMPLEMENTED):
+        stranger.channel.unary_unary(method)(b"", timeout=10)
+    with refused(grpc.StatusCode.UNIMPLEMENTED):
+        list(stranger.channel.stream_stream(method)(iter([b"x"]), timeout=10))
+
+
+def test_whoever_connects_is_told_the_same_number(stranger, unharmed):
+    number, nothing = PREFIX.unpack(stranger.connect())
+    assert number
+    assert not nothing
+    assert stranger.connect(b"whatever") == stranger.connect()
+    assert stranger.request(request_of(Message(b"x"), number)) == request_of(Message(b"x"))
+    assert stranger.stream([request_of(Message(b"x"), number)]) == request_of(Message(b"x"))
+
+
+def garbage() -> list[bytes]:
+    rng = random.Random(0)
+    whole = request_of(Message(b"head", [memoryview(b"buffer")]))
+    made = [b"", bytes(7), bytes(15), PREFIX.pack(0, 1), PREFIX.pack(0, (1 << 64) - 1)]
+    made += [whole[:-1], whole + b"x", whole[:20], PREFIX.pack(0, 8) + b"\xff" * 8]
+    made += [PREFIX.pack(0, 8) + struct.pack("<II", 1, 0), PREFIX.pack(0, 0)]
+    made += [PREFIX.pack(0, size) + rng.randbytes(size) for size in (1, 7, 8, 9, 100, 5000)]
+    return made + [bytes(12) + rng.randbytes(rng.randrange(2000)) for _ in range(50)]
+
+
+def test_garbage_is_an_invalid_argument(stranger, unharmed):
+    for data in garbage():
+        for send in (stranger.request, lambda data: stranger.stream([data])):
+            with refused(grpc.StatusCode.INVALID_ARGUMENT):
+                send(data)
+        if len(data) != PREFIX.size or data[:8] == bytes(8):
+            with refused(grpc.StatusCode.INVALID_ARGUMENT):
+                stranger.fetch(data)
+    for pieces in ([], [b""], [bytes(8)] * 2, [bytes(16), b"x"], [request_of(Message(b"x"))] * 2):
+        with refused(grpc.StatusCode.INVALID_ARGUMENT):
+            stranger.stream(pieces)
+
+
+def test_a_method_of_another_kind_does_no_harm(stranger, unharmed):
+    """A stream for a unary method, and the other way round."""
+    piece = request_of(Message(b"x"))
+    for method in ("Connect", "Request", "Stream", "Fetch"):
+        for count in (0, 1, 2):
+            with contextlib.suppress(grpc.RpcError):
+                call = stranger.channel.stream_stream(f"/edgeml.Transport/{method}")
+                list(call(iter([piece] * count), timeout=0.5))
+        with contextlib.suppress(grpc.RpcError):
+            stranger.channel.unary_unary(f"/edgeml.Transport/{method}")(piece, timeout=0.5)
+
+
+def nearly_valid(rng: random.Random, session: bytes) -> bytes:
+    """A request that was valid before a few of its bytes were changed."""
+    hello = wire.pack(wire.Hello(wire.PROTOCOL, "inference", "me", "label", "msgpack", {}))
+    name, body = rng.choice([("", hello), ("echo", b"\x93\x01\x02\x03"), ("echo", b"\xc1")])
+    timeout = rng.choice((1.0, 0.0, -1.0, 1e300, float("nan"), float("inf")))
+    header = wire.pack(wire.Request(rng.choice((0, 1, 3, 4, -1)), session, name, timeout, body))
+    buffers = [memoryview(rng.randbytes(rng.randrange(100))) for _ in range(rng.choice((0, 1, 5)))]
+    data = bytearray(request_of(Message(header, buffers)))
+    for _ in range(rng.choice((0, 1, 1, 2, 8))):
+        data[rng.randrange(8, len(data))] = rng.randrange(256)
+    if rng.random() < 0.2:
+        del data[rng.randrange(len(data)) :]
+    return bytes(data)
+
+
+def test_nearly_valid_requests_are_answered_and_do_no_harm():
+    rng = random.Random(1)
+    codes = set()
+    with started(edgeml.InferenceServer(0, transport="grpc")) as server:
+        server.register_interface("echo", lambda payload: payload)
+        with InferenceClient("127.0.0.1", server.port, "grpc") as client:
+            with Stranger(server.port) as stranger:
+                hello = wire.pack(wire.Hello(wire.PROTOCOL, "inference", "me", "", "msgpack", {}))
+                greeting = Message(wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, hello)))
+                reply = wire.unpack(wire.Reply, stranger.request(request_of(greeting))[24:])
+                session = wire.unpack(wire.Welcome, reply.body).session
+                for index in range(600):
+                    data = nearly_valid(rng, rng.choice((session, session, b"")))
+                    cut = rng.randrange(16, 64)
+                    try:
+                        if index % 2:
+                            stranger.request(data, timeout=0.5)
+                        else:
+                            stranger.stream([data[:cut], data[cut:]], timeout=0.5)
+                    except grpc.RpcError as error:
+                        codes.add(error.code())
+            # A NEXT that is parked is not answered within half a second.
+            assert codes <= {
+                grpc.StatusCode.INVALID_ARGUMENT,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            }
+            assert client.call("echo", "known") == "known"
+
+
+def test_what_is_not_answered_in_time_exceeds_the_deadline(parking):
+    endpoint, _, taken = parking
+    with Stranger(endpoint.url.port) as stranger:
+        for send in (stranger.request, lambda data, timeout: stranger.stream([data], timeout)):
+            began = time.monotonic()
+            with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
+                send(request_of(Message(b"park")), 0.2)
+            assert time.monotonic() - began < 2.0
+        wait_until(lambda: all(reply.expired for _, reply in taken))
+        assert len(taken) == 2
+        for _, reply in taken:
+            reply(Message(b"late"))
+        wait_until(lambda: endpoint.dropped == 2)
+
+
+def test_more_than_grpc_takes_in_one_piece_is_refused_and_up_to_that_all_is_taken(
+    stranger, unharmed
+):
+    def of(size: int) -> bytes:
+        return request_of(Message(b"\0" * (size - PREFIX.size - 8)))
+
+    assert stranger.request(of(LIMIT)) == of(LIMIT)
+    assert stranger.stream([of(LIMIT)]) == of(LIMIT)
+    for send in (stranger.request, lambda data: stranger.stream([data])):
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            send(of(LIMIT + 1))
+
+
+def test_an_http_client_and_noise_do_no_harm(connected, unharmed):
+    port = connected[0].url.port
+    rng = random.Random(2)
+    start = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    for sent in (
+        b"GET / HTTP/1.1\r\nHost: robot\r\n\r\n",
+        start,
+        *(start + bytes(3) + b"\4" + bytes(5) + rng.randbytes(3000) for _ in range(20)),
+        *(rng.randbytes(3000) for _ in range(20)),
+    ):
+        with (
+            socket.create_connection(("127.0.0.1", port), 5.0) as peer,
+            contextlib.suppress(OSError),  # cut off, and rightly so
+        ):
+            peer.sendall(sent)
+
+
+# What codes mean to a client --------------------------------------------------------------
+
+
+class Strange:
+    """A server that is not edgeml's; ``behave`` may be changed while it serves."""
+
+    def __init__(self, behave=None, connect=None):
+        self.behave = behave
+        self._pool = ThreadPoolExecutor(4)
+        self._server = grpc.server(self._pool)
+        methods = {
+            "Connect": grpc.unary_unary_rpc_method_handler(
+                connect or (lambda data, context: PREFIX.pack(7, 0))
+            ),
+            "Request": grpc.unary_unary_rpc_method_handler(self._once),
+            "Stream": grpc.stream_stream_rpc_method_handler(self._each),
+            "Fetch": grpc.unary_stream_rpc_method_handler(self._each),
+        }
+        handler = grpc.method_handlers_generic_handler("edgeml.Transport", methods)
+        self._server.add_generic_rpc_handlers((handler,))
+        self.url = Url("grpc", "127.0.0.1", self._server.add_insecure_port("127.0.0.1:0"))
+        self._server.start()
+
+    def _once(self, data, context):
+        return self.behave(data, context)
+
+    def _each(self, data, context):
+        yield from self.behave(data, context)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.stop(0).wait()
+        self._pool.shutdown()
+
+
+MEANS = {
+    grpc.StatusCode.INVALID_ARGUMENT: Malformed,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
+    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
+}  # any other is the end of the connection
+
+SMALL = Message(b"x")
+LARGE = Message(b"x", [memoryview(bytes(LIMIT))])
+
+
+ASK = (
+    lambda requester, message: requester.call(message, 5.0),
+    lambda requester, message: requester.request(message).result(5.0),
+)
+
+
+@pytest.mark.parametrize(
+    "code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK], ids=str
+)
+@pytest.mark.parametrize("large", [False, True])
+def test_a_code_is_an_error_of_ours(code, large):
+    def abort(data, context):
+        context.abort(code, "because")
+
+    message = LARGE if large else SMALL
+    with Strange(abort) as server:
+        for ask in ASK:
+            with transport.connect(server.url, 5.0) as requester:
+                meant = MEANS.get(code, Unreachable)
+                with pytest.raises(meant) as caught:
+                    ask(requester, message)
+                assert type(caught.value) is meant
+                assert requester.lost == (meant is Unreachable)
+
+
+@pytest.mark.parametrize("piece", [b"", bytes(15), PREFIX.pack(0, 9), PREFIX.pack(0, 8) + b"x" * 8])
+def test_a_reply_that_is_none_is_malformed(piece):
+    with (
+        Strange(lambda data, context: piece) as server,
+        transport.connect(server.url, 5.0) as requester,
+    ):
+        for _ in range(2):
+            with pytest.raises(Malformed):
+                requester.call(SMALL, 5.0)
+            with pytest.raises(Malformed):
+                requester.request(SMALL).result(5.0)
+        server.behave = lambda data, context: [piece]
+        with pytest.raises(Malformed):
+            requester.call(LARGE, 5.0)
+        with pytest.raises(Malformed):
+            requester.request(LARGE).result(5.0)
+        assert not requester.lost
+
+
+def test_a_large_reply_that_can_not_be_fetched_is_an_error():
+    def behave(data, context):
+        if len(data) != PREFIX.size:  # a request
+            return PREFIX.pack(1, 1000)
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "too late")
+
+    with Strange(behave) as server, transport.connect(server.url, 5.0) as requester:
+        for send in (
+            lambda: requester.call(SMALL, 5.0),
+            lambda: requester.request(SMALL).result(5),
+        ):
+            with pytest.raises(Malformed, match="too late"):
+                send()
+
+
+@pytest.mark.parametrize("welcome", [b"", bytes(15), bytes(17)])
+def test_a_welcome_that_is_none_is_unreachable(welcome):
+    with (
+        Strange(connect=lambda data, context: welcome) as server,
+        pytest.raises(Unreachable, match="no edgeml server"),
+    ):
+        transport.connect(server.url, 5.0)
+
+
+def test_another_grpc_server_is_unreachable():
+    def not_found(data, context):
+        context.abort(grpc.StatusCode.NOT_FOUND, "")
+
+    with Strange(connect=not_found) as strange, pytest.raises(Unreachable):
+        transport.connect(strange.url, 5.0)
+    pool = ThreadPoolExecutor(1)
+    server = grpc.server(pool)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(Unreachable):
+        transport.connect(ANYWHERE.with_port(port), 5.0)
+    server.stop(0).wait()
+    pool.shutdown()
+
+
+# Large messages ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "megabytes", [25, pytest.param(400, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+)
+def test_large_messages_go_both_ways_within_grpcs_own_limit(megabytes):
+    size = megabytes * 1_000_000
+    array = np.arange(size // 4, dtype=np.uint32)
+    sent = Message(b"large", [memoryview(array).cast("B")])
+
+    def on_request(message, reply) -> None:
+        reply(sent if message.header == b"give" else Message(b"%d" % message.nbytes))
+
+    def check(got: Message) -> None:
+        assert got.header == b"large"
+        assert (np.frombuffer(got.buffers[0], np.uint32) == array).all()
+
+    with (
+        transport.serve(ANYWHERE, on_request) as endpoint,
+        transport.connect(endpoint.url, 5.0) as requester,
+        Stranger(endpoint.url.port) as stranger,
+    ):
+        taken = b"%d" % (size + 5)
+        assert requester.call(sent, 60.0).header == taken
+        assert requester.request(sent).result(60.0).header == taken
+        check(requester.call(Message(b"give"), 60.0))
+        check(requester.request(Message(b"give")).result(60.0))
+        if megabytes < 100:
+            reply = stranger.stream([request_of(Message(b"give"))], timeout=60)
+            assert reply == request_of(sent)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_at_the_limit_nothing_is_off_by_one(connected, extra):
+    _, requester = connected
+    header = b"\0" * (LIMIT - PREFIX.size - 8 + extra)
+    assert requester.call(Message(header), 5.0).header == header
+    assert requester.request(Message(header)).result(5.0).header == header
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_streams_that_claim_4_gib_and_send_nothing_take_no_memory(unharmed, stranger, assemblies):
+    def nothing_more():
+        yield PREFIX.pack(0, 1 << 32)
+        over.wait(10)
+
+    over = threading.Event()
+    before = resident()
+    method = stranger.channel.stream_stream("/edgeml.Transport/Stream")
+    calls = [method(nothing_more(), timeout=20) for _ in range(8)]
+    wait_until(lambda: len(assemblies) == 8)
+    assert stranger.connect()
+    assert resident() - before < 64 << 20
+    for call in calls:
+        call.cancel()
+    over.set()
+
+
+def test_a_claim_that_there_is_no_memory_for_is_told_as_overloaded(stranger, unharmed, monkeypatch):
+    import mmap
+
+    def no_memory(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", no_memory)
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            stranger.stream([PREFIX.pack(0, 1 << 32)])
+
+
+def test_a_claim_beyond_4_gib_is_refused_at_once(stranger, unharmed):
+    over = threading.Event()
+
+    def claim():
+        yield PREFIX.pack(0, (1 << 32) + 1)
+        over.wait(10)
+
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        stranger.stream(claim())
+    over.set()
+
+
+def test_a_stream_that_never_ends_goes_no_further_than_its_prefix(stranger, unharmed):
+    pieces = 0
+
+    def for_ever():
+        nonlocal pieces
+        yield PREFIX.pack(0, 10 << 20)
+        while True:
+            pieces += 1
+            yield bytes(1 << 20)
+
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        stranger.stream(for_ever())
+    assert pieces < 100
+
+
+@pytest.mark.parametrize("how", ["cancelled", "cut off"])
+def test_a_stream_that_is_broken_off_is_forgotten(parking, assemblies, how):
+    endpoint, requester, taken = parking
+    over = threading.Event()
+
+    def half():
+        yield PREFIX.pack(0, 10 << 20)
+        for _ in range(5):
+            yield bytes(1 << 20)
+        over.wait(10)
+
+    with Stranger(endpoint.url.port) as stranger:
+        call = stranger.channel.stream_stream("/edgeml.Transport/Stream")(half(), timeout=20)
+        wait_until(lambda: assemblies)
+        if how == "cancelled":
+            call.cancel()
+        else:
+            stranger.channel.close()
+        wait_until(lambda: not assemblies)
+        over.set()
+    future = requester.request(Message(b"x"))
+    wait_until(lambda: taken)
+    assert [message.header for message, _ in taken] == [b"x"]
+    taken[0][1](Message(b"fine"))
+    assert future.result(5.0).header == b"fine"
+
+
+def test_a_large_reply_that_is_not_fetched_is_dropped_and_counted(
+    connected, unharmed, stranger, monkeypatch
+):
+    endpoint, _ = connected
+    monkeypatch.setattr("edgeml.transports.grpc.listener._KEPT", 0.05)
+    key, size = PREFIX.unpack(stranger.request(_growing(endpoint)))
+    assert key
+    wait_until(lambda: endpoint.dropped == 1)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):
+        stranger.fetch(PREFIX.pack(0, key))
+    assert not endpoint._kept
+    assert size > LIMIT
+
+
+def _growing(endpoint) -> bytes:
+    """A request that fits in one piece, and has a reply of 40 MB."""
+    huge = Message(b"x", [memoryview(bytes(40_000_000))])
+    endpoint._on_request = lambda message, reply: reply(huge if message.header == b"g" else message)
+    return request_of(Message(b"g"))
+
+
+def test_a_large_reply_may_take_longer_to_fetch_than_it_is_kept(
+    connected, unharmed, stranger, monkeypatch
+):
+    endpoint, _ = connected
+    monkeypatch.setattr("edgeml.transports.grpc.listener._KEPT", 0.3)
+    key, size = PREFIX.unpack(stranger.request(_growing(endpoint)))
+    fetch = stranger.channel.unary_stream("/edgeml.Transport/Fetch")
+    received = iter(fetch(PREFIX.pack(0, key), timeout=10))
+    pieces = [next(received)]
+    threading.Event().wait(0.4)  # the time it is kept, while most of it has not been read
+    pieces += received
+    assert sum(map(len, pieces)) == PREFIX.size + size
+    assert endpoint.dropped == 0
+    with refused(grpc.StatusCode.INVALID_ARGUMENT):  # it is fetched once
+        stranger.fetch(PREFIX.pack(0, key))
+
+
+def test_a_large_reply_whose_fetch_is_broken_off_is_dropped_and_counted(
+    connected, unharmed, stranger
+):
+    endpoint, _ = connected
+    key, _ = PREFIX.unpack(stranger.request(_growing(endpoint)))
+    call = stranger.channel.unary_stream("/edgeml.Transport/Fetch")(PREFIX.pack(0, key), timeout=10)
+    next(iter(call))
+    call.cancel()
+    wait_until(lambda: endpoint.dropped == 1)
+    assert not endpoint._kept
+
+
+# Ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("message", [SMALL, LARGE], ids=["small", "large"])
+def test_another_server_on_the_port_is_not_taken_for_the_first(message):
+    first = transport.serve(ANYWHERE, lambda message, reply: reply(message))
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(transport.connect(first.url, 5.0)) for _ in range(2)]
+        stranger = stack.enter_context(Stranger(first.url.port))
+        number, _ = PREFIX.unpack(stranger.connect())
+        for requester in connections:
+            requester.call(SMALL, 5.0)
+        first.close()
+        asked = []
+        stack.enter_context(
+            transport.serve(first.url, lambda message, reply: asked.append(reply(message)))
+        )
+        with pytest.raises(Unreachable):
+            connections[0].call(message, 5.0)
+        with pytest.raises(Unreachable):
+            connections[1].request(message).result(5.0)
+        assert all(requester.lost for requester in connections)
+
+        def answered_by_another() -> bool:
+            try:
+                stranger.request(request_of(SMALL, number), timeout=5)
+            except grpc.RpcError as error:
+                return (
+                    error.code() is grpc.StatusCode.UNAVAILABLE and "restarted" in error.details()
+                )
+            return False
+
+        wait_until(answered_by_another)  # once gRPC has connected anew
+        assert not asked
+        with transport.connect(first.url, 5.0) as requester:
+            assert requester.call(SMALL, 5.0).header == b"x"
+
+
+def test_a_server_that_closes_tells_strangers_so(parking):
+    endpoint, _, taken = parking
+    with Stranger(endpoint.url.port) as stranger:
+        call = stranger.channel.unary_unary("/edgeml.Transport/Request").future(
+            request_of(Message(b"park")), timeout=10
+        )
+        wait_until(lambda: taken)
+        endpoint.close()
+        with pytest.raises(grpc.RpcError):
+            call.result(10)
+        assert call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_either_end_may_be_closed_while_large_streams_go_both_ways(end):
+    large = Message(b"large", [memoryview(bytes(50_000_000))])
+
+    def on_request(message, reply) -> None:
+        arrived.set()
+        reply(large)
+
+    for _ in range(3):
+        arrived = threading.Event()
+        with (
+            transport.serve(ANYWHERE, on_request) as endpoint,
+            transport.connect(endpoint.url, 5.0) as requester,
+            ThreadPoolExecutor(4) as pool,
+        ):
+            asked = [requester.request(large if i % 2 else SMALL) for i in range(4)]
+            asked += [pool.submit(requester.call, (SMALL, large)[i % 2], 30.0) for i in range(4)]
+            assert arrived.wait(10)
+            began = time.monotonic()
+            (requester if end == "client" else endpoint).close()
+            assert time.monotonic() - began < 3.0
+            for future in asked:
+                with contextlib.suppress(Closed, Unreachable):
+                    assert future.result(5.0).header == b"large"
+
+
+def test_two_servers_in_one_process_do_not_mind_each_other():
+    def answering(text: bytes):
+        return transport.serve(ANYWHERE, lambda message, reply: reply(Message(text)))
+
+    with answering(b"1") as one, transport.connect(one.url, 5.0) as to_one:
+        with answering(b"2") as two, transport.connect(two.url, 5.0) as to_two:
+            assert one.url.port != two.url.port
+            for _ in range(20):
+                assert to_one.call(SMALL, 5.0).header == b"1"
+                assert to_two.call(LARGE, 5.0).header == b"2"
+        assert to_one.call(LARGE, 5.0).header == b"1"
+        with answering(b"3") as three, transport.connect(three.url, 5.0) as to_three:
+            assert to_three.call(SMALL, 5.0).header == b"3"
+
+
+def test_with_4096_requests_parked_others_are_answered_and_no_more_are_taken(parking):
+    endpoint, requester, taken = parking
+    asked = [requester.request(Message(b"%d" % index)) for index in range(4096)]
+    with pytest.raises(Overloaded, match="4096"):
+        requester.request(Message(b"one more"))
+    wait_until(lambda: len(taken) == 4096, 30.0)
+    endpoint._on_request = lambda message, reply: reply(message)
+    with transport.connect(endpoint.url, 5.0) as other:
+        for each in (requester, other):
+            began = time.monotonic()
+            for _ in range(20):
+                assert each.call(Message(b"now"), 5.0).header == b"now"
+            assert time.monotonic() - began < 2.0
+    endpoint.reply_many([reply for _, reply in taken], Message(b"all"))
+    assert {future.result(20.0).header for future in asked} == {b"all"}
+    assert endpoint.dropped == 0
+    assert requester.request(Message(b"again")).result(5.0).header == b"again"
+
+
+# Addresses --------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_taken_by_whomever_is_an_oserror(connected):
+    with pytest.raises(OSError, match="cannot serve"):
+        transport.serve(connected[0].url, lambda message, reply: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = ANYWHERE.with_port(listener.getsockname()[1])
+        with pytest.raises(OSError, match="cannot serve"):
+            transport.serve(taken, lambda message, reply: None)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "0.0.0.0", "", "::1", "::"])
+def test_a_host_may_be_a_name_or_an_address(host):
+    if ":" in host:
+        try:
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    with transport.serve(Url("grpc", host, 0), lambda message, reply: reply(message)) as endpoint:
+        near = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        for url in (endpoint.url.with_host(near), Url.parse(str(endpoint.url.with_host(near)))):
+            with transport.connect(url, 5.0) as requester:
+                assert requester.call(Message(b"x"), 5.0).header == b"x"
+        if ":" in host:
+            with Stranger(endpoint.url.port, f"[{near}]") as stranger:
+                assert stranger.request(request_of(SMALL)) == request_of(SMALL)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no such host", "." * 5, "a" * 300])
+def test_a_host_that_is_not_this_machine_can_not_be_served_at(host):
+    with pytest.raises(OSError, match="cannot serve"):
+        transport.serve(Url("grpc", host, 0), lambda message, reply: None)
+
+
+@pytest.mark.parametrize("host", ["no such host", "." * 5, "a" * 300])
+def test_a_host_that_does_not_exist_is_unreachable(host):
+    with pytest.raises(Unreachable):
+        transport.connect(Url("grpc", host, 5555), 1.0)
+
+
+# Signals and forks ------------------------------------------------------------------------
+
+INTERRUPTED = """
+import sys, time
+import numpy as np
+from edgeml.core import Message, Url, load_transport
+
+url = Url.parse(sys.argv[1])
+large = Message(b"park", [memoryview(bytes(int(sys.argv[2])))])
+requester = load_transport("grpc").connect(url, 5.0)
+for _ in range(3):
+    try:
+        print("asking")
+        requester.call(large, 30.0)
+    except KeyboardInterrupt:
+        print("interrupted")
+    assert requester.call(Message(b"echo"), 5.0).header == b"echo"
+began = time.monotonic()
+requester.close()
+assert time.monotonic() - began < 2.0
+print("closed")
+"""
+
+
+@pytest.mark.parametrize("size", [0, 20_000_000])
+def test_ctrl_c_ends_a_call_at_once_and_the_connection_goes_on(size):
+    taken = []
+
+    def on_request(message, reply) -> None:
+        if message.header == b"echo":
+            reply(message)
+        else:
+            taken.append(reply)
+
+    with transport.serve(ANYWHERE, on_request) as endpoint:
+        with process(INTERRUPTED, endpoint.url, size) as program:
+            for count in (1, 2, 3):
+                assert program.line() == "asking"
+                wait_until(lambda count=count: len(taken) == count)
+                began = time.monotonic()
+                program.signal(signal.SIGINT)
+                assert program.line() == "interrupted"
+                assert time.monotonic() - began < 2.0
+            assert program.line() == "closed"
+            assert program.end() == (0, "")
+        wait_until(lambda: all(reply.expired for reply in taken))
+
+
+def _run(program: str, timeout: float = 30.0) -> None:
+    """Run a program in a fresh interpreter, which is to end well and without a complaint."""
+    _, stderr = run_fresh(program, timeout)
+    lines = stderr.splitlines()  # gRPC itself says that it does nothing about forks
+    assert not [line for line in lines if "skipping fork() handlers" not in line]
+
+
+def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
+    endpoint, _ = connected
+    _run(f"""
+        import os, sys, time, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        from edgeml.core import Closed, Message, Url, load_transport
+        transport = load_transport("grpc")
+        requester = transport.connect(Url.parse("{endpoint.url}"), 5.0)
+        large = Message(b"x", [memoryview(bytes(5 << 20))])
+        requester.call(Message(b"x"), 5.0)
+        requester.request(large).result(5.0)
+        child = os.fork()
+        if not child:
+            began = time.monotonic()
+            for send in (requester.request, lambda m: requester.call(m, 5.0)):
+                for message in (Message(b"x"), large):
+                    try:
+                        send(message)
+                    except Closed as error:
+                        assert "fork" in str(error)
+                    else:
+                        raise AssertionError
+            requester.close()
+            assert time.monotonic() - began < 3
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert requester.call(Message(b"parent"), 5.0).header == b"parent"
+        assert requester.request(large).result(5.0).header == b"x"
+        requester.close()
+    """)
+
+
+@pytest.mark.parametrize("how", ["", "sys.exit(0)", "client.stop(); server.stop()"])
+def test_a_program_that_ends_without_closing_anything_ends(how):
+    _run(
+        f"""
+        import sys, warnings, edgeml, numpy as np
+        warnings.simplefilter("ignore", ResourceWarning)  # what was not closed is the point
+        server = edgeml.InferenceServer(0, transport="grpc")
+        server.register_interface("echo", lambda payload: payload)
+        server.start(threaded=True)
+        client = edgeml.InferenceClient("127.0.0.1", server.port, "grpc")
+        client.call("echo", np.zeros(5 << 20, np.uint8))
+        client.call_async("echo", np.zeros(5 << 20, np.uint8))
+        {how}
+        """,
+        timeout=10,
+    )

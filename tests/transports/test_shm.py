@@ -1,0 +1,861 @@
+"""What shm promises beyond what every transport does; its faults are in test_shm_faults.py."""
+
+import array
+import gc
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from edgeml import ActionClient, ActionConfig, ActionServer, InferenceClient, InferenceServer
+from edgeml.core import (
+    Message,
+    NotEncodable,
+    Overloaded,
+    PermissionDenied,
+    Unreachable,
+    Url,
+    load_transport,
+)
+from edgeml.testing import TransportTests
+from edgeml.transports.shm import channel, memory, sockets
+from edgeml.transports.shm.waiting import Waiter
+from pairs import process, wait_until
+
+ANY = Url.parse("shm://127.0.0.1:0")
+SHM = load_transport("shm")
+MB = 1 << 20
+
+
+def echo(message, reply):
+    reply(message)
+
+
+def view(size, value=0):
+    return memoryview(np.full(size, value, np.uint8))
+
+
+class Serving:
+    """An endpoint that keeps what it is asked, and one connection to it."""
+
+    def __init__(self, on_request=None):
+        self.taken = []
+        self.endpoint = SHM.serve(ANY, on_request or self._take)
+        self.requester = SHM.connect(self.endpoint.url, 5.0)
+
+    def _take(self, message, reply):
+        self.taken.append((message, reply))
+
+    def take(self, count=1):
+        wait_until(lambda: len(self.taken) >= count)
+        return self.taken[count - 1]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.taken.clear()
+        self.requester.close()
+        self.endpoint.close()
+
+
+# Elsewhere than on Linux ------------------------------------------------------------------
+
+
+class TestElsewhere(TransportTests):
+    """Streams, socket files and temporary files in place of what only Linux has."""
+
+    url = "shm://127.0.0.1:0"
+    between_processes = False  # which would need the patch as well
+
+    @pytest.fixture(autouse=True)
+    def _not_linux(self, monkeypatch):
+        monkeypatch.setattr(memory, "SEALABLE", False)
+        monkeypatch.setattr(sockets, "LINUX", False)
+        monkeypatch.setattr(sockets, "_same_user", lambda _: 0)
+
+
+# Copies -----------------------------------------------------------------------------------
+
+
+def test_what_is_filled_in_place_is_sent_without_a_copy():
+    with Serving() as serving:
+        room = serving.requester.room(MB)
+        array_ = np.frombuffer(room, np.uint8)
+        array_[:] = 1
+        serving.requester.request(Message(b"", [room]))
+        (received,) = serving.take()[0].buffers
+        assert received[0] == received[-1] == 1
+        array_[-1] = 2  # which nobody should do; it shows that the memory is the same
+        assert received[-1] == 2
+
+
+def test_a_part_of_what_is_filled_in_place_is_sent_without_a_copy():
+    with Serving() as serving:
+        array_ = np.frombuffer(serving.requester.room(4 * MB), np.float32).reshape(1024, 1024)
+        array_[:] = 1
+        serving.requester.request(Message(b"", [array_[100:300].reshape(-1).data.cast("B")]))
+        (received,) = serving.take()[0].buffers
+        assert len(received) == 200 * 1024 * 4
+        array_[100] = 2
+        assert np.frombuffer(received, np.float32)[0] == 2
+
+
+def test_room_of_one_endpoint_is_ordinary_memory_to_another():
+    with Serving() as one, Serving() as other:
+        room = one.requester.room(MB)
+        room[:] = view(MB, 3)
+        other.requester.request(Message(b"", [room]))
+        (received,) = other.take()[0].buffers
+        room[0] = 4
+        assert received[0] == 3
+
+
+def test_room_is_not_used_again_while_anybody_has_it():
+    with Serving() as serving:
+        endpoint = serving.endpoint
+        rooms = [endpoint.room(MB) for _ in range(8)]
+        for number, room in enumerate(rooms):
+            room[:] = view(MB, number)
+        future = serving.requester.request(Message(b""))
+        serving.take()[1](Message(b"", rooms[:4]))
+        received = future.result(5).buffers
+        del rooms
+        for _ in range(20):
+            endpoint.room(MB)[:] = view(MB, 99)
+        assert [buffer[0] for buffer in received] == [0, 1, 2, 3]
+        assert [buffer[-1] for buffer in received] == [0, 1, 2, 3]
+
+
+VIEWS = {
+    "memoryview": lambda room: room,
+    "slice": lambda room: room[5:10],
+    "frombuffer": lambda room: np.frombuffer(room, np.uint8),
+    "ndarray": lambda room: np.ndarray((MB,), np.uint8, room),
+    "asarray": np.asarray,
+    "array": lambda room: np.array(room, copy=False),
+    "view of views": lambda room: np.asarray(room).view(np.int32).reshape(512, -1)[3:5].T,
+    "cast": lambda room: np.asarray(room).view(np.int32).data.cast("B"),
+}
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_any_view_of_a_room_keeps_it(how):
+    with Serving() as serving:
+        pool = serving.requester._pool
+        kept = VIEWS[how](serving.requester.room(MB))
+        gc.collect()
+        tokens = {pool.take(MB).token for _ in range(4)}
+        assert not pool._dead
+        assert not tokens & {lease.token for lease in pool._rooms.values()}
+        assert len(pool._rooms) == 1
+        del kept
+        assert not pool._rooms
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_any_view_of_what_was_received_keeps_it(how):
+    with Serving(echo) as serving:
+        got = serving.requester.call(Message(b"", [view(MB)]), 5).buffers[0]
+        kept = VIEWS[how](got)
+        leases = serving.requester._local.line.channel._leases
+        del got
+        gc.collect()
+        assert len(leases) == 1
+        del kept
+        assert len(leases) == 0
+
+
+def test_a_broadcast_is_written_once_for_all():
+    with Serving() as serving:
+        others = [SHM.connect(serving.endpoint.url, 5.0) for _ in range(7)]
+        futures = [each.request(Message(b"")) for each in (serving.requester, *others)]
+        serving.take(8)
+        array_ = np.ones(16 * MB, np.uint8)
+        before = mapped()
+        serving.endpoint.reply_many(
+            [reply for _, reply in serving.taken], Message(b"", [array_.data])
+        )
+        received = [future.result(5).buffers[0] for future in futures]
+        assert all(buffer[0] == buffer[-1] == 1 for buffer in received)
+        # One file, which this process maps once as the writer and 8 times as readers.
+        new = [line for line in mapped() if line not in before]
+        assert len({line.split()[4] for line in new}) == 1
+        assert len(new) == 9
+        for each in others:
+            each.close()
+
+
+def mapped():
+    with open("/proc/self/maps") as file:
+        return [line for line in file if "memfd:edgeml" in line]
+
+
+def test_services_give_room_to_fill():
+    config = ActionConfig(0, [], ["image"], transport="shm")
+    with ActionServer(config, None, None) as server:
+        assert server.empty((480, 640, 3), np.uint8).shape == (480, 640, 3)  # not started yet
+        server.start(threaded=True)
+        with ActionClient("localhost", server.port, config=config) as client:
+            frames = []
+            client.register_obs_callback(frames.append)
+            frame = server.empty((480, 640, 3), np.uint8)
+            frame[:] = 7
+            server.publish_obs({"image": frame})
+            wait_until(lambda: frames)
+            assert not frames[0]["image"].flags.writeable
+            assert (frames[0]["image"] == 7).all()
+            frame[0, 0, 0] = 8
+            assert frames[0]["image"][0, 0, 0] == 8
+            assert client.empty(3, np.float32).shape == (3,)
+            assert client.stats() == {"replies_copied": 0}
+
+
+# Limits -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setenv("EDGEML_SHM_LIMIT_MB", "4")
+
+
+@pytest.mark.usefixtures("few")
+def test_a_message_beyond_the_limit_is_refused_with_a_reason():
+    with Serving() as serving:
+        with pytest.raises(NotEncodable, match="4 MiB are lent"):
+            serving.requester.call(Message(b"", [view(5 * MB)]), 5)
+        serving.requester.request(Message(b""))
+        with pytest.raises(NotEncodable, match="EDGEML_SHM_LIMIT_MB"):
+            serving.take()[1](Message(b"", [view(5 * MB)]))
+
+
+@pytest.mark.usefixtures("few")
+def test_a_peer_that_does_not_read_is_lent_no_more_than_the_limit():
+    reads = threading.Event()
+
+    def on_request(message, reply):
+        reads.wait(10)
+        reply(Message(b""))
+
+    with Serving(on_request) as serving:
+        message = Message(b"", [view(MB)])
+        futures = [serving.requester.request(message) for _ in range(4)]
+        with pytest.raises(Overloaded, match=r"4 MiB are lent .*EDGEML_SHM_LIMIT_MB"):
+            serving.requester.request(message)
+        reads.set()
+        wait_until(lambda: all(future.done() for future in futures))
+        wait_until(lambda: has_room(serving))
+
+
+def has_room(serving):
+    try:
+        return serving.requester.request(Message(b"", [view(MB)]))
+    except Overloaded:
+        return None
+
+
+@pytest.mark.usefixtures("few")
+def test_a_reply_beyond_the_limit_is_dropped_and_counted():
+    with Serving() as serving:
+        kept = [serving.requester.request(Message(b"")) for _ in range(10)]
+        serving.take(10)
+        for _, reply in serving.taken:
+            reply(Message(b"", [view(MB)]))
+        refused = [future for future in kept if isinstance(future.exception(5), Overloaded)]
+        assert 0 < len(refused) == serving.endpoint.dropped <= 6
+        with pytest.raises(Overloaded, match=r"could not be given: the peer .* 4 MiB"):
+            refused[0].result()
+        assert all(future.result().buffers[0][0] == 0 for future in kept if future not in refused)
+
+
+@pytest.mark.usefixtures("few")
+def test_who_holds_what_is_lent_goes_on_with_copies():
+    with InferenceServer(0, transport="shm") as server:
+        server.register_interface("frame", lambda n: np.full(300_000, n, np.uint8))
+        server.start(threaded=True)
+        with InferenceClient("localhost", server.port, "shm") as client:
+            kept = []
+
+            def keep(first):
+                kept.extend(client.call("frame", first + index, timeout=5) for index in range(10))
+
+            threads = [threading.Thread(target=keep, args=(10 * number,)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sorted(frame[-1] for frame in kept) == list(range(40))
+            assert client.stats()["replies_copied"] > 20
+
+
+@pytest.mark.usefixtures("few")
+def test_a_subscriber_that_keeps_publications_gets_the_next_ones_all_the_same():
+    config = ActionConfig(0, transport="shm")
+    with ActionServer(config, None, None) as server:
+        server.start(threaded=True)
+        with ActionClient("localhost", server.port, config=config) as client:
+            kept = []
+            subscription = client.register_obs_callback(lambda value: kept.append(value["x"]))
+            for number in range(1, 31):
+                server.publish_obs({"x": np.full(900_000, number, np.uint8)})
+                wait_until(lambda n=number: kept and kept[-1][0] == n)
+            assert [array_[-1] for array_ in kept] == list(range(1, 31))
+            assert subscription.missed == 0
+            assert client.stats()["replies_copied"] > 20
+
+
+@pytest.mark.usefixtures("few")
+def test_a_publication_that_can_not_be_lent_is_missed_and_the_next_comes():
+    config = ActionConfig(0, transport="shm")
+    with ActionServer(config, None, None) as server:
+        server.start(threaded=True)
+        with ActionClient("localhost", server.port, config=config) as client:
+            kept = []
+            # Half of what may be lent is held as it is; with this, nothing is left.
+            client.register_obs_callback(lambda value: kept.append(value["x"]))
+            server.publish_obs({"x": np.full(2 * MB - 1000, 1, np.uint8)})
+            wait_until(lambda: len(kept) == 1)
+            server.publish_obs({"x": np.full(4 * MB - 1000, 2, np.uint8)})
+            wait_until(lambda: server.stats()["replies_dropped"])
+            kept.clear()
+            wait_until(lambda: published(server, kept))
+
+
+def published(server, kept):
+    server.publish_obs({"x": np.full(3 * MB, 3, np.uint8)})
+    return kept
+
+
+@pytest.mark.usefixtures("few")
+def test_a_room_beyond_the_limit_is_ordinary_memory():
+    with Serving() as serving:
+        assert serving.requester.room(5 * MB) is None
+        assert serving.endpoint.room(3 * MB) is not None
+
+
+def test_clients_that_leave_are_no_dropped_replies():
+    with new_server("shm") as server:
+        for _ in range(5):
+            with InferenceClient("localhost", server.port, "shm") as client:
+                client.call("echo", 1)
+                wait_until(lambda: server._server._topics[""].held())  # its heartbeat is parked
+        wait_until(lambda: not server._server._listeners[0].endpoint._loop.channels)
+        assert server.stats()["replies_dropped"] == 0
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "lots"])
+def test_a_limit_that_is_none_is_refused(monkeypatch, value):
+    monkeypatch.setenv("EDGEML_SHM_LIMIT_MB", value)
+    with pytest.raises(ValueError, match="EDGEML_SHM_LIMIT_MB"):
+        SHM.serve(ANY, echo)
+
+
+def test_who_keeps_views_gets_copies_that_are_counted():
+    with InferenceServer(0, transport="shm") as server:
+        server.register_interface("frame", lambda n: np.full(300_000, n, np.uint8))
+        server.start(threaded=True)
+        with InferenceClient("localhost", server.port, "shm") as client:
+            kept = [client.call("frame", index) for index in range(200)]
+            assert [frame[-1] for frame in kept] == list(range(200))
+            assert 100 < client.stats()["replies_copied"] < 200
+            kept.clear()
+            client.call("frame", 0)
+            before = client.stats()["replies_copied"]
+            for index in range(100):
+                client.call("frame", index)
+            assert client.stats()["replies_copied"] == before
+
+
+def test_memory_that_is_not_used_any_more_is_given_up(monkeypatch):
+    monkeypatch.setattr(memory, "_KEEP", 0.0)
+    with Serving(echo) as serving:
+        before = len(mapped())
+        serving.requester.call(Message(b"", [view(3 * MB)]), 5)
+        assert len(mapped()) > before
+        wait_until(lambda: len(mapped()) == before)
+
+
+# Addresses --------------------------------------------------------------------------------
+
+
+def test_a_path_is_an_address(tmp_path):
+    url = Url.parse(f"shm://{tmp_path}/robot.sock")
+    with SHM.serve(url, echo) as endpoint:
+        assert endpoint.url == url
+        assert os.stat(url.path).st_mode & 0o77 == 0
+        with SHM.connect(url, 5) as requester:
+            assert requester.call(Message(b"x"), 5).header == b"x"
+        with pytest.raises(OSError, match="in use"):
+            SHM.serve(url, echo)
+    assert not os.path.exists(url.path)
+    with pytest.raises(Unreachable):
+        SHM.connect(url, 5)
+
+
+def test_a_socket_that_was_left_behind_is_replaced(tmp_path):
+    url = Url.parse(f"shm://{tmp_path}/robot.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+        left.bind(url.path)
+    with pytest.raises(Unreachable):
+        SHM.connect(url, 5)
+    with SHM.serve(url, echo), SHM.connect(url, 5) as requester:
+        assert requester.call(Message(b"x"), 5).header == b"x"
+
+
+def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(OSError, match=r".+"):
+        SHM.serve(Url.parse(f"shm://{path}"), echo)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_another_machine_is_out_of_reach(host):
+    with pytest.raises(OSError, match="not on this machine"):
+        SHM.serve(Url("shm", host, 5), echo)
+    with pytest.raises(Unreachable, match="not on this machine"):
+        SHM.connect(Url("shm", host, 5), 5)
+
+
+@pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "::1", socket.gethostname(), ""])
+def test_this_machine_has_many_names(host):
+    with SHM.serve(Url("shm", host, 0), echo) as endpoint:
+        SHM.connect(Url("shm", "127.0.0.1", endpoint.url.port), 5).close()
+
+
+# Several transports -----------------------------------------------------------------------
+
+
+def new_server(transport):
+    server = InferenceServer(0, transport=transport)
+    server.register_interface("echo", lambda payload: payload)
+    server.start(threaded=True)
+    return server
+
+
+def carrier(client):
+    return client._client._link.requester.url.scheme
+
+
+@pytest.mark.parametrize("transport", ["shm,zmq", "zmq,shm", "auto"])
+def test_a_server_has_one_port_on_all_its_transports(transport):
+    with new_server(transport) as server:
+        for name, expected in (("zmq", "zmq"), ("shm", "shm"), ("auto", "shm")):
+            with InferenceClient("localhost", server.port, name) as client:
+                assert carrier(client) == expected
+                assert client.call("echo", 1) == 1
+        with InferenceClient("", 0, f"auto://127.0.0.1:{server.port}") as client:
+            assert carrier(client) == "shm"
+
+
+def test_auto_takes_the_network_where_there_is_no_shm():
+    with (
+        new_server("zmq") as server,
+        InferenceClient("localhost", server.port, "auto") as client,
+    ):
+        assert carrier(client) == "zmq"
+
+
+def test_auto_says_all_that_it_tried():
+    with pytest.raises(Unreachable, match=r"(?s)shm://.*zmq://"):
+        InferenceClient("localhost", 1, "auto")
+
+
+def test_auto_comes_back_by_whatever_the_server_offers_after_a_restart():
+    server = new_server("auto")
+    port = server.port
+    with InferenceClient("localhost", port, "auto") as client:
+        server.stop()
+        again = InferenceServer(port, transport="zmq")
+        again.register_interface("echo", lambda payload: payload)
+        with again:
+            again.start(threaded=True)
+            wait_until(lambda: called(client) == 2)
+            assert carrier(client) == "zmq"
+
+
+def called(client):
+    try:
+        return client.call("echo", 2, timeout=1)
+    except ConnectionError:
+        return None
+
+
+def test_a_publication_reaches_subscribers_on_every_transport():
+    config = ActionConfig(0, transport="auto")
+    with ActionServer(config, None, None) as server:
+        server.start(threaded=True)
+        got = {}
+        with (
+            ActionClient("localhost", server.port, config=config, transport="shm") as near,
+            ActionClient("localhost", server.port, config=config, transport="zmq") as far,
+        ):
+            near.register_obs_callback(lambda value: got.update(near=value["x"]))
+            far.register_obs_callback(lambda value: got.update(far=value["x"]))
+            array_ = np.arange(100_000)
+            server.publish_obs({"x": array_})
+            array_[:] = 0
+            wait_until(lambda: len(got) == 2)
+            for value in got.values():
+                assert (value == np.arange(100_000)).all()
+
+
+# Other users ------------------------------------------------------------------------------
+
+NOBODY = 65534
+AS_NOBODY = "import os; os.setgid(65534); os.setuid(65534)\n"
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+
+
+@root_only
+def test_another_user_can_not_connect(tmp_path):
+    # Loaded before it becomes nobody, who may not read the checkout.
+    program = (
+        "import sys; from edgeml.core import *\n"
+        "t = load_transport('shm'); u = Url.parse(sys.argv[1])\n"
+        "import socket, os; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        f"{AS_NOBODY}"
+        "try: t.connect(u, 5)\n"
+        "except PermissionDenied as error: print('refused:', error)\n"
+        # One that doesn't look who serves is refused by who does.
+        "s.connect(f'\\0edgeml/{u.port}'); s.settimeout(5)\n"
+        "print('closed' if s.recv(100) == b'' else 'served')\n"
+    )
+    with SHM.serve(ANY, echo) as endpoint, process(program, endpoint.url) as other:
+        assert other.line().startswith("refused: the process on the other side is run by user 0")
+        assert other.line() == "closed"
+        with SHM.connect(endpoint.url, 5) as requester:
+            assert requester.call(Message(b"x"), 5).header == b"x"
+
+
+@root_only
+def test_another_users_server_is_not_talked_to():
+    program = (
+        "from edgeml.core import *\n"
+        "t = load_transport('shm')\n"
+        f"{AS_NOBODY}"
+        "e = t.serve(Url.parse('shm://127.0.0.1:0'), lambda m, r: r(m)); print(e.url.port)\n"
+        "import sys; sys.stdin.read()\n"
+    )
+    done = subprocess.Popen(
+        [sys.executable, "-u", "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with done:
+        port = int(done.stdout.readline())
+        with pytest.raises(PermissionDenied, match="run by user 65534"):
+            SHM.connect(ANY.with_port(port), 5)
+        with pytest.raises(PermissionError):
+            InferenceClient("", port, "shm")
+        done.stdin.close()
+
+
+# Garbage ----------------------------------------------------------------------------------
+
+HEAD = struct.Struct("<BBHIIQ")
+HELLO = HEAD.pack(0, 0, 0, 0, 0, 0) + channel._MAGIC + struct.pack("<Q", 1 << 30) + b"stranger" * 2
+MESSAGE, RETURN, MAP, FORGET = 1, 2, 3, 4
+
+
+class Stranger:
+    """Speaks to an endpoint by hand."""
+
+    def __init__(self, endpoint, hello=HELLO):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(f"\0edgeml/{endpoint.url.port}")
+        self.socket.settimeout(5)
+        assert self.socket.recv(100)[HEAD.size :].startswith(channel._MAGIC)
+        if hello:
+            self.socket.send(hello)
+
+    def send(self, *records):
+        for record in records:
+            self.socket.send(record)
+
+    def send_segment(self, fd, size, number=1):
+        self.send(HEAD.pack(MAP, 0, 0, 1, 0, number) + struct.pack("<Q", size))
+        socket.send_fds(self.socket, [b"\0"], [fd])
+
+    def refused(self):
+        with self.socket:
+            try:
+                return self.socket.recv(100) == b""
+            except ConnectionResetError:
+                return True
+
+
+def record(descriptors=(), header=b"", rest=b"", *, flags=0, count=None, size=None, returns=()):
+    count = len(descriptors) if count is None else count
+    return (
+        HEAD.pack(MESSAGE, flags, len(returns), count, len(header) if size is None else size, 1)
+        + struct.pack(f"<{len(returns)}I", *returns)
+        + b"".join(struct.pack("<IIQQ", *each) for each in descriptors)
+        + header
+        + rest
+    )
+
+
+FORGED = {
+    "no hello": None,
+    "another version": [b"\0" * HEAD.size + b"edgeml\0\7" + b"x" * 24],
+    "a byte": [HELLO, b"x"],
+    "an unknown kind": [HELLO, HEAD.pack(9, 0, 0, 0, 0, 0)],
+    "hello twice, then more": [HELLO, HELLO],
+    "a header cut short": [HELLO, record(size=100)],
+    "a header too long": [HELLO, record(header=b"xx", size=1)],
+    "more buffers than there are": [HELLO, record(count=5)],
+    "very many buffers": [HELLO, record(count=1 << 31)],
+    "a very large header": [HELLO, record(size=1 << 31, count=1)],
+    "a buffer cut short": [HELLO, record([(0, 0, 0, 10)], rest=b"x")],
+    "an endless buffer": [HELLO, record([(0, 0, 0, 1 << 63)], rest=b"x")],
+    "a segment never given": [HELLO, record([(7, 1, 0, 10)])],
+    "a far header in no segment": [HELLO, record([(7, 1, 0, 10)], flags=1)],
+    "a far header without a place": [HELLO, record(flags=1)],
+    "returns of what was never lent": [HELLO, record(returns=[5])],
+    "returns cut short": [HELLO, HEAD.pack(RETURN, 0, 1000, 0, 0, 0)],
+    "segments forgotten, cut short": [HELLO, HEAD.pack(FORGET, 0, 0, 1 << 30, 0, 0)],
+    "a segment without a size": [HELLO, HEAD.pack(MAP, 0, 0, 1, 0, 1)],
+    "a segment without a descriptor": [
+        HELLO,
+        HEAD.pack(MAP, 0, 0, 1, 0, 1) + struct.pack("<Q", 4096),
+        b"\0",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_peer_that_sends_garbage_is_cut_off_and_hurts_nobody(name):
+    with Serving(echo) as serving:
+        stranger = Stranger(serving.endpoint, hello=None)
+        stranger.send(*(FORGED[name] or [record()]))
+        assert stranger.refused()
+        assert serving.requester.call(Message(b"x", [view(MB)]), 5).header == b"x"
+
+
+def test_random_records_hurt_nobody():
+    rng = random.Random(0)
+    with Serving(echo) as serving:
+        for _ in range(300):
+            stranger = Stranger(serving.endpoint)
+            kind = rng.randrange(5)
+            stranger.send(bytes([kind]) + rng.randbytes(rng.choice([3, 20, 100, 5000])))
+            stranger.socket.close()
+        assert serving.requester.call(Message(b"x", [view(MB)]), 5).header == b"x"
+        wait_until(lambda: len(serving.endpoint._loop.channels) == 2)  # the requester's two
+
+
+def sealed(size, seals=memory._SEALS):
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.truncate(fd, size)
+    import fcntl
+
+    if seals:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+def temporary(size):
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return os.dup(file.fileno())
+
+
+@pytest.mark.parametrize(
+    ("make", "claims"),
+    [
+        (lambda: sealed(8192, 0), 8192),  # which could be truncated
+        (lambda: sealed(8192, 0x04), 8192),
+        (lambda: sealed(4096), 8192),
+        (lambda: sealed(8192), 0),
+        (lambda: sealed(8192), 1 << 62),
+        (lambda: temporary(8192), 8192),
+        (lambda: os.open("/dev/zero", os.O_RDONLY), 8192),
+    ],
+    ids=["unsealed", "half sealed", "too small", "empty", "endless", "a file", "a device"],
+)
+def test_memory_that_can_not_be_trusted_is_not_mapped(make, claims):
+    with Serving(echo) as serving:
+        stranger = Stranger(serving.endpoint)
+        fd = make()
+        stranger.send_segment(fd, claims)
+        os.close(fd)
+        assert stranger.refused()
+        assert serving.requester.call(Message(b"x"), 5).header == b"x"
+
+
+def test_buffers_beyond_their_segment_are_refused():
+    for offset, size in ((4096, 1), (0, 4097), (1, 4096), (1 << 63, 1), (4095, 1 << 63)):
+        with Serving(echo) as serving:
+            stranger = Stranger(serving.endpoint)
+            fd = sealed(4096)
+            stranger.send_segment(fd, 4096)
+            os.close(fd)
+            stranger.send(record([(1, 1, offset, size)]))
+            assert stranger.refused()
+
+
+def test_what_a_stranger_says_correctly_is_answered():
+    with Serving(echo) as serving:
+        stranger = Stranger(serving.endpoint)
+        fd = sealed(4096)
+        stranger.send_segment(fd, 4096)
+        os.close(fd)
+        stranger.send(record([(1, 77, 0, 10)], header=b"head"))
+        answer = stranger.socket.recv(1000)
+        kind, _, returns, count, size, number = HEAD.unpack_from(answer)
+        assert (kind, returns, count, size, number) == (MESSAGE, 0, 1, 4, 1)
+        assert answer[HEAD.size :] == struct.pack("<IIQQ", 0, 0, 0, 10) + b"head" + bytes(10)
+        # The token comes back with the next.
+        stranger.send(record())
+        answer = stranger.socket.recv(1000)
+        assert HEAD.unpack_from(answer)[2] == 1
+        assert struct.unpack_from("<I", answer, HEAD.size) == (77,)
+        stranger.socket.close()
+
+
+def test_descriptors_that_nobody_asked_for_are_not_kept():
+    with Serving(echo) as serving:
+        stranger = Stranger(serving.endpoint)
+        before = len(os.listdir("/proc/self/fd"))
+        with socket.socket() as other:
+            for _ in range(50):
+                fds = array.array("i", [other.fileno()] * 10)
+                stranger.socket.sendmsg(
+                    [record(header=b"x")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+                )
+                stranger.socket.recv(1000)
+        assert len(os.listdir("/proc/self/fd")) <= before
+        stranger.socket.close()
+
+
+# Waiting ----------------------------------------------------------------------------------
+
+
+class Socket:
+    """Something to look at: ready after so many seconds."""
+
+    def __init__(self):
+        self.looks = []
+
+    def after(self, seconds):
+        self._ready = time.perf_counter() + seconds
+        self.looks = []
+        return self
+
+    def __call__(self, timeout):
+        self.looks.append(timeout)
+        left = self._ready - time.perf_counter()
+        if left <= 0:
+            return [1]
+        if timeout:
+            time.sleep(min(left, timeout))
+            return [1] if timeout >= left else []
+        return []
+
+    @property
+    def polled(self):
+        return self.looks.count(0)
+
+
+def test_what_comes_late_is_slept_for():
+    waiter, sock = Waiter(), Socket()
+    for _ in range(5):
+        assert waiter.wait(sock.after(5e-3), 1.0)
+        assert sock.polled == 0
+
+
+def test_what_comes_soon_is_polled_for_from_the_second_time_on():
+    waiter, sock = Waiter(), Socket()
+    assert waiter.wait(sock.after(0), 1.0)
+    assert sock.looks == [1.0]
+    assert waiter.wait(sock.after(0), 1.0)
+    assert sock.looks == [0]
+
+
+def test_polling_that_does_not_pay_ends_and_is_tried_ever_more_rarely():
+    waiter, sock = Waiter(), Socket()
+    tried = []
+    for _ in range(6):
+        rested = 0
+        while waiter.wait(sock.after(0), 1.0) and sock.looks != [0]:
+            rested += 1  # what would have paid is slept for all the same
+        tried.append(rested)
+        for _ in range(10):
+            waiter.wait(sock.after(2e-3), 1.0)
+        assert sock.polled == 0
+    assert tried == sorted(tried)
+    assert tried[-1] > 4 * (tried[1] + 1)
+
+
+def test_a_wait_keeps_its_deadline_while_it_polls():
+    waiter, sock = Waiter(), Socket()
+    waiter.wait(sock.after(0), 1.0)
+    assert waiter.wait(sock.after(9), 0.0) == []
+    assert waiter.wait(sock.after(9), 1e-4) == []
+
+
+# Fork -------------------------------------------------------------------------------------
+
+
+FORK = """
+import os, sys
+from edgeml.core import Closed, Message, Url, load_transport
+
+def say(line):  # in one write, for two processes speak
+    os.write(1, line.encode() + b"\\n")
+
+requester = load_transport("shm").connect(Url.parse(sys.argv[1]), 5)
+requester.call(Message(b""), 5)
+if not os.fork():
+    try:
+        requester.call(Message(b""), 1)
+    except Closed as error:
+        say(f"child: {error}")
+    sys.stdin.read()  # it lives on
+    os._exit(0)
+say(requester.call(Message(b"parent"), 5).header.decode())
+requester.close()
+say("closed")
+sys.stdin.read()
+os.wait()
+"""
+
+
+def test_a_forked_child_has_no_connection_and_keeps_none_open():
+    with SHM.serve(ANY, echo) as endpoint:
+        program = subprocess.Popen(
+            [sys.executable, "-u", "-c", FORK, str(endpoint.url)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with program:
+            lines = {program.stdout.readline().strip()[:20] for _ in range(3)}
+            assert lines == {"child: the connectio", "parent", "closed"}
+            wait_until(lambda: not endpoint._loop.channels, 1.0)
+            program.stdin.close()
+        assert program.returncode == 0
+
+
+def test_no_memory_is_left_mapped_once_all_is_closed():
+    gc.collect()
+    before = mapped()
+    with Serving(echo) as serving:
+        for size in (1000, 100_000, 3 * MB, 20 * MB):
+            serving.requester.call(Message(b"", [view(size)]), 5)
+            serving.requester.request(Message(b"", [view(size)])).result(5)
+        assert len(mapped()) > len(before)
+    wait_until(lambda: mapped() == before)

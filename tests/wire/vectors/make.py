@@ -1,0 +1,459 @@
+"""Write the vectors in this directory anew: ``python tests/wire/vectors/make.py``.
+
+``docs/wire.md`` says how they read.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import msgspec
+import numpy as np
+
+from edgeml.core import Message, load_codec, wire
+from edgeml.core.frames import frame
+
+Vector = dict[str, Any]
+
+SESSION = bytes(range(16))
+EPOCH = 1_700_000_000_000_000_000
+NUMBER = 0x1122334455667789  # of a gRPC server
+KEY = 0x99AABBCCDDEEFF01  # of a large reply
+_codec = load_codec("msgpack")
+_pack = msgspec.msgpack.encode
+
+
+def shown(data: bytes | memoryview) -> Any:
+    """Hex, or what is repeated where that is long."""
+    data = bytes(data)
+    if len(data) > 256:
+        assert data == data[:4] * (len(data) // 4)
+        return {"repeat": data[:4].hex(), "times": len(data) // 4}
+    return data.hex()
+
+
+def tagged(value: Any) -> Any:
+    """A value as JSON that says what is what."""
+    if value is None or isinstance(value, bool) or type(value) is str:
+        return value
+    kind = type(value)
+    if isinstance(value, np.ndarray):
+        return ["array", value.dtype.name, list(value.shape), shown(value.tobytes())]
+    if isinstance(value, np.generic):
+        return ["scalar", value.dtype.name, value.tobytes().hex()]
+    if isinstance(value, (dt.datetime, dt.date, dt.time)):
+        return [kind.__name__, value.isoformat()]
+    if isinstance(value, dt.timedelta):
+        return ["timedelta", value.days, value.seconds, value.microseconds]
+    if isinstance(value, complex):
+        return ["complex", repr(value.real), repr(value.imag)]
+    if isinstance(value, bytes):
+        return ["bytes", shown(value)]
+    if isinstance(value, dict):
+        return ["map", [[tagged(key), tagged(item)] for key, item in value.items()]]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [kind.__name__, [tagged(item) for item in value]]
+    return [kind.__name__, repr(value)]
+
+
+def _shown_all(buffers: Sequence[memoryview]) -> list[Any]:
+    return [shown(buffer) for buffer in buffers]
+
+
+# The envelope -----------------------------------------------------------------------------
+
+
+def envelope(name: str, value: Any) -> Vector:
+    fields = msgspec.structs.asdict(value)
+    shown = {key: v.hex() if isinstance(v, bytes) else v for key, v in fields.items()}
+    for key in ("epoch", "number"):  # more than the 53 bits of a double
+        if key in shown:
+            shown[key] = str(shown[key])
+    return {
+        "name": name,
+        "type": type(value).__name__.lower(),
+        "value": shown,
+        "hex": wire.pack(value).hex(),
+    }
+
+
+def envelopes() -> Vector:
+    hello = wire.Hello(1, "inference", "robot-7", "arm", "msgpack", {})
+    config = {"version": "1", "action_keys": ["grip", "move"], "observation_keys": ["cam"]}
+    welcome = wire.Welcome(SESSION, EPOCH, {"": 1, "observations": 1}, [5555])
+    credit, first = wire.Credit(1, EPOCH, 41), wire.Credit(1, 0, 0)
+    pong = wire.Pong(1, "inference", 1.7e9)
+    errors: dict[int, list[str]] = {
+        3: ["KeyError", "'cam'", "Traceback ..."],
+        4: ["there is no interface 'x'; known: echo"],
+        5: ["not an edgeml request: Expected `array`"],
+        6: ["nobody waits for this call any more"],
+        7: ["4096 calls are waiting already"],
+        8: ["the server has been stopped"],
+        9: ["service: the server has 'action', the client has 'inference'"],
+        10: ["a newer client calls itself 'robot-7'"],
+    }
+    request, reply = wire.Request, wire.Reply
+    made = [
+        envelope("hello body", hello),
+        envelope("hello", request(wire.HELLO, b"", "", 0.0, wire.pack(hello))),
+        envelope(
+            "hello body of an action client", wire.Hello(1, "action", "a", "", "msgpack", config)
+        ),
+        envelope("welcome body", welcome),
+        envelope("welcome", reply(wire.OK, wire.pack(welcome))),
+        envelope("call", request(wire.CALL, SESSION, "echo", 2.5, _pack([1, "a"]))),
+        envelope("result", reply(wire.OK, _pack([1, "a"]))),
+        envelope("first credit body", first),
+        envelope(
+            "first credit", request(wire.NEXT, SESSION, "observations", 10.0, wire.pack(first))
+        ),
+        envelope("credit body", credit),
+        envelope("credit", request(wire.NEXT, SESSION, "observations", 10.0, wire.pack(credit))),
+        envelope("publication", reply(wire.OK, _pack({"cam": 7}), EPOCH, 42)),
+        envelope("nothing yet", reply(wire.NOTHING_YET)),
+        envelope(
+            "heartbeat", request(wire.NEXT, SESSION, "", 10.0, wire.pack(wire.Credit(0, 0, 0)))
+        ),
+        envelope("goodbye", request(wire.GOODBYE, SESSION, "", 0.2, b"")),
+        envelope("done", reply(wire.OK)),
+        envelope("ping", request(wire.PING, b"", "", 1.0, b"")),
+        envelope("pong body", pong),
+        envelope("pong", reply(wire.OK, wire.pack(pong))),
+        envelope("no session", reply(wire.NO_SESSION)),
+    ]
+    for status, arguments in errors.items():
+        vector = envelope(f"error {status}", reply(status, _pack(arguments)))
+        made.append(vector | {"arguments": arguments})
+    good = bytes.fromhex(made[5]["hex"])
+    invalid = {
+        "nothing": ("request", b""),
+        "cut off": ("request", good[:-1]),
+        "something after it": ("request", good + b"\xc0"),
+        "a map": ("request", _pack({"kind": 1})),
+        "too few elements": ("request", _pack([1, SESSION, "echo", 2.5])),
+        "a session that is a str": ("request", _pack([1, "x", "echo", 2.5, b""])),
+        "a name that is a bin": ("request", _pack([1, SESSION, b"echo", 2.5, b""])),
+        "a timeout that is nil": ("request", _pack([1, SESSION, "echo", None, b""])),
+        "a name that is no UTF-8": ("request", good.replace(b"echo", b"\xffcho")),
+        "a hello without a codec": (
+            "hello",
+            _pack({"protocol": 1, "service": "x", "client_id": "", "label": "", "config": {}}),
+        ),
+        "a credit of two": ("credit", _pack([1, 2])),
+        "a reply without a status": ("reply", _pack([])),
+    }
+    return {
+        "valid": made,
+        "read as well": [
+            {
+                "name": name,
+                "type": kind,
+                "hex": _pack(data).hex(),
+                "means": means,
+            }
+            for name, kind, data, means in (
+                ("a reply of one element", "reply", [0], "done"),
+                ("a later version's reply", "reply", [0, b"", 0, 0, "more"], "done"),
+                ("an int for the timeout", "request", [4, b"", "", 1, b""], "ping"),
+                (
+                    "a later version's pong",
+                    "pong",
+                    {"more": 1, "clock": 1.7e9, "service": "inference", "protocol": 1},
+                    "pong body",
+                ),
+            )
+        ],
+        "invalid": [
+            {"name": name, "type": kind, "hex": data.hex()}
+            for name, (kind, data) in invalid.items()
+        ],
+    }
+
+
+# The codec --------------------------------------------------------------------------------
+
+
+def codec_vector(name: str, value: Any) -> Vector:
+    message = _codec.encode(value)
+    return {
+        "name": name,
+        "value": tagged(value),
+        "header": message.header.hex(),
+        "buffers": _shown_all(message.buffers),
+    }
+
+
+def read_only(name: str, value: Any, header: bytes, *buffers: bytes) -> Vector:
+    """One that edgeml reads and doesn't write."""
+    return {
+        "name": name,
+        "value": tagged(value),
+        "header": header.hex(),
+        "buffers": [b.hex() for b in buffers],
+    }
+
+
+def ext(code: int, payload: bytes) -> bytes:
+    return _pack(msgspec.msgpack.Ext(code, payload))
+
+
+def descriptor(dtype: str, *shape: int) -> bytes:
+    room = (len(dtype) + 9) // 8 * 8 - 2
+    return struct.pack(f"<BB{room}s{len(shape)}Q", len(dtype), len(shape), dtype.encode(), *shape)
+
+
+def codecs() -> Vector:
+    utc = dt.timezone(dt.timedelta(hours=5, minutes=30))
+    index = struct.Struct("<I").pack
+    values = {
+        "nil": None,
+        "true": True,
+        "int": -5,
+        "widest ints": [-(1 << 63), (1 << 64) - 1],
+        "a large int": 1 << 64,
+        "a large negative int": -(1 << 63) - 1,
+        "float": 1.5,
+        "infinity": float("inf"),
+        "str": "grüße",
+        "bytes": b"\x00\xff",
+        "bytes out of band": b"\x07" * 8196,
+        "list": [1, [2.5, None]],
+        "map": {"cam": 1, 7: "seven"},
+        "tuple": (1, ("a",)),
+        "set": {3},
+        "frozenset": frozenset({"x"}),
+        "complex": 1.0 - 2.0j,
+        "datetime": dt.datetime(2024, 2, 29, 12, 30, 15, 250000, utc),
+        "naive datetime": dt.datetime(2024, 2, 29, 12, 30, 15),
+        "date": dt.date(2024, 2, 29),
+        "time": dt.time(1, 2, 3),
+        "timedelta": dt.timedelta(days=-1, seconds=3, microseconds=5),
+        "small array": np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32),
+        "empty array": np.zeros((0, 3), np.uint8),
+        "array without dimensions": np.array(7, np.int16),
+        "bools": np.array([True, False]),
+        "bfloat16": np.array([1.0, -2.0], ml_dtypes.bfloat16),
+        "datetime64": np.array(["2024-02-29", "NaT"], "datetime64[D]"),
+        "numpy scalar": np.float64(0.5),
+        "array out of band": np.full((3, 4, 1024), 9, np.uint8),
+        "two arrays out of band": {
+            "cam": np.full((3, 4, 1024), 9, np.uint8),
+            "depth": [np.full(4096, 1.0, np.float32)],
+        },
+        "act": ["move", {"x": 0.25}],
+        "observations wanted": ["cam"],
+        "upload": {
+            "store": "demos",
+            "incarnation": 12345,
+            "acknowledged": 0,
+            "after": 0,
+            "batch": {
+                "first_id": 1,
+                "columns": {"reward": np.array([0.5, 1.0], np.float64)},
+            },
+        },
+        "upload of items": {
+            "store": "demos",
+            "incarnation": 12345,
+            "acknowledged": 2,
+            "after": 2,
+            "batch": {"first_id": 3, "items": [{"note": "fell"}]},
+        },
+    }
+    array = ext(1, descriptor("uint8", 3) + index(0))
+    also = [
+        read_only("float 32", 0.5, struct.pack(">Bf", 0xCA, 0.5)),
+        read_only("an int that is wider than it need be", 1, b"\xd3" + struct.pack(">q", 1)),
+        read_only("a key that repeats", {"a": 2}, b"\x82\xa1a\x01\xa1a\x02"),
+        read_only("a short array out of band", np.array([1, 2, 3], np.uint8), array, b"\1\2\3"),
+        read_only("short bytes out of band", b"ab", ext(4, index(0)), b"ab"),
+        read_only(
+            "buffers in another order",
+            [b"b", b"a"],
+            b"\x92" + ext(4, index(1)) + ext(4, index(0)),
+            b"a",
+            b"b",
+        ),
+        read_only(
+            "msgpack's own timestamp",
+            dt.datetime(2023, 11, 14, 22, 13, 20, tzinfo=dt.UTC),
+            b"\xd6\xff" + struct.pack(">I", 1_700_000_000),
+        ),
+        read_only(
+            "a timedelta to be summed", dt.timedelta(1), ext(13, struct.pack("<iii", 0, 86400, 0))
+        ),
+    ]
+    nested = b"\x91" * 33 + b"\xc0"
+    invalid: dict[str, tuple[bytes, ...]] = {
+        "nothing": (b"",),
+        "cut off": (b"\x92\x01",),
+        "something after it": (b"\xc0\xc0",),
+        "a str that is no UTF-8": (b"\xa1\xff",),
+        "a list of more than is there": (b"\xdd\xff\xff\xff\xff",),
+        "a key that is a float": (b"\x81\xcb" + struct.pack(">d", 1.0) + b"\x01",),
+        "a key that is a bool": (b"\x81\xc3\x01",),
+        "a key that is nil": (b"\x81\xc0\x01",),
+        "an unknown ext": (ext(14, b""),),
+        "a negative ext": (ext(-2, b"ab"),),
+        "nested 33 deep": (nested,),
+        "tuples nested 33 deep": (_nested_tuples(33),),
+        "a buffer that is not there": (array,),
+        "a buffer that is not used": (b"\xc0", b"x"),
+        "a buffer that is used twice": (b"\x92" + array + array, b"\1\2\3"),
+        "an array longer than its buffer": (array, b"\1\2"),
+        "an array shorter than its buffer": (array, b"\1\2\3\4"),
+        "a small array that is too short": (ext(2, descriptor("uint16", 2) + b"\1\2\3"),),
+        "an unknown dtype": (ext(2, descriptor("float128", 0)),),
+        "a descriptor that is cut off": (ext(2, b"\x05\x01uint8"),),
+        "a descriptor padded with something": (
+            ext(2, b"\x05\x01uint8x" + struct.pack("<Q", 1) + b"\1"),
+        ),
+        "33 dimensions": (ext(2, descriptor("uint8", *[1] * 33) + b"\1"),),
+        "a shape beyond all memory": (ext(2, descriptor("uint8", 1 << 63, 1 << 63) + b"\1"),),
+        "a scalar with a shape": (ext(3, descriptor("uint8", 1) + b"\1"),),
+        "a bool that is 2": (ext(2, descriptor("bool", 1) + b"\2"),),
+        "a tuple that is no array": (ext(5, b"\x01"),),
+        "a set that holds a list": (ext(6, b"\x91\x90"),),
+        "an int of 1,025 bytes": (ext(8, b"\x01" * 1025),),
+        "a complex of 15 bytes": (ext(9, bytes(15)),),
+        "a date that is none": (ext(11, b"2023-02-29"),),
+    }
+    return {
+        "valid": [codec_vector(name, value) for name, value in values.items()],
+        "read as well": also,
+        "invalid": [
+            {"name": name, "header": parts[0].hex(), "buffers": [b.hex() for b in parts[1:]]}
+            for name, parts in invalid.items()
+        ],
+    }
+
+
+def _nested_tuples(depth: int) -> bytes:
+    made = b"\xc0"
+    for _ in range(depth):
+        made = ext(5, b"\x91" + made)
+    return made
+
+
+# Frames, ZeroMQ and gRPC ------------------------------------------------------------------
+
+CALL = wire.pack(wire.Request(wire.CALL, SESSION, "echo", 2.5, _pack([1, "a"])))
+MESSAGES = {
+    "empty": Message(b""),
+    "a header alone": Message(b"\x93\x01\x02\x03"),
+    "two buffers": Message(b"head", [memoryview(b"\1\2\3"), memoryview(b"\4\5")]),
+    "an empty buffer": Message(b"head", [memoryview(b""), memoryview(b"\4")]),
+    "a call": Message(CALL),
+}
+
+
+def parts(message: Message) -> Vector:
+    return {"header": message.header.hex(), "buffers": _shown_all(message.buffers)}
+
+
+def frames() -> Vector:
+    good = frame(MESSAGES["two buffers"])
+    invalid = {
+        "nothing": b"",
+        "half a head": bytes(7),
+        "a header that is cut off": struct.pack("<II", 5, 0) + b"head",
+        "something after the header": struct.pack("<II", 4, 0) + b"header",
+        "sizes that are cut off": struct.pack("<IIQ", 0, 2, 0),
+        "a buffer that is cut off": good[:-1],
+        "something after the last buffer": good + b"\0",
+        "16,385 buffers": struct.pack("<II", 0, 16385),
+        "a buffer of 2**64 - 1 bytes": struct.pack("<IIQ", 0, 1, (1 << 64) - 1) + bytes(48),
+    }
+    return {
+        "valid": [
+            {"name": name, "hex": frame(message).hex(), **parts(message)}
+            for name, message in MESSAGES.items()
+        ],
+        "invalid": [{"name": name, "hex": data.hex()} for name, data in invalid.items()],
+    }
+
+
+def zmq_parts() -> Vector:
+    return {
+        "valid": [
+            {
+                "name": name,
+                "number": str(number),
+                "frames": [
+                    (struct.pack("<Q", number) + message.header).hex(),
+                    *_shown_all(message.buffers),
+                ],
+                **parts(message),
+            }
+            for number, (name, message) in enumerate(MESSAGES.items(), 1)
+        ],
+        "invalid": [
+            {"name": "half a number", "frames": ["00000000"]},
+            {"name": "the empty frame that a REQ socket sends first", "frames": ["", "01" * 20]},
+        ],
+    }
+
+
+def grpc_pieces() -> Vector:
+    def prefixed(first: int, content: bytes) -> str:
+        return (struct.pack("<QQ", first, len(content)) + content).hex()
+
+    whole = frame(MESSAGES["two buffers"])
+    good = struct.pack("<QQ", 0, len(whole)) + whole
+    requests = {
+        "nothing": b"",
+        "half a prefix": bytes(15),
+        "a frame that is cut off": good[:-1],
+        "something after the frame": good + b"\0",
+        "no frame": struct.pack("<QQ", 0, 8) + b"\xff" * 8,
+    }
+    streams = {
+        "nothing": [],
+        "a first piece that is cut off": [good[:15], good[15:]],
+        "a frame that is cut off": [good[:40], good[40:-1]],
+        "something after the frame": [good, b"\0"],
+        "a frame of more than 4 GiB": [struct.pack("<QQ", 0, (1 << 32) + 1)],
+    }
+    return {
+        "number": str(NUMBER),
+        "key": str(KEY),
+        "connected": struct.pack("<QQ", NUMBER, 0).hex(),
+        "fetch": struct.pack("<QQ", NUMBER, KEY).hex(),
+        "kept": struct.pack("<QQ", KEY, 5_000_008).hex(),
+        "valid": [
+            {
+                "name": name,
+                "request": prefixed(NUMBER, frame(message)),
+                "reply": prefixed(0, frame(message)),
+                **parts(message),
+            }
+            for name, message in MESSAGES.items()
+        ],
+        "invalid requests": [{"name": n, "hex": data.hex()} for n, data in requests.items()],
+        "invalid streams": [
+            {"name": n, "pieces": [p.hex() for p in pieces]} for n, pieces in streams.items()
+        ],
+    }
+
+
+def build() -> dict[str, Vector]:
+    return {
+        "envelope": envelopes(),
+        "codec": codecs(),
+        "frame": frames(),
+        "zmq": zmq_parts(),
+        "grpc": grpc_pieces(),
+    }
+
+
+if __name__ == "__main__":
+    for stem, content in build().items():
+        path = Path(__file__).with_name(f"{stem}.json")
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
