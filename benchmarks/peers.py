@@ -375,7 +375,7 @@ class IceoryxBusy(Peer):
         while (sample := self._from.receive()) is None:
             if not self.polls:
                 self._wait()
-        chunk = _chunk(Iceoryx.view(sample)).copy()
+        chunk: np.ndarray[Any, Any] = _chunk(Iceoryx.view(sample)).copy()
         sample.delete()
         return chunk
 

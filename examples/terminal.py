@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 from edgeml import EdgemlError
 
@@ -16,6 +16,9 @@ try:
     from rich.console import Console
 except ImportError:
     raise SystemExit('The examples need some more packages: pip install -e ".[examples]"') from None
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def add_connection_options(parser: argparse.ArgumentParser, port: int) -> None:

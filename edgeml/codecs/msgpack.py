@@ -209,7 +209,7 @@ def _dtype(name: str) -> DType | None:
     return _NUMPY.get(name)
 
 
-def _room(length: int) -> int:
+def _pad(length: int) -> int:
     """Bytes in front of the shape, given the length of the dtype's name."""
     return (length + 9) & ~7
 
@@ -224,8 +224,8 @@ def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, DType | None
     if len(shape) > _MAX_NDIM:
         raise _Refused(f"has {len(shape)} dimensions; at most {_MAX_NDIM} are carried")
     name = dtype.name.encode()
-    room = _room(len(name)) - 2
-    head = struct.pack(f"<BB{room}s{len(shape)}Q", len(name), len(shape), name, *shape)
+    padded = _pad(len(name)) - 2
+    head = struct.pack(f"<BB{padded}s{len(shape)}Q", len(name), len(shape), name, *shape)
     return head, None if wire == dtype else wire
 
 
@@ -235,7 +235,7 @@ def _parse(head: bytes) -> tuple[DType, tuple[int, ...], int]:
     length, ndim = head[0], head[1]
     if ndim > _MAX_NDIM:
         raise Malformed(f"an array of {ndim} dimensions")
-    name, *shape = struct.unpack(f"<2x{_room(length) - 2}s{ndim}Q", head)
+    name, *shape = struct.unpack(f"<2x{_pad(length) - 2}s{ndim}Q", head)
     if any(name[length:]):
         raise Malformed("a descriptor that is padded with something")
     dtype = _dtype(name[:length].decode())

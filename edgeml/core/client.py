@@ -401,7 +401,7 @@ class Client:
             Closed: this client has been closed.
         """
         limit = self._limit(timeout)
-        encoded = own(self._codec.encode(payload), self.room)
+        encoded = own(self._codec.encode(payload), self.allocate)
         if self._closed:
             raise Closed("this client has been closed")
         future: Future[Any] = Future()
@@ -488,10 +488,10 @@ class Client:
             self._unsent.popleft()  # only now, so that none overtakes it
             del call  # or the buffers live until the next call
 
-    def room(self, nbytes: int) -> memoryview | None:
-        """Memory that is sent without a copy, if the transport has such; see `Endpoint.room`."""
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """Memory that is sent without a copy, if there is such; see `Endpoint.allocate`."""
         link = self._link
-        return None if link is None or link.lost else link.requester.room(nbytes)
+        return None if link is None or link.lost else link.requester.allocate(nbytes)
 
     def stats(self) -> dict[str, int]:
         """Counts since the start; ``replies_copied``: see `Endpoint.copied`."""

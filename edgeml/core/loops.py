@@ -219,7 +219,7 @@ class Loop:
             try:
                 if last is not None:
                     await asyncio.wait_for(last(), patience)
-            except TimeoutError:
+            except asyncio.TimeoutError:
                 pass
             except Exception:
                 _log.exception("%s: closing failed", self._name)

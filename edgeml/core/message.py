@@ -23,7 +23,7 @@ import numpy as np
 __all__ = [
     "Message",
     "Owned",
-    "Room",
+    "Allocator",
     "aligned",
     "copy",
     "empty",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-Room = Callable[[int], memoryview | None]
+Allocator = Callable[[int], memoryview | None]
 """Gives memory of so many bytes, to be filled once and then only read; or None, if it has none."""
 
 
@@ -124,25 +124,25 @@ class _Pool:
     def __init__(self) -> None:
         self._free: dict[int, deque[mmap.mmap]] = {}
 
-    def room(self, size: int, kind: type[np.ndarray[Any, Any]] = Owned) -> memoryview | None:
+    def allocate(self, size: int, kind: type[np.ndarray[Any, Any]] = Owned) -> memoryview | None:
         """Memory of that size, if pooling it pays; ``kind`` marks what becomes of it."""
         if size < self._SMALL or size > self._LARGE:
             return None
         # Four sizes to each power of two waste at most a fifth.
         step = 1 << (size.bit_length() - 3)
-        room = -(-size // step) * step
-        free = self._free.setdefault(room, deque(maxlen=self._KEEP))
+        rounded = -(-size // step) * step
+        free = self._free.setdefault(rounded, deque(maxlen=self._KEEP))
         try:
             block = free.pop()
         except IndexError:
             # Private, or a forked child would go on to write into the same memory.
-            block = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        root = kind(room, np.uint8, block)
+            block = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        root = kind(rounded, np.uint8, block)
         weakref.finalize(root, free.append, block).atexit = False
-        return memoryview(root)[:size]  # type: ignore[arg-type]
+        return memoryview(root)[:size]
 
     def copy(self, source: memoryview) -> memoryview:
-        view = self.room(source.nbytes)
+        view = self.allocate(source.nbytes)
         if view is None:
             return memoryview(bytes(source))
         copy(view, source)
@@ -150,13 +150,13 @@ class _Pool:
 
 
 _pool = _Pool()
-pooled: Room = _pool.room
+pooled: Allocator = _pool.allocate
 """Gives memory that has been used before, which spares the page faults."""
 
 
 def private(nbytes: int) -> memoryview | None:
     """Gives such memory, too, but for arrays that users may change: a message copies those."""
-    return _pool.room(nbytes, _Private)
+    return _pool.allocate(nbytes, _Private)
 
 
 def root_of(buffer: memoryview) -> Any:
@@ -180,20 +180,20 @@ def is_owned(buffer: memoryview) -> bool:
     return type(root) is bytes or isinstance(root, Owned)
 
 
-def own(message: Message, room: Room | None = None) -> Message:
+def own(message: Message, allocate: Allocator | None = None) -> Message:
     """Return a message equal to this one whose buffers nobody else can change.
 
     Args:
         message: is returned as it is if that is so already.
-        room: gives memory of so many bytes to copy into, or None; see `Endpoint.room`.
+        allocate: gives memory of so many bytes to copy into, or None; see `Endpoint.allocate`.
     """
     foreign = [not is_owned(buffer) for buffer in message.buffers]
     if not any(foreign):
         return message
     pairs = list(zip(message.buffers, foreign, strict=True))
     place = None
-    if room is not None:
-        place = room(sum(aligned(buffer) for buffer, theirs in pairs if theirs))
+    if allocate is not None:
+        place = allocate(sum(aligned(buffer) for buffer, theirs in pairs if theirs))
     if place is None:
         return Message(message.header, [_pool.copy(b) if theirs else b for b, theirs in pairs])
     buffers = []
@@ -208,11 +208,11 @@ def own(message: Message, room: Room | None = None) -> Message:
     return Message(message.header, buffers)
 
 
-def empty(room: Room, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """An array with anything in it, in memory from ``room`` where there is any."""
+def empty(allocate: Allocator, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """An array with anything in it, in memory from ``allocate`` where there is any."""
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    place = None if dtype.hasobject else room(math.prod(shape) * dtype.itemsize)
+    place = None if dtype.hasobject else allocate(math.prod(shape) * dtype.itemsize)
     return np.empty(shape, dtype) if place is None else np.frombuffer(place, dtype).reshape(shape)
 
 

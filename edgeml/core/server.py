@@ -253,7 +253,7 @@ class Server:
         """Make a stream that clients can subscribe to; see `Topic`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        made = Topic(name, self._codecs.values() if name else (), self.epoch, keep, self.room)
+        made = Topic(name, self._codecs.values() if name else (), self.epoch, keep, self.allocate)
         self._topics[name] = made
         return made
 
@@ -279,10 +279,10 @@ class Server:
             "requests_copied": sum(end.copied for end in ends),
         }
 
-    def room(self, nbytes: int) -> memoryview | None:
-        """Memory that is sent without a copy, if a transport has such; see `Endpoint.room`."""
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """Memory that is sent without a copy, if a transport has such; see `Endpoint.allocate`."""
         for end in self._endpoints():
-            place = end.room(nbytes)
+            place = end.allocate(nbytes)
             if place is not None:
                 return place
         return None
@@ -526,8 +526,8 @@ class Server:
     def _queue(self, call: _Call) -> None:
         with self._lock:
             closed = self._closed
-            room = self._waiting_bytes + call.message.nbytes <= _MOST_WAITING_BYTES
-            if self._waiting.qsize() < _MOST_WAITING and room and not closed:
+            fits = self._waiting_bytes + call.message.nbytes <= _MOST_WAITING_BYTES
+            if self._waiting.qsize() < _MOST_WAITING and fits and not closed:
                 call.session.waiting += 1
                 self._waiting_bytes += call.message.nbytes
                 self._waiting.put(call)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
-from edgeml.core.message import Message, Room, own
+from edgeml.core.message import Allocator, Message, own
 from edgeml.core.transport import Reply, Requester
 from edgeml.core.wire import (
     HOLD,
@@ -78,7 +78,7 @@ class Topic:
         codecs: every publication is encoded once with each.
         epoch: of this start of the server.
         keep: how many publications are kept for subscribers that are behind.
-        room: gives memory to keep them in, from which they are sent without another copy.
+        allocate: gives memory to keep them in, from which they are sent without another copy.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Topic:
         codecs: Iterable[Codec],
         epoch: int,
         keep: int = 1,
-        room: Room | None = None,
+        allocate: Allocator | None = None,
     ) -> None:
         self.name = name
         self.keep = keep
@@ -95,7 +95,7 @@ class Topic:
         """The number of the newest publication; 0 before the first."""
         self._codecs = list(codecs)
         self._epoch = epoch
-        self._room = room
+        self._allocate = allocate
         self._ring: deque[dict[str, Message]] = deque(maxlen=keep)
         self._subscribers: dict[tuple[Hashable, int], _Subscriber] = {}
         self._lock = threading.Lock()
@@ -106,7 +106,7 @@ class Topic:
 
         The value is encoded and copied before this returns, so it may be changed afterwards.
         """
-        bodies = {codec.name: own(codec.encode(value), self._room) for codec in self._codecs}
+        bodies = {codec.name: own(codec.encode(value), self._allocate) for codec in self._codecs}
         with self._lock:
             if self._closed:
                 raise Closed(f"the server of {self.name!r} has been stopped")

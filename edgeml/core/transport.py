@@ -15,11 +15,14 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from edgeml.core.errors import DeadlineExceeded
 from edgeml.core.message import Message
 from edgeml.core.url import Url
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Credentials", "Endpoint", "OnRequest", "Peer", "Reply", "Requester", "Transport"]
 
@@ -96,7 +99,7 @@ class Endpoint(ABC):
         whose one loop is stuck in that call continues in a fresh thread.
         """
 
-    def room(self, nbytes: int) -> memoryview | None:
+    def allocate(self, nbytes: int) -> memoryview | None:
         """Memory of so many bytes that this endpoint sends without a copy; None if it has none.
 
         It may be filled until it has been sent, and only be read from then on: a receiver may be

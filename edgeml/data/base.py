@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from edgeml.core.message import Room, pooled
+from edgeml.core.message import Allocator, pooled
 from edgeml.data.batch import Batch
 
 __all__ = ["DataStoreBase"]
@@ -27,7 +27,7 @@ class DataStoreBase(ABC):
     Attributes:
         lock: reentrant, and held by all that inserts or reads items: take it to make several
             operations one.
-        room: gives memory for the batches that are handed out, and may be used or not. A client
+        allocate: gives memory for the batches that are handed out, and may be used or not. A client
             that uploads the store's items puts its own here, from which they are sent.
     """
 
@@ -38,7 +38,7 @@ class DataStoreBase(ABC):
         self._cuts: deque[int] = deque()  # ids of items that don't follow upon the one before
         self._cuts_kept = capacity  # for how many items back
         self.lock = threading.RLock()
-        self.room: Room = pooled
+        self.allocate: Allocator = pooled
 
     @property
     def capacity(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from edgeml.core.errors import Malformed
-from edgeml.core.message import Room, empty, pooled
+from edgeml.core.message import Allocator, empty, pooled
 from edgeml.data.tree import Array, Skeleton, fill, is_plain, leaves_of, skeleton_of, transpose
 
 __all__ = ["Batch"]
@@ -46,12 +46,12 @@ class Batch(Sequence[Any]):
     cuts: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, items: Sequence[Any], first_id: int = 1, *, room: Room = pooled) -> Batch:
+    def of(cls, items: Sequence[Any], first_id: int = 1, *, allocate: Allocator = pooled) -> Batch:
         """Make a batch, with columns if the items agree in structure, keys, shapes and dtypes.
 
         Leaves of columns are booleans, numbers and numeric arrays, anything with ``__array__``
         among them; Python's bool, int and float count as bool, int64 and float64. Columns are
-        copies, in memory from ``room``; items that don't make columns are held by reference.
+        copies, in memory from ``allocate``; items that don't make columns are held by reference.
         """
         if isinstance(items, Batch):
             return cls(first_id, items._items, items._skeleton, items._leaves, items.cuts)
@@ -59,7 +59,7 @@ class Batch(Sequence[Any]):
         if items:
             try:
                 skeleton = skeleton_of(items[0])
-                leaves = _columnise(skeleton, items, room)
+                leaves = _columnise(skeleton, items, allocate)
             except ValueError:  # a key, a depth or shapes that columns can't have
                 leaves = None
             if leaves is not None:
@@ -173,7 +173,7 @@ class Batch(Sequence[Any]):
         return batch.cut(cuts)
 
 
-def join(parts: Sequence[Batch], first_id: int, room: Room) -> Batch:
+def join(parts: Sequence[Batch], first_id: int, allocate: Allocator) -> Batch:
     """Return one batch of all items, with columns if all parts have the same."""
     if len(parts) == 1:
         return Batch.of(parts[0], first_id)
@@ -185,32 +185,32 @@ def join(parts: Sequence[Batch], first_id: int, room: Room) -> Batch:
             rows = []
         pieces = list(zip(*rows, strict=True))
         if pieces and all(len({(p.dtype, p.shape[1:]) for p in piece}) == 1 for piece in pieces):
-            leaves = [_read_only(concatenate(piece, room)) for piece in pieces]
+            leaves = [_read_only(concatenate(piece, allocate)) for piece in pieces]
             return Batch(first_id, None, skeleton, leaves)
     return Batch(first_id, [item for part in parts for item in part], None, [])
 
 
-def concatenate(pieces: Sequence[Array], room: Room) -> Array:
-    """Arrays of one dtype one after the other, in memory from ``room``."""
+def concatenate(pieces: Sequence[Array], allocate: Allocator) -> Array:
+    """Arrays of one dtype one after the other, in memory from ``allocate``."""
     first = pieces[0]
-    out = empty(room, (sum(map(len, pieces)), *first.shape[1:]), first.dtype)
+    out = empty(allocate, (sum(map(len, pieces)), *first.shape[1:]), first.dtype)
     return np.concatenate(pieces, out=out)
 
 
-def _columnise(skeleton: Skeleton, items: list[Any], room: Room) -> list[Array] | None:
+def _columnise(skeleton: Skeleton, items: list[Any], allocate: Allocator) -> list[Array] | None:
     values = transpose(skeleton, items)
     if values is None:
         return None
     leaves = []
     for each in values:
-        column = _column(each, room)
+        column = _column(each, allocate)
         if column is None:
             return None
         leaves.append(_read_only(column))
     return leaves if any(leaf.nbytes for leaf in leaves) else None
 
 
-def _column(values: list[Any], room: Room) -> Array | None:
+def _column(values: list[Any], allocate: Allocator) -> Array | None:
     """Return the values as one array, or None where types, dtypes or shapes differ."""
     kinds = set(map(type, values))
     if len(kinds) != 1:
@@ -223,18 +223,18 @@ def _column(values: list[Any], room: Room) -> Array | None:
             return np.array(values, values[0].dtype) if is_plain(values[0].dtype) else None
         if kind is not np.ndarray:
             arrays = list(map(np.asarray, values)) if hasattr(kind, "__array__") else None
-            return None if arrays is None else _column(arrays, room)
+            return None if arrays is None else _column(arrays, allocate)
         first = values[0]
         if not is_plain(first.dtype):
             return None
         if not first.ndim:
-            return _column([value[()] for value in values], room)
+            return _column([value[()] for value in values], allocate)
         # numpy compares everything but the leading axis, and "equiv" lets nothing but the byte
         # order change; `out` keeps it in C order. (np.array takes 1.2 times as long, np.stack 3.)
         if set(map(len, values)) != {len(first)}:
             return None
         shape = (len(values) * len(first), *first.shape[1:])
-        out = empty(room, shape, first.dtype.newbyteorder("="))
+        out = empty(allocate, shape, first.dtype.newbyteorder("="))
         np.concatenate(values, out=out, casting="equiv")
         return out.reshape(len(values), *first.shape)
     except (TypeError, ValueError, OverflowError):
@@ -242,6 +242,6 @@ def _column(values: list[Any], room: Room) -> Array | None:
 
 
 def _read_only(array: Array) -> Array:
-    view = array.view()
+    view: Array = array.view()
     view.flags.writeable = False
     return view

@@ -24,6 +24,7 @@ import fcntl
 import logging
 import os
 import struct
+import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -209,7 +210,8 @@ def load(
             except BaseException as error:
                 for store in stores.values():
                     store.reset()
-                error.add_note(f"while loading the store {name!r} from {reader.path}")
+                if sys.version_info >= (3, 11):
+                    error.add_note(f"while loading the store {name!r} from {reader.path}")
                 if isinstance(error, (KeyError, TypeError)):
                     kind = type(stores[name]).__name__
                     raise ValueError(

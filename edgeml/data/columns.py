@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.core.message import Room, empty, private, together
+from edgeml.core.message import Allocator, empty, private, together
 from edgeml.data.batch import concatenate
 from edgeml.data.memory import zeros
 from edgeml.data.schema import Schema
@@ -102,7 +102,7 @@ class Columns:
         if self._frames.leaves:
             self._frames.write(row, leaves, n)
 
-    def grab(self, row: int, n: int, room: Room) -> list[Array]:
+    def grab(self, row: int, n: int, allocate: Allocator) -> list[Array]:
         """Copy n items from ``row`` on, in few steps; `split` makes arrays of their leaves.
 
         Each step may let go of the GIL, and wait 5 ms for it beside a thread that computes in
@@ -110,22 +110,24 @@ class Columns:
         """
         wrapped = max(0, row + n - self._n)
         grabbed = [
-            concatenate((column[row : row + n], column[:wrapped]), room)
+            concatenate((column[row : row + n], column[:wrapped]), allocate)
             for leaf, column in self._columns.items()
             if leaf not in self._fields
         ]
         if self._frames.leaves:
-            grabbed += self._frames.read(np.arange(row, row + n) % self._n, room)
+            grabbed += self._frames.read(np.arange(row, row + n) % self._n, allocate)
         grabbed.append(concatenate((self._raw[row : row + n], self._raw[:wrapped]), private))
         return grabbed
 
-    def split(self, grabbed: Sequence[Array], room: Room) -> list[Array]:
+    def split(self, grabbed: Sequence[Array], allocate: Allocator) -> list[Array]:
         """All leaves of the items that `grab` copied; this needs no lock."""
         *whole, raw = grabbed
         others = [leaf for leaf in self._columns if leaf not in self._fields]
         leaves = dict(zip([*others, *self._frames.leaves], whole, strict=True))
         for leaf, field in self._fields_of(raw) if self._fields else ():
-            out = leaves[leaf] = empty(room, (len(raw), *self._shapes[leaf]), self._dtypes[leaf])
+            out = leaves[leaf] = empty(
+                allocate, (len(raw), *self._shapes[leaf]), self._dtypes[leaf]
+            )
             target: Array = np.ndarray(raw.shape, field.dtype, out.reshape(-1).view(np.uint8))
             target[...] = field
         return [leaves[leaf] for leaf in range(len(leaves))]
@@ -278,12 +280,12 @@ class _Frames:
         self._top += len(fresh)
         return np.concatenate([self._free[self._free_count : self._free_count + reused], fresh])
 
-    def read(self, index: Array, room: Room) -> list[Array]:
+    def read(self, index: Array, allocate: Allocator) -> list[Array]:
         """The frames of the rows in ``index``, of each leaf."""
         read = []
         for leaf in self.slots:
             array, slots = self.arrays[leaf], self.slots[leaf][index]
-            out = empty(room, (len(index), *array.shape[1:]), array.dtype)
+            out = empty(allocate, (len(index), *array.shape[1:]), array.dtype)
             _gather([(array, slots, out)])
             read.append(out)
         return read

@@ -9,9 +9,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from edgeml.data.extras import load_jax
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Prefetch", "on_device"]
 

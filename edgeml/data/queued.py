@@ -50,7 +50,7 @@ class QueuedDataStore(DataStoreBase):
             raise ValueError(f"on_full is one of {get_args(OnFull)}, got {on_full!r}")
         self._on_full = on_full
         self._timeout = timeout
-        self._room = threading.Condition(self.lock)
+        self._not_full = threading.Condition(self.lock)
         self._chunks: deque[Batch | deque[Any]] = deque()  # batches of columns, and runs of items
         self._held = 0
         self._latest = 0
@@ -112,9 +112,9 @@ class QueuedDataStore(DataStoreBase):
                 skip = 0
             cuts = self.cuts_within(first, sum(map(len, parts)))
         # What is held is never changed, so the rest needs no lock.
-        room = self.room
-        batches = [p if isinstance(p, Batch) else Batch.of(p, room=room) for p in parts]
-        batch = join(batches, first, room)
+        allocate = self.allocate
+        batches = [p if isinstance(p, Batch) else Batch.of(p, allocate=allocate) for p in parts]
+        batch = join(batches, first, allocate)
         if batch.columns is None:
             batch = Batch.of([_copy(i) for i in batch], first)
         return batch.cut(cuts)
@@ -125,7 +125,7 @@ class QueuedDataStore(DataStoreBase):
             next_id = self.forget_cuts(next_id)
             self._chunks.clear()
             self._held, self._latest = 0, next_id - 1
-            self._room.notify_all()
+            self._not_full.notify_all()
 
     def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave; where there is no room, the oldest items go."""
@@ -141,7 +141,7 @@ class QueuedDataStore(DataStoreBase):
         """Free the items up to this id: they have reached their destination."""
         with self.lock:
             self._forget(up_to_id - (self._latest - self._held))
-            self._room.notify_all()
+            self._not_full.notify_all()
 
     def _append(self, items: Batch | list[Any], n: int, cuts: Sequence[int] = ()) -> None:
         """Append the last of n items, with their cuts; the others are too many to be held."""
@@ -169,7 +169,7 @@ class QueuedDataStore(DataStoreBase):
             raise ValueError(f"a batch of {n} can't fit in a store of {self._capacity}")
         if self._on_full == "raise" and self._held + n > self._capacity:
             raise Overloaded(f"the store is full: {self._held} of {self._capacity} not taken yet")
-        if not self._room.wait_for(lambda: self._held + n <= self._capacity, self._timeout):
+        if not self._not_full.wait_for(lambda: self._held + n <= self._capacity, self._timeout):
             raise DeadlineExceeded(
                 f"no room for {n} in {self._timeout} s: "
                 f"{self._held} of {self._capacity} not taken yet"

@@ -326,14 +326,14 @@ class ReplayBuffer(DataStoreBase):
     def _grab(self, first_id: int, n: int) -> list[Array]:
         if not n:
             return []
-        return self._columns.grab((first_id - 1) % self._n_rows, n, self.room)
+        return self._columns.grab((first_id - 1) % self._n_rows, n, self.allocate)
 
     def _split(self, grabbed: list[Array], first_id: int) -> Batch:
         """Make a batch of what was grabbed, which needs no lock."""
         if not grabbed:
             return Batch.of([], first_id)
         assert self._schema is not None
-        leaves = self._columns.split(grabbed, self.room)
+        leaves = self._columns.split(grabbed, self.allocate)
         return Batch.from_columns(fill(self._schema.skeleton, leaves), first_id)
 
     def _mark(self, row: int, done: Any) -> None:

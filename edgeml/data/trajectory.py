@@ -428,7 +428,7 @@ class TrajectoryBuffer(DataStoreBase):
         self._flush()
         columns = {name: self._rows.data[name] for name in names}
         out = {
-            name: empty(self.room, (n, *column.shape[1:]), column.dtype)
+            name: empty(self.allocate, (n, *column.shape[1:]), column.dtype)
             for name, column in columns.items()
         }
         for done in range(0, n, self._sizes[-1]):

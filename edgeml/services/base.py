@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from edgeml.core.message import empty
 from edgeml.core.server import Server
 from edgeml.core.transport import Peer
 from edgeml.core.url import Url, resolve
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ServiceClient", "ServiceServer", "listening_urls"]
 
@@ -40,7 +43,7 @@ def listening_urls(
 class _Service:
     """What a server and a client have in common: memory to send from, and a context manager."""
 
-    def _room(self, nbytes: int) -> memoryview | None:
+    def _allocate(self, nbytes: int) -> memoryview | None:
         raise NotImplementedError
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -55,7 +58,7 @@ class _Service:
             shape: as for `numpy.empty`.
             dtype: as for `numpy.empty`.
         """
-        return empty(self._room, shape, dtype)
+        return empty(self._allocate, shape, dtype)
 
     def stop(self) -> None:
         raise NotImplementedError
@@ -106,8 +109,8 @@ class ServiceServer(_Service):
         self._stopped.set()
         self._server.close()
 
-    def _room(self, nbytes: int) -> memoryview | None:
-        return self._server.room(nbytes)
+    def _allocate(self, nbytes: int) -> memoryview | None:
+        return self._server.allocate(nbytes)
 
     @property
     def url(self) -> str:
@@ -153,8 +156,8 @@ class ServiceClient(_Service):
         """This client's identity."""
         return self._client.client_id
 
-    def _room(self, nbytes: int) -> memoryview | None:
-        return self._client.room(nbytes)
+    def _allocate(self, nbytes: int) -> memoryview | None:
+        return self._client.allocate(nbytes)
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: ``replies_copied``, replies and publications that came as private

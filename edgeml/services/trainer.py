@@ -374,7 +374,7 @@ class TrainerClient(ServiceClient):
         super().__init__(client)
         self._epochs = dict.fromkeys(self._stores, client.epoch)
         for store in self._stores.values():
-            store.room = self._batch_room
+            store.allocate = self._allocate_batch
         self.lost = 0
         """Items that a store had overwritten before they could be sent."""
 
@@ -397,9 +397,9 @@ class TrainerClient(ServiceClient):
         with self._updating:
             return sum(self._update(name, store, timeout) for name, store in self._stores.items())
 
-    def _batch_room(self, nbytes: int) -> memoryview | None:
+    def _allocate_batch(self, nbytes: int) -> memoryview | None:
         """Where the transport sends from, for what is large; else memory that was used before."""
-        place = self._room(nbytes) if nbytes >= _LARGE_COLUMN else None
+        place = self._allocate(nbytes) if nbytes >= _LARGE_COLUMN else None
         return place if place is not None else pooled(nbytes)
 
     def _update(self, name: str, store: DataStoreBase, timeout: float | None) -> int:
@@ -578,8 +578,8 @@ class TrainerClient(ServiceClient):
             text = "up to %d items of %r were not sent, or not known to have arrived: %s"
             _log.warning(text, unsent, self.name, why)
         for store in self._stores.values():
-            if store.room == self._batch_room:
-                store.room = pooled
+            if store.allocate == self._allocate_batch:
+                store.allocate = pooled
         super().stop()
         if updater is not None and updater is not threading.current_thread():
             updater.join(_LAST_UPDATE)

@@ -231,9 +231,9 @@ class CodecTests:
             self.codec.encode([{"x": array}, threading.Lock()])
         memory = array.copy()
         received = weakref.ref(memory)
-        got = self.codec.decode(Message(header, [memoryview(memory)]))  # type: ignore[arg-type]
+        got = self.codec.decode(Message(header, [memoryview(memory)]))
         with pytest.raises(Malformed):
-            self.codec.decode(Message(header, [memoryview(memory)[1:]]))  # type: ignore[arg-type]
+            self.codec.decode(Message(header, [memoryview(memory)[1:]]))
         del array
         assert sent() is None
         del memory

@@ -337,12 +337,12 @@ class TransportTests:
     def test_what_is_filled_in_room_arrives_and_stays(self, net: _Net, parked: _Parked) -> None:
         endpoint = net.serve(parked)
         requester = net.connect(endpoint)
-        if requester.room(_MB) is None:
-            assert endpoint.room(_MB) is None
+        if requester.allocate(_MB) is None:
+            assert endpoint.allocate(_MB) is None
             pytest.skip("this transport has no room of its own")
         kept = []
         for value in range(20):
-            asked, answered = requester.room(_MB), endpoint.room(_MB)
+            asked, answered = requester.allocate(_MB), endpoint.allocate(_MB)
             assert asked is not None
             assert answered is not None
             assert len(asked) == len(answered) == _MB

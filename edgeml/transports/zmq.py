@@ -499,9 +499,9 @@ class _Connection(Requester):
         self._sockets.append(made)
         return made
 
-    def _dial(self, line: zmq.Socket[bytes], room: int) -> None:
-        """Connect a socket to the peer, to queue ``room`` messages; 0 for any number."""
-        line.sndhwm = room
+    def _dial(self, line: zmq.Socket[bytes], most: int) -> None:
+        """Connect a socket to the peer, to queue ``most`` messages; 0 for any number."""
+        line.sndhwm = most
         line.ipv6 = "[" in self._address
         line.metadata = f"{_WHO}:{self._who}".encode()
         line.connect(self._address)

@@ -10,9 +10,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import tomllib
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from edgeml import InferenceServer, TrainerConfig, TrainerServer
 from edgeml.cli import _size, main

@@ -83,7 +83,7 @@ class Color(enum.IntEnum):
     RED = 3
 
 
-class Mode(enum.StrEnum):
+class Mode(str, enum.Enum):
     FAST = "fast"
 
 

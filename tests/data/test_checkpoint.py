@@ -134,7 +134,8 @@ class TestRoundTrip:
         right = filled()
         with pytest.raises(ValueError, match=r"item\['obs'\]: expected shape .*4") as raised:
             checkpoint.load(tmp_path / "c", {"a": right, "b": wrong})
-        assert "the store 'b'" in raised.value.__notes__[0]
+        if sys.version_info >= (3, 11):  # Python 3.10 has no notes
+            assert "the store 'b'" in raised.value.__notes__[0]
         assert len(right) == len(wrong) == 0
 
     def test_a_store_of_another_kind(self, tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENCE = 30.0  # seconds; what is waited for takes a second or two on an idle machine

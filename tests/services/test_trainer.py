@@ -1264,7 +1264,7 @@ def test_a_local_store_that_is_reset_sends_what_comes_then(transport):
             assert client.update() == 8
             assert client.lost == 0
         assert ids(server.data_store("actor_env")) == [*range(10), *range(20, 28)]
-        assert local.room is pooled
+        assert local.allocate is pooled
 
 
 def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transport, tmp_path):

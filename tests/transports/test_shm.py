@@ -87,7 +87,7 @@ class TestElsewhere(TransportTests):
 
 def test_what_is_filled_in_place_is_sent_without_a_copy():
     with Serving() as serving:
-        room = serving.requester.room(MB)
+        room = serving.requester.allocate(MB)
         array_ = np.frombuffer(room, np.uint8)
         array_[:] = 1
         serving.requester.request(Message(b"", [room]))
@@ -99,7 +99,7 @@ def test_what_is_filled_in_place_is_sent_without_a_copy():
 
 def test_a_part_of_what_is_filled_in_place_is_sent_without_a_copy():
     with Serving() as serving:
-        array_ = np.frombuffer(serving.requester.room(4 * MB), np.float32).reshape(1024, 1024)
+        array_ = np.frombuffer(serving.requester.allocate(4 * MB), np.float32).reshape(1024, 1024)
         array_[:] = 1
         serving.requester.request(Message(b"", [array_[100:300].reshape(-1).data.cast("B")]))
         (received,) = serving.take()[0].buffers
@@ -110,7 +110,7 @@ def test_a_part_of_what_is_filled_in_place_is_sent_without_a_copy():
 
 def test_room_of_one_endpoint_is_ordinary_memory_to_another():
     with Serving() as one, Serving() as other:
-        room = one.requester.room(MB)
+        room = one.requester.allocate(MB)
         room[:] = view(MB, 3)
         other.requester.request(Message(b"", [room]))
         (received,) = other.take()[0].buffers
@@ -121,7 +121,7 @@ def test_room_of_one_endpoint_is_ordinary_memory_to_another():
 def test_room_is_not_used_again_while_anybody_has_it():
     with Serving() as serving:
         endpoint = serving.endpoint
-        rooms = [endpoint.room(MB) for _ in range(8)]
+        rooms = [endpoint.allocate(MB) for _ in range(8)]
         for number, room in enumerate(rooms):
             room[:] = view(MB, number)
         future = serving.requester.request(Message(b""))
@@ -129,7 +129,7 @@ def test_room_is_not_used_again_while_anybody_has_it():
         received = future.result(5).buffers
         del rooms
         for _ in range(20):
-            endpoint.room(MB)[:] = view(MB, 99)
+            endpoint.allocate(MB)[:] = view(MB, 99)
         assert [buffer[0] for buffer in received] == [0, 1, 2, 3]
         assert [buffer[-1] for buffer in received] == [0, 1, 2, 3]
 
@@ -150,7 +150,7 @@ VIEWS = {
 def test_any_view_of_a_room_keeps_it(how):
     with Serving() as serving:
         pool = serving.requester._pool
-        kept = VIEWS[how](serving.requester.room(MB))
+        kept = VIEWS[how](serving.requester.allocate(MB))
         gc.collect()
         tokens = {pool.take(MB).token for _ in range(4)}
         assert not pool._dead
@@ -336,8 +336,8 @@ def published(server, kept):
 @pytest.mark.usefixtures("few")
 def test_a_room_beyond_the_limit_is_ordinary_memory():
     with Serving() as serving:
-        assert serving.requester.room(5 * MB) is None
-        assert serving.endpoint.room(3 * MB) is not None
+        assert serving.requester.allocate(5 * MB) is None
+        assert serving.endpoint.allocate(3 * MB) is not None
 
 
 def test_clients_that_leave_are_no_dropped_replies():

@@ -81,16 +81,16 @@ def parts_of(message: Message) -> tuple[int, Parts]:
 def pieces(content: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     """Cut what is to be concatenated into the pieces of a stream, copying each byte once."""
     held: Parts = []
-    room = _STREAMED
+    left = _STREAMED
     for part in content:
         view = memoryview(part)
-        while len(view) >= room:
-            held.append(view[:room])
+        while len(view) >= left:
+            held.append(view[:left])
             yield b"".join(held)
-            held, view, room = [], view[room:], _STREAMED
+            held, view, left = [], view[left:], _STREAMED
         held.append(view)
-        room -= len(view)
-    if room < _STREAMED:
+        left -= len(view)
+    if left < _STREAMED:
         yield b"".join(held)
 
 
@@ -109,35 +109,35 @@ class Assembly:
 
     def __init__(self) -> None:
         self.number = 0
-        self._room: memoryview | None = None
+        self._into: memoryview | None = None
         self._at = 0
 
     def add(self, piece: bytes) -> None:
         """The next piece; raises Malformed if it doesn't fit, Overloaded if there is no memory."""
         content = memoryview(piece)
-        if self._room is None:
+        if self._into is None:
             if len(piece) < PREFIX.size:
                 raise Malformed("a stream that ends in its prefix")
             self.number, size = PREFIX.unpack_from(piece)
             if size > _LARGEST:
                 raise Malformed(f"a frame of {size} bytes; {_LARGEST} are the most")
             # Of a large one, memory is used only as it is filled, whatever the sender claims.
-            self._room = pooled(size)
-            if self._room is None:
+            self._into = pooled(size)
+            if self._into is None:
                 try:
                     block = mmap.mmap(-1, size or 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 except OSError as error:
                     raise Overloaded(f"no memory for a frame of {size} bytes: {error}") from None
-                self._room = memoryview(Owned(size, np.uint8, block))  # type: ignore[arg-type]
+                self._into = memoryview(Owned(size, np.uint8, block))
             content = content[PREFIX.size :]
         end = self._at + len(content)
-        if end > len(self._room):
+        if end > len(self._into):
             raise Malformed("a stream that is longer than its prefix says")
-        self._room[self._at : end] = content
+        self._into[self._at : end] = content
         self._at = end
 
     def message(self) -> Message:
         """The whole; raises Malformed if it isn't one."""
-        if self._room is None or self._at != len(self._room):
+        if self._into is None or self._at != len(self._into):
             raise Malformed("a stream that is shorter than its prefix says")
-        return unframe(self._room)
+        return unframe(self._into)

@@ -37,11 +37,11 @@ from edgeml.transports.shm.memory import (
     INLINE,
     RETIRE,
     Account,
+    Allocation,
     Block,
     Lease,
     Leases,
     Pool,
-    Room,
     Segment,
     map_segment,
 )
@@ -170,12 +170,12 @@ class Channel:
         """See that buffers lie in our memory; returns descriptors, and adds blocks that have one
         user more, which will be the peer.
         """
-        rooms = []
+        allocations = []
         total = 0
         for buffer in buffers:
-            room = self._room_of(buffer)
-            rooms.append(room)
-            if room is None:
+            allocation = self._allocation_of(buffer)
+            allocations.append(allocation)
+            if allocation is None:
                 total += aligned(buffer)
         new = None
         if total:
@@ -186,13 +186,13 @@ class Channel:
             blocks.append(new)
         at = 0
         table = []
-        for buffer, room in zip(buffers, rooms, strict=True):
+        for buffer, allocation in zip(buffers, allocations, strict=True):
             size = len(buffer)
             if not size:
                 table.append(_DESCRIPTOR.pack(0, 0, 0, 0))
                 continue
-            if room is not None:
-                block, offset = room
+            if allocation is not None:
+                block, offset = allocation
                 if block not in blocks:
                     self._pool.keep(block)
                     blocks.append(block)
@@ -205,12 +205,12 @@ class Channel:
             table.append(_DESCRIPTOR.pack(block.segment.number, block.token, place, size))
         return b"".join(table)
 
-    def _room_of(self, buffer: memoryview) -> tuple[Block, int] | None:
+    def _allocation_of(self, buffer: memoryview) -> tuple[Block, int] | None:
         """Where a buffer lies in our memory, if it does."""
         if not self._pool.has_rooms:
             return None
         root = root_of(buffer)
-        if type(root) is not Room or root.pool is not self._pool or not len(buffer):
+        if type(root) is not Allocation or root.pool is not self._pool or not len(buffer):
             return None
         array = np.frombuffer(buffer, np.uint8)
         return root.block, array.__array_interface__["data"][0] - root.address

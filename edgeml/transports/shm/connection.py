@@ -221,8 +221,8 @@ class Connection(Requester):
             raise
         return future
 
-    def room(self, nbytes: int) -> memoryview | None:
-        return self._pool.room(nbytes)
+    def allocate(self, nbytes: int) -> memoryview | None:
+        return self._pool.allocate(nbytes)
 
     def _lose(self, why: str) -> None:
         with self._lock:

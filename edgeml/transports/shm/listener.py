@@ -139,11 +139,11 @@ class Listener(Endpoint):
         unlink(self.url.port, self.url.path)
         self._pool.close()
 
-    def room(self, nbytes: int) -> memoryview | None:
-        return self._pool.room(nbytes)
+    def allocate(self, nbytes: int) -> memoryview | None:
+        return self._pool.allocate(nbytes)
 
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
-        message = own(message, self.room)
+        message = own(message, self.allocate)
         for reply in replies:
             reply(message)
 

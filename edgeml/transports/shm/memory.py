@@ -3,8 +3,8 @@
 A *segment* is a piece of shared memory without a name, which lives as long as somebody has it open
 or mapped, so that nothing is left behind whoever is killed. It is divided into *blocks* of one
 size, and a message's buffers lie in one block. A block is used again when nobody uses it any more:
-neither the endpoint that fills it, nor a peer that it is lent to, nor the user for whom it was made
-as room. What a peer had when its connection was lost may still be read, by views that outlive the
+neither the endpoint that fills it, nor a peer that it is lent to, nor the user who allocated it.
+What a peer had when its connection was lost may still be read, by views that outlive the
 connection, so such a segment is *retired*: no block of it is ever used again.
 
 A reader maps a segment once, read-only, and *leases* a block of it for each message. A lease ends
@@ -40,7 +40,7 @@ __all__ = [
     "Lease",
     "Leases",
     "Pool",
-    "Room",
+    "Allocation",
     "Segment",
     "limit_of_environment",
     "map_segment",
@@ -78,9 +78,9 @@ class Segment:
 
     __slots__ = ("blocks", "fd", "live", "memory", "number", "retired", "size", "used")
 
-    def __init__(self, number: int, room: int, count: int, tokens: Iterable[int]) -> None:
+    def __init__(self, number: int, size: int, count: int, tokens: Iterable[int]) -> None:
         self.number = number
-        self.size = room * count
+        self.size = size * count
         self.fd = _create(self.size)
         try:
             # Filled at once where all of it will be written: cheaper than a fault for each page.
@@ -93,8 +93,8 @@ class Segment:
             raise
         view = memoryview(self.memory)
         self.blocks = [
-            Block(token, self, at, view[at : at + room])
-            for token, at in zip(tokens, range(0, self.size, room), strict=False)
+            Block(token, self, at, view[at : at + size])
+            for token, at in zip(tokens, range(0, self.size, size), strict=False)
         ]
         self.live = 0  # blocks in use
         self.retired = False
@@ -128,14 +128,14 @@ def _create(size: int) -> int:
 
 
 class Block:
-    """The room for one message.
+    """The memory of one message.
 
     Attributes:
         token: its number in the pool, by which a reader gives it back.
         offset: where it lies in its segment.
         size: in bytes.
         view: the memory itself.
-        users: how many have it: the endpoint, peers, and a user for whom it was made as room.
+        users: how many have it: the endpoint, peers, and a user who allocated it.
     """
 
     __slots__ = ("offset", "segment", "size", "token", "users", "view")
@@ -149,7 +149,7 @@ class Block:
         self.users = 0
 
 
-class Room(Owned):
+class Allocation(Owned):
     """The root of an array that the user fills where it will be read."""
 
     block: Block
@@ -170,8 +170,8 @@ class Pool:
         self._numbers = itertools.count(1)
         self._tokens = itertools.count(1)
         self._free: dict[int, list[Block]] = {}  # by size; the last to be freed is the first taken
-        self._dead: deque[tuple[Block, bool]] = deque()  # whose room nobody has any more
-        self._rooms: dict[int, Lease] = {}
+        self._dead: deque[tuple[Block, bool]] = deque()  # whose allocation nobody has any more
+        self._allocations: dict[int, Lease] = {}
         self._closed = False
         self.segments: dict[int, Segment] = {}
         self.blocks: dict[int, Block] = {}
@@ -188,19 +188,19 @@ class Pool:
         Raises:
             Overloaded: the system gives no more memory, or no more file descriptors.
         """
-        room = _rounded(size)
+        size_class = _rounded(size)
         with self._lock:
             if self._dead:
                 self._collect()
-            free = self._free.get(room)
+            free = self._free.get(size_class)
             if not free:
-                free = self._grow(room)
+                free = self._grow(size_class)
             block = free.pop()
             block.users = 1
             block.segment.live += 1
         return block
 
-    def room(self, size: int) -> memoryview | None:
+    def allocate(self, size: int) -> memoryview | None:
         """Memory of ``size`` bytes that is sent without a copy; None if there is none, or if it
         would be sent within a record.
         """
@@ -210,24 +210,24 @@ class Pool:
             block = self.take(size)
         except Overloaded:  # ordinary memory will do
             return None
-        root = Room(block.size, np.uint8, block.view)
+        root = Allocation(block.size, np.uint8, block.view)
         root.block, root.pool = block, self
         root.address = root.__array_interface__["data"][0]
-        dead, rooms = self._dead, self._rooms
+        dead, allocations = self._dead, self._allocations
 
         def gone(lease: Lease) -> None:
-            rooms.pop(id(lease), None)
+            allocations.pop(id(lease), None)
             dead.append((block, bool(lease.token & RETIRE)))
 
         lease = Lease(root, gone)
         lease.token, lease.size = block.token, block.size
-        rooms[id(lease)] = lease
-        return memoryview(root)[:size]  # type: ignore[arg-type]
+        allocations[id(lease)] = lease
+        return memoryview(root)[:size]
 
     @property
     def has_rooms(self) -> bool:
         """Whether a user has any that may be sent."""
-        return bool(self._rooms)
+        return bool(self._allocations)
 
     def keep(self, block: Block) -> None:
         """Count one user more of a block that is in use."""
@@ -264,7 +264,7 @@ class Pool:
 
     def forking(self) -> None:
         """A child will see what there is now: its views must not change when ours are gone."""
-        for lease in list(self._rooms.values()):
+        for lease in list(self._allocations.values()):
             lease.token |= RETIRE
 
     def forked(self) -> None:
@@ -272,12 +272,12 @@ class Pool:
         self._lock = threading.Lock()
         self._closed = True
 
-    def _grow(self, room: int) -> list[Block]:
+    def _grow(self, size: int) -> list[Block]:
         if self._closed or len(self.segments) >= self.most_segments:
             raise Overloaded("too much shared memory is in use by this endpoint")
-        count = _SHARED // room if room * _PARTS <= _SHARED else 1
+        count = _SHARED // size if size * _PARTS <= _SHARED else 1
         try:
-            segment = Segment(next(self._numbers), room, count, self._tokens)
+            segment = Segment(next(self._numbers), size, count, self._tokens)
         except (OSError, ValueError) as error:
             raise Overloaded(
                 f"the system gives no more shared memory: {error}; let go of received arrays, or "
@@ -286,7 +286,7 @@ class Pool:
         segment.used = time.monotonic()
         self.segments[segment.number] = segment
         self.blocks |= {block.token: block for block in segment.blocks}
-        free = self._free.setdefault(room, [])
+        free = self._free.setdefault(size, [])
         free += reversed(segment.blocks)
         return free
 
