@@ -1,0 +1,83 @@
+"""ZeroMQ over TCP: a ROUTER serves, DEALERs ask.
+
+A request or reply is one multipart message: an 8-byte number chosen by the client, directly
+followed by the header, then one frame for each buffer. The number comes back with the reply, so a
+late reply is never taken for the next one's.
+
+Threads. The `listener` has one loop, which alone touches the ROUTER; other threads leave their
+replies in an outbox and wake the loop through a DEALER that is connected to the same ROUTER over
+inproc, so that there is one socket to wait on and no poll. A `connection` gives each calling thread
+a DEALER of its own, on which `call` sends and waits without a thread hop; `request` goes
+through one I/O thread. All connections share one context, and so one of libzmq's own threads. What
+wakes a caller that is blocked in its DEALER is a message from the connection's waker, to which the
+DEALER is connected as well, by a pipe that is filled at first so that no request takes it. Nothing
+of this survives a fork: in the child every connection is closed, and its sockets are left alone.
+
+Copies. Frames from 512 KiB on are sent from where they lie (below that pyzmq's bookkeeping costs
+more than the copy). In `call` they are the user's own memory, which is why an abandoned call closes
+its socket and waits until libzmq has let go.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import ClassVar
+
+import zmq
+
+from edgeml.core import (
+    Credentials,
+    Endpoint,
+    OnRequest,
+    Requester,
+    Transport,
+    Unreachable,
+    Url,
+    hookimpl,
+)
+from edgeml.core.limits import what_to_do
+from edgeml.transports.zmq.connection import Connection
+from edgeml.transports.zmq.listener import Listener
+from edgeml.transports.zmq.sockets import MOST_SOCKETS
+
+__all__ = ["ZmqTransport", "edgeml_transport"]
+
+
+class ZmqTransport(Transport):
+    """``zmq://host:port``: ZeroMQ over TCP."""
+
+    name: ClassVar[str] = "zmq"
+
+    def report(self) -> dict[str, str]:
+        """See `Transport.report`: versions, and how many sockets there may be."""
+        return {
+            "libzmq": zmq.zmq_version(),
+            "pyzmq": zmq.__version__,
+            "sockets of all clients": f"{MOST_SOCKETS} at most, about eight for each client",
+        }
+
+    def serve(
+        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+    ) -> Endpoint:
+        """See `Transport.serve`."""
+        return Listener(url, on_request)
+
+    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+        """See `Transport.connect`. ZeroMQ itself never tells that nobody listens, so ask TCP."""
+        try:
+            with socket.create_connection((url.host, url.port), timeout) as probe:
+                host = probe.getpeername()[0]
+        except (OSError, UnicodeError) as error:
+            if advice := what_to_do(getattr(error, "errno", None)):
+                raise Unreachable(f"no connection to {url}: {error}{advice}") from error
+            raise Unreachable(
+                f"nobody answers at {url}: {error}; is the server started, and does its host= let "
+                "this machine in?"
+            ) from error
+        return Connection(url, str(Url("tcp", host, url.port)))
+
+
+@hookimpl
+def edgeml_transport() -> type[Transport]:
+    """Answer the plugin hook."""
+    return ZmqTransport

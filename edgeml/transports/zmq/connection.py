@@ -1,0 +1,366 @@
+"""The client's end: a DEALER for each thread that calls, and one for all requests."""
+
+# ruff: noqa: D102 - what has no docstring is described in `edgeml.core.transport`
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import secrets
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import cast
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from edgeml.core import (
+    Closed,
+    DeadlineExceeded,
+    Message,
+    Pending,
+    Requester,
+    Unreachable,
+    Url,
+    own,
+)
+from edgeml.core.forks import explain_fork, leave_to_parent, watch_forks
+from edgeml.core.limits import if_out_of_files, what_to_do
+from edgeml.transports.zmq.sockets import (
+    MOST_PENDING,
+    NUMBER,
+    WHO,
+    check,
+    open_socket,
+    receive,
+    send,
+    share_context,
+)
+
+__all__ = ["Connection"]
+
+_log = logging.getLogger(__name__)
+
+_MOST_QUEUED = 64  # requests given to libzmq, which can't be forgotten any more
+_GRACE = 0.3  # seconds that calls under way are given to take their last reply
+_LONGEST = 1 << 30  # ms that a socket is told to wait
+
+
+class _Woken(Exception):
+    """The connection is over, and whoever waits for a reply is told so."""
+
+
+class _Line:
+    """The DEALER of one calling thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.lock = threading.Lock()
+        self.calling = False
+        self._connection = connection
+        self._url = connection.url
+        self._numbers = itertools.count(1)
+        self._socket: zmq.Socket[bytes] | None = None
+        self._open()
+
+    def _open(self) -> zmq.Socket[bytes]:
+        self._timeout = -1  # ms, as set on the socket
+        self._socket = self._connection.line()
+        if self._connection.lost:  # it may have been before there was a socket to wake
+            raise _Woken
+        return self._socket
+
+    def call(self, message: Message, timeout: float) -> Message:
+        with self.lock:
+            line = self._socket or self._open()
+            number = NUMBER.pack(next(self._numbers))
+            lent: list[weakref.ref[memoryview]] = []
+            self.calling = True
+            try:
+                send(line, number, message, lent)
+                return self._wait(line, number, timeout)
+            except DeadlineExceeded:
+                if _any_alive(lent):
+                    self._take_back(lent)
+                raise
+            except BaseException as error:
+                # Ctrl-C, say, may have come in the middle of a message: this socket can't go on.
+                traceback.clear_frames(error.__traceback__)  # they hold what was lent
+                self._take_back(lent)
+                raise
+            finally:
+                self.calling = False
+
+    def _wait(self, line: zmq.Socket[bytes], number: bytes, timeout: float) -> Message:
+        deadline = time.monotonic() + timeout
+        left = timeout
+        while True:
+            milliseconds = max(1, math.ceil(min(left * 1e3, _LONGEST)))
+            if milliseconds != self._timeout:  # setting it is a system call's worth
+                line.rcvtimeo = self._timeout = milliseconds
+            try:
+                _, reply = receive(line)
+                header = reply.header
+                if header[: NUMBER.size] == number:
+                    return Message(header[NUMBER.size :], reply.buffers)
+                if not header and self._connection.lost:
+                    raise _Woken
+            except zmq.Again:
+                pass
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
+
+    def _take_back(self, lent: list[weakref.ref[memoryview]]) -> None:
+        """Have libzmq let go of the user's memory, which it may still be sending from."""
+        self.close()
+        deadline = time.monotonic() + 5.0
+        while _any_alive(lent):
+            if time.monotonic() > deadline:
+                _log.warning("%s: libzmq still holds a buffer of an abandoned call", self._url)
+                return
+            time.sleep(1e-3)
+
+    def close(self) -> None:
+        """Close the socket; the next call opens another."""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+
+    def __del__(self) -> None:  # its thread has ended
+        self.close()
+
+
+def _any_alive(lent: list[weakref.ref[memoryview]]) -> bool:
+    return any(view() is not None for view in lent)
+
+
+def _events(line: zmq.Socket[bytes]) -> int:
+    """What could be done without waiting; cheaper than polling a single socket."""
+    return cast(int, line.getsockopt(zmq.EVENTS))
+
+
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+class Connection(Requester):
+    """One connection, over several sockets; see `Requester`."""
+
+    def __init__(self, url: Url, address: str) -> None:
+        self.url = url
+        self._address = address
+        self._who = secrets.token_hex(8)
+        self._context = share_context()
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
+        self._pending = Pending(MOST_PENDING)
+        self._outbox: deque[tuple[int, Message]] = deque()
+        self._woken = False
+        self._why: Closed | Unreachable | None = None  # set once, when it is over
+        self._ended = False
+        self._sockets: list[zmq.Socket[bytes]] = []
+        try:
+            self._listen, self._bell = self._open(zmq.PAIR), self._open(zmq.PAIR)
+            self._listen.bind(f"inproc://{self._who}.bell")
+            self._bell.connect(f"inproc://{self._who}.bell")
+            self._waker = self._open(zmq.DEALER)
+            self._waker.rcvhwm = 1
+            self._waker.bind(f"inproc://{self._who}.waker")
+            self._shared = self._open(zmq.DEALER)
+            self._monitor = self._shared.get_monitor_socket(_LOST)
+            self._sockets.append(self._monitor)
+            self._dial(self._shared, _MOST_QUEUED)
+        except zmq.ZMQError as error:
+            self._close_sockets()
+            raise Unreachable(
+                f"no connection to {url} can be opened: {error}{what_to_do(error.errno)}"
+            ) from error
+        self._io = threading.Thread(target=self._run, name=f"edgeml to {url}", daemon=True)
+        self._io.start()
+        watch_forks(self)
+
+    def _open(self, kind: int) -> zmq.Socket[bytes]:
+        made = open_socket(self._context, kind)
+        self._sockets.append(made)
+        return made
+
+    def _dial(self, line: zmq.Socket[bytes], most: int) -> None:
+        """Connect a socket to the peer, to queue ``most`` messages; 0 for any number."""
+        line.sndhwm = most
+        line.ipv6 = "[" in self._address
+        line.metadata = f"{WHO}:{self._who}".encode()
+        line.connect(self._address)
+
+    def line(self) -> zmq.Socket[bytes]:
+        """A socket to the peer that `_wake` wakes."""
+        line = open_socket(self._context, zmq.DEALER)
+        line.sndhwm = 1
+        line.connect(f"inproc://{self._who}.waker")
+        with suppress(zmq.Again):
+            while True:  # until this way is full, which it stays, as nobody reads there
+                line.send(b"", zmq.DONTWAIT)
+        self._dial(line, 0)
+        return line
+
+    def _wake(self) -> None:
+        """Send something to every line; they take turns, and some may just be closing."""
+        with self._lock, suppress(zmq.Again):
+            for _ in range(0 if self._ended else 2 * len(self._lines)):
+                self._waker.send(b"", zmq.DONTWAIT)
+
+    @property
+    def lost(self) -> bool:
+        return self._why is not None
+
+    def _over(self) -> Exception:
+        why = self._why or Unreachable(f"the connection to {self.url} was lost")
+        return type(why)(*why.args)
+
+    def call(self, message: Message, timeout: float) -> Message:
+        check(message)
+        if self._why is not None:
+            raise self._over()
+        line: _Line | None = getattr(self._local, "line", None)
+        try:
+            if line is None:
+                line = self._new_line()
+            return line.call(message, timeout)
+        except _Woken:
+            raise self._over() from None
+        except zmq.ZMQError as error:
+            if self._why is None:
+                raise Unreachable(f"{self.url}: {error}{what_to_do(error.errno)}") from error
+            raise self._over() from None
+
+    def _new_line(self) -> _Line:
+        with self._lock:
+            if self._why is not None:
+                raise self._over()
+            line = _Line(self)
+            self._lines.add(line)
+        self._local.line = line
+        return line
+
+    def request(self, message: Message) -> Future[Message]:
+        check(message)
+        message = own(message)
+        with self._lock:
+            if self._why is not None:
+                raise self._over()
+            number, future = self._pending.add()
+            self._outbox.append((number, message))
+            if not self._woken:
+                self._bell.send(b"")
+                self._woken = True  # last: Ctrl-C may come before it, but must not undo it
+        return future
+
+    def _run(self) -> None:
+        why: Closed | Unreachable
+        try:
+            if self._carry() == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                why = Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
+            else:
+                why = Unreachable(f"the connection to {self.url} was lost{if_out_of_files()}")
+        except Exception as error:
+            _log.exception("the connection to %s failed", self.url)
+            why = Unreachable(f"the connection to {self.url} failed: {error}")
+        self._end(why)
+
+    def _carry(self) -> int:
+        """Send requests and settle replies until the connection is over; returns the event."""
+        poller = zmq.Poller()
+        for sock in (self._listen, self._shared, self._monitor):
+            poller.register(sock, zmq.POLLIN)
+        queue: deque[tuple[int, Message]] = deque()
+        while True:
+            ready = dict(poller.poll())
+            if self._listen in ready:
+                self._listen.recv()
+                with self._lock:
+                    if self._why is not None:
+                        return zmq.EVENT_CLOSED
+                    queue += self._outbox
+                    self._outbox.clear()
+                    self._woken = False
+            if queue:
+                self._send_some(queue)
+                # What finds no room waits here, where it can still be forgotten.
+                poller.register(self._shared, zmq.POLLIN | (zmq.POLLOUT if queue else 0))
+            if ready.get(self._shared, 0) & zmq.POLLIN:
+                self._settle_next()
+            if self._monitor in ready:
+                event: int = parse_monitor_message(self._monitor.recv_multipart())["event"]
+                while _events(self._shared) & zmq.POLLIN:  # what came before the loss
+                    self._settle_next()
+                return event
+
+    def _send_some(self, queue: deque[tuple[int, Message]]) -> None:
+        while queue:
+            number, message = queue[0]
+            if number in self._pending:  # not cancelled meanwhile
+                if not _events(self._shared) & zmq.POLLOUT:
+                    return
+                send(self._shared, NUMBER.pack(number), message)
+            queue.popleft()
+
+    def _settle_next(self) -> None:
+        _, message = receive(self._shared)
+        header = message.header
+        if len(header) >= NUMBER.size:
+            number = NUMBER.unpack_from(header)[0]
+            self._pending.settle(number, Message(header[NUMBER.size :], message.buffers))
+
+    def _end(self, why: Closed | Unreachable) -> None:
+        """Free everything; runs in the I/O thread, for a loss as for a close."""
+        with self._lock:
+            if self._why is None:
+                self._why = why
+            self._outbox.clear()
+            lines = list(self._lines)
+        self._pending.fail(self._over())
+        # Calls have TCP connections of their own, on which a last reply may still be under way.
+        deadline = time.monotonic() + (0 if isinstance(self._why, Closed) else _GRACE)
+        for line in lines:
+            if line.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                line.lock.release()
+        self._wake()
+        for line in lines:
+            while not line.lock.acquire(timeout=0.05):
+                self._wake()
+            line.close()
+            line.lock.release()
+        with self._lock:
+            self._ended = True
+            self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        for sock in self._sockets:
+            # First, or libzmq's thread would wait for ever to tell the monitor of the end.
+            sock.disable_monitor()
+            sock.close(linger=0)
+
+    def abandon(self) -> None:
+        """Forget everything, in a forked child, where the I/O thread is not."""
+        leave_to_parent(self, self._local)
+        self._why = explain_fork(self.url)
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._ended = True
+        self._local = threading.local()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._why is None:
+                self._why = Closed(f"the connection to {self.url} has been closed")
+            if not self._ended:
+                self._bell.send(b"")
+        self._wake()  # here, too, for this may be the I/O thread
+        line: _Line | None = getattr(self._local, "line", None)
+        within_call = line is not None and line.calling  # in a signal's handler, say
+        if self._io is not threading.current_thread() and not within_call:
+            self._io.join(5.0)

@@ -1,0 +1,160 @@
+"""What both ends do with libzmq's sockets: open them, and send and receive a message."""
+
+from __future__ import annotations
+
+import atexit
+import struct
+import threading
+import weakref
+from typing import Any
+
+import zmq
+import zmq.utils.garbage  # registers with atexit what is to come after our own
+
+from edgeml.core import Message, NotEncodable
+from edgeml.core.forks import leave_to_parent, watch_forks
+
+__all__ = [
+    "MOST_PENDING",
+    "MOST_SOCKETS",
+    "NUMBER",
+    "WHO",
+    "ZERO_COPY",
+    "check",
+    "open_socket",
+    "receive",
+    "send",
+    "share_context",
+]
+
+ZERO_COPY = 1 << 19
+"""Bytes from which on a buffer is sent from where it lies."""
+
+MOST_PENDING = 4096
+"""Requests under way on one connection."""
+
+MOST_SOCKETS = 1 << 14
+"""Of all connections; eight for each, and one for each thread that calls."""
+
+WHO = "X-Edgeml-Connection"
+"""A property that sockets tell each other when they meet."""
+
+NUMBER = struct.Struct("<Q")
+
+_LARGEST_FRAME = 1 << 30  # bytes; a peer that announces more is cut off by libzmq
+_MOST_BUFFERS = 1 << 14  # in one message
+_MORE = int(zmq.SNDMORE)  # a plain int: enum flags cost a microsecond to combine
+
+_exiting = False
+
+
+@atexit.register
+def _exit() -> None:
+    """Copy from now on, since pyzmq sends nothing in place while the interpreter shuts down."""
+    global _exiting
+    _exiting = True
+
+
+class _Shared:
+    """The context of all connections of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._context: zmq.Context[Any] | None = None
+        watch_forks(self)
+
+    def get(self) -> zmq.Context[Any]:
+        with self._lock:
+            if self._context is None:
+                self._context = zmq.Context()
+                self._context.max_sockets = MOST_SOCKETS
+            return self._context
+
+    def abandon(self) -> None:
+        """In a forked child: the next connection opens another."""
+        leave_to_parent(self._context)
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._context = None
+
+
+_shared = _Shared()
+
+
+def share_context() -> zmq.Context[Any]:
+    """Return the context that all connections of this process have in common."""
+    return _shared.get()
+
+
+def open_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
+    """Make a socket that sends nothing more once it is closed, and notices who has vanished."""
+    made: zmq.Socket[bytes] = context.socket(kind)
+    made.linger = 0
+    made.maxmsgsize = _LARGEST_FRAME
+    # A machine that vanished without a word is noticed, and what is kept for it freed. By TCP,
+    # for ZeroMQ's own heartbeats wait behind the frame under way: they cut off whoever takes
+    # longer over one than they allow.
+    made.tcp_keepalive, made.tcp_keepalive_cnt = 1, 3
+    made.tcp_keepalive_idle, made.tcp_keepalive_intvl = 10, 5  # seconds
+    made.tcp_maxrt = 60_000  # ms
+    return made
+
+
+def check(message: Message) -> None:
+    """Refuse here, with a reason, what the other end would cut the connection for."""
+    if len(message.buffers) > _MOST_BUFFERS:
+        raise NotEncodable(
+            f"a message of {len(message.buffers)} arrays; zmq carries {_MOST_BUFFERS}: "
+            "stack the small ones into one"
+        )
+    for buffer in message.buffers:
+        if buffer.nbytes > _LARGEST_FRAME:
+            raise NotEncodable(
+                f"an array of {buffer.nbytes} bytes; zmq carries {_LARGEST_FRAME}: split it"
+            )
+    if len(message.header) > _LARGEST_FRAME - NUMBER.size:
+        raise NotEncodable(f"a header of {len(message.header)} bytes; zmq carries {_LARGEST_FRAME}")
+
+
+def send(
+    line: zmq.Socket[bytes],
+    number: bytes,
+    message: Message,
+    lent: list[weakref.ref[memoryview]] | None = None,
+) -> None:
+    """Send one message; ``lent`` receives a reference to each buffer that is sent in place.
+
+    It dies when libzmq has let go of the buffer; pyzmq's own trackers cost several times as much.
+    """
+    buffers = message.buffers
+    last = len(buffers) - 1
+    line.send(number + message.header, _MORE if buffers else 0)
+    for index, buffer in enumerate(buffers):
+        flags = 0 if index == last else _MORE
+        if buffer.nbytes < ZERO_COPY or _exiting:
+            line.send(buffer, flags)
+        else:
+            view = memoryview(buffer)
+            if lent is not None:
+                lent.append(weakref.ref(view))
+            line.send(view, flags, copy=False)
+            del view
+
+
+def receive(line: zmq.Socket[bytes]) -> tuple[zmq.Frame, Message]:
+    """Receive one message, number included in the header."""
+    head = line.recv(copy=False)
+    if not head.more:
+        return head, Message(head.bytes)
+    buffers: list[memoryview] = []
+    more = True
+    surplus = False
+    while more:
+        frame = line.recv(copy=False)
+        more = frame.more
+        if len(buffers) < _MOST_BUFFERS:
+            buffers.append(frame.buffer.toreadonly())
+        else:
+            surplus = True
+    if surplus:
+        return head, Message(b"")  # shorter than a number: treated as malformed
+    return head, Message(head.bytes, buffers)
