@@ -18,6 +18,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 __all__ = [
     "Closed",
     "ConfigMismatch",
@@ -31,7 +33,10 @@ __all__ = [
     "RemoteError",
     "UnknownInterface",
     "Unreachable",
+    "copy_error",
 ]
+
+_Error = TypeVar("_Error", bound=Exception)
 
 
 class EdgemlError(Exception):
@@ -99,3 +104,8 @@ class PermissionDenied(EdgemlError, PermissionError):
 
 class PluginError(EdgemlError, ImportError):
     """A transport or codec that is not installed, is broken, or is claimed by two packages."""
+
+
+def copy_error(error: _Error) -> _Error:
+    """Return another error like this one: each who is told gets one, since raising adds to it."""
+    return type(error)(*error.args)

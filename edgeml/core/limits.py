@@ -1,4 +1,4 @@
-"""What the system allows a process, for errors that say what to do."""
+"""What the system allows a process, for errors that say what to do; and the commonest of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import errno
 import os
 import resource
 
-__all__ = ["if_out_of_files", "what_to_do"]
+from edgeml.core.errors import Unreachable
+
+__all__ = ["explain_no_connection", "if_out_of_files", "what_to_do"]
 
 
 def what_to_do(number: int | None) -> str:
@@ -27,3 +29,22 @@ def if_out_of_files() -> str:
     except OSError as error:
         return what_to_do(error.errno)
     return ""
+
+
+def explain_no_connection(
+    url: object,
+    why: object,
+    number: int | None = None,
+    hint: str = "is the server started, and does its host= let this machine in?",
+) -> Unreachable:
+    """Return the error of whoever found nobody at ``url``.
+
+    Args:
+        url: where.
+        why: what the system said.
+        number: the errno, if one is known; it may tell that this process is at its own limit.
+        hint: what to look at otherwise.
+    """
+    if advice := what_to_do(number):
+        return Unreachable(f"no connection to {url}: {why}{advice}")
+    return Unreachable(f"nobody answers at {url}: {why}; {hint}")

@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from edgeml.core.errors import Closed, EdgemlError, Overloaded, Unreachable
+from edgeml.core.errors import Closed, EdgemlError, Overloaded, Unreachable, copy_error
 from edgeml.core.frames import parts, unframe
+from edgeml.core.limits import explain_no_connection
 from edgeml.core.loops import Loop
 from edgeml.core.message import Message
 from edgeml.core.pending import Pending
@@ -211,10 +212,7 @@ class _Connection(Requester):
             if not isinstance(error, Exception):
                 raise
             what = str(error) or type(error).__name__
-            raise Unreachable(
-                f"nobody answers at {url}: {what}; is the server started, and does its host= let "
-                "this machine in?"
-            ) from None
+            raise explain_no_connection(url, what, getattr(error, "errno", None)) from None
 
     async def _open(self, timeout: float) -> None:
         self._link = await asyncio.wait_for(self._dial(self.url), timeout)
@@ -235,7 +233,7 @@ class _Connection(Requester):
 
     def request(self, message: Message) -> Future[Message]:
         if self._over is not None:
-            raise type(self._over)(*self._over.args)
+            raise copy_error(self._over)
         number, future = self._pending.add()
         try:
             self._traffic.put(number, message, lambda why: self._pending.settle(number, why))

@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
-import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from edgeml.core.errors import Closed
+from edgeml.core.forks import leave_to_parent, watch_forks
 from edgeml.core.message import Message
 from edgeml.core.transport import OnRequest, Reply
 
@@ -96,7 +95,7 @@ class Loop:
         self._handling = False
         self._turn = threading.RLock()  # held to do something in the loop, or to pass it on
         self._start()
-        _all.add(self)
+        watch_forks(self)
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -228,26 +227,16 @@ class Loop:
 
         self._last = self._asyncio.create_task(finish())
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         """Forget everything, in a forked child, where the thread is not.
 
         The event loop stays as it is: to close it would take from the parent's what it polls.
         """
+        leave_to_parent(self._asyncio)
         self._turn = threading.RLock()  # whoever held it is not there
         self._over = True
         self._handling = False
         self._ident = 0
-
-
-_all: weakref.WeakSet[Loop] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for loop in list(_all):
-        loop.forked()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

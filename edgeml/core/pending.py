@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import Future
 
-from edgeml.core.errors import Overloaded
+from edgeml.core.errors import Overloaded, copy_error
 from edgeml.core.message import Message
 
 __all__ = ["Pending"]
@@ -67,4 +67,4 @@ class Pending:
         while self._requests:
             _, future = self._requests.popitem()
             if future.set_running_or_notify_cancel():
-                future.set_exception(type(why)(*why.args))  # one each: raising adds to it
+                future.set_exception(copy_error(why))

@@ -6,7 +6,6 @@ import errno
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -27,7 +26,9 @@ from edgeml.core import (
     own,
     unframe,
 )
-from edgeml.core.limits import what_to_do
+from edgeml.core.errors import copy_error
+from edgeml.core.forks import explain_fork, leave_to_parent, watch_forks
+from edgeml.core.limits import explain_no_connection
 from edgeml.core.url import is_loopback
 from edgeml.transports.grpc.protocol import (
     ERRORS,
@@ -77,18 +78,12 @@ class Connection(Requester):
                 raise PermissionDenied(f"{url}: {details}") from None
             if code is grpc.StatusCode.UNIMPLEMENTED:
                 raise Unreachable(f"what answers at {url} is no edgeml server: {details}") from None
-            if os.strerror(errno.EMFILE) in details:
-                raise Unreachable(
-                    f"no connection to {url}: {details}{what_to_do(errno.EMFILE)}"
-                ) from None
-            raise Unreachable(
-                f"nobody answers at {url}: {details}; is the server started, and does its host= "
-                "let this machine in?"
-            ) from None
+            number = errno.EMFILE if os.strerror(errno.EMFILE) in details else None
+            raise explain_no_connection(url, details, number) from None
         except BaseException:
             self._channel.close()
             raise
-        _all.add(self)
+        watch_forks(self)
 
     @property
     def lost(self) -> bool:
@@ -203,7 +198,7 @@ class Connection(Requester):
 
     def _over(self) -> EdgemlError:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
-        return type(why)(*why.args)
+        return copy_error(why)
 
     def _lose(self, why: EdgemlError) -> None:
         with self._lock:
@@ -226,12 +221,12 @@ class Connection(Requester):
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         """Forget everything, in a forked child, where gRPC's threads are not."""
-        self._why = Closed(f"the connection to {self.url} belongs to the process before the fork")
+        leave_to_parent(self._channel)
+        self._why = explain_fork(self.url)
         self._lock = threading.Lock()  # whoever held it is not there
         self._threads.clear()
-        _inherited.append(self._channel)
 
 
 class _Sending(Iterator[bytes]):
@@ -258,15 +253,3 @@ def _assembled(received: Iterable[bytes]) -> Message:
     for piece in received:
         assembly.add(piece)
     return assembly.message()
-
-
-_all: weakref.WeakSet[Connection] = weakref.WeakSet()
-_inherited: list[Any] = []  # kept for good, for a parent's channels are not the child's to close
-
-
-def _forked() -> None:
-    for connection in list(_all):
-        connection.forked()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -426,7 +426,7 @@ class Channel:
                 self._pool.drop(block, times, retire=True)
         return unsent
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         """In a forked child: close the child's copy, or the peer would not learn of the end."""
         self._lock = threading.Lock()  # whoever held it is not there
         self.lost = True

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import select
 import threading
@@ -24,6 +23,8 @@ from edgeml.core import (
     Unreachable,
     Url,
 )
+from edgeml.core.errors import copy_error
+from edgeml.core.forks import explain_fork, watch_forks
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.loop import Loop
 from edgeml.transports.shm.memory import Pool, limit_of_environment
@@ -138,7 +139,7 @@ class Connection(Requester):
             raise
         self._loop.add(self._shared)
         self._loop.start()
-        _open.add(self)
+        watch_forks(self)
 
     def open_channel(self, timeout: float) -> Channel:
         """Another socket to the peer, once it has said hello."""
@@ -172,7 +173,7 @@ class Connection(Requester):
 
     def _over(self) -> Exception:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
-        return type(why)(*why.args)
+        return copy_error(why)
 
     def call(self, message: Message, timeout: float) -> Message:
         if self._why is not None:
@@ -260,22 +261,11 @@ class Connection(Requester):
             line.channel.end()
         self._loop.stop()
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         """Forget everything, in a forked child."""
-        self._why = Closed(f"the connection to {self.url} belongs to the process before the fork")
+        self._why = explain_fork(self.url)
         self._lock = threading.Lock()  # whoever held it is not there
-        self._loop.forked()
+        self._loop.abandon()
         for line in list(self._lines):
-            line.channel.forked()
+            line.channel.abandon()
         self._local = threading.local()
-
-
-_open: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for each in list(_open):
-        each.forked()
-
-
-os.register_at_fork(after_in_child=_forked)

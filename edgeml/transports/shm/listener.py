@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import socket
 import threading
@@ -25,6 +24,7 @@ from edgeml.core import (
     Url,
     own,
 )
+from edgeml.core.forks import watch_forks
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.loop import Loop
 from edgeml.transports.shm.memory import Account, Pool, limit_of_environment
@@ -78,7 +78,7 @@ class Listener(Endpoint):
         )
         self._loop.listen(self._socket, self._accept)
         self._loop.start()
-        _open.add(self)
+        watch_forks(self)
 
     @property
     def copied(self) -> int:
@@ -153,9 +153,9 @@ class Listener(Endpoint):
     def close(self) -> None:
         self._loop.stop()
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         """Forget everything, in a forked child."""
-        self._loop.forked()
+        self._loop.abandon()
         self._socket.close()
 
 
@@ -188,14 +188,3 @@ def require_local(url: Url) -> None:
             probe.bind(address)  # which works for this machine's addresses alone
     except (OSError, UnicodeError) as error:
         raise OSError(f"{url} is not on this machine, and shm reaches no other: {error}") from None
-
-
-_open: weakref.WeakSet[Listener] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for each in list(_open):
-        each.forked()
-
-
-os.register_at_fork(after_in_child=_forked)

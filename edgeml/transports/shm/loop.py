@@ -108,13 +108,13 @@ class Loop:
         self._stopping = True
         self._wake()
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         """In a forked child, where the thread is not."""
         self._turn = threading.Lock()
         self._stopping = True
         self._ended.set()
         for channel in self._channels.values():
-            channel.forked()
+            channel.abandon()
         self._channels.clear()
 
     def _wake(self) -> None:

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edgeml.core import Malformed, Overloaded, Owned
+from edgeml.core.forks import watch_forks
 
 __all__ = [
     "INLINE",
@@ -181,6 +182,7 @@ class Pool:
         self.generation = 0
         """Changes whenever a segment is given up, which readers want to be told."""
         _open_pools.add(self)
+        watch_forks(self)
 
     def take(self, size: int) -> Block:
         """A block of at least ``size`` bytes, with one user.
@@ -267,7 +269,7 @@ class Pool:
         for lease in list(self._allocations.values()):
             lease.token |= RETIRE
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         """In the child: whoever held the lock is not there, and nothing is ours to use again."""
         self._lock = threading.Lock()
         self._closed = True
@@ -518,10 +520,5 @@ def _forking() -> None:
         leases.forking()
 
 
-def _forked() -> None:
-    for pool in _all(_open_pools):
-        pool.forked()
-
-
 # Twice, since a lease may begin between the first time and the fork.
-os.register_at_fork(before=_forking, after_in_parent=_forking, after_in_child=_forked)
+os.register_at_fork(before=_forking, after_in_parent=_forking)

@@ -17,7 +17,8 @@ import sys
 import tempfile
 from contextlib import suppress
 
-from edgeml.core import PermissionDenied, Unreachable, Url
+from edgeml.core import PermissionDenied, Url
+from edgeml.core.limits import explain_no_connection
 
 __all__ = [
     "LARGEST_RECORD",
@@ -333,9 +334,11 @@ def connect(url: Url, timeout: float) -> Records:
         raise PermissionDenied(f"{url} belongs to another user: {error}") from None
     except OSError as error:
         sock.close()
-        raise Unreachable(
-            f"nobody answers at {url}: {error}; is the server started, on this machine, with shm "
-            "among its transports?"
+        raise explain_no_connection(
+            url,
+            error,
+            error.errno,
+            "is the server started, on this machine, with shm among its transports?",
         ) from error
     except BaseException:
         sock.close()

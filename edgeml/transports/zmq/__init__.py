@@ -31,11 +31,10 @@ from edgeml.core import (
     OnRequest,
     Requester,
     Transport,
-    Unreachable,
     Url,
     hookimpl,
 )
-from edgeml.core.limits import what_to_do
+from edgeml.core.limits import explain_no_connection
 from edgeml.transports.zmq.connection import Connection
 from edgeml.transports.zmq.listener import Listener
 from edgeml.transports.zmq.sockets import MOST_SOCKETS
@@ -68,12 +67,8 @@ class ZmqTransport(Transport):
             with socket.create_connection((url.host, url.port), timeout) as probe:
                 host = probe.getpeername()[0]
         except (OSError, UnicodeError) as error:
-            if advice := what_to_do(getattr(error, "errno", None)):
-                raise Unreachable(f"no connection to {url}: {error}{advice}") from error
-            raise Unreachable(
-                f"nobody answers at {url}: {error}; is the server started, and does its host= let "
-                "this machine in?"
-            ) from error
+            number = getattr(error, "errno", None)
+            raise explain_no_connection(url, error, number) from error
         return Connection(url, str(Url("tcp", host, url.port)))
 
 

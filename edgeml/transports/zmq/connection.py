@@ -30,6 +30,7 @@ from edgeml.core import (
     Url,
     own,
 )
+from edgeml.core.errors import copy_error
 from edgeml.core.forks import explain_fork, leave_to_parent, watch_forks
 from edgeml.core.limits import if_out_of_files, what_to_do
 from edgeml.transports.zmq.sockets import (
@@ -220,7 +221,7 @@ class Connection(Requester):
 
     def _over(self) -> Exception:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
-        return type(why)(*why.args)
+        return copy_error(why)
 
     def call(self, message: Message, timeout: float) -> Message:
         check(message)
