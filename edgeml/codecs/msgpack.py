@@ -71,6 +71,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -82,7 +83,7 @@ import numpy as np
 
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Malformed, NotEncodable
-from edgeml.core.message import Message
+from edgeml.core.message import Allocator, Message, aligned, copy, own, owned
 from edgeml.core.plugins import hookimpl
 
 __all__ = ["MsgpackCodec", "edgeml_codec"]
@@ -118,19 +119,27 @@ class MsgpackCodec(Codec):
     def encode(self, value: Any) -> Message:
         """Encode a value; arrays and bytes of more than 8 KiB become buffers that alias them.
 
-        An array that isn't contiguous in C order, or is big-endian, is copied.
+        An array that isn't contiguous in C order, or is big-endian, is copied. Those on a device
+        (JAX's) are fetched from it, all at once.
 
         Raises:
             NotEncodable: for a type, dtype or nesting outside the contract, or a cycle; the text
                 says where, as in ``value['cam'][3].meta``, and what to do.
         """
+        return self._encode(value, None)
+
+    def encode_owned(self, value: Any, allocate: Allocator | None = None) -> Message:
+        """See `Codec.encode_owned`; each array on a device is put in place as it arrives."""
+        return own(self._encode(value, allocate), allocate)
+
+    def _encode(self, value: Any, allocate: Allocator | None) -> Message:
         try:
             try:
-                walk = _Walk()
+                walk = _Walk(value, allocate)
                 header = _pack(walk.value(value, 0))
             except (UnicodeEncodeError, OverflowError):
                 # Looking into each str and int would slow everyone for the few that need it.
-                walk = _CarefulWalk()
+                walk = _CarefulWalk(value, allocate)
                 header = _pack(walk.value(value, 0))
         except _Refused as refused:
             raise NotEncodable(f"value{refused.path} {refused.why}") from None
@@ -259,11 +268,14 @@ class _Refused(Exception):
 class _Walk:
     """One encoding. `depth` is the number of containers around a value."""
 
-    __slots__ = ("buffers", "in_set")
+    __slots__ = ("allocate", "arrivals", "buffers", "in_set", "root")
     plain: ClassVar[frozenset[type]] = frozenset({NoneType, bool, int, float, str})
     plain_keys: ClassVar[frozenset[type]] = frozenset({str, int})
 
-    def __init__(self) -> None:
+    def __init__(self, root: Any, allocate: Allocator | None) -> None:
+        self.root = root
+        self.allocate = allocate
+        self.arrivals: _Arrivals | None = None  # made with the first array that is on a device
         self.buffers: list[memoryview] = []
         self.in_set = 0
 
@@ -373,23 +385,95 @@ class _Walk:
             value = value.astype(wire)
         if value.nbytes <= _INLINE:
             return _Ext(_SMALL, head + value.tobytes())
-        try:
-            flat = value.data.cast("B")
-        except (BufferError, NotImplementedError, TypeError, ValueError):
-            # Not contiguous, or of a dtype that exports no buffer of its own, as uint8 always does.
-            flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-        self.buffers.append(flat)
+        self.buffers.append(_flat(value))
         return _Ext(_ARRAY, head + _u32.pack(len(self.buffers) - 1))
 
     def jax_array(self, value: Any, depth: int) -> Any:
+        if self.arrivals is None:
+            self.arrivals = _Arrivals(self.root, self.allocate)
         try:
-            array = np.asarray(value)
+            array = np.asarray(value)  # waits for this one alone
         except (RuntimeError, TypeError, ValueError) as error:
             raise _Refused(f"is a JAX array without values that could be sent: {error}") from None
-        return self.array(array, depth)
+        before = len(self.buffers)
+        ext = self.array(array, depth)
+        if len(self.buffers) > before:
+            self.buffers[-1] = self.arrivals.place(value, array, self.buffers[-1])
+        return ext
 
     def scalar(self, value: Any, depth: int) -> Any:
         return _Ext(_SCALAR, _describe(value.dtype, ())[0] + value.tobytes())
+
+
+def _flat(array: Array) -> memoryview:
+    """An array's memory, or that of a copy where it can't be sent from there."""
+    try:
+        return array.data.cast("B")
+    except (BufferError, NotImplementedError, TypeError, ValueError):
+        # Not contiguous, or of a dtype that exports no buffer of its own, as uint8 always does.
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+class _Arrivals:
+    """The arrays of one value that lie on a device, on their way to this machine's memory.
+
+    All of them are under way at once, so one can be put in place while others still come. The small
+    ones go first: the header waits for them.
+    """
+
+    def __init__(self, root: Any, allocate: Allocator | None) -> None:
+        arrays = _arrays_on_devices(root)
+        for array in sorted(arrays, key=lambda array: bool(array.nbytes > _INLINE)):
+            # What can't be copied is refused where it is reached, and with its path.
+            with suppress(Exception):
+                array.copy_to_host_async()
+        size = sum(aligned(array) for array in arrays if array.nbytes > _INLINE)
+        self._free = allocate(size) if allocate is not None and size else None
+
+    def place(self, value: Any, array: Array, buffer: memoryview) -> memoryview:
+        """Return the memory to send an array from that has arrived: what was allocated, if any."""
+        size = aligned(buffer)
+        if self._free is not None and size <= self._free.nbytes:
+            taken, self._free = self._free[: buffer.nbytes], self._free[size:]
+            copy(taken, buffer)
+            return taken.toreadonly()
+        # JAX changes no array, so a copy that it has made stays as it is. But what lies in this
+        # machine's memory anyway isn't copied, and is given away to a function that is donated it.
+        return owned(buffer) if _is_copy(value, array) else buffer
+
+
+def _arrays_on_devices(root: Any) -> list[Any]:
+    """The arrays in a value that have to be fetched, each once, in the order of the walk."""
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    left = [root]
+    while left:
+        item = left.pop()
+        kind = type(item)
+        if hasattr(kind, "copy_to_host_async"):
+            found[id(item)] = item
+            continue
+        inner: Iterable[Any]
+        if issubclass(kind, Mapping):
+            inner = item.values()
+        elif issubclass(kind, (list, tuple, set, frozenset)):
+            inner = item
+        elif is_dataclass(kind):
+            inner = [getattr(item, field.name) for field in fields(item)]
+        else:
+            continue
+        if id(item) not in seen:
+            seen[id(item)] = item
+            left += reversed(list(inner))
+    return list(found.values())
+
+
+def _is_copy(value: Any, array: Array) -> bool:
+    """Whether an array's memory is another than that of the JAX array it was made from."""
+    try:
+        return bool(value.unsafe_buffer_pointer() != array.ctypes.data)
+    except Exception:  # one that lies on several devices has no such pointer
+        return False
 
 
 class _CarefulWalk(_Walk):
@@ -450,7 +534,9 @@ def _inherited(kind: type) -> _Convert:
             return _CONVERT[base]
     if issubclass(kind, Mapping):
         return _Walk.mapping
-    if issubclass(kind, getattr(sys.modules.get("jax"), "Array", ())):
+    if hasattr(kind, "copy_to_host_async") or issubclass(
+        kind, getattr(sys.modules.get("jax"), "Array", ())
+    ):
         return _Walk.jax_array
     advice = _ADVICE.get(kind.__module__.partition(".")[0], "send a dict of what it holds")
     if issubclass(kind, Enum):

@@ -34,7 +34,7 @@ from edgeml.core.errors import (
     UnknownInterface,
     Unreachable,
 )
-from edgeml.core.message import Message, own
+from edgeml.core.message import Message
 from edgeml.core.plugins import load_codec, load_transport
 from edgeml.core.streams import Subscription
 from edgeml.core.transport import Credentials, Requester
@@ -401,7 +401,7 @@ class Client:
             Closed: this client has been closed.
         """
         limit = self._limit(timeout)
-        encoded = own(self._codec.encode(payload), self.allocate)
+        encoded = self._codec.encode_owned(payload, self.allocate)
         if self._closed:
             raise Closed("this client has been closed")
         future: Future[Any] = Future()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from edgeml.core.message import Message
+from edgeml.core.message import Allocator, Message, own
 
 __all__ = ["Codec"]
 
@@ -37,6 +37,21 @@ class Codec(ABC):
         Raises:
             NotEncodable: the text gives the path to the part that can't be carried.
         """
+
+    def encode_owned(self, value: Any, allocate: Allocator | None = None) -> Message:
+        """Encode a value into a message that keeps what the value is now.
+
+        This is `encode` and `own`. A codec overrides it if it can put something straight into
+        memory that is sent from, rather than copy it twice.
+
+        Args:
+            value: see `encode`.
+            allocate: gives memory of so many bytes to copy into, or None; see `Endpoint.allocate`.
+
+        Raises:
+            NotEncodable: see `encode`.
+        """
+        return own(self.encode(value), allocate)
 
     @abstractmethod
     def decode(self, message: Message, *, writable: bool = False) -> Any:

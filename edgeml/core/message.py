@@ -29,6 +29,7 @@ __all__ = [
     "empty",
     "is_owned",
     "own",
+    "owned",
     "pooled",
     "private",
     "root_of",
@@ -178,6 +179,11 @@ def is_owned(buffer: memoryview) -> bool:
     """Whether the memory behind ``buffer`` can no longer be changed by whoever made it."""
     root = root_of(buffer)
     return type(root) is bytes or isinstance(root, Owned)
+
+
+def owned(buffer: memoryview) -> memoryview:
+    """Mark memory that nobody will change, so that `own` need not copy it."""
+    return memoryview(Owned(buffer.nbytes, np.uint8, buffer)).toreadonly()
 
 
 def own(message: Message, allocate: Allocator | None = None) -> Message:

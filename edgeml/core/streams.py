@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
-from edgeml.core.message import Allocator, Message, own
+from edgeml.core.message import Allocator, Message
 from edgeml.core.transport import Reply, Requester
 from edgeml.core.wire import (
     HOLD,
@@ -106,7 +106,7 @@ class Topic:
 
         The value is encoded and copied before this returns, so it may be changed afterwards.
         """
-        bodies = {codec.name: own(codec.encode(value), self._allocate) for codec in self._codecs}
+        bodies = {codec.name: codec.encode_owned(value, self._allocate) for codec in self._codecs}
         with self._lock:
             if self._closed:
                 raise Closed(f"the server of {self.name!r} has been stopped")

@@ -28,7 +28,7 @@ from edgeml.codecs import msgpack as module
 from edgeml.codecs.cloudpickle import CloudpickleCodec
 from edgeml.codecs.msgpack import MsgpackCodec
 from edgeml.core.errors import Malformed, NotEncodable
-from edgeml.core.message import Message
+from edgeml.core.message import Message, Owned
 from edgeml.core.plugins import load_codec
 from edgeml.testing import CodecTests
 from edgeml.testing.codecs import assert_same
@@ -225,6 +225,73 @@ def test_jax_arrays_arrive_as_numpy() -> None:
         codec.encode({"k": jax.random.key(0)})
     with pytest.raises(NotEncodable, match="Tracer"):
         jax.jit(lambda x: codec.encode(x).header)(1.0)
+
+
+class OnDevice:
+    """An array on a device, as JAX has them; notes when it is asked for."""
+
+    def __init__(self, name: str, array: np.ndarray[Any, Any], log: list[str]) -> None:
+        self.name, self.array, self.log = name, array, log
+        self.dtype, self.shape, self.nbytes = array.dtype, array.shape, array.nbytes
+
+    def copy_to_host_async(self) -> None:
+        self.log.append(f"start {self.name}")
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray[Any, Any]:
+        self.log.append(f"wait {self.name}")
+        return self.array
+
+    def unsafe_buffer_pointer(self) -> int:
+        return 0  # of the device's memory
+
+
+@dataclasses.dataclass
+class Agent:
+    actor: Any
+    critics: Any
+
+
+def test_all_copies_from_a_device_are_started_before_one_is_waited_for() -> None:
+    log: list[str] = []
+    w1, w2 = (OnDevice(name, np.full((64, 64), 1.5), log) for name in ("w1", "w2"))
+    b1, b2 = (OnDevice(name, np.arange(64.0), log) for name in ("b1", "b2"))
+    value = {"agent": Agent([w1, b1], ({"w": w2, "b": b2},)), "again": [w1], "n": np.arange(9)}
+    got = codec.decode(codec.encode(value))
+    # What the header waits for comes first; and nothing is fetched twice.
+    assert log[:4] == ["start b1", "start b2", "start w1", "start w2"]
+    assert log[4:] == ["wait w1", "wait b1", "wait w2", "wait b2", "wait w1"]
+    assert_same(got["agent"]["actor"], [w1.array, b1.array])
+    assert_same(got["agent"]["critics"], ({"w": w2.array, "b": b2.array},))
+    assert_same(got["again"], [w1.array])
+
+
+def test_what_came_from_a_device_is_copied_once_into_memory_that_is_sent_from() -> None:
+    log: list[str] = []
+    arrays = [OnDevice(str(n), np.full((64, 64), n), log) for n in range(3)]
+    places: list[np.ndarray[Any, Any]] = []
+
+    def allocate(nbytes: int) -> memoryview:
+        places.append(np.zeros(nbytes, np.uint8))
+        return memoryview(Owned(nbytes, np.uint8, memoryview(places[-1])))
+
+    in_place = codec.encode_owned(arrays, allocate)
+    assert len(places) == 1
+    assert all(np.shares_memory(np.frombuffer(b, np.uint8), places[0]) for b in in_place.buffers)
+    assert_same(codec.decode(in_place), [array.array for array in arrays])
+    # Elsewhere the copy that came from the device is sent itself.
+    message = codec.encode_owned(arrays, lambda nbytes: None)
+    for buffer, array in zip(message.buffers, arrays, strict=True):
+        assert np.shares_memory(np.frombuffer(buffer, np.uint8), array.array)
+
+
+def test_what_a_jax_array_is_on_this_machine_is_not_taken_for_a_copy() -> None:
+    """It is given away to a function that is donated the array."""
+    jnp = pytest.importorskip("jax").numpy
+    array = jnp.arange(10_000)
+    encoded, kept = codec.encode([array]), codec.encode_owned([array])
+    assert np.shares_memory(np.frombuffer(encoded.buffers[0], np.uint8), np.asarray(array))
+    assert not np.shares_memory(np.frombuffer(kept.buffers[0], np.uint8), np.asarray(array))
+    assert_same(codec.decode(kept), [np.arange(10_000, dtype=np.int32)])
 
 
 # msgpack: what is refused, and where
