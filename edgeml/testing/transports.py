@@ -20,6 +20,7 @@ import os
 import queue
 import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -922,6 +923,30 @@ class TransportTests:
         last[1](Message(b"fine"))
         assert other.result(_PATIENCE).header == b"fine"
 
+    def test_no_call_outlives_its_deadline_beside_a_stalled_upload(
+        self, net: _Net, child: Callable[..., _Child]
+    ) -> None:
+        server = child("serve", self.url)
+        url = Url.parse(server.line())
+        with net.transport.connect(url, _PATIENCE) as requester:
+            requester.call(Message(b""), _PATIENCE)
+            server.freeze()
+            upload = requester.request(_message(b"", 10 * _MB))
+            waiting = net.start(requester.call, Message(b""), 0.2)
+            with pytest.raises(DeadlineExceeded):
+                waiting.result(2.0)
+            assert upload.cancel()
+            for size in (0, 5 * _MB, 0):
+                for _ in range(2):
+                    waiting = net.start(requester.call, _message(b"", size), 0.2)
+                    with pytest.raises(DeadlineExceeded):
+                        waiting.result(2.0)
+            with _within(2.0):
+                requester.close()
+        server.thaw()
+        with net.transport.connect(url, _PATIENCE) as requester:
+            assert requester.call(Message(b"unharmed"), _PATIENCE).header == b"unharmed"
+
     # Memory -------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("how", ["call", "request", "late", "cancelled"])
@@ -1078,6 +1103,15 @@ class _Child:
         """As ``kill -9`` does."""
         self._process.kill()
         self._process.wait(_PATIENCE)
+
+    def freeze(self) -> None:
+        """Stop it, as a machine that hangs does: its connections stay, but nobody reads."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # until it has stopped
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
         self.kill()

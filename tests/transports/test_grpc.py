@@ -579,6 +579,18 @@ def test_a_large_reply_whose_fetch_is_broken_off_is_dropped_and_counted(
     assert not endpoint._kept
 
 
+@pytest.mark.parametrize("size", [1000, LIMIT + 1], ids=["small", "large"])
+def test_a_request_that_is_cancelled_is_given_up_at_both_ends(parking, size):
+    _, requester, taken = parking
+    before = set(threading.enumerate())
+    future = requester.request(Message(b"x", [memoryview(bytes(size))]))
+    wait_until(lambda: taken)
+    assert future.cancel()
+    wait_until(lambda: taken[0][1].expired)
+    wait_until(lambda: set(threading.enumerate()) <= before)
+    assert not requester.lost
+
+
 # Ends -------------------------------------------------------------------------------------
 
 

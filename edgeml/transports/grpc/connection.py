@@ -41,13 +41,13 @@ from edgeml.transports.grpc.protocol import (
     pieces,
 )
 
+# Retries stay as gRPC has them, with nothing but a request that no server has seen sent again:
+# without its code for them, no deadline fires behind a stream that the server has stopped reading.
 _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # or connections to one server would be one
-    ("grpc.enable_retries", 0),  # a request is sent once
     ("grpc.initial_reconnect_backoff_ms", 100),
 ]
 _MOMENT = 0.4  # seconds that closing waits for gRPC, which now and then takes a second over it
-_FOR_EVER = 1e8  # seconds; three years
 
 
 class Connection(Requester):
@@ -94,10 +94,8 @@ class Connection(Requester):
 
     def call(self, message: Message, timeout: float) -> Message:
         """See `Requester.call`."""
+        deadline = time.monotonic() + timeout
         size, parts = parts_of(message)
-        return self._exchange(size, parts, time.monotonic() + timeout, timeout)
-
-    def _exchange(self, size: int, parts: Parts, deadline: float, timeout: float) -> Message:
         if self._why is not None:
             raise self._over()
         content = [PREFIX.pack(self._number, size), *parts]
@@ -105,22 +103,17 @@ class Connection(Requester):
             if size > LARGEST_FRAME:
                 with _Sending(content) as sending:
                     return _assembled(self._stream(sending, timeout=timeout))
-            return self._opened(self._request(b"".join(content), timeout=timeout), deadline)
+            piece = self._request(b"".join(content), timeout=timeout)
+            if _key_of(piece):
+                left = max(0.001, deadline - time.monotonic())
+                return _assembled(self._fetch(self._wanted(piece), timeout=left))
+            return _opened(piece)
         except (grpc.RpcError, ValueError) as error:
             raise self._meant(error, timeout) from None
 
-    def _opened(self, piece: bytes, deadline: float) -> Message:
-        """The message of a reply, fetched first if it was too large for one piece."""
-        if len(piece) < PREFIX.size:
-            raise Malformed("a reply without a prefix")
-        key, size = PREFIX.unpack_from(piece)
-        if key:
-            left = max(0.001, deadline - time.monotonic())
-            return _assembled(self._fetch(PREFIX.pack(self._number, key), timeout=left))
-        frame = memoryview(piece)[PREFIX.size :]
-        if len(frame) != size:
-            raise Malformed("a reply that is not as long as its prefix says")
-        return unframe(frame)
+    def _wanted(self, piece: bytes) -> bytes:
+        """What asks for the reply that is kept under a piece's key."""
+        return PREFIX.pack(self._number, _key_of(piece))
 
     def _meant(self, error: Exception, timeout: float) -> EdgemlError:
         """What an error of gRPC means here; one after which nothing more will be sent is kept."""
@@ -148,43 +141,52 @@ class Connection(Requester):
         if self._why is not None:
             raise self._over()
         number, future = self._pending.add()
-        if size > LARGEST_FRAME:
-            size, parts = parts_of(own(message))
-            self._start(number, lambda: self._exchange(size, parts, _FOR_EVER, _FOR_EVER))
-            return future
-        piece = b"".join([PREFIX.pack(self._number, size), *parts])
+        prefix = PREFIX.pack(self._number, size)
+        calls: list[Any] = []  # of gRPC, that this one takes: the last is under way
         try:
-            call = self._request.future(piece)
+            if size > LARGEST_FRAME:
+                _, parts = parts_of(own(message))
+                calls.append(self._stream(pieces([prefix, *parts])))
+            else:
+                calls.append(self._request.future(b"".join([prefix, *parts])))
         except ValueError as error:
             future.cancel()
             raise self._meant(error, 0) from None
-        call.add_done_callback(lambda done: self._done(number, done))
-        future.add_done_callback(lambda done: call.cancel() if done.cancelled() else None)
+        future.add_done_callback(lambda done: calls[-1].cancel() if done.cancelled() else None)
+        if size > LARGEST_FRAME:
+            self._receive(number, calls[0])
+        else:
+            calls[0].add_done_callback(lambda _: self._done(number, calls))
         return future
 
-    def _done(self, number: int, call: Any) -> None:
+    def _done(self, number: int, calls: list[Any]) -> None:
         with self._lock:
             self._threads.add(threading.current_thread())
         outcome: Message | Exception
         try:
-            piece = call.result()
-            if len(piece) == PREFIX.size:  # the rest is to be fetched, which may take a while
+            piece = calls[0].result()
+            if _key_of(piece):
+                calls.append(self._fetch(self._wanted(piece)))
                 if number in self._pending:
-                    self._start(number, lambda: self._opened(piece, _FOR_EVER))
+                    self._receive(number, calls[-1])
+                else:  # cancelled just now
+                    calls[-1].cancel()
                 return
-            outcome = self._opened(piece, _FOR_EVER)
+            outcome = _opened(piece)
         except (grpc.RpcError, grpc.FutureCancelledError, EdgemlError, ValueError) as error:
             outcome = self._meant(error, 0)
         self._pending.settle(number, outcome)
 
-    def _start(self, number: int, work: Any) -> None:
-        """Do something large in a thread of its own."""
+    def _receive(self, number: int, call: Any) -> None:
+        """Receive a large reply, or the reply to what is large, in a thread of its own."""
 
         def run() -> None:
+            outcome: Message | Exception
             try:
-                outcome: Message | Exception = work()
+                outcome = _assembled(call)
             except Exception as error:
-                outcome = self._meant(error, 0)
+                # One that was cancelled tells nothing about the connection.
+                outcome = self._meant(error, 0) if number in self._pending else error
             with self._lock:
                 self._threads.discard(thread)
             self._pending.settle(number, outcome)
@@ -246,6 +248,21 @@ class _Sending(Iterator[bytes]):
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._pieces = iter(())
+
+
+def _key_of(piece: bytes) -> int:
+    """Under which a reply is to be fetched, as it is too large for one piece; 0 if it is here."""
+    if len(piece) < PREFIX.size:
+        raise Malformed("a reply without a prefix")
+    return int(PREFIX.unpack_from(piece)[0])
+
+
+def _opened(piece: bytes) -> Message:
+    """The message of a reply that came in one piece."""
+    frame = memoryview(piece)[PREFIX.size :]
+    if len(frame) != PREFIX.unpack_from(piece)[1]:
+        raise Malformed("a reply that is not as long as its prefix says")
+    return unframe(frame)
 
 
 def _assembled(received: Iterable[bytes]) -> Message:
