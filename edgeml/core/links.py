@@ -220,8 +220,15 @@ class _Connection(Requester):
         self._receiving = asyncio.create_task(self._receive())
 
     async def _receive(self) -> None:
-        why = await self._traffic.receive(self._pending.settle)
-        self._lose(Unreachable(f"the connection to {self.url} was lost: {why}"))
+        why = await self._traffic.receive(self._settle)
+        # Behind the last replies.
+        self._loop.pass_on(self._lose, Unreachable(f"the connection to {self.url} was lost: {why}"))
+
+    def _settle(self, number: int, outcome: Message | EdgemlError) -> None:
+        if self._loop.inside:  # a future's callback may take long, or call
+            self._loop.pass_on(self._pending.settle, number, outcome)
+        else:
+            self._pending.settle(number, outcome)
 
     def _lose(self, why: EdgemlError) -> None:
         self._over = self._over or why
@@ -231,12 +238,17 @@ class _Connection(Requester):
     def lost(self) -> bool:
         return self._over is not None
 
+    def call(self, message: Message, timeout: float) -> Message:
+        if self._loop.inside:  # in a future's callback: another thread must receive the reply
+            self._loop.relieve()
+        return super().call(message, timeout)
+
     def request(self, message: Message) -> Future[Message]:
         if self._over is not None:
             raise copy_error(self._over)
         number, future = self._pending.add()
         try:
-            self._traffic.put(number, message, lambda why: self._pending.settle(number, why))
+            self._traffic.put(number, message, lambda why: self._settle(number, why))
         except EdgemlError:  # not to be encoded
             future.cancel()
             raise

@@ -8,7 +8,7 @@ What a transport does with it::
 
     loop = Loop(f"edgeml {url}")
     server = loop.start(open_server()).result()        # any coroutine, from any thread
-    loop.pass_on(on_request, message, reply)           # from within the loop
+    loop.pass_on(on_request, message, reply)           # from within the loop: what a user gave
     loop.do(write, piece)                              # from any thread: replies, requests
     loop.relieve()                                     # which is all of Endpoint.relieve
     loop.close(stop_server)                            # and most of Endpoint.close
@@ -29,8 +29,6 @@ from typing import Any, TypeVar
 
 from edgeml.core.errors import Closed
 from edgeml.core.forks import leave_to_parent, watch_forks
-from edgeml.core.message import Message
-from edgeml.core.transport import OnRequest, Reply
 
 __all__ = ["Loop"]
 
@@ -168,28 +166,29 @@ class Loop:
         """Call a function in so many seconds, from within the loop."""
         self._asyncio.call_later(seconds, function, *arguments)
 
-    def pass_on(self, on_request: OnRequest, message: Message, reply: Reply) -> None:
-        """Give a request to ``on_request``, from within the loop: next, and as a callback of its
-        own, which `relieve` can leave behind.
+    def pass_on(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call what a user gave (``on_request``, a future's callbacks), from within the loop: next,
+        and as a callback of its own, which `relieve` can leave behind.
         """
-        self._asyncio.call_soon(self._handle, on_request, message, reply)
+        self._asyncio.call_soon(self._handle, function, arguments)
 
-    def _handle(self, on_request: OnRequest, message: Message, reply: Reply) -> None:
+    def _handle(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         if self._over:
             return
         me = threading.get_ident()
         self._handling = True
         try:
-            on_request(message, reply)
+            function(*arguments)
         except BaseException:  # a handler's sys.exit() ends nothing here
-            _log.exception("%s: on_request failed", self._name)
+            _log.exception("%s: what a user gave failed", self._name)
+        del arguments  # or the buffers live until the next one
         with self._turn:
             if self._ident != me:
                 raise _Relieved
             self._handling = False
 
     def relieve(self) -> None:
-        """Carry on in a new thread if ``on_request`` is running; see `Endpoint.relieve`."""
+        """Carry on in a new thread if what was passed on runs; see `Endpoint.relieve`."""
         with self._turn:
             if self._handling:
                 self._handling = False
@@ -200,7 +199,7 @@ class Loop:
 
         Idempotent: only the first call's coroutine is run. From within the loop this returns at
         once, and the loop ends later. Otherwise it returns when the thread has ended; one that is
-        stuck in ``on_request`` is left behind.
+        stuck in what was passed on is left behind.
         """
         with self._turn:
             first, self._closing = not self._closing, True

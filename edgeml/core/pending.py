@@ -41,7 +41,7 @@ class Pending:
         return number in self._requests
 
     def add(self) -> tuple[int, Future[Message]]:
-        """A new request: its number, and the future of its reply.
+        """Begin a request; returns its number, and the future of its reply.
 
         Raises:
             Overloaded: too many are under way.
@@ -52,18 +52,19 @@ class Pending:
         future = self._requests[number] = _Future(self._requests, number)
         return number, future
 
-    def settle(self, number: int, outcome: Message | Exception) -> None:
-        """A reply has come, or an error in its place; dropped if nobody waits any more."""
+    def settle(self, number: int, outcome: Message | Exception) -> bool:
+        """Give a request its reply, or an error in its place; False if nobody waits any more."""
         future = self._requests.pop(number, None)
         if future is None or not future.set_running_or_notify_cancel():
-            return
+            return False
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+        return True
 
     def fail(self, why: Exception) -> None:
-        """Nothing more will come: every request raises an error like this one."""
+        """Have every request raise an error like this one, since nothing more will come."""
         while self._requests:
             _, future = self._requests.popitem()
             if future.set_running_or_notify_cancel():

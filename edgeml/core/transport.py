@@ -166,7 +166,10 @@ class Requester(Endpoint):
             DeadlineExceeded: no reply within ``timeout``.
             Unreachable, Closed, Overloaded: as for `request`.
         """
-        future = self.request(message)
+        return self.wait_for(self.request(message), timeout)
+
+    def wait_for(self, future: Future[Message], timeout: float) -> Message:
+        """Return a request's reply, or forget it and raise DeadlineExceeded after ``timeout``."""
         try:
             return future.result(timeout)
         except FutureTimeout:

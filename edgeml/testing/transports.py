@@ -439,6 +439,30 @@ class TransportTests:
         first.add_done_callback(lambda _: second.put(requester.request(Message(b"second"))))
         assert second.get(timeout=_PATIENCE).result(_PATIENCE).header == b"second"
 
+    def test_a_call_may_be_made_in_a_futures_callback(self, net: _Net) -> None:
+        watched = threading.Event()
+
+        def on_request(message: Message, reply: Reply) -> None:
+            if message.header == b"first":
+                watched.wait(_PATIENCE)
+            reply(message)
+
+        requester = net.connect(net.serve(on_request))
+        second: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+
+        def call(_: Future[Message]) -> None:
+            try:
+                second.put(requester.call(Message(b"second"), 2.0))
+            except Exception as error:
+                second.put(error)
+
+        requester.request(Message(b"first")).add_done_callback(call)
+        watched.set()
+        got = second.get(timeout=_PATIENCE)
+        assert isinstance(got, Message), got
+        assert got.header == b"second"
+        assert requester.call(Message(b"third"), _PATIENCE).header == b"third"
+
     def test_a_callback_that_raises_hurts_nobody(self, net: _Net, parked: _Parked) -> None:
         requester = net.connect(net.serve(parked))
         future = requester.request(Message(b"first"))

@@ -2,15 +2,19 @@
 
 An address is a port number in this process. Every message is copied once (`own`), so that what a
 receiver keeps never changes under it, exactly as over a network.
+
+Threads. A listener has one loop. A connection has a thread in which the futures of `request` are
+settled, so that their callbacks hold up no server, however long they take; a `call` is settled by
+whoever replies.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import ClassVar
 
@@ -22,6 +26,7 @@ from edgeml.core import (
     OnRequest,
     Overloaded,
     Peer,
+    Pending,
     Requester,
     Transport,
     Unreachable,
@@ -29,28 +34,61 @@ from edgeml.core import (
     hookimpl,
     own,
 )
+from edgeml.core.errors import copy_error
+from edgeml.core.forks import explain_fork, watch_forks
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_listeners: dict[int, _Listener] = {}
 _numbers = itertools.count(1)
-_MOST_PENDING = 4096  # requests under way on one connection
 _MOST_WAITING = 1 << 14  # that one listener has not come to, those cancelled meanwhile included
+_MOMENT = 1.0  # seconds that a thread has to end
+
+_Settle = Callable[[int, Message], bool]
+
+
+class _Ports:
+    """The listeners of this process, by port."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: dict[int, _Listener] = {}
+        watch_forks(self)
+
+    def take(self, port: int, listener: _Listener) -> int:
+        """Have a listener found at a port, or at any free one for 0; returns the port."""
+        with self._lock:
+            taken = self._listeners
+            port = port or next((p for p in range(49152, 65536) if p not in taken), 0)
+            if not port or port in taken:
+                raise OSError(f"inproc port {port or ''} is taken in this process")
+            taken[port] = listener
+        return port
+
+    def find(self, port: int) -> _Listener | None:
+        with self._lock:
+            return self._listeners.get(port)
+
+    def give_back(self, port: int) -> None:
+        with self._lock:
+            del self._listeners[port]
+
+    def abandon(self) -> None:
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._listeners.clear()
+
+
+_ports = _Ports()
 
 
 class _Listener(Endpoint):
     def __init__(self, url: Url, on_request: OnRequest) -> None:
-        with _lock:
-            port = url.port or next((p for p in range(49152, 65536) if p not in _listeners), 0)
-            if not port or port in _listeners:
-                raise OSError(f"inproc port {port or ''} is taken in this process")
-            _listeners[port] = self
-        self.url = url.with_port(port)
-        self.inbox: queue.SimpleQueue[tuple[Message, _Reply] | None] = queue.SimpleQueue()
-        self.connections: set[_Connection] = set()
-        self.closed = False
         self._on_request = on_request
+        self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[tuple[Message, _Reply] | None] = queue.SimpleQueue()
+        self._connections: set[_Connection] = set()
+        self._closed = False
+        self.url = url.with_port(_ports.take(url.port, self))
         self._start_loop()
+        watch_forks(self)
 
     def _start_loop(self) -> None:
         self._handling = False
@@ -59,7 +97,7 @@ class _Listener(Endpoint):
 
     def _run(self) -> None:
         me = threading.current_thread()
-        while (item := self.inbox.get()) and not self.closed:
+        while (item := self._inbox.get()) and not self._closed:
             self._handling = True
             try:
                 if not item[1].expired:
@@ -67,36 +105,67 @@ class _Listener(Endpoint):
             except BaseException:  # a handler's sys.exit() ends nothing here
                 _log.exception("%s: on_request failed", self.url)
             del item  # or the buffers live until the next request
-            with _lock:
+            with self._lock:
                 if self._loop is not me:
                     return
                 self._handling = False
 
     def relieve(self) -> None:
-        with _lock:
-            if self._handling and not self.closed:
+        with self._lock:
+            if self._handling and not self._closed:
                 self._start_loop()
 
+    def attach(self, connection: _Connection) -> None:
+        """Have a connection told when this closes."""
+        with self._lock:
+            if self._closed:
+                raise Unreachable(f"{self.url} has closed")
+            self._connections.add(connection)
+
+    def detach(self, connection: _Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+
+    def put(self, message: Message, reply: _Reply) -> None:
+        """Take a request."""
+        if self._inbox.qsize() >= _MOST_WAITING:
+            raise Overloaded(f"{_MOST_WAITING} requests to {self.url} are waiting")
+        self._inbox.put((message, reply))
+
+    def drop(self) -> None:
+        """Count a reply that nobody waits for."""
+        with self._lock:
+            self.dropped += 1
+
     def close(self) -> None:
-        with _lock:
-            if self.closed:
+        with self._lock:
+            if self._closed:
                 return
-            self.closed = True
-            del _listeners[self.url.port]
-            connections = list(self.connections)
-        self.inbox.put(None)
+            self._closed = True
+            connections = list(self._connections)
+        _ports.give_back(self.url.port)
+        self._inbox.put(None)
         for connection in connections:
             connection.lose(Unreachable(f"{self.url} has closed"))
         if self._loop is not threading.current_thread():
-            self._loop.join(1.0)
+            self._loop.join(_MOMENT)
+
+    def abandon(self) -> None:
+        """Forget everything, in a forked child, where the loop is not."""
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._closed = True
 
 
 class _Reply:
-    __slots__ = ("_connection", "_future")
+    __slots__ = ("_connection", "_number", "_pending", "_settle")
 
-    def __init__(self, connection: _Connection, future: Future[Message]) -> None:
+    def __init__(
+        self, connection: _Connection, pending: Pending, number: int, settle: _Settle
+    ) -> None:
         self._connection = connection
-        self._future = future
+        self._pending = pending
+        self._number = number
+        self._settle = settle
 
     @property
     def peer(self) -> Peer:
@@ -104,75 +173,88 @@ class _Reply:
 
     @property
     def expired(self) -> bool:
-        return self._future.done()
+        return self._number not in self._pending
 
     def __call__(self, message: Message) -> None:
-        message = own(message)
-        if not self._connection.settle(self._future, message):
-            with _lock:
-                self._connection.listener.dropped += 1
+        if self.expired or not self._settle(self._number, own(message)):
+            self._connection.listener.drop()
 
 
 class _Connection(Requester):
     def __init__(self, url: Url) -> None:
+        listener = _ports.find(url.port)
+        if listener is None:
+            raise Unreachable(f"nobody serves {url} in this process")
         self.url = url
+        self.listener = listener
         number = next(_numbers)
         self.peer = Peer(f"{number}", f"inproc connection {number}")
-        self._pending: set[Future[Message]] = set()
-        self._lost: Exception | None = None
-        with _lock:
-            if url.port not in _listeners:
-                raise Unreachable(f"nobody serves {url} in this process")
-            self.listener = _listeners[url.port]
-            self.listener.connections.add(self)
+        self._lock = threading.Lock()
+        self._calls, self._requests = Pending(), Pending()
+        self._arrived: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
+        self._why: Exception | None = None  # set once, when it is over
+        listener.attach(self)
+        self._thread = threading.Thread(target=self._run, name=f"edgeml to {url}", daemon=True)
+        self._thread.start()
+        watch_forks(self)
+
+    def _run(self) -> None:
+        """Settle requests until the connection is over."""
+        while arrived := self._arrived.get():
+            if not self._requests.settle(*arrived):
+                self.listener.drop()
+            del arrived  # or the buffers live until the next reply
+        self._requests.fail(self._over())
+
+    def _arrive(self, number: int, message: Message) -> bool:
+        self._arrived.put((number, message))
+        return True
 
     @property
     def lost(self) -> bool:
-        return self._lost is not None
+        return self._why is not None
+
+    def _over(self) -> Exception:
+        return copy_error(self._why or Unreachable(f"the connection to {self.url} was lost"))
+
+    def call(self, message: Message, timeout: float) -> Message:
+        return self.wait_for(self._ask(message, self._calls, self._calls.settle), timeout)
 
     def request(self, message: Message) -> Future[Message]:
-        future: Future[Message] = Future()
-        message = own(message)
-        with _lock:
-            if self._lost is not None:
-                raise type(self._lost)(*self._lost.args)
-            if len(self._pending) >= _MOST_PENDING or self.listener.inbox.qsize() >= _MOST_WAITING:
-                raise Overloaded(f"{len(self._pending)} requests to {self.url} are under way")
-            self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
-        self.listener.inbox.put((message, _Reply(self, future)))
-        return future
+        return self._ask(message, self._requests, self._arrive)
 
-    def settle(self, future: Future[Message], result: Message | Exception) -> bool:
-        """Complete a request; False if nobody waits for it any more."""
-        with _lock:
-            if future not in self._pending:
-                return False
-            self._pending.discard(future)
-        if not future.set_running_or_notify_cancel():
-            return False
-        if isinstance(result, Message):
-            future.set_result(result)
-        else:
-            future.set_exception(result)
-        return True
+    def _ask(self, message: Message, pending: Pending, settle: _Settle) -> Future[Message]:
+        message = own(message)
+        with self._lock:
+            if self._why is not None:
+                raise self._over()
+            number, future = pending.add()
+            try:
+                self.listener.put(message, _Reply(self, pending, number, settle))
+            except Overloaded:
+                future.cancel()
+                raise
+        return future
 
     def lose(self, why: Exception) -> None:
         """End the connection and every request under way."""
-        with _lock:
-            if self._lost is None:
-                self._lost = why
-            self.listener.connections.discard(self)
-            pending = list(self._pending)
-        for future in pending:
-            self.settle(future, type(why)(*why.args))  # one each: raising adds to an exception
-
-    def forked(self) -> None:
-        """In a forked child: the listener's loop is not there."""
-        self._lost = Closed(f"the connection to {self.url} belongs to the process before the fork")
+        with self._lock:
+            if self._why is None:
+                self._why = why
+        self.listener.detach(self)
+        self._calls.fail(self._over())
+        self._arrived.put(None)  # behind the last replies
 
     def close(self) -> None:
         self.lose(Closed(f"the connection to {self.url} has been closed"))
+        if self._thread is not threading.current_thread():
+            self._thread.join(_MOMENT)
+
+    def abandon(self) -> None:
+        """Forget everything, in a forked child, where the threads are not."""
+        self._lock = threading.Lock()  # whoever held it is not there
+        self._why = explain_fork(self.url)
+        self._calls, self._requests = Pending(), Pending()
 
 
 class InprocTransport(Transport):
@@ -189,19 +271,6 @@ class InprocTransport(Transport):
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
         """See `Transport.connect`; returns or raises at once."""
         return _Connection(url)
-
-
-def _forked() -> None:
-    global _lock
-    _lock = threading.Lock()  # whoever held it is not there
-    for listener in _listeners.values():
-        listener.closed = True
-        for connection in listener.connections:
-            connection.forked()
-    _listeners.clear()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 @hookimpl

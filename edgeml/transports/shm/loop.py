@@ -36,7 +36,7 @@ class Loop:
     def __init__(
         self,
         name: str,
-        on_message: Callable[[Channel, int, Message | Overloaded], None],
+        on_message: Callable[[Channel, int, Message | Overloaded], object],
         on_lost: Callable[[Channel, str], None],
         on_tick: Callable[[], None],
         on_end: Callable[[], None],
