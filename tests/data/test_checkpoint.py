@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from edgeml.core.errors import ConfigMismatch, Malformed, NotEncodable
 from edgeml.data import DataStoreBase, QueuedDataStore, ReplayBuffer, checkpoint
+from edgeml.data.records import RecordWriter
 
 IMAGE = (64, 64, 3)
 
@@ -234,8 +235,7 @@ class TestDamage:
         path, stores = small[1], {"it": {"latest_id": 0, "state": 0, "parts": []}}
         for at in (32, 1 << 40, -64):
             with open(path, "wb") as file:
-                writer = checkpoint._Writer(file.fileno())
-                writer.record({"values": at, "stores": stores}, checkpoint._INDEX)
+                RecordWriter(file.fileno()).append_index({"values": at, "stores": stores})
             self.refused(small, path.read_bytes(), f"no record is at byte {at}")
 
     def test_no_file(self, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeml.core.errors import ConfigMismatch, Malformed
-from edgeml.data.files import rename
+from edgeml.data.files import replace
 from edgeml.data.rlds.tfrecord import FRAMING, framed, is_torn, read_records
 
-__all__ = ["FEATURES", "INFO", "Shards", "Split", "replace", "splits"]
+__all__ = ["FEATURES", "INFO", "Shards", "Split", "splits", "write_whole"]
 
 _log = logging.getLogger(__name__)
 
@@ -289,17 +289,13 @@ class Shards:
             "moduleName": _MODULE,
             "splits": [split],
         }
-        replace(self._directory / INFO, json.dumps(info, indent=2).encode())
+        write_whole(self._directory / INFO, json.dumps(info, indent=2).encode())
 
 
-def replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, either the old one or the new one is there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    rename(temporary, path)  # which also puts the name of a new shard beside it on the disk
+    with replace(path) as fd:  # which also puts the name of a new shard beside it on the disk
+        _write(fd, content)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeml.core.errors import ConfigMismatch, Malformed
 from edgeml.data.extras import load_pillow
-from edgeml.data.rlds.directory import FEATURES, Shards, replace
+from edgeml.data.rlds.directory import FEATURES, Shards, write_whole
 from edgeml.data.rlds.example import Values, encode_example
 from edgeml.data.rlds.features import (
     Feature,
@@ -256,7 +256,7 @@ class RLDSLogger:
                 return
             episodes = self._shards.episodes
             if not self._path.exists():
-                replace(self._path, _content(self._features()))
+                write_whole(self._path, _content(self._features()))
             try:
                 self._shards.append(encode_example(self._example()))
             finally:  # also if Ctrl-C came after it was counted
