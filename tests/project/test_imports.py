@@ -143,6 +143,8 @@ def test_a_copy_keeps_the_rules_too(copy):
         ("transports/zmq/__init__.py", "import edgeml.transports.inproc"),
         ("transports/zmq/__init__.py", "import edgeml.services"),
         ("transports/zmq/__init__.py", "import edgeml.codecs.msgpack"),
+        ("services/trainer/client.py", "import edgeml.services.trainer.server"),
+        ("services/trainer/ledger.py", "import edgeml.services.trainer.uploader"),
         ("transports/inproc.py", "import edgeml.data"),
         ("codecs/msgpack.py", "import edgeml.codecs.cloudpickle"),
         ("codecs/msgpack.py", "import edgeml.transports.zmq"),

@@ -1172,7 +1172,7 @@ def test_many_chunks_under_way_arrive_once_each_and_in_order_whatever_fails(tran
                         for k in range(60)
                     ]
                 )
-                while client._sent["actor_env"] < here.latest_data_id():
+                while client._uploaders[0].unsent:
                     with contextlib.suppress(RemoteError, DeadlineExceeded):
                         client.update(timeout=0.1)
             assert client.lost == 0

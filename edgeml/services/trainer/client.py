@@ -1,0 +1,204 @@
+"""An actor's side."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from edgeml.core.client import Client
+from edgeml.core.errors import DeadlineExceeded, EdgemlError, PermissionDenied
+from edgeml.core.streams import Subscription
+from edgeml.core.transport import Credentials
+from edgeml.core.url import resolve
+from edgeml.data import DataStoreBase
+from edgeml.services.base import ServiceClient
+from edgeml.services.trainer.config import NETWORK, TrainerConfig
+from edgeml.services.trainer.uploader import Uploader
+
+__all__ = ["TrainerClient"]
+
+_log = logging.getLogger(__name__)
+
+_WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
+_LAST_UPDATE = 2.0  # seconds that stopping may spend on what hasn't been sent
+
+
+class TrainerClient(ServiceClient):
+    """An actor's side: uploads its data and receives weights.
+
+    Args:
+        name: selects the learner's store; every actor of a kind passes the same one.
+        host: where the learner is.
+        config: see `TrainerConfig`.
+        data_store: what is uploaded to the store of that name.
+        data_stores: further stores, by name.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, when no learner
+            answers yet.
+        timeout: seconds that connecting, or a call, may take.
+        client_id: this client's identity. Random by default; of two clients with the same one, the
+            newer shuts the older out.
+        transport: in place of the configuration's.
+        codec: the codec's name.
+        writable: whether received arrays are private copies rather than read-only views.
+        credentials: the transport's keys.
+
+    Raises:
+        Unreachable: no learner answers.
+        ConfigMismatch: the learner is configured differently; the text names field and values.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        config: TrainerConfig,
+        data_store: DataStoreBase | None = None,
+        data_stores: dict[str, DataStoreBase] | None = None,
+        wait_for_server: bool | float = False,
+        timeout: float = 10.0,
+        *,
+        client_id: str | None = None,
+        transport: str | None = None,
+        codec: str = "msgpack",
+        writable: bool = False,
+        credentials: Credentials = None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        stores = dict(data_stores or {})
+        if data_store is not None:
+            if name in stores:
+                raise ValueError(f"data_store and data_stores both give a store for {name!r}")
+            stores[name] = data_store
+        self._updating = threading.Lock()
+        self._stopping = threading.Event()
+        self._updater: threading.Thread | None = None
+        wait = _WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server)
+        client = Client(
+            "trainer",
+            resolve(transport or config.transport, host, config.port_number),
+            config=config.shared(),
+            client_id=client_id,
+            label=name,
+            codec=codec,
+            timeout=timeout,
+            wait=wait,
+            writable=writable,
+            credentials=credentials,
+        )
+        super().__init__(client)
+        incarnation = secrets.randbits(63)
+        self._uploaders = [Uploader(n, store, client, incarnation) for n, store in stores.items()]
+
+    @property
+    def lost(self) -> int:
+        """Items that a store had overwritten before they could be sent."""
+        return sum(uploader.lost for uploader in self._uploaders)
+
+    def update(self, timeout: float | None = None) -> int:
+        """Send what the learner doesn't have yet; returns how many items it now has more.
+
+        Nothing is sent twice or left out, whatever happens under way: an error means that the
+        rest will be sent by the next call.
+
+        Args:
+            timeout: seconds for each message; the client's own by default.
+
+        Raises:
+            DeadlineExceeded, Unreachable: no answer.
+            UnknownInterface: the learner has no store of that name; the text lists those known.
+            RemoteError: the learner's store refused the data, or its callback raised.
+            PermissionDenied: a newer client has the same explicit ``client_id``.
+            NotEncodable: an item can't be carried; the text says where it is, and what to do.
+        """
+        with self._updating:
+            return sum(uploader.update(timeout) for uploader in self._uploaders)
+
+    def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
+        """Ask the learner something; returns what its ``request_callback`` gives.
+
+        Args:
+            type: one of the configuration's ``request_types``.
+            payload: any value that the codec carries; an empty dict by default.
+            timeout: seconds; the client's own by default.
+
+        Raises:
+            UnknownInterface: no such type; the text lists those known.
+            RemoteError: ``request_callback`` raised.
+            DeadlineExceeded, Unreachable: no answer.
+        """
+        return self._client.call("request", [type, {} if payload is None else payload], timeout)
+
+    def recv_network_callback(self, function: Callable[[Any], None]) -> Subscription:
+        """Call ``function`` with the weights that the learner publishes, the current at once.
+
+        It runs in a thread of its own. A slow one skips to the newest (see `Subscription`). Arrays
+        are read-only views, unless this client is ``writable``.
+        """
+        return self._client.subscribe(NETWORK, function)
+
+    def start_async_update(self, interval: float = 10) -> None:
+        """Call `update` every ``interval`` seconds in the background, and once more at the end.
+
+        The end is `stop`, or that of the program. The first of several failures is logged, and the
+        data goes with a later update.
+        """
+        if not interval > 0:
+            raise ValueError(f"interval must be positive, not {interval}")
+        if self._updater is not None:
+            raise RuntimeError("updates are running already")
+        self._updater = threading.Thread(
+            target=self._keep_updating, args=(interval,), name="edgeml updates", daemon=True
+        )
+        self._updater.start()
+        atexit.register(self.stop)
+
+    def _keep_updating(self, interval: float) -> None:
+        failures = 0
+        while not self._stopping.wait(interval):
+            try:
+                self.update()
+                if failures:
+                    _log.warning("updates of %r go on after %d failures", self.name, failures)
+                failures = 0
+            except PermissionDenied as error:
+                _log.error("updates of %r end: %s", self.name, error)
+                return
+            except Exception as error:  # of a user's own store, too
+                failures += 1
+                if failures == 1:
+                    known = isinstance(error, EdgemlError)
+                    text = "an update of %r failed, and will be repeated: %s"
+                    _log.warning(text, self.name, error, exc_info=not known)
+
+    def stop(self) -> None:
+        """Send what start_async_update hasn't yet, close the connection and end every thread.
+
+        What isn't sent, because no updates were running or no learner answers, is logged.
+        """
+        atexit.unregister(self.stop)
+        first = not self._stopping.is_set()
+        self._stopping.set()
+        why = "update() was not called for them"
+        updater, self._updater = self._updater, None
+        if updater is not None and updater is not threading.current_thread():
+            updater.join(_LAST_UPDATE)
+            try:
+                if updater.is_alive():
+                    raise DeadlineExceeded("an update is under way, and gets no answer")
+                self.update(_LAST_UPDATE)
+            except EdgemlError as error:
+                why = str(error)
+        unsent = sum(uploader.unsent for uploader in self._uploaders)
+        if first and unsent:
+            text = "up to %d items of %r were not sent, or not known to have arrived: %s"
+            _log.warning(text, unsent, self.name, why)
+        for uploader in self._uploaders:
+            uploader.close()
+        super().stop()
+        if updater is not None and updater is not threading.current_thread():
+            updater.join(_LAST_UPDATE)

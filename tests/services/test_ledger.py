@@ -1,0 +1,185 @@
+"""The once-only rule, against a model that keeps every number instead of the newest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from edgeml import PermissionDenied
+from edgeml.services.trainer.ledger import Ledger, Verdict
+
+
+def offer(ledger, first, count, *, after=None, acknowledged=0, incarnation=1, client="arm"):
+    """Offer items to a ledger and, as a server does, note them as inserted."""
+    after = first - 1 if after is None else after
+    verdict = ledger.accept(
+        client,
+        incarnation,
+        "demos",
+        acknowledged=acknowledged,
+        after=after,
+        first=first,
+        count=count,
+    )
+    ledger.advance(client, "demos", verdict.mark)
+    return verdict
+
+
+def test_what_is_new_of_an_upload_and_how_far_it_brings():
+    ledger = Ledger()
+    assert offer(ledger, 1, 10) == Verdict(mark=10)
+    assert offer(ledger, 1, 10) == Verdict(mark=10, repeated=10)
+    assert offer(ledger, 6, 10, after=5) == Verdict(mark=15, repeated=5)
+    assert offer(ledger, 20, 2, after=15) == Verdict(mark=21, lost=4)
+    assert offer(ledger, 30, 2) == Verdict(mark=21, gap=True)
+    assert offer(ledger, 22, 0) == Verdict(mark=21)
+
+
+def test_a_client_that_is_not_known_goes_on_from_what_it_was_told():
+    assert offer(Ledger(), 101, 10, acknowledged=100) == Verdict(mark=110)
+    assert offer(Ledger(), 111, 10, acknowledged=100) == Verdict(mark=100, gap=True)
+    # But what was restored has nothing of it.
+    assert offer(Ledger.restore([]), 101, 10, acknowledged=100) == Verdict(mark=0, gap=True)
+
+
+def test_an_incarnation_that_was_replaced_stays_out_also_after_a_restart():
+    ledger = Ledger()
+    offer(ledger, 1, 3, incarnation=5)
+    offer(ledger, 1, 2, incarnation=4)
+    for same in (ledger, Ledger.restore(ledger.state())):
+        with pytest.raises(PermissionDenied, match="'arm'"):
+            offer(same, 4, 1, incarnation=5)
+        assert offer(same, 3, 1, incarnation=4).mark == 3
+        assert offer(same, 3, 1, incarnation=5, client="other").gap
+
+
+def test_accepting_alone_changes_nothing_that_counts():
+    """An insert that fails is tried again."""
+    ledger = Ledger()
+    offer(ledger, 1, 5)
+    for _ in range(2):
+        verdict = ledger.accept("arm", 1, "demos", acknowledged=5, after=5, first=6, count=5)
+        assert verdict == Verdict(mark=10)
+    assert ledger.state() == [["arm", "demos", 1, 5, []]]
+
+
+@pytest.mark.parametrize("state", [None, 3, [1], [["arm", "demos", 1, 5]], [[1, 2, 3, 4, 5]], {}])
+def test_what_is_no_state_is_refused(state):
+    if state == {}:
+        assert Ledger.restore(state).state() == []
+        return
+    with pytest.raises((TypeError, ValueError)):
+        Ledger.restore(state)
+
+
+class Deliveries(RuleBasedStateMachine):
+    """Actors send as `docs/wire.md` says; a network repeats, holds back and drops what they send.
+
+    The model is the obvious one: for each actor's store all the numbers that are there. An upload
+    is taken where all before it are there (or said to be lost), and of it what isn't there.
+    """
+
+    @initialize()
+    def begin(self) -> None:
+        self.ledger = Ledger()
+        self.saved = Ledger().state(), {}, {}  # a checkpoint: marks, and the stores' contents
+        self.there = defaultdict(list)  # (client, incarnation) -> numbers, as they came
+        self.skipped = defaultdict(set)  # ... that it has said to be lost
+        self.incarnation = dict.fromkeys("ab", 1)
+        self.told = defaultdict(int)  # the newest mark that an actor was told
+        self.made = defaultdict(int)  # how many items it has made
+        self.sent = []  # everything that was ever sent, to come at any time and again
+        self.epoch = 0
+
+    clients = st.sampled_from("ab")
+
+    @rule(client=clients, n=st.integers(1, 5))
+    def make(self, client, n) -> None:
+        self.made[client, self.incarnation[client]] += n
+
+    @rule(client=clients, start=st.integers(0, 6), n=st.integers(0, 6), gone=st.integers(0, 3))
+    def send(self, client, start, n, gone) -> None:
+        """Send some items from a bit after the mark on, those just before maybe overwritten."""
+        me = client, self.incarnation[client]
+        after = min(self.told[me] + start, self.made[me])
+        first = min(after + 1 + gone, self.made[me] + 1)
+        count = min(n, self.made[me] + 1 - first)
+        self.sent.append((*me, self.told[me], after, first, count, self.epoch))
+
+    @rule(data=st.data())
+    def arrive(self, data) -> None:
+        if not self.sent:
+            return
+        upload = data.draw(st.sampled_from(self.sent))
+        client, incarnation, told, after, first, count, epoch = upload
+        me = client, incarnation
+        if epoch != self.epoch:
+            return  # of a connection to the server before
+        there = set(self.there[me]) | self.skipped[me]
+        try:
+            verdict = self.ledger.accept(
+                client,
+                incarnation,
+                "s",
+                acknowledged=told,
+                after=after,
+                first=first,
+                count=count,
+            )
+        except PermissionDenied:
+            assert incarnation < self.incarnation[client]
+            return
+        numbers = range(first, first + count)
+        if verdict.gap:
+            assert not set(range(1, after + 1)) <= there
+        else:
+            assert set(range(1, after + 1)) <= there
+            new = [n for n in numbers if n not in there]
+            assert list(numbers[verdict.repeated :]) == new
+            if new:
+                lost = set(range(after + 1, first)) - there
+                assert verdict.lost == len(lost)
+                self.skipped[me] |= lost
+                self.there[me] += new
+                self.ledger.advance(client, "s", verdict.mark)
+        assert verdict.mark == max(self.there[me], default=0)
+        self.told[me] = max(self.told[me], verdict.mark)
+
+    @rule(client=clients)
+    def replace(self, client) -> None:
+        """A newer client with the same id; what the old one has sent may come until it is seen."""
+        self.incarnation[client] += 1
+        self.sent = [upload for upload in self.sent if upload[0] != client]
+
+    @rule()
+    def save(self) -> None:
+        there = {me: list(numbers) for me, numbers in self.there.items()}
+        skipped = {me: set(numbers) for me, numbers in self.skipped.items()}
+        self.saved = self.ledger.state(), there, skipped
+
+    @rule()
+    def restart(self) -> None:
+        """The server comes back from its checkpoint, and tells each actor how far it is."""
+        state, there, skipped = self.saved
+        self.ledger = Ledger.restore(state)
+        self.epoch += 1
+        self.there = defaultdict(list, {me: list(n) for me, n in there.items()})
+        self.skipped = defaultdict(set, {me: set(n) for me, n in skipped.items()})
+        for me in list(self.told):
+            self.told[me] = max(self.there[me], default=0)
+
+    @invariant()
+    def each_once_and_in_order(self) -> None:
+        if not hasattr(self, "there"):
+            return
+        for me, numbers in self.there.items():
+            assert numbers == sorted(set(numbers))
+            assert set(range(1, max(numbers, default=0) + 1)) == set(numbers) | self.skipped[me]
+
+
+TestDeliveries = Deliveries.TestCase
+TestDeliveries.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
