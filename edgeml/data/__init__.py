@@ -7,7 +7,7 @@ from edgeml.data.mixture import Mixture
 from edgeml.data.prefetch import Prefetch, on_device
 from edgeml.data.prioritized import PrioritizedReplayBuffer
 from edgeml.data.queued import QueuedDataStore
-from edgeml.data.replay import ReplayBuffer, ReplayBufferDataStore, transition_example
+from edgeml.data.replay import ReplayBuffer, ReplayBufferDataStore
 from edgeml.data.samplers import (
     FutureSampler,
     LatestSampler,
@@ -15,12 +15,14 @@ from edgeml.data.samplers import (
     Sampler,
     SequenceSampler,
 )
+from edgeml.data.selectors import PrioritizedSelector, Selector, UniformSelector
+from edgeml.data.shapes import DataShape
 from edgeml.data.trajectory import (
-    DataShape,
     TrajectoryBuffer,
     TrajectoryBufferDataStore,
     make_default_trajectory_buffer,
 )
+from edgeml.data.transitions import transition_example
 
 __all__ = [
     "DataStoreBase",
@@ -30,6 +32,9 @@ __all__ = [
     "ReplayBufferDataStore",
     "PrioritizedReplayBuffer",
     "transition_example",
+    "Selector",
+    "UniformSelector",
+    "PrioritizedSelector",
     "TrajectoryBuffer",
     "TrajectoryBufferDataStore",
     "make_default_trajectory_buffer",

@@ -1,20 +1,14 @@
-"""Prioritized replay: items are drawn in proportion to how much is to be learned from them.
-
-Schaul et al. 2016, "Prioritized Experience Replay", arXiv 1511.05952; the proportional variant.
-"""
+"""A replay buffer from which more is drawn of what there is most to learn from."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from edgeml.data.batch import Batch
 from edgeml.data.replay import ReplayBuffer
-from edgeml.data.sumtree import SumTree
-from edgeml.data.tree import Array
+from edgeml.data.selectors import PrioritizedSelector
 
 __all__ = ["PrioritizedReplayBuffer"]
 
@@ -53,20 +47,22 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         epsilon: float = 1e-6,
         **options: Any,
     ) -> None:
-        if not (0 <= alpha < math.inf and 0 < epsilon < math.inf):
-            raise ValueError(f"alpha is from 0 up and epsilon above, got {alpha} and {epsilon}")
-        self.beta = beta
-        self._alpha, self._epsilon = alpha, epsilon
-        super().__init__(capacity, **options)
-        self._tree = SumTree(self._n_rows)
-        self._in_tree = 0  # the id up to which items have their place in the tree
-        self._highest = 1.0  # of all priorities ever given: new items get it, to be drawn soon
-        self._stale = 0
+        self._priorities = PrioritizedSelector(alpha, beta, epsilon)
+        super().__init__(capacity, selector=self._priorities, **options)
+
+    @property
+    def beta(self) -> float:
+        """How far the weights make up for the uneven drawing."""
+        return self._priorities.beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._priorities.beta = beta
 
     @property
     def stale(self) -> int:
         """How many priorities came too late: their items had been overwritten."""
-        return self._stale
+        return self._priorities.stale
 
     def update_priorities(self, ids: ArrayLike, priorities: ArrayLike) -> None:
         """Give items new priorities; those that are no longer held are counted in `stale`.
@@ -94,94 +90,4 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         if not (np.isfinite(priorities) & (priorities >= 0)).all():
             raise ValueError("priorities are finite numbers from 0 up")
         with self.lock:
-            if ids.min() < 1 or ids.max() > self._latest:
-                raise ValueError(f"ids are from 1 to {self._latest}: take those of a sample")
-            self._catch_up()
-            held = ids > self._latest - len(self)
-            stale = len(ids) - int(np.count_nonzero(held))
-            if stale:
-                ids, priorities = ids[held], priorities[held]
-            if len(ids):
-                with np.errstate(over="ignore"):  # the tree refuses what is infinite
-                    values = (priorities + self._epsilon) ** self._alpha
-                self._tree.set((ids - 1) % self._n_rows, values)
-                self._highest = max(self._highest, float(priorities.max()))
-            self._stale += stale
-
-    def reset(self, next_id: int | None = None) -> None:
-        """Forget all items; see the base class."""
-        with self.lock:
-            super().reset(next_id)
-            self._tree = SumTree(self._n_rows)
-            self._in_tree = self._latest
-
-    def state(self) -> Any:
-        """Return what the store knows beyond its items."""
-        return {**super().state(), "highest": self._highest, "stale": self._stale}
-
-    def set_state(self, state: Any) -> None:
-        """Take up what `state` gave."""
-        super().set_state(state)
-        # That of another kind of buffer has none.
-        self._highest = float(state.get("highest", self._highest))
-        self._stale = int(state.get("stale", 0))
-
-    def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
-        """Return items as `ReplayBuffer.dump` does, and their priorities."""
-        with self.lock:
-            self._catch_up()
-            batch, extra = super().dump(from_id, limit=limit)
-            rows = self._rows_of(batch.first_id, len(batch))
-            return batch, {**(extra or {}), "priorities": self._tree.get(rows)}
-
-    def restore(self, batch: Batch, extra: Any) -> None:
-        """Insert what `dump` gave."""
-        with self.lock:
-            super().restore(batch, extra)
-            self._catch_up()
-            if extra is not None and "priorities" in extra:  # of another kind of buffer: none
-                kept = min(len(batch), len(self))
-                rows = self._rows_of(self._latest + 1 - kept, kept)
-                self._tree.set(rows, np.asarray(extra["priorities"])[len(batch) - kept :])
-
-    def _adds(self) -> list[tuple[str, np.dtype[Any]]]:
-        return [
-            *super()._adds(),
-            ("ids", np.dtype(np.int64)),
-            ("weights", np.dtype(np.float32)),
-        ]
-
-    def _catch_up(self) -> None:
-        """Give new items their places in the tree, and take those of items that are gone."""
-        new = min(self._latest - self._in_tree, len(self))
-        if new:
-            first = self._latest + 1 - new
-            self._set(first, new, (self._highest + self._epsilon) ** self._alpha)
-            # Rows that are kept for the frames of others.
-            older = max(self._kept_from, self._latest + 1 - self._n_rows)
-            self._set(older, self._latest + 1 - len(self) - older, 0.0)
-            self._in_tree = self._latest
-
-    def _set(self, first_id: int, n: int, value: float) -> None:
-        start = (first_id - 1) % self._n_rows
-        self._tree.set_range(start, min(start + n, self._n_rows), value)
-        self._tree.set_range(0, max(0, start + n - self._n_rows), value)
-
-    def _draw_rows(self, n: int, rng: np.random.Generator) -> Array:
-        self._catch_up()
-        # Not in their order in the ring, for a batch may be cut into smaller ones.
-        return self._tree.find((rng.permutation(n) + rng.random(n)) * (self._tree.total / n))
-
-    def _choose(self, rows: Array, n: int, rng: np.random.Generator) -> Array:
-        values = self._tree.get(rows)
-        return rng.choice(rows, n, p=values / values.sum())
-
-    def _fill(self, outs: dict[int, Array], index: Array) -> None:
-        outs = dict(outs)
-        ids, weights = (outs.pop(self._added_leaf(key), None) for key in ("ids", "weights"))
-        super()._fill(outs, index)
-        if ids is not None:
-            ids[:] = self._ids_of(index)
-        if weights is not None:
-            # n and the sum are the same in all weights, and so in the largest: they cancel.
-            weights[:] = (self._tree.get(index) / self._tree.smallest) ** -self.beta
+            self._priorities.set_priorities(ids, priorities)

@@ -1,27 +1,27 @@
-"""Replay buffers: items as preallocated numpy columns, sampled uniformly."""
+"""Replay buffers: items as preallocated numpy columns, from which batches are sampled."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from edgeml.core.message import empty, private
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.columns import Columns
+from edgeml.data.plans import Plan
 from edgeml.data.prefetch import Prefetch
+from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
-from edgeml.data.tree import Array, describe, fill, is_plain, leaves_of, paths_of
+from edgeml.data.selectors import Selector, UniformSelector
+from edgeml.data.transitions import Transitions, transition_example
+from edgeml.data.tree import Array, fill, leaves_of
 
-__all__ = ["ReplayBuffer", "ReplayBufferDataStore", "transition_example"]
+__all__ = ["ReplayBuffer", "ReplayBufferDataStore"]
 
 _DRAWS = 8  # rounds in which items of too old a policy are drawn anew, before the others are listed
 _VERSION = "policy_version"
-_POOLED = 1 << 16  # bytes; below this malloc is fast enough
 
 
 class ReplayBuffer(DataStoreBase):
@@ -60,6 +60,9 @@ class ReplayBuffer(DataStoreBase):
             more axis after the batch's (default 1: no such axis). Each frame is kept once. At the
             start of an episode its first frame is repeated. (Mnih et al. 2015.)
 
+        selector: chooses the items of a sample (default: a `UniformSelector`); it is this buffer's
+            alone.
+
     Raises:
         ValueError: by the inserts, for an item that doesn't fit. The text gives the path to the
             part and both shapes or structures, and the store is as it was.
@@ -74,6 +77,7 @@ class ReplayBuffer(DataStoreBase):
         n_step: int = 1,
         discount: float = 0.99,
         frame_stack: int = 1,
+        selector: Selector | None = None,
     ) -> None:
         super().__init__(capacity)
         if n_step < 1 or frame_stack < 1:
@@ -81,27 +85,23 @@ class ReplayBuffer(DataStoreBase):
         if not 0 <= discount <= 1:
             raise ValueError(f"discount is from 0 to 1, got {discount}")
         self._rng = np.random.default_rng(seed)
-        self._n_step, self._discount, self._stack = n_step, discount, frame_stack
+        self._looks = n_step, discount, frame_stack
         # Rows are kept for the frames of the oldest item's stack, too.
-        self._n_rows = self._cuts_kept = capacity + frame_stack - 1
-        self._latest = 0  # ids: of the newest item,
-        self._before = 0  # of the one before the first that counts as held,
-        self._kept_from = 1  # and of the first whose row was written
+        self._ring = Ring(capacity, spare=frame_stack - 1)
+        self._cuts_kept = self._ring.n_rows
+        self._selector = UniformSelector() if selector is None else selector
+        self._selector.attach(self._ring)
         self._schema: Schema | None = None
-        self._transition: _Transition | None = None
-        self._added: list[tuple[str, int, np.dtype[Any]]] = []
-        self._plans: dict[Any, _Plan] = {}  # by the keys that are wanted
         self._columns: Columns
-        # Of each row: whether its episode goes no further, and the id of that episode's first item.
-        self._ends, self._begins = np.zeros(self._n_rows, np.bool_), np.empty(0, np.int64)
-        if frame_stack > 1:
-            self._begins = np.zeros(self._n_rows, np.int64)
+        self._transitions: Transitions
+        self._added: dict[str, int] = {}  # keys that samples have besides, and their leaves
+        self._plans: dict[Any, Plan] = {}  # by the keys that are wanted
         if example is not None:
-            self._allocate(Schema(example))
+            self._set_schema(Schema(example))
 
     def __len__(self) -> int:
         with self.lock:
-            return self._held()
+            return self._ring.held
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +111,7 @@ class ReplayBuffer(DataStoreBase):
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""
         with self.lock:  # `restore` goes back for a moment
-            return self._latest
+            return self._ring.latest
 
     def insert(self, item: Any) -> None:
         """Insert a copy of one item; the class tells what it raises."""
@@ -120,14 +120,14 @@ class ReplayBuffer(DataStoreBase):
             if schema is None:
                 schema = Schema(item)
                 leaves = schema.fit(item)
-                self._allocate(schema)
+                self._set_schema(schema)
             else:
                 leaves = schema.fit(item)
-            row = self._latest % self._n_rows
+            ring = self._ring
+            row = ring.latest % ring.n_rows
             self._columns.write(row, leaves)
-            if self._transition is not None:
-                self._mark(row, leaves[self._transition.dones])
-            self._latest += 1
+            self._transitions.mark(row, leaves)
+            ring.latest += 1
 
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
         """Insert copies of items in one step; the class tells what it raises."""
@@ -138,33 +138,30 @@ class ReplayBuffer(DataStoreBase):
             schema = self._schema or Schema(batch[0])
             columns = schema.fit_batch(batch)
             if self._schema is None:
-                self._allocate(schema)
-            kept = min(len(batch), self._n_rows)
+                self._set_schema(schema)
+            ring = self._ring
+            kept = min(len(batch), ring.n_rows)
             if kept < len(batch):
                 columns = [column[-kept:] for column in columns]
-            first = self._latest + len(batch) - kept + 1
-            row = (first - 1) % self._n_rows
-            self._columns.write_many(row, columns, kept)
+            first = ring.latest + len(batch) - kept + 1
+            self._columns.write_many(ring.find_row(first), columns, kept)
             cuts = [cut - len(batch) + kept for cut in batch.cuts if cut >= len(batch) - kept]
-            if self._transition is not None:
-                dones = np.asarray(columns[self._transition.dones], np.bool_)
-                self._mark_many(first, dones, cuts)
-            self._latest += len(batch)
+            self._transitions.mark_many(first, columns, cuts)
+            ring.latest += len(batch)
             self.take_cuts(cuts, first)
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
         with self.lock:
-            first, n = self._range(from_id, limit)
+            first, n = self._ring.find_range(from_id, limit)
             grabbed, cuts = self._grab(first, n), self.cuts_within(first, n)
         return self._split(grabbed, first).cut(cuts)
 
     def reset(self, next_id: int | None = None) -> None:
         """Forget all items; see the base class."""
         with self.lock:
-            next_id = self.forget_cuts(next_id)
-            self._latest = self._before = next_id - 1
-            self._kept_from = next_id
+            self._ring.reset(self.forget_cuts(next_id))
+            self._selector.reset()
             if self._schema is not None:
                 self._columns.clear()
 
@@ -172,8 +169,8 @@ class ReplayBuffer(DataStoreBase):
         """End the episode under way: what is inserted next does not follow upon it."""
         with self.lock:
             super().interrupt()
-            if self._latest >= self._kept_from:
-                self._ends[(self._latest - 1) % self._n_rows] = True
+            if self._schema is not None:
+                self._transitions.interrupt()
 
     def sample(
         self,
@@ -185,7 +182,7 @@ class ReplayBuffer(DataStoreBase):
         max_policy_lag: int | None = None,
         policy_version: int | None = None,
     ) -> dict[Any, Any]:
-        """Draw items uniformly, with replacement.
+        """Draw items with replacement; uniformly, unless the selector does otherwise.
 
         Args:
             batch_size: how many.
@@ -209,11 +206,21 @@ class ReplayBuffer(DataStoreBase):
                 unknown key; ``out`` doesn't fit.
         """
         with self.lock:
-            plan = self._plan(keys)
-            outs = plan.arrays(batch_size, out)
+            plan = self._find_plan(keys)
+            arrays = (
+                plan.make_arrays(batch_size) if out is None else plan.take_arrays(batch_size, out)
+            )
             least = self._least_version(max_policy_lag, policy_version)
-            self._fill(outs, self._draw(batch_size, self._rng if rng is None else rng, least))
-            return plan.filled(outs) if out is None else out
+            rows = self._draw(batch_size, self._rng if rng is None else rng, least)
+            if self._transitions.is_plain:
+                self._columns.take(rows, arrays)
+            else:
+                self._transitions.take(
+                    self._columns, rows, arrays, self._added.get("discounts", -1)
+                )
+            if plan.added:
+                self._selector.fill_added(rows, {key: arrays[leaf] for key, leaf in plan.added})
+            return plan.build(arrays) if out is None else out
 
     def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
         """Return a batch as `sample` gives it, with anything in it, for its ``out``.
@@ -222,8 +229,8 @@ class ReplayBuffer(DataStoreBase):
             ValueError: as `sample`.
         """
         with self.lock:
-            plan = self._plan(keys)
-            return plan.filled(plan.arrays(batch_size))
+            plan = self._find_plan(keys)
+            return plan.build(plan.make_arrays(batch_size))
 
     def prefetch(
         self, batch_size: int, *, device: Any = None, depth: int = 2, **options: Any
@@ -247,86 +254,65 @@ class ReplayBuffer(DataStoreBase):
 
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
-        return {**super().state(), "rng": self._rng.bit_generator.state}
+        with self.lock:
+            state = {**super().state(), "rng": self._rng.bit_generator.state}
+            return {**state, **self._selector.state()}
 
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
-        super().set_state(state)
-        self._rng.bit_generator.state = state["rng"]
+        with self.lock:
+            super().set_state(state)
+            self._rng.bit_generator.state = state["rng"]
+            self._selector.set_state(state)
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
-        """Return items as `get_latest_data` does, with the frames before the oldest one."""
+        """Return items as `get_latest_data` does, with the frames before the oldest one.
+
+        And with what the selector knows of them, such as priorities.
+        """
         with self.lock:
-            first, n = self._range(from_id, limit)
-            extra: dict[str, Any] | None = None
-            older = first - max(self._kept_from, self._latest + 1 - self._n_rows)
-            if n and first == self._latest + 1 - len(self) and older > 0:
+            ring = self._ring
+            first, n = ring.find_range(from_id, limit)
+            extra = self._selector.dump(first, n)
+            older = first - ring.oldest_kept
+            if n and first == ring.oldest_id and older > 0:
                 # Rows that are kept for the frames of the oldest items.
                 before = self._split(self._grab(first - older, older), first - older)
                 cuts = self.cuts_within(first - older, older)
-                extra = {"older": before.cut(cuts).to_payload()}
+                extra["older"] = before.cut(cuts).to_payload()
             grabbed, cuts = self._grab(first, n), self.cuts_within(first, n)
-        return self._split(grabbed, first).cut(cuts), extra
+        return self._split(grabbed, first).cut(cuts), extra or None
 
     def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave."""
+        extra = extra or {}
         with self.lock:
-            if extra is not None and "older" in extra and not len(self):
+            if "older" in extra and not len(self):
                 older = Batch.from_payload(extra["older"])
-                self.reset(self._latest + 1 - len(older))
+                self.reset(self._ring.latest + 1 - len(older))
                 self.batch_insert(older)
-                self._before = self._latest
+                self._ring.before = self._ring.latest
             self.batch_insert(batch)
+            self._selector.restore(len(batch), extra)
 
     # Within --------------------------------------------------------------------------------
 
-    def _allocate(self, schema: Schema) -> None:
-        transition = _Transition.of(schema)
-        if transition is None and (self._n_step > 1 or self._stack > 1):
-            raise ValueError(
-                "n_step and frame_stack need items with observations, next_observations (alike), "
-                "rewards, masks and dones"
-            )
-        if transition and self._n_step > 1 and schema.dtypes[transition.rewards].kind in "biu":
-            raise ValueError("discounted sums are no whole numbers: give rewards as floats")
-        self._added = [
-            (key, len(schema.shapes) + i, dtype) for i, (key, dtype) in enumerate(self._adds())
-        ]
-        for key, _, _ in self._added:
+    def _set_schema(self, schema: Schema) -> None:
+        transitions = Transitions(self._ring, schema, *self._looks)
+        added = {**transitions.added, **self._selector.added}
+        for key in added:
             if key in schema.keyed:
                 raise ValueError(f"{key!r} is what samples have besides: rename the items' own")
-        pairs = transition.pairs if transition is not None else []
-        self._columns = Columns(schema, self._n_rows, pairs)
-        self._transition = transition
+        pairs = transitions.leaves.pairs if transitions.leaves is not None else []
+        self._columns = Columns(schema, self._ring.n_rows, pairs)
+        self._added = {key: len(schema.shapes) + i for i, key in enumerate(added)}
+        self._transitions = transitions
         self._schema = schema
-
-    def _adds(self) -> list[tuple[str, np.dtype[Any]]]:
-        """What a sample has besides the keys of an item, one number for each."""
-        return [("discounts", np.dtype(np.float32))] if self._n_step > 1 else []
-
-    def _added_leaf(self, key: str) -> int:
-        return next((number for added, number, _ in self._added if added == key), -1)
-
-    def _held(self) -> int:
-        return min(self._latest - self._before, self._capacity)
-
-    def _rows_of(self, first_id: int, n: int) -> Array:
-        return np.arange(first_id - 1, first_id - 1 + n) % self._n_rows
-
-    def _ids_of(self, rows: Array) -> Array:
-        newest = (self._latest - 1) % self._n_rows
-        return self._latest - (newest - rows) % self._n_rows
-
-    def _range(self, from_id: int, limit: int | None) -> tuple[int, int]:
-        """The first id, and the number, of the items past ``from_id`` that are held."""
-        first = max(from_id + 1, self._latest - len(self) + 1)
-        n = max(0, self._latest + 1 - first)
-        return first, n if limit is None else max(0, min(n, limit))
 
     def _grab(self, first_id: int, n: int) -> list[Array]:
         if not n:
             return []
-        return self._columns.grab((first_id - 1) % self._n_rows, n, self.allocate)
+        return self._columns.grab(self._ring.find_row(first_id), n, self.allocate)
 
     def _split(self, grabbed: list[Array], first_id: int) -> Batch:
         """Make a batch of what was grabbed, which needs no lock."""
@@ -336,36 +322,7 @@ class ReplayBuffer(DataStoreBase):
         leaves = self._columns.split(grabbed, self.allocate)
         return Batch.from_columns(fill(self._schema.skeleton, leaves), first_id)
 
-    def _mark(self, row: int, done: Any) -> None:
-        """Note the episode of the item that gets the next id."""
-        if self._stack > 1:
-            goes_on = self._goes_on(self._latest + 1)
-            self._begins[row] = self._begins[row - 1] if goes_on else self._latest + 1
-        self._ends[row] = done
-
-    def _mark_many(self, first_id: int, dones: Array, cuts: Sequence[int]) -> None:
-        rows = self._rows_of(first_id, len(dones))
-        if 0 in cuts and first_id == self._latest + 1:
-            self._ends[rows[0] - 1] = True
-        starts = np.zeros(len(dones), np.bool_)
-        starts[1:] = dones[:-1]
-        starts[0] = not self._goes_on(first_id)
-        starts[list(cuts)] = True
-        if self._stack > 1:
-            ids = np.arange(first_id, first_id + len(dones))
-            begins = np.where(starts, ids, 0 if starts[0] else self._begins[rows[0] - 1])
-            self._begins[rows] = np.maximum.accumulate(begins)
-        self._ends[rows] = dones
-        self._ends[rows[:-1]] |= starts[1:]
-
-    def _goes_on(self, item_id: int) -> bool:
-        """Whether an item belongs to the episode of the one before, which must be the newest."""
-        newest = self._latest
-        if item_id != newest + 1 or newest < self._kept_from:
-            return False
-        return not self._ends[(newest - 1) % self._n_rows]
-
-    def _plan(self, keys: Iterable[Any] | None) -> _Plan:
+    def _find_plan(self, keys: Iterable[Any] | None) -> Plan:
         if isinstance(keys, str):
             raise ValueError(f"keys are a list of keys, got {keys!r}")
         keys = None if keys is None else tuple(keys)
@@ -376,24 +333,23 @@ class ReplayBuffer(DataStoreBase):
         schema = self._schema
         if schema is None:
             raise ValueError("can't sample from an empty replay buffer")
-        specs = list(zip(schema.shapes, schema.dtypes, strict=True))
-        if self._stack > 1:
-            assert self._transition is not None
-            for leaf in {leaf for pair in self._transition.pairs for leaf in pair}:
-                shape, dtype = specs[leaf]
-                specs[leaf] = ((self._stack, *shape), dtype)
-        skeleton = dict(schema.keyed)
-        for key, number, dtype in self._added:
-            skeleton[key] = number
-            specs.append(((), dtype))
+        transitions = self._transitions
+        specs = [
+            (transitions.shape_of(leaf, shape), dtype)
+            for leaf, (shape, dtype) in enumerate(zip(schema.shapes, schema.dtypes, strict=True))
+        ]
+        specs += [
+            ((), dtype) for dtype in (*transitions.added.values(), *self._selector.added.values())
+        ]
+        skeleton = {**schema.keyed, **self._added}
         if keys is not None:
             if unknown := [key for key in keys if key not in skeleton]:
                 raise ValueError(f"no such keys: {unknown}; there are {list(skeleton)}")
             skeleton = {key: skeleton[key] for key in keys}
-        wanted = {leaf: (*specs[leaf], _nbytes(*specs[leaf])) for leaf in _leaves(skeleton)}
-        made = _Plan(skeleton, wanted)
-        self._plans[keys] = made
-        return made
+        wanted = {leaf: specs[leaf] for leaf in leaves_of(skeleton, skeleton)}
+        added = [(key, skeleton[key]) for key in self._selector.added if key in skeleton]
+        plan = self._plans[keys] = Plan(skeleton, wanted, added)
+        return plan
 
     def _least_version(self, lag: int | None, version: int | None) -> int | None:
         """The oldest version of the weights that will do, or None for any."""
@@ -401,7 +357,8 @@ class ReplayBuffer(DataStoreBase):
             return None
         leaf = self._version_leaf()
         if version is None:
-            version = int(self._columns.look(leaf, np.array((self._latest - 1) % self._n_rows)))
+            newest = np.array(self._ring.find_row(self._ring.latest))
+            version = int(self._columns.look(leaf, newest))
         return version - lag
 
     def _version_leaf(self) -> int:
@@ -413,9 +370,10 @@ class ReplayBuffer(DataStoreBase):
 
     def _draw(self, n: int, rng: np.random.Generator, least: int | None) -> Array:
         """Rows of n items, of policies from the version ``least`` on."""
-        if not self._held():
+        ring, selector = self._ring, self._selector
+        if not ring.held:
             raise ValueError("can't sample from an empty replay buffer")
-        index = self._draw_rows(n, rng)
+        index = selector.draw(n, rng)
         if least is None:
             return index
         leaf = self._version_leaf()
@@ -423,174 +381,14 @@ class ReplayBuffer(DataStoreBase):
         for _ in range(_DRAWS):
             if not len(old):
                 return index
-            index[old] = self._draw_rows(len(old), rng)
+            index[old] = selector.draw(len(old), rng)
             old = old[self._columns.look(leaf, index[old]) < least]
-        rows = self._rows_of(self._latest + 1 - len(self), len(self))
+        rows = ring.find_rows(ring.oldest_id, ring.held)
         rows = rows[self._columns.look(leaf, rows) >= least]
         if not len(rows):
             raise ValueError(f"no item is of a policy from version {least} on")
-        index[old] = self._choose(rows, len(old), rng)
+        index[old] = selector.draw_among(rows, len(old), rng)
         return index
-
-    def _draw_rows(self, n: int, rng: np.random.Generator) -> Array:
-        held = self._held()
-        # Twice as fast as rng.integers, and as even: it is off by less than 2**-53 of the length.
-        index = rng.random(n)
-        index *= held
-        rows = index.astype(np.int64)
-        if held < self._n_rows:  # or all rows are held, whichever the oldest is
-            rows += (self._latest - held) % self._n_rows
-            rows[rows >= self._n_rows] -= self._n_rows
-        return rows
-
-    def _choose(self, rows: Array, n: int, rng: np.random.Generator) -> Array:
-        """Draw among these rows only, as `_draw_rows` does among all."""
-        return rng.choice(rows, n)
-
-    def _fill(self, outs: dict[int, Array], index: Array) -> None:
-        """Write the leaves of these rows into a batch."""
-        if self._n_step == 1 and self._stack == 1:
-            self._columns.take(index, outs)
-        else:
-            self._fill_transitions(dict(outs), index)
-
-    def _fill_transitions(self, outs: dict[int, Array], index: Array) -> None:
-        transition = self._transition
-        assert transition is not None
-        rows, taken = self._ahead(index)
-        last = rows[np.arange(len(index)), taken - 1]
-        if transition.rewards in outs:
-            within = np.arange(self._n_step) < taken[:, None]
-            rewards = self._columns.look(transition.rewards, rows).astype(np.float64)
-            powers = self._discount ** np.arange(self._n_step)
-            outs.pop(transition.rewards)[:] = np.where(within, rewards * powers, 0).sum(axis=1)
-        if (leaf := self._added_leaf("discounts")) in outs:
-            masks = self._columns.look(transition.masks, last)
-            outs.pop(leaf)[:] = self._discount**taken * masks
-        ahead = {leaf: outs.pop(leaf) for leaf in transition.at_the_end if leaf in outs}
-        if self._stack > 1:
-            for a, b in transition.pairs:
-                if a in outs:
-                    self._columns.take_stacks(a, self._before_it(index), outs.pop(a))
-                if b in ahead:
-                    stacks = self._before_it(last)[:, 1:]
-                    self._columns.take_stacks(a, stacks, ahead.pop(b), (b, last))
-        if outs:
-            self._columns.take(index, outs)
-        if ahead:
-            self._columns.take(last, ahead)
-
-    def _ahead(self, index: Array) -> tuple[Array, Array]:
-        """For each row the n that follow it, itself first, and how many are of its episode."""
-        rows = (index[:, None] + np.arange(self._n_step)) % self._n_rows
-        ends = self._ends[rows] | (rows == (self._latest - 1) % self._n_rows)
-        ends[:, -1] = True
-        return rows, ends.argmax(axis=1) + 1
-
-    def _before_it(self, index: Array) -> Array:
-        """For each row those of its stack, itself last: shape (n, k)."""
-        stack = self._ids_of(index)[:, None] + np.arange(1 - self._stack, 1)
-        stack = np.maximum(stack, self._begins[index][:, None])
-        return (stack - 1) % self._n_rows
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is wanted of a sample.
-
-    Attributes:
-        skeleton: its structure, with the numbers of the leaves.
-        specs: of an item's part of each leaf the shape, the dtype and how many bytes it has.
-        sized: the same for the last batch size, the shapes those of the batch.
-    """
-
-    skeleton: Any
-    specs: dict[int, tuple[tuple[int, ...], np.dtype[Any], int]]
-    sized: dict[int, list[tuple[int, tuple[int, ...], np.dtype[Any], bool]]] = field(
-        default_factory=dict
-    )
-
-    def arrays(self, n: int, out: Any = None) -> dict[int, Array]:
-        """Arrays to write n items to, those of ``out`` once they have been found to fit."""
-        if n < 1:
-            raise ValueError(f"batch_size must be at least 1, got {n}")
-        if out is None:
-            if n not in self.sized:
-                self.sized.clear()
-                self.sized[n] = [
-                    (leaf, (n, *shape), dtype, n * size < _POOLED)
-                    for leaf, (shape, dtype, size) in self.specs.items()
-                ]
-            return {
-                leaf: np.empty(shape, dtype) if small else empty(private, shape, dtype)
-                for leaf, shape, dtype, small in self.sized[n]
-            }
-        outs = dict(zip(self.specs, leaves_of(self.skeleton, out), strict=True))
-        for leaf, array in outs.items():
-            shape, dtype = (n, *self.specs[leaf][0]), self.specs[leaf][1]
-            if not (
-                isinstance(array, np.ndarray)
-                and (array.shape, array.dtype) == (shape, dtype)
-                and array.flags.c_contiguous
-                and array.flags.writeable
-            ):
-                raise ValueError(
-                    f"out has {describe(array)} for a contiguous, writable array of {shape} {dtype}"
-                )
-        return outs
-
-    def filled(self, arrays: dict[int, Array]) -> dict[Any, Any]:
-        batch: dict[Any, Any] = fill(self.skeleton, arrays)
-        return batch
-
-
-@dataclass(frozen=True)
-class _Transition:
-    """The numbers of a transition's leaves.
-
-    Attributes:
-        pairs: of each part of an observation, and the same part of the next one.
-    """
-
-    pairs: list[tuple[int, int]]
-    rewards: int
-    masks: int
-    dones: int
-
-    @property
-    def at_the_end(self) -> list[int]:
-        """Leaves that with n steps come from the last of them."""
-        return [self.masks, self.dones, *(following for _, following in self.pairs)]
-
-    @classmethod
-    def of(cls, schema: Schema) -> _Transition | None:
-        """Find them, or return None: these items are something else."""
-        keyed = schema.keyed
-        scalars = [keyed.get(name) for name in ("rewards", "masks", "dones")]
-        if not all(type(leaf) is int and schema.shapes[leaf] == () for leaf in scalars):
-            return None
-        if "observations" not in keyed or "next_observations" not in keyed:
-            return None
-        now, following = keyed["observations"], keyed["next_observations"]
-        # By their paths, since dicts may have the same keys in another order.
-        numbers = dict(zip(paths_of(following), _leaves(following), strict=True))
-        paths = paths_of(now)
-        if numbers.keys() != set(paths):
-            return None
-        pairs = [(a, numbers[path]) for a, path in zip(_leaves(now), paths, strict=True)]
-        for a, b in pairs:
-            if (schema.shapes[a], schema.dtypes[a]) != (schema.shapes[b], schema.dtypes[b]):
-                return None
-        return cls(pairs, *scalars)
-
-
-def _leaves(skeleton: Any) -> list[int]:
-    """The numbers in a part of a skeleton."""
-    return leaves_of(skeleton, skeleton)
-
-
-def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return math.prod(shape) * dtype.itemsize
 
 
 class ReplayBufferDataStore(ReplayBuffer):
@@ -642,32 +440,3 @@ class ReplayBufferDataStore(ReplayBuffer):
             discount=discount,
             frame_stack=frame_stack,
         )
-
-
-def transition_example(
-    observation_space: Any, action_space: Any, extras: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return a transition of zeros, for any store's ``example``; see `ReplayBufferDataStore`."""
-    observation = _zeros(observation_space)
-    return {
-        "observations": observation,
-        "next_observations": observation,
-        "actions": _zeros(action_space),
-        "rewards": np.float32(0),
-        "masks": np.float32(0),
-        "dones": np.False_,
-        **(extras or {}),
-    }
-
-
-def _zeros(space: Any) -> Any:
-    """Return a sample of zeros of a space that looks like one of gymnasium's."""
-    parts = getattr(space, "spaces", None)
-    if isinstance(parts, Mapping):
-        return {key: _zeros(part) for key, part in parts.items()}
-    if isinstance(parts, Sequence):
-        return tuple(_zeros(part) for part in parts)
-    shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
-    if shape is None or dtype is None or not is_plain(np.dtype(dtype)):
-        raise TypeError(f"{space!r} has no fixed shape and numeric dtype to store")
-    return np.zeros(shape, dtype)

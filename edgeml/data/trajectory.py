@@ -1,37 +1,31 @@
 """Trajectory buffers for JAX: rows on a device, from which steps, sequences and goals are drawn.
 
 The work is divided so that a step costs little on either side. The host knows where trajectories
-begin (`edgeml.data.spans`), draws the steps, and gathers inserts in numpy until there are enough,
-or somebody asks, to be worth writing to the device. There, one compiled function writes them, and
-another lets samplers choose rows and gathers these. The arrays are *donated* to the former: it
-writes in place, and the old references are invalid from then on, so that all of this happens
-under the store's lock, and nothing but fresh arrays is handed out.
+begin (`edgeml.data.spans`) and draws the steps; the device has the rows (`edgeml.data.device`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from edgeml.core.message import empty
 from edgeml.data import checkpoint
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
+from edgeml.data.device import DeviceRing, Part, SampleConfig, Transform
 from edgeml.data.extras import load_jax
-from edgeml.data.samplers import LatestSampler, Sampler, Steps
+from edgeml.data.samplers import LatestSampler, Sampler
 from edgeml.data.schema import Schema
+from edgeml.data.shapes import END, DataShape, list_shapes, make_example
 from edgeml.data.spans import Spans
-from edgeml.data.tree import Array, fill, is_plain, nested, paths_of
+from edgeml.data.tree import Array, fill, paths_of
 
 if TYPE_CHECKING:
-    import jax
+    pass
 
 __all__ = [
     "DataShape",
@@ -42,31 +36,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-END = "end_of_trajectory"
-
-_STAGED = 1024  # rows that are gathered before they are written to the device, at most
-_STAGED_BYTES = 4 << 20
-_NARROW = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
 _LARGEST = 1 << 30  # rows; an index and an offset still add up to an int32
 
-Transform: TypeAlias = "Callable[[dict[str, Any], dict[str, jax.Array]], tuple[Any, Any]]"
 StepLogger: TypeAlias = Callable[[Any, bool], None]
-
-
-class DataShape(NamedTuple):
-    """What one part of a step looks like.
-
-    Attributes:
-        name: its key in an item; ``"observations/image"`` is the key ``"image"`` of the dict
-            ``"observations"``.
-        shape: of the part in one step; () is a number.
-        dtype: numeric or bool, by name or as numpy knows it. Types of 64 bits are refused unless
-            ``jax_enable_x64`` is set, for without it JAX would keep half of them.
-    """
-
-    name: str
-    shape: tuple[int, ...] = ()
-    dtype: Any = "float32"
 
 
 class TrajectoryBuffer(DataStoreBase):
@@ -126,7 +98,7 @@ class TrajectoryBuffer(DataStoreBase):
                 f"min_trajectory_length must be at least 1, got {min_trajectory_length}"
             )
         jnp = load_jax().numpy
-        self._schema = Schema(_example(data_shapes))
+        self._schema = Schema(make_example(data_shapes))
         paths = paths_of(self._schema.skeleton)[:-1]
         self._paths = {"/".join(path): path for path in paths}
         specs = list(zip(self._schema.shapes, self._schema.dtypes, strict=True))[:-1]
@@ -138,21 +110,12 @@ class TrajectoryBuffer(DataStoreBase):
                         f"{name} would lose half of its {dtype}: JAX keeps 32 bits. Ask for "
                         f"{dtype.kind}{dtype.itemsize // 2}, or set jax_enable_x64"
                     )
-        self._device = device
         self._rng = np.random.default_rng(seed)
         self._spans = Spans(capacity, min_trajectory_length)
-        self._configs: dict[str, tuple[int, _Plan]] = {}
+        self._configs: dict[str, tuple[int, SampleConfig]] = {}
         self._ends = np.zeros(capacity, np.bool_)  # what items say under end_of_trajectory
         self._sums: dict[str, float] = {}  # of each priority, over the trajectory that goes on
-        self._rows = _Rows(
-            {name: self._column(shape, dtype) for name, (shape, dtype) in self._specs.items()}, {}
-        )
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._specs.values())
-        most = min(_STAGED, capacity, max(1, _STAGED_BYTES // max(1, size)))
-        self._sizes = sorted({1, min(32, most), most})  # a compiled function for each
-        self._staged = self._stage()
-        self._n_staged = 0
-        self._next_written = 1  # id of the first staged row
+        self._rows = DeviceRing(capacity, self._specs, device)
         self._handed_out = 0  # the newest id that get_latest_data gave
         self._warned = False
 
@@ -233,8 +196,7 @@ class TrajectoryBuffer(DataStoreBase):
         with self.lock:
             next_id = self.forget_cuts(next_id)
             self._spans.reset(next_id)
-            self._n_staged = 0
-            self._next_written = next_id
+            self._rows.reset(next_id)
             self._handed_out = next_id - 1
 
     def _insert(self, item: Any) -> None:
@@ -253,22 +215,12 @@ class TrajectoryBuffer(DataStoreBase):
                 sums[name] = _running_sums(
                     name, columns[name], before, np.subtract(firsts, first_id)
                 )
-        most = self._sizes[-1]
-        if self._n_staged + n > most:
-            self._flush()  # before anything is changed: it may fail, or Ctrl-C may come amid it
+        self._rows.prepare(n)
         if n == 1:  # what several items take costs as much again
             self._ends[(first_id - 1) % self._capacity] = leaves[-1]
         else:
             self._ends[np.arange(first_id - 1, first_id - 1 + n) % self._capacity] = leaves[-1]
-        for done in range(0, n, most):
-            if done:
-                self._flush()
-            at, k = self._n_staged, min(n - done, most)
-            for column, values in zip(self._staged.data.values(), leaves, strict=False):
-                column[at : at + k] = values if k == n else values[done : done + k]
-            for name, column in self._staged.sums.items():
-                column[at : at + k] = sums[name][done : done + k]
-            self._n_staged += k
+        self._rows.extend(leaves[:-1], sums, n)
         self._spans.extend(n, firsts)
         for name, values in sums.items():
             self._sums[name] = float(values[-1])
@@ -283,32 +235,6 @@ class TrajectoryBuffer(DataStoreBase):
         if not self._spans.begins(self._spans.oldest_id, len(self)).any():
             for name in self._sums:
                 self._sum_up(name)
-
-    def _flush(self) -> None:
-        """Write what is staged to the device."""
-        n = self._n_staged
-        if not n:
-            return
-        size = next(size for size in self._sizes if size >= n)
-        rows = _Rows(*({name: a[:size] for name, a in part.items()} for part in self._staged))
-        start = np.int32((self._next_written - 1) % self._capacity)
-        self._rows = _compiled().write(self._rows, rows, start, np.int32(n))
-        self._next_written += n
-        # On a CPU, JAX may use the very memory that it was given, for as long as it likes.
-        self._staged = self._stage()
-        self._n_staged = 0
-
-    def _stage(self) -> _Rows:
-        size = self._sizes[-1]
-        return _Rows(
-            {name: np.empty((size, *shape), dtype) for name, (shape, dtype) in self._specs.items()},
-            {name: np.empty(size, np.float32) for name in self._sums},
-        )
-
-    def _column(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        import jax.numpy as jnp
-
-        return jnp.zeros((self._capacity, *shape), dtype, device=self._device)
 
     # What goes out --------------------------------------------------------------------------
 
@@ -349,12 +275,15 @@ class TrajectoryBuffer(DataStoreBase):
             )
             if not leaves:
                 raise ValueError(f"{key}: no data {'/'.join(source)!r}; there is {[*self._specs]}")
-            parts.append(_Part(key, sampler, leaves))
+            parts.append(Part(key, sampler, leaves))
         with self.lock:
             for sampler in samplers.values():
                 if sampler.priority is not None and sampler.priority not in self._sums:
                     self._sum_up(sampler.priority)
-            self._configs[name] = self._spans.add_range((a, b)), _Plan(tuple(parts), transform)
+            self._configs[name] = (
+                self._spans.add_range((a, b)),
+                SampleConfig(tuple(parts), transform),
+            )
 
     def sample(
         self, name: str, batch_size: int, force_indices: Sequence[int] | Array | None = None
@@ -381,7 +310,7 @@ class TrajectoryBuffer(DataStoreBase):
         with self.lock:
             if name not in self._configs:
                 raise ValueError(f"no sample config {name!r}; there is {[*self._configs]}")
-            range_number, plan = self._configs[name]
+            range_number, config = self._configs[name]
             if force_indices is None:
                 drawn = self._spans.draw(range_number, batch_size, self._rng)
                 if drawn is None:
@@ -400,8 +329,7 @@ class TrajectoryBuffer(DataStoreBase):
             begins, ids, ends = drawn
             at = np.stack([(begins - 1) % self._capacity, ids - begins, ends - begins])
             words = self._rng.integers(1 << 32, size=2, dtype=np.uint32)
-            self._flush()
-            data, mask = _compiled().draw(self._rows, at.astype(np.int32), words, plan)
+            data, mask = self._rows.draw(at.astype(np.int32), words, config)
             return data, mask
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
@@ -418,26 +346,10 @@ class TrajectoryBuffer(DataStoreBase):
             n = min(n, limit)
         if n <= 0:
             return Batch.of([], first)
-        leaves = [*self._read(first, n, self._specs).values()]
+        leaves = [*self._rows.read(first, n, self._specs, self.allocate).values()]
         leaves.append(self._ends[np.arange(first - 1, first - 1 + n) % self._capacity])
         batch = Batch.from_columns(fill(self._schema.skeleton, leaves), first)
         return batch.cut(self.cuts_within(first, n))
-
-    def _read(self, first_id: int, n: int, names: Iterable[str]) -> dict[str, Array]:
-        """Columns of n rows, on the host."""
-        self._flush()
-        columns = {name: self._rows.data[name] for name in names}
-        out = {
-            name: empty(self.allocate, (n, *column.shape[1:]), column.dtype)
-            for name, column in columns.items()
-        }
-        for done in range(0, n, self._sizes[-1]):
-            k = min(n - done, self._sizes[-1])
-            size = next(size for size in self._sizes if size >= k)
-            start = np.int32((first_id - 1 + done) % self._capacity)
-            for name, rows in _compiled().read(columns, start, size).items():
-                out[name][done : done + k] = np.asarray(rows)[:k]
-        return out
 
     def _sum_up(self, name: str) -> None:
         """Begin to keep the running sums of a priority."""
@@ -447,20 +359,15 @@ class TrajectoryBuffer(DataStoreBase):
                 f"a priority is one real number of each step, and {name!r} isn't; "
                 f"there is {[*self._specs]}"
             )
-        column = self._column((), np.float32)
         first, n = self._spans.oldest_id, len(self)
-        total = 0.0
+        total, sums = 0.0, np.zeros(0)
         if n:
             begun = np.flatnonzero(self._spans.begins(first, n))
-            sums = _running_sums(name, self._read(first, n, [name])[name], 0.0, begun)
-            rows = np.zeros(self._capacity, np.float32)
-            rows[:n] = sums
-            start = np.int32((first - 1) % self._capacity)
-            column = _compiled().write(column, rows, start, np.int32(n))
+            values = self._rows.read(first, n, [name], self.allocate)[name]
+            sums = _running_sums(name, values, 0.0, begun)
             total = float(sums[-1])
+        self._rows.add_sums(name, first, sums)
         self._sums[name] = total
-        self._rows.sums[name] = column
-        self._staged = self._stage()  # nothing is staged after reading
 
     # What checkpoints need ------------------------------------------------------------------
 
@@ -623,9 +530,9 @@ def make_default_trajectory_buffer(
         TypeError: a space whose samples have no fixed shape and dtype, or a Tuple.
     """
     data_shapes = [
-        *_shapes_of("observations", observation_space),
-        *_shapes_of("next_observations", observation_space),
-        *_shapes_of("actions", action_space),
+        *list_shapes("observations", observation_space),
+        *list_shapes("next_observations", observation_space),
+        *list_shapes("actions", action_space),
         DataShape("rewards"),
         DataShape("masks"),
     ]
@@ -634,46 +541,6 @@ def make_default_trajectory_buffer(
     keys = ("observations", "next_observations", "actions", "rewards", "masks")
     store.register_sample_config("training", {key: LatestSampler() for key in keys})
     return store
-
-
-def narrowed(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """As what JAX keeps a dtype: in 32 bits for 64, unless ``jax_enable_x64`` is set."""
-    kept: np.dtype[Any] = load_jax().dtypes.canonicalize_dtype(dtype)
-    return kept
-
-
-def _shapes_of(name: str, space: Any) -> Iterator[DataShape]:
-    parts = getattr(space, "spaces", None)
-    if isinstance(parts, Mapping):
-        for key, part in parts.items():
-            if not isinstance(key, str) or "/" in key:
-                raise TypeError(f"{name}: a Dict's keys are str without '/' here, got {key!r}")
-            yield from _shapes_of(f"{name}/{key}", part)
-        return
-    shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
-    if parts is not None or shape is None or dtype is None or not is_plain(np.dtype(dtype)):
-        raise TypeError(
-            f"{name}: {space!r} has no fixed shape and numeric dtype to store; of several "
-            "parts, make a Dict"
-        )
-    dtype = np.dtype(dtype)
-    yield DataShape(name, shape, _NARROW.get(dtype.name, dtype))
-
-
-def _example(data_shapes: Sequence[DataShape]) -> dict[str, Any]:
-    """An item of zeros, nested as the names say."""
-    if not data_shapes:
-        raise ValueError("a step with nothing in it to store")
-    # With the key that all items have, so that none is given that name.
-    return nested(
-        [
-            *(
-                (name.split("/"), np.zeros(shape, np.dtype(dtype)))
-                for name, shape, dtype in data_shapes
-            ),
-            ([END], np.False_),
-        ]
-    )
 
 
 def _running_sums(name: str, values: Any, before: float, firsts: Any) -> Array:
@@ -700,117 +567,3 @@ def _running_sums(name: str, values: Any, before: float, firsts: Any) -> Array:
             f"one of float32; got {wrong[0] if len(wrong) else whole.max()}"
         )
     return whole
-
-
-# On the device ------------------------------------------------------------------------------
-
-
-class _Rows(NamedTuple):
-    """Columns by name: the data, and the running sums of priorities."""
-
-    data: dict[str, Any]
-    sums: dict[str, Any]
-
-
-class _Part(NamedTuple):
-    """What one sampler is for: a key of the batch, from leaves (path in the batch, data's name)."""
-
-    key: str
-    sampler: Sampler
-    leaves: tuple[tuple[tuple[str, ...], str], ...]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A sample config, as the compiled functions are known by."""
-
-    parts: tuple[_Part, ...]
-    transform: Transform | None
-
-
-class _Compiled(NamedTuple):
-    write: Callable[..., Any]
-    read: Callable[..., Any]
-    draw: Callable[..., Any]
-
-
-@cache
-def _compiled() -> _Compiled:
-    """The functions of all buffers, so that those alike are compiled once."""
-    import jax
-
-    return _Compiled(
-        jax.jit(_write, donate_argnums=0),
-        jax.jit(_read, static_argnums=2),
-        jax.jit(_draw, static_argnums=3),
-    )
-
-
-def _write(columns: Any, rows: Any, start: jax.Array, n: jax.Array) -> Any:
-    """Write the first n of the rows into columns, from ``start`` on and round the end."""
-    import jax
-    import jax.numpy as jnp
-
-    def write(column: jax.Array, rows: jax.Array) -> jax.Array:
-        capacity, i = column.shape[0], jnp.arange(rows.shape[0], dtype=jnp.int32)
-        slots = jnp.where(i < n, (start + i) % capacity, capacity + i)
-        return column.at[slots].set(rows, mode="drop", unique_indices=True)
-
-    return jax.tree.map(write, columns, rows)
-
-
-def _read(columns: dict[str, jax.Array], start: jax.Array, n: int) -> dict[str, jax.Array]:
-    """Rows of columns, n from ``start`` on and round the end."""
-    import jax.numpy as jnp
-
-    i = start + jnp.arange(n, dtype=jnp.int32)
-    return {
-        name: column.at[i % len(column)].get(mode="promise_in_bounds")
-        for name, column in columns.items()
-    }
-
-
-def _draw(rows: _Rows, at: jax.Array, words: jax.Array, plan: _Plan) -> tuple[Any, Any]:
-    """Let samplers choose rows, and gather these.
-
-    Args:
-        rows: the columns.
-        at: (3, B) int32: where a step's trajectory begins in the ring, the step's position in it,
-            and its length.
-        words: (2,) uint32, random.
-        plan: which samplers, and what for.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    begin, position, length = at
-    capacity = len(next(iter(rows.data.values())))
-
-    def beside(values: jax.Array, positions: jax.Array) -> jax.Array:
-        return values.reshape(-1, *[1] * (positions.ndim - 1))
-
-    def take(column: jax.Array, positions: jax.Array) -> jax.Array:
-        inside = jnp.clip(positions, 0, beside(length, positions) - 1)
-        slots = (beside(begin, positions) + inside) % capacity
-        return column.at[slots].get(mode="promise_in_bounds")
-
-    def read(name: str, positions: jax.Array) -> jax.Array:
-        return take(rows.data[name], positions)
-
-    def sums(name: str, positions: jax.Array) -> jax.Array:
-        # A trajectory that has lost its first rows still has them in its sums.
-        first = jnp.zeros_like(position)
-        lost, own = take(rows.sums[name], first), read(name, first).astype(jnp.float32)
-        return take(rows.sums[name], positions) - beside(lost, positions) + beside(own, positions)
-
-    key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    steps = Steps(position, length, read, sums)
-    data: dict[str, Any] = {}
-    mask: dict[str, jax.Array] = {}
-    for i, part in enumerate(plan.parts):
-        positions = part.sampler.draw(jax.random.fold_in(key, i), steps)
-        mask[part.key] = (positions >= 0) & (positions < beside(length, positions))
-        data |= nested(((part.key, *path), read(name, positions)) for path, name in part.leaves)
-    if plan.transform is not None:
-        data, mask = plan.transform(data, mask)
-    return data, mask

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edgeml.core.errors import Malformed
-from edgeml.data import Batch, trajectory
+from edgeml.data import Batch, device
 from edgeml.data.samplers import (
     FutureSampler,
     LatestSampler,
@@ -618,8 +618,8 @@ class TestBuffer:
         store = buffer_of(CAPACITY - 1)
         i = CAPACITY - 1
         with monkeypatch.context() as patched:
-            compiled = trajectory._compiled()._replace(write=write)
-            patched.setattr(trajectory, "_compiled", lambda: compiled)
+            compiled = device._compile()._replace(write=write)
+            patched.setattr(device, "_compile", lambda: compiled)
             with suppress(KeyboardInterrupt):
                 while i < 3 * CAPACITY:
                     store.batch_insert([item(i + k, True) for k in range(1, n + 1)])

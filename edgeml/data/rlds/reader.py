@@ -17,13 +17,8 @@ from edgeml.data.rlds.directory import FEATURES, splits
 from edgeml.data.rlds.example import decode_example
 from edgeml.data.rlds.features import Series, from_json, read
 from edgeml.data.samplers import LatestSampler
-from edgeml.data.trajectory import (
-    END,
-    DataShape,
-    TrajectoryBuffer,
-    TrajectoryBufferDataStore,
-    narrowed,
-)
+from edgeml.data.shapes import END, DataShape, narrow
+from edgeml.data.trajectory import TrajectoryBuffer, TrajectoryBufferDataStore
 from edgeml.data.tree import Array, fill, leaves_of, paths_of, skeleton_of
 
 __all__ = ["make_datastore", "populate_datastore", "read_episodes", "transitions_of"]
@@ -219,7 +214,7 @@ def _trajectory_buffer(
     shapes = []
     for path, leaf in zip(paths_of(skeleton), leaves_of(skeleton, example), strict=True):
         name = "/".join(map(str, path))
-        shapes.append(DataShape(name, leaf.shape, narrowed(leaf.dtype)))
+        shapes.append(DataShape(name, leaf.shape, narrow(leaf.dtype)))
     store = TrajectoryBufferDataStore(capacity, shapes, **{"min_trajectory_length": 1, **options})
     store.register_sample_config("training", {key: LatestSampler() for key in example})
     return store
