@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from edgeml import ActionClient, ActionConfig, ActionServer, EdgemlError
-from frames import Frame, Source, add_source_options, from_jpeg, open_sink, open_source, to_jpeg
+from edgeml.images import decode_image, encode_image
+from frames import Frame, Source, add_source_options, open_sink, open_source
 from terminal import CtrlC, StatusLine, add_connection_options, run
 
 Obs = dict[str, Any]
@@ -78,7 +79,7 @@ class Streamer:
         if self.jpeg is None:
             obs["frame"] = np.ascontiguousarray(frame)
         else:
-            obs["jpeg"] = to_jpeg(frame, self.jpeg)
+            obs["jpeg"] = np.frombuffer(encode_image(frame, "jpeg", self.jpeg), np.uint8)
         return obs
 
 
@@ -221,7 +222,7 @@ def size_of(obs: Obs) -> int:
 
 def frame_of(obs: Obs) -> Frame:
     """Return the frame that was published, uncompressed."""
-    frame: Frame = from_jpeg(obs["jpeg"]) if "jpeg" in obs else obs["frame"]
+    frame: Frame = decode_image(obs["jpeg"], (None, None, 3)) if "jpeg" in obs else obs["frame"]
     return frame
 
 

@@ -191,24 +191,6 @@ def open_source(args: argparse.Namespace, fps: float | None) -> Source:
     return ColourBars(size, fps)
 
 
-# JPEG -------------------------------------------------------------------------------------
-
-
-def to_jpeg(frame: Frame, quality: int) -> NDArray[np.uint8]:
-    """Compress a frame, with a quality of 1 to 100."""
-    cv2 = import_cv2()
-    bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
-    jpeg: NDArray[np.uint8] = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return jpeg
-
-
-def from_jpeg(jpeg: NDArray[np.uint8]) -> Frame:
-    """Return the frame that was compressed."""
-    cv2 = import_cv2()
-    frame: Frame = cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-    return frame
-
-
 # Sinks ------------------------------------------------------------------------------------
 
 

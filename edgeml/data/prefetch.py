@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from edgeml.data.extras import load_jax
+from edgeml.extras import load_jax
 
 if TYPE_CHECKING:
     from typing_extensions import Self

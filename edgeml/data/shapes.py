@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeml.data.extras import load_jax
 from edgeml.data.spaces import map_space
 from edgeml.data.tree import nested
+from edgeml.extras import load_jax
 
 __all__ = ["END", "DataShape", "list_shapes", "make_example", "narrow"]
 

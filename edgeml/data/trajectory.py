@@ -17,12 +17,12 @@ from edgeml.data import checkpoint
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.device import DeviceRing, Part, SampleConfig, Transform
-from edgeml.data.extras import load_jax
 from edgeml.data.samplers import LatestSampler, Sampler
 from edgeml.data.schema import Schema
 from edgeml.data.shapes import END, DataShape, list_shapes, make_example
 from edgeml.data.spans import Spans
 from edgeml.data.tree import Array, fill, paths_of
+from edgeml.extras import load_jax
 
 if TYPE_CHECKING:
     pass

@@ -320,15 +320,15 @@ class TestWhatWasLogged:
     def test_without_pillow_images_say_what_to_install(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "PIL", None)
         with RLDSLogger(tmp_path) as log:
-            with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
+            with pytest.raises(ImportError, match=r"edgeml-robotics\[images\]"):
                 log.log_reset(np.zeros((4, 4, 3), np.uint8))
             monkeypatch.undo()
             log.log_reset(np.zeros((4, 4, 3), np.uint8))
             log.log_step(0, np.zeros((4, 4, 3), np.uint8), 0.0)
         monkeypatch.setitem(sys.modules, "PIL", None)
-        with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
+        with pytest.raises(ImportError, match=r"edgeml-robotics\[images\]"):
             list(read_episodes(tmp_path))
-        with pytest.raises(ImportError, match=r"edgeml-robotics\[rlds\]"):
+        with pytest.raises(ImportError, match=r"edgeml-robotics\[images\]"):
             RLDSLogger(tmp_path)
 
     def test_an_unfinished_episode_is_truncated(self, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from pairs import ROOT
 
-HEAVY = ("zmq", "grpc", "jax", "gymnasium", "cloudpickle", "pytest")
+HEAVY = ("zmq", "grpc", "jax", "gymnasium", "cloudpickle", "PIL", "cv2", "pytest")
 
 
 def heavy_after(program: str) -> list[str]:
@@ -32,7 +32,8 @@ def test_importing_edgeml_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "name", ["core", "services", "data", "codecs", "transports", "cli", "__main__"]
+    "name",
+    ["core", "extras", "images", "services", "data", "codecs", "transports", "cli", "__main__"],
 )
 def test_no_package_loads_an_optional_or_networking_library(name):
     assert heavy_after(f"import edgeml.{name}") == []
@@ -155,6 +156,17 @@ def test_a_copy_keeps_the_rules_too(copy):
         ("cli/bench.py", "import edgeml.transports.zmq"),
         ("cli/doctor.py", "import edgeml.codecs.msgpack"),
         ("cli/doctor.py", "import zmq"),
+        ("core/url.py", "import edgeml.images"),
+        ("core/url.py", "import edgeml.extras"),
+        ("extras.py", "import edgeml.core.errors"),
+        ("extras.py", "import zmq"),
+        ("images.py", "import edgeml.data"),
+        ("images.py", "import edgeml.codecs.msgpack"),
+        ("images.py", "import PIL.Image"),
+        ("images.py", "import jax"),
+        ("data/rlds/features.py", "import PIL.Image"),
+        ("codecs/msgpack.py", "import cv2"),
+        ("codecs/msgpack.py", "import jax"),
     ],
 )
 def test_an_import_that_points_the_wrong_way_is_caught(copy, module, wrong):

@@ -7,7 +7,6 @@ An example names the values of nested features by the path to them, such as
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import zlib
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from edgeml.core.errors import Malformed
-from edgeml.data.extras import load_pillow
 from edgeml.data.rlds.example import Values
 from edgeml.data.tree import Array, describe, is_plain
+from edgeml.images import decode_image, encode_image
 
 __all__ = [
     "Feature",
@@ -52,7 +51,6 @@ _BOX = "bounding_boxes.BBoxFeature"
 # read uint32 from bytes; all others are kept as bytes, which is exact and most often shorter.
 _LISTED = ("float32", "int32", "int64", "uint32", "bool")
 _INFLATED = 1 << 30  # bytes that zlib may make of a value whose shape is not known
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
 
 @dataclass(frozen=True)
@@ -258,14 +256,7 @@ def pack(leaf: Leaf, value: Any) -> Any:
         return value.encode()
     if isinstance(leaf, Tensor):
         return np.array(value) if leaf.encoding == "none" else np.asarray(value).tobytes()
-    if leaf.shape[2] == 1:
-        value = value[:, :, 0]
-    file = io.BytesIO()
-    # 95 is the quality of tf.image.encode_jpeg. A PNG at Pillow's own level takes 8 times as long
-    # (measured), for a file that is shorter by a sixth.
-    options = {"quality": 95} if leaf.encoding == "jpeg" else {"compress_level": 1}
-    load_pillow().fromarray(value).save(file, leaf.encoding.upper(), **options)
-    return file.getvalue()
+    return encode_image(value, leaf.encoding)  # type: ignore[arg-type]
 
 
 def joined(leaf: Leaf, packed: list[Any]) -> Values:
@@ -338,7 +329,7 @@ def _column(leaf: Leaf, values: Values, shapes: Values | None, n: int | None) ->
     if isinstance(leaf, Image):
         if not values:
             return _shaped(np.empty(0, leaf.dtype), (0, *(n or 0 for n in leaf.shape)))
-        return _stacked([_decoded(leaf, value) for value in values])
+        return _stacked([_decode(leaf, value) for value in values])
     if leaf.encoding == "zlib":
         values = [_inflated(leaf, value) for value in values]
     if None not in leaf.shape:
@@ -404,28 +395,11 @@ def _inflated(tensor: Tensor, data: bytes) -> bytes:
     return result
 
 
-def _decoded(image: Image, data: bytes) -> Array:
-    height, width, channels = image.shape
-    mode = "RGBA" if image.dtype == np.float32 else _MODES.get(channels or 0)
-    pillow = load_pillow()
-    try:
-        with pillow.open(io.BytesIO(data), formats=("PNG", "JPEG", "BMP", "GIF")) as file:
-            # Before it is decoded, which takes as much memory as the file says.
-            if height not in (None, file.height) or width not in (None, file.width):
-                raise Malformed(f"an image of {file.height}x{file.width}, not {height}x{width}")
-            if image.dtype == np.uint16:
-                if not file.mode.startswith("I"):
-                    raise Malformed(f"an image of mode {file.mode}, not of 16 bits")
-                pixels = np.asarray(file).astype(np.uint16)
-            else:
-                pixels = np.asarray(file if mode in (None, file.mode) else file.convert(mode))
-    except (Malformed, MemoryError):
-        raise
-    except Exception as error:  # whatever a decoder raises for what is no image
-        raise Malformed(f"not an image: {error}") from None
-    if image.dtype == np.float32:
+def _decode(image: Image, data: bytes) -> Array:
+    if image.dtype == np.float32:  # kept as 4 channels of uint8
+        pixels = decode_image(data, (*image.shape[:2], 4))
         return np.ascontiguousarray(pixels).view("<f4")
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+    return decode_image(data, image.shape, image.dtype)
 
 
 def _rows(column: Array, lengths: Values) -> Array:

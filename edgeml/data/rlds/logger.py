@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 
 from edgeml.core.errors import ConfigMismatch, Malformed
-from edgeml.data.extras import load_pillow
 from edgeml.data.rlds.directory import FEATURES, Shards, write_whole
 from edgeml.data.rlds.example import Values, encode_example
 from edgeml.data.rlds.features import (
@@ -33,6 +32,7 @@ from edgeml.data.rlds.features import (
 )
 from edgeml.data.schema import Schema
 from edgeml.data.tree import describe, nested
+from edgeml.extras import load_pillow
 
 __all__ = ["RLDSLogger"]
 

@@ -16,7 +16,7 @@ def load_jax() -> Any:
     try:
         import jax
     except ImportError as error:
-        raise ImportError('this needs JAX: pip install "edgeml-robotics[jax]"') from error
+        raise _explain("this needs JAX", "jax") from error
     return jax
 
 
@@ -28,6 +28,10 @@ def load_pillow() -> Any:
     """
     try:
         import PIL.Image
-    except ImportError:
-        raise ImportError("images need Pillow: pip install 'edgeml-robotics[rlds]'") from None
+    except ImportError as error:
+        raise _explain("images need Pillow", "images") from error
     return PIL.Image
+
+
+def _explain(need: str, extra: str) -> ImportError:
+    return ImportError(f"{need}: pip install 'edgeml-robotics[{extra}]'")
