@@ -34,4 +34,4 @@ def load_pillow() -> Any:
 
 
 def _explain(need: str, extra: str) -> ImportError:
-    return ImportError(f"{need}: pip install 'edgeml-robotics[{extra}]'")
+    return ImportError(f'{need}: pip install "edgeml-robotics[{extra}]"')
