@@ -274,6 +274,32 @@ class StoreTests:
         for here, there in zip(other.get_latest_data(0), batch, strict=True):
             assert _same(here, there)
 
+    def test_items_of_unlike_structure_break_nothing(self, tmp_path: Path) -> None:
+        """Two clients may send what they like: each is taken or refused, and nothing is lost."""
+        store = self.filled(capacity=30, n=3)
+        expected = [self.make_item(i) for i in range(1, 4)]
+        x = np.arange(2.0)
+        for columns in ({"x": x}, {"x": {"y": x}}, {"x": (x, x)}, {"x": [{"y": x}]}, {"x": x > 0}):
+            for batch in (Batch.from_columns(columns), list(Batch.from_columns(columns))):
+                try:
+                    store.batch_insert(batch)
+                except ValueError:
+                    continue
+                expected += list(batch)
+        store.insert(self.make_item(4))
+        expected.append(self.make_item(4))
+        for first in range(len(expected)):
+            for limit in (1, 3, None):
+                batch = store.get_latest_data(first, limit=limit)
+                assert batch.first_id == first + 1
+                for item, right in zip(batch, expected[first:][:limit], strict=True):
+                    assert _same(item, right)
+        checkpoint.save(tmp_path / "saved", stores={"it": store})
+        other = self.make_store(30)
+        checkpoint.load(tmp_path / "saved", {"it": other})
+        for item, right in zip(other.get_latest_data(0), expected, strict=True):
+            assert _same(item, right)
+
     def test_readers_never_see_half_an_insert(self) -> None:
         """Whatever threads do, an item read is one that was written, and its id is right."""
         last = 1500
