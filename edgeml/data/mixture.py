@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from edgeml.data.locks import make_lock
 from edgeml.data.prefetch import Prefetch
 from edgeml.data.tree import describe
 
@@ -69,7 +69,7 @@ class Mixture:
                     "as lambda n, keys: buffer.sample('training', n)[0]"
                 )
         self._shares = shares / shares.sum()
-        self._lock = threading.Lock()
+        self._lock = make_lock()
         self._owed = np.zeros(len(shares))  # what earlier batches were short of, or over (below 0)
 
     def sample(
