@@ -100,6 +100,17 @@ class DataStoreBase(ABC):
         with self.lock:
             self.take_cuts([0], self.latest_data_id() + 1)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} can't be pickled or copied: make it in the process that uses "
+            "it. edgeml.data.checkpoint saves its items to a file and loads them"
+        )
+
     # What implementations need for that ---------------------------------------------------------
 
     def take_cuts(self, cuts: Sequence[int], first_id: int) -> None:

@@ -114,6 +114,17 @@ class Prefetch(Iterator[T], Generic[T]):
             if thread is not threading.current_thread():
                 thread.join(_PATIENCE)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a prefetching iterator can't be pickled or copied, as it has a thread: make it in the "
+            "process that uses it"
+        )
+
     def abandon(self) -> None:
         """Leave all to the parent, in a forked child: neither threads nor batches are there."""
         self._abandoned = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import select
 import signal
 import sys
@@ -304,6 +306,12 @@ class StoreTests:
         checkpoint.load(tmp_path / "saved", {"it": other})
         for item, right in zip(other.get_latest_data(0), expected, strict=True):
             assert _same(item, right)
+
+    @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+    def test_it_says_what_to_do_instead_of_pickling(self, copied: Callable[[Any], Any]) -> None:
+        """A process that is spawned gets no store with its arguments: it makes its own."""
+        with pytest.raises(TypeError, match=r"make it in the process that uses it.*checkpoint"):
+            copied(self.filled(capacity=5, n=3))
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
     @pytest.mark.filterwarnings("ignore:.*fork")

@@ -274,6 +274,20 @@ class TestSampling:
         with pytest.raises(ValueError, match="batch_size"):
             store.empty_batch(0)
 
+    @pytest.mark.parametrize("size", [256 / 2, 128.0, np.float64(128), "128", None])
+    def test_a_size_that_is_no_integer_spoils_nothing(self, size: Any) -> None:
+        store = ReplayBuffer(5)
+        store.batch_insert(episode(3))
+        mixture = Mixture([(store, 1), (store, 1)])
+        for source in (store, mixture):
+            for draw in (source.sample, source.empty_batch):
+                with pytest.raises(TypeError, match="batch_size is an integer"):
+                    draw(size)
+            assert len(source.sample(128)["actions"]) == 128
+            assert len(source.sample(np.int64(128))["actions"]) == 128
+        with pytest.raises(TypeError, match="batch_size"):
+            store.sample(256 / 2, out=store.empty_batch(128))
+
     @pytest.mark.parametrize(
         "spoil",
         [
@@ -441,6 +455,15 @@ class TestMixture:
             assert (batch["rewards"] == 7).sum() == 3
         nested = Mixture([(Mixture([(online, 1)]), 1), (online, 1)])
         assert nested.sample(6)["actions"].shape == (6,)
+
+    def test_a_store_that_is_empty_is_named(self) -> None:
+        online, demonstrations = ReplayBuffer(5), PrioritizedReplayBuffer(5)
+        online.batch_insert(episode(3))
+        mixture = Mixture([(online, 1), (demonstrations, 1)])
+        with pytest.raises(ValueError, match=r"source 1 .*a PrioritizedReplayBuffer.*empty"):
+            mixture.sample(4, keys=["actions"])
+        with pytest.raises(ValueError, match=r"source 0 .*empty"):
+            Mixture([(demonstrations, 1), (online, 1)]).sample(4)
 
     def test_what_does_not_mix_is_said(self) -> None:
         online, _ = self.stores()
