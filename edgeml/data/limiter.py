@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 
 from edgeml.core.errors import Closed, DeadlineExceeded
-from edgeml.data.locks import make_lock
 
 __all__ = ["RateLimiter"]
 
@@ -71,7 +70,7 @@ class RateLimiter:
         self._inserts = 0
         self._samples = 0
         self._closed = False
-        self._changed = threading.Condition(make_lock())
+        self._changed = threading.Condition()
 
     @property
     def inserts(self) -> int:

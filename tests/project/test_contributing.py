@@ -1,4 +1,6 @@
-"""The transport that CONTRIBUTING.md shows, as it stands: installed, and held to the suite."""
+"""What the guides build in an afternoon, as it stands: installed, and held to the suites."""
+
+from __future__ import annotations
 
 import os
 import re
@@ -6,34 +8,73 @@ import subprocess
 import sys
 from pathlib import Path
 
-TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-FILES = dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", TEXT, re.DOTALL))
+import pytest
+
+from pairs import ROOT
+
+GUIDES = ROOT / "docs" / "guides"
+
+
+def files_of(guide: str) -> dict[str, str]:
+    """The files that a page shows, by name."""
+    text = (GUIDES / f"{guide}.md").read_text()
+    return dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", text, re.DOTALL))
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 def run(where: Path, *arguments: str | Path, path: Path | None = None) -> str:
+    places = [str(path)] if path else []
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=where,
-        env={**os.environ, "PYTHONPATH": str(path or "")},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*places, str(ROOT)])},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def test_the_transport_of_an_afternoon_passes_the_suite(tmp_path: Path) -> None:
-    assert sorted(FILES) == ["edgeml_tcp.py", "pyproject.toml", "tests/test_tcp.py"]
-    package, site = tmp_path / "edgeml-tcp", tmp_path / "site"
-    (package / "tests").mkdir(parents=True)
-    for name, text in FILES.items():
-        (package / name).write_text(text)
+def check(where: Path, *names: str) -> None:
+    for tool in (["ruff", "format", "--check", "--line-length=100"], ["mypy", "--strict"]):
+        run(where, *tool, *names)
+
+
+@pytest.mark.timeout(300)  # it is a suite of a hundred tests
+@pytest.mark.parametrize(
+    ("guide", "module", "test"),
+    [
+        ("write-a-transport", "edgeml_tcp.py", "tests/test_tcp.py"),
+        ("write-a-codec", "edgeml_zlib.py", "tests/test_zlib.py"),
+    ],
+)
+def test_the_package_of_an_afternoon_passes_the_suite(
+    guide: str, module: str, test: str, tmp_path: Path
+) -> None:
+    files = files_of(guide)
+    assert sorted(files) == sorted([module, "pyproject.toml", test])
+    package, site = tmp_path / "package", tmp_path / "site"
+    write(package, files)
     offline = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
     run(package, "pip", "install", *offline, "--target", site, ".")
     printed = run(tmp_path, "pytest", "-q", "-W", "error", package / "tests", path=site)
     assert re.search(r"\d\d passed", printed), printed
-    for check in (["ruff", "format", "--check", "--line-length=100"], ["mypy", "--strict"]):
-        run(package, *check, "edgeml_tcp.py")
+    check(package, module)
+
+
+def test_the_store_passes_the_suite(tmp_path: Path) -> None:
+    files = files_of("write-a-store")
+    assert sorted(files) == ["recent.py", "test_recent.py"]
+    write(tmp_path, files)
+    pytest_ = ["pytest", "-q", "-W", "error", f"--basetemp={tmp_path / 'temporary'}"]
+    printed = run(tmp_path, *pytest_, "test_recent.py")
+    assert re.search(r"\d\d passed", printed), printed
+    check(tmp_path, "recent.py")

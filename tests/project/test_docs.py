@@ -1,0 +1,488 @@
+"""The pages say what is so: their programs run, their links, paths and commands lead somewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from edgeml import InferenceServer, cli
+from pairs import ROOT, started, wait_until
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+NAMES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "plugins").glob("*/README.md")),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+]
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
+# Those that tell of the code as it is: not of what it was, nor of the wire, which tests/wire does.
+TODAY = [name for name in NAMES if name not in ("CHANGELOG.md", "docs/wire.md")]
+
+FLAGS = re.DOTALL | re.MULTILINE
+BLOCK = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", FLAGS)
+
+
+def blocks_of(page: str, *languages: str) -> list[str]:
+    return [text for language, text in BLOCK.findall(PAGES[page]) if language in languages]
+
+
+def prose_of(page: str) -> str:
+    return BLOCK.sub("", PAGES[page])
+
+
+def code_of(page: str) -> list[str]:
+    """What stands in single backticks."""
+    return re.findall(r"`([^`\n]+)`", prose_of(page))
+
+
+# Programs -----------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A server and a client, in a process each; the programs' names, but for the side."""
+
+    page: str
+    name: str
+    port: int
+    prints: list[str]  # by the client
+    ends: bool = False  # the server ends by itself
+
+
+PAIRS = [
+    Pair(
+        *("docs/tutorials/action.md", "action", 6379),
+        ["(224, 224, 3)", "dict_keys(['joints'])", "{'moved': True}"],
+    ),
+    Pair(
+        *("docs/tutorials/action.md", "push", 6379),
+        ["step 60 (7,)", "skipped "],
+        ends=True,
+    ),
+    Pair(
+        *("docs/tutorials/inference.md", "inference", 5557),
+        ["['face_reg', 'voice_reg']", "'loudness': 1.0", "'brightness': 0.0"],
+    ),
+    Pair(*("docs/tutorials/trainer.md", "trainer", 5555), ["got weights of step 2"], ends=True),
+    Pair(
+        *("docs/guides/shared-memory.md", "camera", 6380),
+        ["frames (480, 640, 3) copied on the way: 0"],
+        ends=True,
+    ),
+]
+
+ALONE = {
+    ("README.md", "action.py"): ["(7,) {'moved': 0.1}"],
+    ("README.md", "inference.py"): ["'action': array([1., 1., 1.])"],
+    ("README.md", "trainer.py"): ["500 items arrived", "weights (17,)"],
+    ("docs/tutorials/inference.md", "inference_errors.py"): [
+        "the policy raised KeyError",
+        "nobody answers: Unreachable",
+    ],
+    ("docs/tutorials/trainer.md", "trainer_requests.py"): ["{'seed': 42}"],
+    ("docs/tutorials/trainer.md", "trainer_tunnel.py"): ["got weights (17,)"],
+    ("docs/tutorials/replay.md", "replay_first.py"): [
+        "(256, 3) float64",
+        "2000 items, dict_keys(['reward'])",
+    ],
+    ("docs/tutorials/replay.md", "replay.py"): [
+        "(256, 4, 64, 64, 3)",
+        "2.9701",
+        "an observation is kept once: True",
+    ],
+    ("docs/tutorials/replay.md", "replay_lag.py"): ["the oldest: True"],
+    ("docs/tutorials/trajectories.md", "sequences.py"): [
+        "(256, 8, 2) of which",
+        "goals lie ahead: True",
+    ],
+    ("docs/tutorials/datasets.md", "episodes.py"): ["me (", ", 4) True", "(32, 4)"],
+    ("docs/tutorials/checkpoints.md", "resume.py"): ["steps 100 items 100"],
+    ("docs/tutorials/checkpoints.md", "resume_learner.py"): ["updates 7 items 100"],
+    ("docs/guides/transports.md", "transport_names.py"): ["shm hello", "zmq hello\nzmq hello"],
+    ("docs/guides/transports.md", "transport_both.py"): ["shm\nzmq\ngrpc"],
+    ("docs/guides/security.md", "codec_cloudpickle.py"): ["42"],
+}
+
+PACKAGES = {  # which test_contributing.py installs and holds to the suites
+    "docs/guides/write-a-transport.md": ["edgeml_tcp.py", "tests/test_tcp.py"],
+    "docs/guides/write-a-codec.md": ["edgeml_zlib.py", "tests/test_zlib.py"],
+    "docs/guides/write-a-store.md": ["recent.py", "test_recent.py"],
+}
+
+PROGRAM = re.compile(r"# ([\w/]+\.py)\n(.*)", re.DOTALL)
+PORT = re.compile(r"\b(5555|5557|5558|6379|6380)\b")
+
+
+def programs_of(page: str) -> dict[str, str]:
+    """A page's programs by their files' names; all of its Python is one."""
+    found = [PROGRAM.fullmatch(block) for block in blocks_of(page, "python")]
+    assert all(found), f"a program of {page} doesn't begin with its file's name"
+    return dict(match.groups() for match in found if match)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Run:
+    """A page's programs in a folder of their own, with free ports in place of the page's."""
+
+    def __init__(self, folder: Path, page: str) -> None:
+        self.folder = folder
+        self.programs = programs_of(page)
+        self.ports: dict[str, str] = {}
+
+    def start(self, name: str) -> subprocess.Popen[str]:
+        def other(match: re.Match[str]) -> str:
+            return self.ports.setdefault(match[0], str(free_port()))
+
+        (self.folder / name).write_text(PORT.sub(other, self.programs[name]))
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen([sys.executable, "-u", name], cwd=self.folder, text=True, **pipes)
+
+    def await_port(self, port: int, server: subprocess.Popen[str]) -> None:
+        def answers() -> bool:
+            assert server.poll() is None, f"the server ended: {server.communicate()[0]}"
+            with suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", int(self.ports[str(port)])), 1).close()
+                return True
+            return False
+
+        wait_until(answers, timeout=30)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+def test_a_server_and_a_client_run_as_they_stand(pair: Pair, tmp_path: Path) -> None:
+    run = Run(tmp_path, pair.page)
+    server = run.start(f"{pair.name}_server.py")
+    try:
+        run.await_port(pair.port, server)
+        client = run.start(f"{pair.name}_client.py")
+        printed, _ = client.communicate(timeout=60)
+        assert client.returncode == 0, printed
+        for text in pair.prints:
+            assert text in printed
+        if not pair.ends:
+            server.send_signal(signal.SIGINT)
+        printed, _ = server.communicate(timeout=30)
+        assert server.returncode == 0, printed
+        assert "Traceback" not in printed
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize(("page", "name"), ALONE, ids=lambda text: Path(text).name)
+def test_a_program_of_one_process_runs_as_it_stands(page: str, name: str, tmp_path: Path) -> None:
+    program = Run(tmp_path, page).start(name)
+    try:
+        printed, _ = program.communicate(timeout=100)
+    finally:
+        program.kill()
+        program.wait()
+    assert program.returncode == 0, printed
+    for text in ALONE[page, name]:
+        assert text in printed
+
+
+def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    run = Run(tmp_path, "docs/tutorials/checkpoints.md")
+    for printed in ("steps 100 items 100\n", "steps 200 items 200\n"):
+        assert run.start("resume.py").communicate(timeout=60)[0] == printed
+
+
+def test_every_program_on_every_page_is_run() -> None:
+    runs = {
+        *((page, name) for page, name in ALONE),
+        *((pair.page, f"{pair.name}_{side}.py") for pair in PAIRS for side in ("server", "client")),
+        *((page, name) for page, names in PACKAGES.items() for name in names),
+    }
+    assert runs == {(page, name) for page in PAGES for name in programs_of(page)}
+
+
+def test_every_program_is_formatted_and_free_of_lint(tmp_path: Path) -> None:
+    for page in PAGES:
+        for name, text in programs_of(page).items():
+            path = tmp_path / page.replace("/", "_") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    for check in (["check", "--select=E,F,W,I,UP,RUF"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *check, "--line-length=100", "--isolated", "."],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+# Links, paths and names ---------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors_of(path: Path) -> set[str]:
+    return {
+        slug(heading)
+        for heading in re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_every_link_resolves(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
+        if re.match(r"https?://[\w.-]+\.\w+(/|$)", target):
+            continue  # no test reaches out; it is an address at least
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.is_file(), f"{page} links to {target}, which is not there"
+        if anchor:
+            assert anchor in anchors_of(path), f"{page} links to {target}: {anchors_of(path)}"
+
+
+ROOMS = ["core", "data", "services", "transports", "codecs", "cli", "testing"]
+FOLDERS = ["edgeml", "tests", "docs", "examples", "benchmarks", "plugins", ".ci", *ROOMS]
+FILE = re.compile(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]*")
+MODULE = re.compile(r"edgeml(?:\.\w+)+")
+
+
+@pytest.mark.parametrize("page", TODAY)
+def test_every_path_and_module_that_is_named_exists(page: str) -> None:
+    for code in code_of(page):
+        if FILE.fullmatch(code):
+            # The library's own may be named short: `core/wire` for edgeml/core/wire.py.
+            places = [
+                (root, f"{code.rstrip('/')}{end}")
+                for root in (ROOT, ROOT / "edgeml")
+                for end in ("", ".py")
+            ]
+            assert any(any(root.glob(name)) for root, name in places), f"{page}: no {code}"
+        elif MODULE.fullmatch(code):
+            assert exists(code), f"{page}: no {code}"
+
+
+def exists(dotted: str) -> bool:
+    """Whether it is a module, an entry-point group of ours, or something in a module."""
+    if dotted in ("edgeml.transports", "edgeml.codecs"):
+        return True
+    module, _, name = dotted.rpartition(".")
+    with suppress(ImportError):
+        importlib.import_module(dotted)
+        return True
+    return exists(module) and hasattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def words_of_the_code() -> set[str]:
+    """All that has a name in the library and its examples."""
+    sources = [*(ROOT / "edgeml").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    return set(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
+
+
+ELSEWHERE = {"print", "bytes", "builder_from_directory", "devices", "DistributionNotFound"}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(n for n in TODAY if n.startswith("docs/"))])
+def test_every_function_class_and_argument_that_is_named_exists(page: str) -> None:
+    for code in code_of(page):
+        named = {
+            *re.findall(r"(\w+)\(", code),  # what is called
+            *re.findall(r"(\w+)=", code),  # and its arguments
+            *re.findall(r"^([A-Z]\w*[a-z]\w*)$", code),  # a class
+            *re.findall(r"\$(EDGEML_\w+)", code),
+        }
+        missing = named - words_of_the_code() - ELSEWHERE
+        assert not missing, f"{page}: `{code}` names {missing}, which the code doesn't have"
+
+
+# Commands -----------------------------------------------------------------------------------
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TOOLS = {"tox", "ruff", "mypy", "lint-imports", "sphinx-build", "python3", "."}
+FROM_ELSEWHERE = {
+    "tox",
+    "tox-uv",
+    "torchrl",
+    "edgeml-json",
+    "edgeml-websocket",
+}  # what pip may be asked for
+
+
+def commands_of(page: str) -> Iterator[list[str]]:
+    """All commands that a page shows, in blocks and in lines of text."""
+    inline = [code for code in code_of(page) if code.startswith(("python ", "edgeml ", "pip "))]
+    for text in [*blocks_of(page, "bash"), *inline]:
+        for line in text.splitlines():
+            for command in re.split(r"&&|&$", line.partition("  #")[0]):
+                words = shlex.split(command.partition(" # ")[0])
+                if words:
+                    yield words
+
+
+@functools.cache
+def help_of(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / program), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install", words
+    for word in words[1:]:
+        name, _, extras = word.rstrip("]").partition("[")
+        known = {".", PROJECT["name"], *FROM_ELSEWHERE}
+        assert word == "-e" or name in known or (ROOT / name).is_dir(), word
+        unknown = {e for e in extras.split(",") if e} - PROJECT["optional-dependencies"].keys()
+        assert not unknown, f"pip install {word}: no extra {unknown}"
+
+
+def check_python(words: list[str]) -> None:
+    if words[0] == "-m":
+        assert words[1] == "edgeml", words
+        return
+    assert (ROOT / words[0]).is_file(), words
+    for option in (word for word in words[1:] if word.startswith("--")):
+        assert option in help_of(words[0]), f"{words[0]} has no option {option}"
+
+
+def check_edgeml(words: list[str]) -> None:
+    try:
+        cli._parser().parse_args([word.replace("PORT", "5555") for word in words])
+    except SystemExit as error:
+        raise AssertionError(f"edgeml {' '.join(words)} is not understood") from error
+
+
+def check_pytest(words: list[str]) -> None:
+    for word in words:
+        assert word in ("-m", "slow") or (ROOT / word).exists(), words
+
+
+CHECKS = {
+    "pip": check_pip,
+    "python": check_python,
+    "edgeml": check_edgeml,
+    "pytest": check_pytest,
+}
+
+
+@pytest.mark.parametrize("page", [page for page in NAMES if list(commands_of(page))])
+def test_every_command_is_one_that_there_is(page: str) -> None:
+    for command, *words in commands_of(page):
+        if command not in TOOLS:
+            assert command in CHECKS, f"{page}: what is {command}?"
+            CHECKS[command](words)
+
+
+def shapes_of(text: str) -> set[str]:
+    """Lines without their numbers and their columns' widths."""
+    return {
+        re.sub(r"\s+", " ", re.sub(r"\d[\d.]*", "#", line.replace("behind", "ahead of"))).strip()
+        for line in text.splitlines()
+    }
+
+
+def test_the_command_line_prints_what_its_page_shows() -> None:
+    def prints(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgeml", *words],
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    plugins, doctor, bench = blocks_of("docs/command-line.md", "text")
+    shown = "\n".join(line for line in plugins.splitlines() if "lidar" not in line)
+    assert shapes_of(shown) <= shapes_of(prints("plugins"))
+    with started(InferenceServer(0)) as server:
+        printed = prints("doctor", "--transport", "shm", "zmq", "--url", server.url)
+    shown = re.sub(r"(lent to one peer: )\d+", r"\1 1", doctor)
+    assert shapes_of(shown) <= shapes_of(re.sub(r"(lent to one peer: )\d+", r"\1 1", printed))
+    assert shapes_of(bench) <= shapes_of(prints("bench", "--transport", "zmq", "--seconds", "0.05"))
+
+
+def test_tox_runs_every_python_that_the_package_says_it_runs_on() -> None:
+    tox = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["tox"]
+    said = re.findall(r":: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), re.MULTILINE)
+    assert tox["env_list"] == said
+    assert PROJECT["requires-python"] == f">={said[0]}"
+
+
+# The site -----------------------------------------------------------------------------------
+
+
+def test_the_site_is_made_without_a_warning_and_has_every_public_name(tmp_path: Path) -> None:
+    assert "sphinx-build -W docs site" in PAGES["CONTRIBUTING.md"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", tmp_path / "site"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    inventory = (tmp_path / "site" / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    there = {
+        line.split(" ")[0].rpartition(".")[2]
+        for line in zlib.decompress(inventory).decode().splitlines()
+        if line.startswith("edgeml.")
+    }
+    public = {
+        name
+        for module in ("edgeml", "edgeml.data", "edgeml.data.rlds", "edgeml.testing", "edgeml.core")
+        for name in importlib.import_module(module).__all__
+    }
+    packages = {"core", "data", "services"}
+    no_classes = {"Credentials", "OnRequest"}
+    assert public - there == packages | no_classes
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = re.findall(r"^(\S+)$", "\n".join(blocks_in_braces("docs/index.md")), re.MULTILINE)
+    pages = {
+        str(path.relative_to(ROOT / "docs").with_suffix(""))
+        for path in (ROOT / "docs").rglob("*.md")
+    }
+    assert set(listed) == pages - {"index"}
+
+
+def blocks_in_braces(page: str) -> list[str]:
+    return re.findall(r"^```\{toctree\}\n(?::[^\n]*\n)*(.*?)^```$", PAGES[page], FLAGS)
