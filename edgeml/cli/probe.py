@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from edgeml.core import DeadlineExceeded, EdgemlError, Url, load_transport
-from edgeml.core.client import ping
+from edgeml.core.ping import ping
 from edgeml.core.wire import Pong, text_of
 from edgeml.services import InferenceServer
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from edgeml.core.carrier import Stay
 from edgeml.core.errors import Closed, EdgemlError, Overloaded, Unreachable, copy_error
 from edgeml.core.frames import parts, unframe
 from edgeml.core.limits import explain_no_connection
@@ -175,7 +176,7 @@ class _Listener(Endpoint):
 
         def arrived(number: int, message: Message) -> None:
             reply = _Reply(traffic, number, peer, self._drop)
-            self._loop.pass_on(self._on_request, message, reply)
+            self._loop.hand_over(self._on_request, message, reply)
 
         self._links.add(link)
         try:
@@ -186,6 +187,12 @@ class _Listener(Endpoint):
     def _drop(self, why: EdgemlError) -> None:
         with self._lock:
             self.dropped += 1
+
+    def carry(self, stay: Stay) -> bool:
+        return self._loop.carry(stay)
+
+    def wake(self) -> None:
+        self._loop.wake()
 
     def relieve(self) -> None:
         self._loop.relieve()
@@ -240,7 +247,7 @@ class _Connection(Requester):
 
     def call(self, message: Message, timeout: float) -> Message:
         if self._loop.inside:  # in a future's callback: another thread must receive the reply
-            self._loop.relieve()
+            self._loop.strand()
         return super().call(message, timeout)
 
     def request(self, message: Message) -> Future[Message]:

@@ -1,16 +1,16 @@
-"""An asyncio event loop for a transport: in a thread of its own, and never stuck for long.
+"""An asyncio event loop for a transport: in a thread of its own, or carried by another.
 
-asyncio's loops can't go on in another thread while a callback does not return, as
-`Endpoint.relieve` asks of them. This one can, since between two callbacks a loop keeps all that it
-knows in itself: the new thread takes it over, and the old one leaves when its callback returns.
+asyncio's loops belong to a thread. This one can be carried by any, one at a time, since between two
+rounds a loop keeps all that it knows in itself; `edgeml.core.carrier` says who runs it.
 
 What a transport does with it::
 
     loop = Loop(f"edgeml {url}")
     server = loop.start(open_server()).result()        # any coroutine, from any thread
-    loop.pass_on(on_request, message, reply)           # from within the loop: what a user gave
+    loop.hand_over(on_request, message, reply)         # from within the loop
+    loop.pass_on(settle, number, message)              # likewise, what may call a user's callbacks
     loop.do(write, piece)                              # from any thread: replies, requests
-    loop.relieve()                                     # which is all of Endpoint.relieve
+    loop.carry(stay); loop.wake(); loop.relieve()      # which is all of Endpoint's
     loop.close(stop_server)                            # and most of Endpoint.close
 
 A transport whose connections carry pieces of bytes need not know any of this: see
@@ -21,38 +21,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, TypeVar
 
+from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.core.errors import Closed
 from edgeml.core.forks import leave_to_parent, watch_forks
 
 __all__ = ["Loop"]
 
 _log = logging.getLogger(__name__)
-_MOMENT = 0.1  # seconds that a handler has to return, before a loop that closes leaves it behind
+_MOMENT = 0.1  # seconds that a callback has to return before a loop that closes leaves it behind
 
 T = TypeVar("T")
 _Last = Callable[[], Coroutine[Any, Any, object]]
 
 
-class _Relieved(SystemExit):
-    """Ends a thread whose loop another one has taken over; all else a loop would swallow."""
+def _do_nothing() -> None: ...
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Run by whoever calls `carry_on`, until ``stay`` says no."""
+    """Run by whoever calls `carry_on`, a round at a time."""
 
-    def carry_on(self, stay: Callable[[], bool]) -> None:
+    def carry_on(self, stay: Stay) -> None:
+        """Run at least one round, which waits for nothing where ``stay()`` is false."""
+        before = asyncio._get_running_loop()
         asyncio._set_running_loop(self)
         try:
+            if not stay():
+                self.call_soon(_do_nothing)
+            self._run_once()  # type: ignore[attr-defined]
             while stay():
                 self._run_once()  # type: ignore[attr-defined]
         finally:
-            asyncio._set_running_loop(None)
+            asyncio._set_running_loop(before)
 
     def end(self) -> None:
         """Cancel what is under way, and close."""
@@ -68,14 +71,12 @@ class _Loop(asyncio.SelectorEventLoop):
         self.close()
 
     def _run_what_is_ready(self) -> None:
-        once = [None]
-        self.call_soon(once.clear)
-        self.carry_on(lambda: bool(once))
+        self.carry_on(lambda: False)
 
 
 class Loop:
     """An event loop in a daemon thread, which ends with `close`. Safe to use from any thread,
-    but for what says "from within the loop": in its callbacks and coroutines, and in `pass_on`'s.
+    but for what says "from within the loop": in its callbacks and coroutines.
 
     Args:
         name: the thread's.
@@ -89,33 +90,35 @@ class Loop:
         self._woken = False
         self._last: asyncio.Task[None] | None = None
         self._closing = False
-        self._over = False
-        self._handling = False
-        self._turn = threading.RLock()  # held to do something in the loop, or to pass it on
-        self._start()
+        self._finished = False
+        self._in_callback = False
+        self._carrier = Carrier(name, self._run_rounds, self._wake, self._asyncio.end)
+        self._carrier.start()
         watch_forks(self)
 
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._ident = 0
-        self._thread.start()
+    def _run_rounds(self, stay: Stay) -> bool:
+        self._asyncio.carry_on(lambda: not self._finished and stay())
+        return self._finished
 
-    def _run(self) -> None:
-        me = threading.current_thread()
-        with self._turn:
-            self._ident = threading.get_ident()
-        with suppress(_Relieved):
-            self._asyncio.carry_on(lambda: not self._over)
-        if self._thread is me:
-            with self._turn:
-                self._over = True
-                self._ident = 0
-            self._asyncio.end()
+    def _wake(self) -> None:
+        self._asyncio.call_soon_threadsafe(_do_nothing)
 
     @property
     def inside(self) -> bool:
         """Whether this is the thread that runs the loop."""
-        return threading.get_ident() == self._ident
+        return self._carrier.here
+
+    def carry(self, stay: Stay) -> bool:
+        """Run the loop in the calling thread; see `Endpoint.carry`."""
+        return self._carrier.carry(stay)
+
+    def wake(self) -> None:
+        """See `Endpoint.wake`."""
+        self._carrier.wake()
+
+    def relieve(self) -> None:
+        """See `Endpoint.relieve`."""
+        self._carrier.relieve()
 
     def do(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Call a function in the loop: at once from within it, soon from any other thread.
@@ -126,20 +129,21 @@ class Loop:
         Returns:
             False if the loop has ended; the function is not called then.
         """
-        with self._turn:
-            if threading.get_ident() == self._ident:
+        with self._carrier.turn:
+            if self._finished or self._carrier.over:
+                return False
+            if self._carrier.here:
                 function(*arguments)
                 return True
-            if self._over:
-                return False
             self._inbox.append((function, arguments))
             if not self._woken:
                 self._asyncio.call_soon_threadsafe(self._empty_inbox)
                 self._woken = True
+            self._carrier.relieve()
         return True
 
     def _empty_inbox(self) -> None:
-        with self._turn:
+        with self._carrier.turn:
             inbox, self._inbox, self._woken = self._inbox, [], False
         for function, arguments in inbox:
             try:
@@ -156,9 +160,12 @@ class Loop:
         Raises:
             Closed: the loop has ended.
         """
-        with self._turn:
-            if not self._over:
-                return asyncio.run_coroutine_threadsafe(coroutine, self._asyncio)
+        with self._carrier.turn:
+            if not (self._finished or self._carrier.over):
+                future = asyncio.run_coroutine_threadsafe(coroutine, self._asyncio)
+                if not self._carrier.here:
+                    self._carrier.relieve()
+                return future
         coroutine.close()
         raise Closed(f"{self._name} has been closed")
 
@@ -166,51 +173,57 @@ class Loop:
         """Call a function in so many seconds, from within the loop."""
         self._asyncio.call_later(seconds, function, *arguments)
 
+    def hand_over(self, on_request: Callable[..., object], *arguments: Any) -> None:
+        """Give a request to ``on_request``, from within the loop, which outlives what that does."""
+        if not self._finished:
+            self._carrier.hand_over(on_request, *arguments)
+
     def pass_on(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Call what a user gave (``on_request``, a future's callbacks), from within the loop: next,
-        and as a callback of its own, which `relieve` can leave behind.
+        """Call what may call a user's callbacks, from within the loop: next, and as a callback of
+        its own, which `strand` can leave behind.
         """
         self._asyncio.call_soon(self._handle, function, arguments)
 
     def _handle(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-        if self._over:
+        if self._finished:
             return
-        me = threading.get_ident()
-        self._handling = True
+        self._in_callback = True
         try:
             function(*arguments)
-        except BaseException:  # a handler's sys.exit() ends nothing here
+        except BaseException:  # a callback's sys.exit() ends nothing here
             _log.exception("%s: what a user gave failed", self._name)
         del arguments  # or the buffers live until the next one
-        with self._turn:
-            if self._ident != me:
-                raise _Relieved
-            self._handling = False
+        with self._carrier.turn:
+            if not self._carrier.here:
+                raise Left
+            self._in_callback = False
 
-    def relieve(self) -> None:
-        """Carry on in a new thread if what was passed on runs; see `Endpoint.relieve`."""
-        with self._turn:
-            if self._handling:
-                self._handling = False
-                self._start()
+    def strand(self) -> None:
+        """Go on in a fresh thread, if this one is in a callback that was passed on.
+
+        For a callback that waits for what the loop brings, or that does not return.
+        """
+        with self._carrier.turn:
+            if self._in_callback:
+                self._in_callback = False
+                self._carrier.strand()
 
     def close(self, last: _Last | None = None, patience: float = 1.0) -> None:
         """Run a last coroutine for at most ``patience`` seconds, then end the loop and its thread.
 
         Idempotent: only the first call's coroutine is run. From within the loop this returns at
-        once, and the loop ends later. Otherwise it returns when the thread has ended; one that is
-        stuck in what was passed on is left behind.
+        once, and the loop ends later. Otherwise it returns when the thread has ended.
         """
-        with self._turn:
+        with self._carrier.turn:
             first, self._closing = not self._closing, True
-        if first:
-            self.do(self._finish, last, patience)
-        if self.inside:
-            return
-        self._thread.join(_MOMENT)
-        if self._thread.is_alive():
-            self.relieve()
-            self._thread.join(patience + 1.0)
+            if not self._carrier.in_round:
+                self._carrier.relieve()  # whoever calls this carries it no more
+            if first:
+                self.do(self._finish, last, patience)
+        if not self._carrier.wait(_MOMENT):
+            if not self._carrier.in_round:
+                self.strand()
+            self._carrier.wait(patience + 2.0)
 
     def _finish(self, last: _Last | None, patience: float) -> None:
         async def finish() -> None:
@@ -222,7 +235,7 @@ class Loop:
             except Exception:
                 _log.exception("%s: closing failed", self._name)
             finally:
-                self._over = True
+                self._finished = True
 
         self._last = self._asyncio.create_task(finish())
 
@@ -232,10 +245,8 @@ class Loop:
         The event loop stays as it is: to close it would take from the parent's what it polls.
         """
         leave_to_parent(self._asyncio)
-        self._turn = threading.RLock()  # whoever held it is not there
-        self._over = True
-        self._handling = False
-        self._ident = 0
+        self._carrier.abandon()
+        self._finished = True
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -20,18 +20,20 @@ from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
 from edgeml.core.message import Allocator, Message
-from edgeml.core.transport import Reply, Requester
+from edgeml.core.session import Session
+from edgeml.core.transport import Reply
 from edgeml.core.wire import (
     HOLD,
     NEXT,
     NOTHING_YET,
     OK,
     SILENCE,
+    Answer,
     Credit,
     Request,
     error_of,
@@ -39,9 +41,8 @@ from edgeml.core.wire import (
     pack_error,
     unpack,
 )
-from edgeml.core.wire import Reply as Answer
 
-__all__ = ["Answerer", "Link", "Subscription", "Topic"]
+__all__ = ["Answerer", "Subscription", "Topic"]
 
 _log = logging.getLogger(__name__)
 
@@ -201,18 +202,6 @@ class Topic:
         self._answer((parked, farewell) for parked in due)
 
 
-class Link(Protocol):
-    """A client's connection with its session, as far as a subscription needs it."""
-
-    requester: Requester
-    session: bytes
-    codec: Codec
-    topics: dict[str, int]
-
-    def lose(self, why: EdgemlError) -> None:
-        """Give the connection up; the client makes another."""
-
-
 class Subscription:
     """A client's side of one stream: calls a function with each publication that it gets.
 
@@ -236,7 +225,7 @@ class Subscription:
         topic: str,
         number: int,
         function: Callable[[Any], None],
-        link: Callable[[], Link | None],
+        next_session: Callable[[], Session | None],
         writable: bool = False,
     ) -> None:
         self.topic = topic
@@ -246,7 +235,7 @@ class Subscription:
         self.errors = 0
         self._number = number
         self._function = function
-        self._link = link
+        self._next_session = next_session
         self._writable = writable
         self._credits = 1
         self._refused = False  # whether the last answer could not be given
@@ -276,31 +265,31 @@ class Subscription:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        while not self._closed and (link := self._link()) is not None:
+        while not self._closed and (session := self._next_session()) is not None:
             self._under_way.clear()
             try:
                 while not self._closed:
-                    self._turn(link)
+                    self._turn(session)
             except EdgemlError as error:
-                link.lose(error)
+                session.lose(error)
             except Exception as error:
                 _log.exception("the subscription to %r failed and starts anew", self.topic)
-                link.lose(Unreachable(f"a subscription failed: {error}"))
+                session.lose(Unreachable(f"a subscription failed: {error}"))
         for future in self._under_way:
             future.cancel()
         self._under_way.clear()  # they refer to this
 
-    def _turn(self, link: Link) -> None:
+    def _turn(self, session: Session) -> None:
         """Send the credits that are due, wait for an answer, and hand on what has come."""
         try:
             while len(self._under_way) < self._credits:
-                self._send_credit(link)
+                self._send_credit(session)
         except Overloaded:  # calls fill the connection; what is under way will do
             if not self._under_way:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, 0.1)
                 return
-        keep = link.topics[self.topic]
+        keep = session.topics[self.topic]
         began = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._ready(keep), _MOST_SILENCE)
@@ -322,12 +311,12 @@ class Subscription:
         for answer, message in values:
             if self._closed:
                 return
-            self._deliver(link, answer, message, waited)
+            self._deliver(session, answer, message, waited)
 
-    def _send_credit(self, link: Link) -> None:
+    def _send_credit(self, session: Session) -> None:
         credit = pack(Credit(self._number, *self.version))
-        header = pack(Request(NEXT, link.session, self.topic, SILENCE, credit))
-        future = link.requester.request(Message(header))
+        header = pack(Request(NEXT, session.key, self.topic, SILENCE, credit))
+        future = session.requester.request(Message(header))
         self._under_way.append(future)
         future.add_done_callback(self._notify)
 
@@ -376,12 +365,12 @@ class Subscription:
         self.version = (answer.epoch, answer.number)
         return gap
 
-    def _deliver(self, link: Link, answer: Answer, message: Message, waited: float) -> None:
+    def _deliver(self, session: Session, answer: Answer, message: Message, waited: float) -> None:
         if self._see(answer) and waited > self._busy:
             ahead = (self._credits + 1) * message.nbytes
             if self._credits < _MOST_CREDITS and ahead <= _BYTES_AHEAD:
                 self._credits += 1
-        value = link.codec.decode(Message(answer.body, message.buffers), writable=self._writable)
+        value = session.codec.decode(Message(answer.body, message.buffers), writable=self._writable)
         self.received += 1
         began = time.monotonic()
         try:

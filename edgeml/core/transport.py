@@ -1,6 +1,6 @@
 """The transport half of the seam. One pattern only: a request, whose one reply may come at any
 time, from any thread, in any order. Calls, streams, heartbeats and batching are built on it once,
-in `edgeml.core.rpc` and `edgeml.core.streams`.
+in `edgeml.core.dispatch`, `edgeml.core.session` and `edgeml.core.streams`.
 
 A transport is a plugin: publish a class through the entry-point group ``edgeml.transports`` whose
 module answers the hook ``edgeml_transport``, and hold it to `edgeml.testing.TransportTests` by
@@ -92,11 +92,31 @@ class Endpoint(ABC):
         peer takes them within a fraction of a second.
         """
 
-    def relieve(self) -> None:  # noqa: B027 - many transports need nothing here
-        """Carry on although a call of ``on_request`` does not return.
+    def carry(self, stay: Callable[[], bool]) -> bool:
+        """Run this endpoint's loop in the calling thread, in place of the endpoint's own.
 
-        Core calls this when a handler that it ran within ``on_request`` turns out slow. A transport
-        whose one loop is stuck in that call continues in a fresh thread.
+        A server's handlers run between two calls of this, so that a request and its reply need no
+        thread hop, and all handlers run in one thread. A round receives what has come and calls
+        ``on_request``. When this returns, the loop waits for the next call, from the same thread or
+        another, or for `relieve`.
+
+        Args:
+            stay: asked before each round; where it is false, this makes one round, which waits
+                for nothing, or none if another thread has the loop.
+
+        Returns:
+            False if this endpoint has ended, or has no loop that could be carried, as here.
+        """
+        del stay
+        return False
+
+    def wake(self) -> None:  # noqa: B027 - nothing is carried here
+        """Have a thread that waits in `carry` ask ``stay`` again; from any thread."""
+
+    def relieve(self) -> None:  # noqa: B027 - nothing is carried here
+        """Carry on in the endpoint's own thread, as whoever carried the loop is busy elsewhere.
+
+        Harmless where that isn't so. The next `carry` takes the loop back.
         """
 
     def allocate(self, nbytes: int) -> memoryview | None:
@@ -194,13 +214,13 @@ class Transport(ABC):
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
     ) -> Endpoint:
-        """Listen at ``url`` and give every request to ``on_request``, from the transport's thread.
+        """Listen at ``url`` and give every request to ``on_request``, from the endpoint's own
+        thread or the one that carries its loop.
 
         Args:
             url: where to listen; port 0 lets the system pick one.
-            on_request: is given the message and the right to reply. It returns quickly, or
-                `Endpoint.relieve` will be called; requests are passed to it one at a time until
-                then. An exception from it is logged, and the endpoint lives.
+            on_request: is given the message and the right to reply, one request at a time. It
+                returns quickly. An exception from it is logged, and the endpoint lives.
             credentials: see `Credentials`.
 
         Raises:

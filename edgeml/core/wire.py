@@ -37,10 +37,10 @@ __all__ = [
     "PING",
     "PROTOCOL",
     "SILENCE",
+    "Answer",
     "Credit",
     "Hello",
     "Pong",
-    "Reply",
     "Request",
     "Welcome",
     "error_of",
@@ -104,7 +104,7 @@ class Request(msgspec.Struct, array_like=True, frozen=True, gc=False):
     body: bytes
 
 
-class Reply(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class Answer(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The envelope of a reply.
 
     Attributes:
@@ -188,7 +188,7 @@ pack = msgspec.msgpack.Encoder().encode
 """Encode an envelope or a body."""
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (Request, Reply, Hello, Welcome, Pong, Credit)
+    kind: msgspec.msgpack.Decoder(kind) for kind in (Request, Answer, Hello, Welcome, Pong, Credit)
 }
 _arguments = msgspec.msgpack.Decoder(list[str])
 
@@ -220,10 +220,10 @@ def pack_error(error: EdgemlError) -> bytes:
     elif kind is RemoteError:
         arguments = [type(error).__qualname__, *arguments, ""]
     valid = [text.encode("utf-8", "backslashreplace").decode() for text in arguments]
-    return pack(Reply(_STATUS[kind], pack(valid)))
+    return pack(Answer(_STATUS[kind], pack(valid)))
 
 
-def error_of(reply: Reply) -> EdgemlError:
+def error_of(reply: Answer) -> EdgemlError:
     """The error that a reply tells of."""
     if reply.status == NO_SESSION:
         return Closed("the server does not know this session; it has restarted, or forgot it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from edgeml.core.message import Allocator, pooled
 from edgeml.data.batch import Batch
+from edgeml.data.locks import make_lock
 
 __all__ = ["DataStoreBase"]
 
@@ -26,7 +26,8 @@ class DataStoreBase(ABC):
 
     Attributes:
         lock: reentrant, and held by all that inserts or reads items: take it to make several
-            operations one.
+            operations one. A process may be forked at any time: the child has the store as it was
+            between two operations.
         allocate: gives memory for the batches that are handed out, and may be used or not. A client
             that uploads the store's items puts its own here, from which they are sent.
     """
@@ -37,7 +38,7 @@ class DataStoreBase(ABC):
         self._capacity = capacity
         self._cuts: deque[int] = deque()  # ids of items that don't follow upon the one before
         self._cuts_kept = capacity  # for how many items back
-        self.lock = threading.RLock()
+        self.lock = make_lock()
         self.allocate: Allocator = pooled
 
     @property
@@ -98,6 +99,17 @@ class DataStoreBase(ABC):
         """
         with self.lock:
             self.take_cuts([0], self.latest_data_id() + 1)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} can't be pickled or copied: make it in the process that uses "
+            "it. edgeml.data.checkpoint saves its items to a file and loads them"
+        )
 
     # What implementations need for that ---------------------------------------------------------
 

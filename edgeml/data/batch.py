@@ -184,10 +184,18 @@ def join(parts: Sequence[Batch], first_id: int, allocate: Allocator) -> Batch:
         except ValueError:
             rows = []
         pieces = list(zip(*rows, strict=True))
-        if pieces and all(len({(p.dtype, p.shape[1:]) for p in piece}) == 1 for piece in pieces):
+        if pieces and all(map(_agree, pieces)):
             leaves = [_read_only(concatenate(piece, allocate)) for piece in pieces]
             return Batch(first_id, None, skeleton, leaves)
     return Batch(first_id, [item for part in parts for item in part], None, [])
+
+
+def _agree(pieces: Sequence[Any]) -> bool:
+    """Whether what several batches have in one place makes one column."""
+    # Where one has a column, another may have a dict of some.
+    if not all(isinstance(piece, np.ndarray) for piece in pieces):
+        return False
+    return len({(piece.dtype, piece.shape[1:]) for piece in pieces}) == 1
 
 
 def concatenate(pieces: Sequence[Array], allocate: Allocator) -> Array:

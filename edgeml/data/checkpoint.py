@@ -21,6 +21,7 @@ from edgeml.core.errors import ConfigMismatch, Malformed
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.files import replace
+from edgeml.data.locks import sort_locks
 from edgeml.data.records import RecordReader, RecordWriter
 
 __all__ = ["Report", "load", "save"]
@@ -241,6 +242,6 @@ def _fill(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
 def _locked(stores: _Stores) -> Iterator[None]:
     """Hold the locks of all stores, taken in the same order by everyone."""
     with ExitStack() as stack:
-        for lock in sorted((store.lock for store in stores.values()), key=id):
+        for lock in sort_locks(store.lock for store in stores.values()):
             stack.enter_context(lock)
         yield

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from edgeml.core.errors import Closed
+from edgeml.core.forks import watch_forks
 from edgeml.core.message import Allocator, empty
 from edgeml.data.samplers import Sampler, Steps
 from edgeml.data.tree import Array, nested
@@ -80,7 +82,13 @@ class DeviceRing:
         most = min(_STAGED, capacity, max(1, _STAGED_BYTES // max(1, size)))
         self._sizes = sorted({1, min(32, most), most})  # a compiled function for each
         self._staged = self._make_stage()
+        self._abandoned = False
         self.reset(1)
+        watch_forks(self)
+
+    def abandon(self) -> None:
+        """Refuse all use of the device in a forked child: JAX's threads are not there."""
+        self._abandoned = True
 
     def reset(self, next_id: int) -> None:
         """Forget all rows; the next one gets this id."""
@@ -116,7 +124,16 @@ class DeviceRing:
             self._n_staged += k
 
     def flush(self) -> None:
-        """Write what is staged to the device."""
+        """Write what is staged to the device.
+
+        Raises:
+            Closed: this is a forked child.
+        """
+        if self._abandoned:
+            raise Closed(
+                "a trajectory buffer can't be used in a forked child, as JAX can't: start "
+                "processes with spawn or forkserver, and make the buffer in the one that uses it"
+            )
         n = self._n_staged
         if not n:
             return

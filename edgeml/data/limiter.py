@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from edgeml.core.errors import Closed, DeadlineExceeded
+from edgeml.data.locks import make_lock
 
 __all__ = ["RateLimiter"]
 
@@ -70,7 +71,7 @@ class RateLimiter:
         self._inserts = 0
         self._samples = 0
         self._closed = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(make_lock())
 
     @property
     def inserts(self) -> int:

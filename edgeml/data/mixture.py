@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 
+from edgeml.data.locks import make_lock
+from edgeml.data.plans import check_size
 from edgeml.data.prefetch import Prefetch
 from edgeml.data.tree import describe
 
@@ -69,7 +71,7 @@ class Mixture:
                     "as lambda n, keys: buffer.sample('training', n)[0]"
                 )
         self._shares = shares / shares.sum()
-        self._lock = threading.Lock()
+        self._lock = make_lock()
         self._owed = np.zeros(len(shares))  # what earlier batches were short of, or over (below 0)
 
     def sample(
@@ -80,29 +82,32 @@ class Mixture:
         Raises:
             ValueError: what the sources raise, or they don't agree in structure.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = check_size(batch_size)
         keys = None if keys is None else tuple(keys)
         batch = self.empty_batch(batch_size, keys) if out is None else out
         start = 0
-        for source, n in zip(self._sources, self._parts(batch_size), strict=True):
+        parts = self._divide(batch_size)
+        for number, (source, n) in enumerate(zip(self._sources, parts, strict=True)):
             if not n:
                 continue
-            part = _sliced(batch, slice(start, start + n), batch_size)
-            if callable(source):
-                _copy(source(n, keys), part, "batch")
-            else:
-                source.sample(n, keys=keys, out=part)
+            part = _cut(batch, slice(start, start + n), batch_size)
+            with self._name_source(number):
+                if callable(source):
+                    _copy(source(n, keys), part, "batch")
+                else:
+                    source.sample(n, keys=keys, out=part)
             start += n
         return batch
 
     def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
         """Return a batch as `sample` gives it, with anything in it, for its ``out``."""
+        batch_size = check_size(batch_size)
         first = self._sources[0]
-        if not callable(first):
-            return first.empty_batch(batch_size, keys)
-        made: dict[Any, Any] = _like(first(1, keys), batch_size)
-        return made
+        with self._name_source(0):
+            if not callable(first):
+                return first.empty_batch(batch_size, keys)
+            batch: dict[Any, Any] = _make_empty(first(1, keys), batch_size)
+            return batch
 
     def prefetch(
         self, batch_size: int, *, device: Any = None, depth: int = 2, keys: Any = None
@@ -111,7 +116,19 @@ class Mixture:
         keys = None if keys is None else tuple(keys)  # an iterator would do for one batch only
         return Prefetch(lambda: self.sample(batch_size, keys=keys), device=device, depth=depth)
 
-    def _parts(self, batch_size: int) -> list[int]:
+    @contextmanager
+    def _name_source(self, number: int) -> Iterator[None]:
+        """Tell whose a ValueError is."""
+        try:
+            yield
+        except ValueError as error:
+            kind = type(self._sources[number]).__name__
+            raise ValueError(
+                f"source {number} of the mixture, a {kind} (of {len(self._sources)}, counted from "
+                f"0): {error}"
+            ) from error
+
+    def _divide(self, batch_size: int) -> list[int]:
         """How many items come from each source: whole numbers, and over time the right ones."""
         with self._lock:
             due = self._shares * batch_size + self._owed
@@ -125,18 +142,18 @@ class Mixture:
         return counts
 
 
-def _sliced(batch: Any, part: slice, n: int) -> Any:
+def _cut(batch: Any, part: slice, n: int) -> Any:
     """A part of a batch of n items."""
     if isinstance(batch, dict):
-        return {key: _sliced(child, part, n) for key, child in batch.items()}
+        return {key: _cut(child, part, n) for key, child in batch.items()}
     if len(batch) != n:
         raise ValueError(f"out has arrays of {len(batch)} items for a batch of {n}")
     return batch[part]
 
 
-def _like(batch: Any, n: int) -> Any:
+def _make_empty(batch: Any, n: int) -> Any:
     if isinstance(batch, dict):
-        return {key: _like(child, n) for key, child in batch.items()}
+        return {key: _make_empty(child, n) for key, child in batch.items()}
     return np.empty((n, *batch.shape[1:]), batch.dtype)
 
 

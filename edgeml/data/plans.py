@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from edgeml.core.message import empty, private
 from edgeml.data.tree import Array, describe, fill, leaves_of
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "check_size"]
 
 _POOLED = 1 << 16  # bytes; below this malloc is fast enough
 
@@ -37,12 +38,7 @@ class Plan:
     )
 
     def make_arrays(self, n: int) -> dict[int, Array]:
-        """Return arrays to write n items to, with anything in them.
-
-        Raises:
-            ValueError: n is below 1.
-        """
-        _check_size(n)
+        """Return arrays to write n items to, with anything in them."""
         if n not in self.sized:
             self.sized.clear()
             self.sized[n] = [
@@ -58,9 +54,8 @@ class Plan:
         """Return the arrays of ``out``, once they have been found to fit n items.
 
         Raises:
-            ValueError: n is below 1, or they don't.
+            ValueError: they don't.
         """
-        _check_size(n)
         outs = dict(zip(self.specs, leaves_of(self.skeleton, out), strict=True))
         for leaf, array in outs.items():
             shape, dtype = (n, *self.specs[leaf][0]), self.specs[leaf][1]
@@ -81,6 +76,18 @@ class Plan:
         return batch
 
 
-def _check_size(n: int) -> None:
+def check_size(n: Any) -> int:
+    """Return a batch size as an int.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below 1.
+    """
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"batch_size is an integer, got {n!r}: write 256 // 2, say") from None
     if n < 1:
         raise ValueError(f"batch_size must be at least 1, got {n}")
+    size: int = n
+    return size

@@ -10,7 +10,7 @@ import numpy as np
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.columns import Columns
-from edgeml.data.plans import Plan
+from edgeml.data.plans import Plan, check_size
 from edgeml.data.prefetch import Prefetch
 from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
@@ -60,6 +60,8 @@ class ReplayBuffer(DataStoreBase):
             more axis after the batch's (default 1: no such axis). Each frame is kept once. At the
             start of an episode its first frame is repeated. (Mnih et al. 2015.)
 
+        ignore_unknown: leave out what items have under keys beyond the schema's, such as ``infos``
+            (default: such items are refused).
         selector: chooses the items of a sample (default: a `UniformSelector`); it is this buffer's
             alone.
 
@@ -77,6 +79,7 @@ class ReplayBuffer(DataStoreBase):
         n_step: int = 1,
         discount: float = 0.99,
         frame_stack: int = 1,
+        ignore_unknown: bool = False,
         selector: Selector | None = None,
     ) -> None:
         super().__init__(capacity)
@@ -85,6 +88,7 @@ class ReplayBuffer(DataStoreBase):
         if not 0 <= discount <= 1:
             raise ValueError(f"discount is from 0 to 1, got {discount}")
         self._rng = np.random.default_rng(seed)
+        self._ignore_unknown = ignore_unknown
         self._looks = n_step, discount, frame_stack
         # Rows are kept for the frames of the oldest item's stack, too.
         self._ring = Ring(capacity, spare=frame_stack - 1)
@@ -97,7 +101,7 @@ class ReplayBuffer(DataStoreBase):
         self._added: dict[str, int] = {}  # keys that samples have besides, and their leaves
         self._plans: dict[Any, Plan] = {}  # by the keys that are wanted
         if example is not None:
-            self._set_schema(Schema(example))
+            self._set_schema(self._make_schema(example))
 
     def __len__(self) -> int:
         with self.lock:
@@ -118,7 +122,7 @@ class ReplayBuffer(DataStoreBase):
         with self.lock:
             schema = self._schema
             if schema is None:
-                schema = Schema(item)
+                schema = self._make_schema(item)
                 leaves = schema.fit(item)
                 self._set_schema(schema)
             else:
@@ -135,7 +139,7 @@ class ReplayBuffer(DataStoreBase):
         if not batch:
             return
         with self.lock:
-            schema = self._schema or Schema(batch[0])
+            schema = self._schema or self._make_schema(batch[0])
             columns = schema.fit_batch(batch)
             if self._schema is None:
                 self._set_schema(schema)
@@ -202,10 +206,12 @@ class ReplayBuffer(DataStoreBase):
             arrays are private copies.
 
         Raises:
+            TypeError: batch_size is no integer.
             ValueError: batch_size is below 1; the store is empty, or has nothing that new; an
                 unknown key; ``out`` doesn't fit.
         """
         with self.lock:
+            batch_size = check_size(batch_size)
             plan = self._find_plan(keys)
             arrays = (
                 plan.make_arrays(batch_size) if out is None else plan.take_arrays(batch_size, out)
@@ -230,7 +236,7 @@ class ReplayBuffer(DataStoreBase):
         """
         with self.lock:
             plan = self._find_plan(keys)
-            return plan.build(plan.make_arrays(batch_size))
+            return plan.build(plan.make_arrays(check_size(batch_size)))
 
     def prefetch(
         self, batch_size: int, *, device: Any = None, depth: int = 2, **options: Any
@@ -296,6 +302,9 @@ class ReplayBuffer(DataStoreBase):
             self._selector.restore(len(batch), extra)
 
     # Within --------------------------------------------------------------------------------
+
+    def _make_schema(self, example: Any) -> Schema:
+        return Schema(example, ignore_unknown=self._ignore_unknown)
 
     def _set_schema(self, schema: Schema) -> None:
         transitions = Transitions(self._ring, schema, *self._looks)
@@ -414,7 +423,7 @@ class ReplayBufferDataStore(ReplayBuffer):
         action_space: the same.
         capacity: how many transitions are held at most.
         extras: further parts of an item, each with an example: ``{"policy_version": 0}``.
-        seed, n_step, discount, frame_stack: as for `ReplayBuffer`.
+        seed, n_step, discount, frame_stack, ignore_unknown: as for `ReplayBuffer`.
 
     Raises:
         TypeError: a space whose samples have no fixed shape and dtype.
@@ -431,6 +440,7 @@ class ReplayBufferDataStore(ReplayBuffer):
         n_step: int = 1,
         discount: float = 0.99,
         frame_stack: int = 1,
+        ignore_unknown: bool = False,
     ) -> None:
         super().__init__(
             capacity,
@@ -439,4 +449,5 @@ class ReplayBufferDataStore(ReplayBuffer):
             n_step=n_step,
             discount=discount,
             frame_stack=frame_stack,
+            ignore_unknown=ignore_unknown,
         )

@@ -27,12 +27,15 @@ class Schema:
 
     Args:
         example: an item.
+        ignore_unknown: items may have further keys, and what lies under these is left out. None:
+            they may not, and whoever reads the error has no such option.
 
     Raises:
         ValueError: not a dict, tuple or list with arrays of numbers in it.
     """
 
-    def __init__(self, example: Any) -> None:
+    def __init__(self, example: Any, *, ignore_unknown: bool | None = None) -> None:
+        self._ignore_unknown = ignore_unknown
         self.skeleton: Skeleton = skeleton_of(example)
         if type(self.skeleton) is int:
             raise ValueError(f"an item is a dict or a tuple, got {describe(example)}")
@@ -59,7 +62,7 @@ class Schema:
         Raises:
             ValueError: it doesn't fit; the text gives the path and what was expected there.
         """
-        leaves = leaves_of(self.skeleton, item)
+        leaves = self._take_apart(item)
         for i, leaf in enumerate(leaves):
             shape = self.shapes[i] if rows is None else (rows, *self.shapes[i])
             dtype = self.dtypes[i]
@@ -69,7 +72,7 @@ class Schema:
             elif type(leaf) is float and not shape and dtype.kind == "f":
                 leaves[i] = dtype.type(leaf)  # a reward, most likely: five times as fast
                 continue
-            leaves[i] = self._converted(leaf, i, shape)
+            leaves[i] = self._convert(leaf, i, shape)
         return leaves
 
     def fit_batch(self, batch: Batch) -> list[Any]:
@@ -83,7 +86,21 @@ class Schema:
         rows = [self.fit(item) for item in batch]
         return [np.stack(column) for column in zip(*rows, strict=True)]
 
-    def _converted(self, leaf: Any, i: int, shape: tuple[int, ...]) -> Array:
+    def _take_apart(self, item: Any) -> list[Any]:
+        try:
+            return leaves_of(self.skeleton, item, ignore_unknown=self._ignore_unknown is True)
+        except ValueError as error:
+            if self._ignore_unknown is None:
+                raise
+            try:
+                leaves_of(self.skeleton, item, ignore_unknown=True)
+            except ValueError:
+                raise error from None
+            raise ValueError(
+                f"{error}: to leave out the further keys, make the store with ignore_unknown=True"
+            ) from None
+
+    def _convert(self, leaf: Any, i: int, shape: tuple[int, ...]) -> Array:
         array, dtype, beyond = _as_array(leaf), self.dtypes[i], ""
         if array is not None and array.shape == shape:
             if array.dtype.kind in "iu" and dtype.kind in "iu":
@@ -93,6 +110,11 @@ class Schema:
                 beyond = f" beyond {dtype}"
             elif np.can_cast(array.dtype, dtype, "same_kind"):
                 return array.astype(dtype)
+            elif dtype.kind in "iu" and array.dtype.kind == "f":
+                beyond = (
+                    ": it is an integer where the store learned what items look like, from its "
+                    "example or the first item: give it as a float there, such as 0.0"
+                )
         raise ValueError(
             f"{self._paths[i]}: expected shape {shape} {dtype}, got {describe(leaf)}{beyond}"
         )

@@ -39,12 +39,17 @@ def map_space(
     parts = getattr(space, "spaces", None)
     if isinstance(parts, Mapping):
         return {key: map_space(part, leaf, (*path, key)) for key, part in parts.items()}
-    if isinstance(parts, Sequence):
+    # A OneOf has a sequence of spaces, too, but a sample of it is of one of them.
+    if isinstance(parts, Sequence) and (isinstance(space, Sequence) or "Tuple" in _names_of(space)):
         return tuple(map_space(part, leaf, (*path, i)) for i, part in enumerate(parts))
     shape, dtype = getattr(space, "shape", None), getattr(space, "dtype", None)
     if shape is None or dtype is None or not is_plain(np.dtype(dtype)):
         raise TypeError(f"{path_of(path)}: {space!r} has no fixed shape and numeric dtype to store")
     return leaf(path, tuple(shape), np.dtype(dtype))
+
+
+def _names_of(space: Any) -> list[str]:
+    return [kind.__name__ for kind in type(space).__mro__]
 
 
 def zeros_of(space: Any, *path: Any) -> Any:

@@ -17,6 +17,7 @@ from edgeml.data import checkpoint
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.device import DeviceRing, Part, SampleConfig, Transform
+from edgeml.data.plans import check_size
 from edgeml.data.samplers import LatestSampler, Sampler
 from edgeml.data.schema import Schema
 from edgeml.data.shapes import END, DataShape, list_shapes, make_example
@@ -75,6 +76,8 @@ class TrajectoryBuffer(DataStoreBase):
         seed: of all that is random in `sample`.
         device: `jax.Device` or `jax.sharding.Sharding` that the steps are kept on (default:
             JAX's default device).
+        ignore_unknown: leave out what items have under keys beyond the schema's, such as ``infos``
+            (default: such items are refused).
 
     Raises:
         ImportError: JAX is not installed.
@@ -89,6 +92,8 @@ class TrajectoryBuffer(DataStoreBase):
         min_trajectory_length: int = 2,
         seed: int = 0,
         device: Any = None,
+        *,
+        ignore_unknown: bool = False,
     ) -> None:
         super().__init__(capacity)
         if capacity > _LARGEST:
@@ -98,7 +103,7 @@ class TrajectoryBuffer(DataStoreBase):
                 f"min_trajectory_length must be at least 1, got {min_trajectory_length}"
             )
         jnp = load_jax().numpy
-        self._schema = Schema(make_example(data_shapes))
+        self._schema = Schema(make_example(data_shapes), ignore_unknown=ignore_unknown)
         paths = paths_of(self._schema.skeleton)[:-1]
         self._paths = {"/".join(path): path for path in paths}
         specs = list(zip(self._schema.shapes, self._schema.dtypes, strict=True))[:-1]
@@ -305,8 +310,7 @@ class TrajectoryBuffer(DataStoreBase):
             ValueError: no such config, no steps that could be drawn, or an id of ``force_indices``
                 that isn't held or is not to be sampled with this config.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = check_size(batch_size)
         with self.lock:
             if name not in self._configs:
                 raise ValueError(f"no sample config {name!r}; there is {[*self._configs]}")
@@ -419,6 +423,7 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
             inserted, and as ``rlds_logger(None, True)`` where a trajectory ended, or was
             interrupted, after its last item. Its arrays are its own. Where it raises, nothing is
             inserted, though some of a batch may be logged.
+        ignore_unknown: see `TrajectoryBuffer`.
     """
 
     def __init__(
@@ -429,8 +434,17 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
         seed: int = 0,
         device: Any = None,
         rlds_logger: StepLogger | None = None,
+        *,
+        ignore_unknown: bool = False,
     ) -> None:
-        super().__init__(capacity, data_shapes, min_trajectory_length, seed, device)
+        super().__init__(
+            capacity,
+            data_shapes,
+            min_trajectory_length,
+            seed,
+            device,
+            ignore_unknown=ignore_unknown,
+        )
         self._rlds_logger = rlds_logger
 
     def insert(self, item: Any, end_of_trajectory: bool = False) -> None:
@@ -498,6 +512,7 @@ def make_default_trajectory_buffer(
     rlds_logger: StepLogger | None = None,
     *,
     seed: int = 0,
+    ignore_unknown: bool = False,
 ) -> TrajectoryBufferDataStore:
     """Make a store of the transitions of off-policy learning, to be sampled as ``"training"``.
 
@@ -525,6 +540,7 @@ def make_default_trajectory_buffer(
         device: see `TrajectoryBuffer`.
         rlds_logger: see `TrajectoryBufferDataStore`.
         seed: of all that is random in `sample`.
+        ignore_unknown: see `TrajectoryBuffer`.
 
     Raises:
         TypeError: a space whose samples have no fixed shape and dtype, or a Tuple.
@@ -537,7 +553,9 @@ def make_default_trajectory_buffer(
         DataShape("masks"),
     ]
     # Each item is a transition by itself, so that even a trajectory of one is of use.
-    store = TrajectoryBufferDataStore(capacity, data_shapes, 1, seed, device, rlds_logger)
+    store = TrajectoryBufferDataStore(
+        capacity, data_shapes, 1, seed, device, rlds_logger, ignore_unknown=ignore_unknown
+    )
     keys = ("observations", "next_observations", "actions", "rewards", "masks")
     store.register_sample_config("training", {key: LatestSampler() for key in keys})
     return store

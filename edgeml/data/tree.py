@@ -70,25 +70,35 @@ def _number(node: Any, numbers: Iterator[int], path: tuple[Any, ...]) -> Skeleto
     return next(numbers)
 
 
-def leaves_of(skeleton: Skeleton, item: Any) -> list[Any]:
+def leaves_of(skeleton: Skeleton, item: Any, *, ignore_unknown: bool = False) -> list[Any]:
     """Return the leaves of an item in the skeleton's order.
+
+    Args:
+        skeleton: of an item like it.
+        item: to be taken apart.
+        ignore_unknown: leave out what lies under keys that the skeleton's dicts don't have.
 
     Raises:
         ValueError: the item is built differently; the text gives the path and both structures.
     """
     leaves: list[Any] = []
-    _collect(skeleton, item, leaves, ())
+    _collect(skeleton, item, leaves, (), ignore_unknown)
     return leaves
 
 
-def _collect(skeleton: Skeleton, node: Any, into: list[Any], path: tuple[Any, ...]) -> None:
+def _collect(
+    skeleton: Skeleton, node: Any, into: list[Any], path: tuple[Any, ...], ignore_unknown: bool
+) -> None:
     if type(skeleton) is int:
         into.append(node)
         return
     if isinstance(skeleton, dict):
         if isinstance(node, tuple) and hasattr(node, "_asdict"):
             node = node._asdict()
-        if not isinstance(node, dict) or node.keys() != skeleton.keys():
+        if not isinstance(node, dict) or (
+            node.keys() != skeleton.keys()
+            and not (ignore_unknown and node.keys() >= skeleton.keys())
+        ):
             raise _mismatch(skeleton, node, path)
     elif not isinstance(node, type(skeleton)) or len(node) != len(skeleton):
         raise _mismatch(skeleton, node, path)
@@ -96,7 +106,7 @@ def _collect(skeleton: Skeleton, node: Any, into: list[Any], path: tuple[Any, ..
         if type(child) is int:  # spares a call for each leaf, which is most of the work
             into.append(node[key])
         else:
-            _collect(child, node[key], into, (*path, key))
+            _collect(child, node[key], into, (*path, key), ignore_unknown)
 
 
 def transpose(skeleton: Skeleton, items: list[Any]) -> list[list[Any]] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from edgeml.core.client import Client
+from edgeml.core.dispatch import Call, require_plain
 from edgeml.core.errors import Malformed, UnknownInterface
 from edgeml.core.server import Server
 from edgeml.core.streams import Subscription
@@ -56,12 +57,15 @@ class ActionServer(ServiceServer):
     Args:
         config: see `ActionConfig`.
         obs_callback: ``obs_callback(keys) -> dict``: the observations of these names. All of
-            ``config.observation_keys`` where a client asks for no particular ones.
+            ``config.observation_keys`` where a client asks for no particular ones. A client gets a
+            `RemoteError` that names what is missing.
         act_callback: ``act_callback(key, payload) -> dict``: carry out an action; what it returns
             is the client's answer.
         host: the address to listen at; name another than 127.0.0.1 to let other machines in.
         keep: how many publications are kept for clients that are behind; 1 for only the newest.
-        workers: how many callbacks may run at a time.
+        workers: how many callbacks may run at a time; see `start` for the threads.
+        act_in_own_thread: whether ``act_callback`` runs in a thread of its own, so that neither
+            callback waits for the other.
         codecs: names of the codecs that clients may speak.
         credentials: the transport's keys.
 
@@ -77,12 +81,14 @@ class ActionServer(ServiceServer):
         *,
         keep: int = 1,
         workers: int = 1,
+        act_in_own_thread: bool = False,
         codecs: Sequence[str] = ("msgpack",),
         credentials: Credentials = None,
     ) -> None:
         self.config = config
-        self._obs_callback = obs_callback
-        self._act_callback = act_callback
+        for name, callback in (("obs_callback", obs_callback), ("act_callback", act_callback)):
+            if callback is not None:
+                require_plain(name, callback)
         server = Server(
             "action",
             *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
@@ -91,8 +97,9 @@ class ActionServer(ServiceServer):
             workers=workers,
             credentials=credentials,
         )
-        server.register("obs", lambda payload, _: self._obs(payload))
-        server.register("act", lambda payload, _: self._act(payload))
+        device = _Device(config, obs_callback, act_callback)
+        server.register("obs", device.observe)
+        server.register("act", device.act, lane="act" if act_in_own_thread else "")
         self._topic = server.topic(_OBSERVATIONS, keep)
         super().__init__(server)
 
@@ -111,8 +118,23 @@ class ActionServer(ServiceServer):
         """
         return self._topic.publish(payload)
 
-    def _obs(self, keys: Any) -> dict[str, Any]:
-        known = list(self.config.observation_keys)
+
+class _Device:
+    """The two callbacks, and what they may be asked for."""
+
+    def __init__(
+        self,
+        config: ActionConfig,
+        obs: Callable[[list[str]], dict[str, Any]] | None,
+        act: Callable[[str, Any], Any] | None,
+    ) -> None:
+        self._config = config
+        self._obs = obs
+        self._act = act
+
+    def observe(self, call: Call) -> None:
+        known = list(self._config.observation_keys)
+        keys = call.payload()
         if keys is None:
             keys = known
         elif not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -120,22 +142,31 @@ class ActionServer(ServiceServer):
         for key in keys:
             if key not in known:
                 raise _unknown("observation", key, known)
-        if self._obs_callback is None:
+        if self._obs is None:
             raise UnknownInterface("this server offers no observations")
-        return self._obs_callback(keys)
+        observations = self._obs(keys)
+        if not isinstance(observations, Mapping):
+            raise TypeError(
+                f"obs_callback gave {observations!r:.100}: it is to return a dict of observations"
+            )
+        if missing := [key for key in keys if key not in observations]:
+            raise ValueError(
+                f"obs_callback gave no {', '.join(map(repr, missing))}, which it was asked for"
+            )
+        call.answer(observations)
 
-    def _act(self, payload: Any) -> Any:
-        match payload:
+    def act(self, call: Call) -> None:
+        match call.payload():
             case [str(key), argument]:
-                pass
+                call.detail = repr(key)
             case _:
                 raise Malformed("act takes a name and a payload")
-        known = list(self.config.action_keys)
+        known = list(self._config.action_keys)
         if key not in known:
             raise _unknown("action", key, known)
-        if self._act_callback is None:
+        if self._act is None:
             raise UnknownInterface("this server takes no actions")
-        return self._act_callback(key, argument)
+        call.answer(self._act(key, argument))
 
 
 def _unknown(what: str, key: str, known: list[str]) -> UnknownInterface:

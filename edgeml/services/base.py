@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +87,24 @@ class ServiceServer(_Service):
     def start(self, threaded: bool = False) -> None:
         """Serve, until `stop` or Ctrl-C; in the background with ``threaded``.
 
+        With one worker, which is the default, all handlers run in one and the same thread: the one
+        that calls this, or with ``threaded`` one of the server's own. With more, they run in that
+        one and in ``workers - 1`` of the server's.
+
         Raises:
             OSError: the port is taken.
             PluginError: the transport isn't installed, or is broken.
             RuntimeError: it was started before.
         """
         self._server.open()
-        if not threaded:
-            self._block()
+        if threaded:
+            self._server.dispatcher.start()
+        else:
+            self._block(self._server.dispatcher.run)
 
-    def _block(self) -> None:
+    def _block(self, serve: Callable[[], object]) -> None:
         try:
-            self._stopped.wait()
+            serve()
         except KeyboardInterrupt:
             pass
         finally:
@@ -122,6 +128,11 @@ class ServiceServer(_Service):
         return str(self._first())
 
     @property
+    def urls(self) -> list[str]:
+        """Where clients reach it, by each of its transports and ports; none until it is started."""
+        return [str(url) for url in self._server.urls]
+
+    @property
     def port(self) -> int:
         """The port that it listens on; raises as `url` does."""
         return self._first().port
@@ -136,12 +147,14 @@ class ServiceServer(_Service):
     def clients(self) -> list[Peer]:
         """The clients heard from of late: their ids, and for people their labels and addresses."""
         return [
-            Peer(session.client_id, f"{session.label} at {session.peer.address}".strip())
-            for session in self._server.sessions
+            Peer(caller.client_id, f"{caller.label} at {caller.peer.address}".strip())
+            for caller in self._server.callers
         ]
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start: calls, and everything refused or dropped, by reason."""
+        """Counts since the start: calls, and everything refused or dropped, by reason; and
+        ``waiting``, the calls that wait for a handler now.
+        """
         return self._server.stats()
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from edgeml.core.client import Client
+from edgeml.core.dispatch import answer_with, require_plain
 from edgeml.core.server import Server
 from edgeml.core.transport import Credentials
 from edgeml.core.url import resolve
@@ -40,7 +41,6 @@ class InferenceServer(ServiceServer):
         codecs: Sequence[str] = ("msgpack",),
         credentials: Credentials = None,
     ) -> None:
-        self._names: list[str] = []
         server = Server(
             "inference",
             *listening_urls(transport, host, port_num),
@@ -48,7 +48,8 @@ class InferenceServer(ServiceServer):
             workers=workers,
             credentials=credentials,
         )
-        server.register(_LIST, lambda payload, _: sorted(self._names))
+        self._names = interfaces = list[str]()
+        server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
         super().__init__(server)
 
     def register_interface(self, name: str, function: Callable[[Any], Any]) -> None:
@@ -59,15 +60,14 @@ class InferenceServer(ServiceServer):
 
         Raises:
             ValueError: the name is taken, empty, or starts with a slash.
-            TypeError: the function isn't callable.
+            TypeError: the function isn't callable, or is an ``async def``.
         """
         if not isinstance(name, str) or not name or name.startswith("/"):
             raise ValueError(f"an interface can't be called {name!r}")
-        if not callable(function):
-            raise TypeError(f"interface {name!r} needs a function, not {function!r:.100}")
+        require_plain(f"interface {name!r}", function)
         if name in self._names:
             raise ValueError(f"there is an interface {name!r} already")
-        self._server.register(name, lambda payload, _: function(payload))
+        self._server.register(name, answer_with(lambda payload, _: function(payload)))
         self._names.append(name)
 
 

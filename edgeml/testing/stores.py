@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import select
+import signal
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeml.core.errors import Closed
 from edgeml.core.frames import frame
 from edgeml.core.plugins import load_codec
 from edgeml.data import Batch, DataStoreBase, checkpoint
@@ -274,6 +281,68 @@ class StoreTests:
         for here, there in zip(other.get_latest_data(0), batch, strict=True):
             assert _same(here, there)
 
+    def test_items_of_unlike_structure_break_nothing(self, tmp_path: Path) -> None:
+        """Two clients may send what they like: each is taken or refused, and nothing is lost."""
+        store = self.filled(capacity=30, n=3)
+        expected = [self.make_item(i) for i in range(1, 4)]
+        x = np.arange(2.0)
+        for columns in ({"x": x}, {"x": {"y": x}}, {"x": (x, x)}, {"x": [{"y": x}]}, {"x": x > 0}):
+            for batch in (Batch.from_columns(columns), list(Batch.from_columns(columns))):
+                try:
+                    store.batch_insert(batch)
+                except ValueError:
+                    continue
+                expected += list(batch)
+        store.insert(self.make_item(4))
+        expected.append(self.make_item(4))
+        for first in range(len(expected)):
+            for limit in (1, 3, None):
+                batch = store.get_latest_data(first, limit=limit)
+                assert batch.first_id == first + 1
+                for item, right in zip(batch, expected[first:][:limit], strict=True):
+                    assert _same(item, right)
+        checkpoint.save(tmp_path / "saved", stores={"it": store})
+        other = self.make_store(30)
+        checkpoint.load(tmp_path / "saved", {"it": other})
+        for item, right in zip(other.get_latest_data(0), expected, strict=True):
+            assert _same(item, right)
+
+    @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+    def test_it_says_what_to_do_instead_of_pickling(self, copied: Callable[[Any], Any]) -> None:
+        """A process that is spawned gets no store with its arguments: it makes its own."""
+        with pytest.raises(TypeError, match=r"make it in the process that uses it.*checkpoint"):
+            copied(self.filled(capacity=5, n=3))
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
+    @pytest.mark.filterwarnings("ignore:.*fork")
+    def test_a_forked_child_has_it_whole(self) -> None:
+        """Also where other threads were amid an insert and a read: nothing there waits for them.
+
+        What can't be used in a child says so at once, with `Closed`.
+        """
+        items = [self.make_item(i) for i in range(1, 50)]
+        store = self.make_store(16)
+        ended = threading.Event()
+
+        def write() -> None:
+            while not ended.is_set():
+                store.batch_insert(items[: 1 + store.latest_data_id() % 8])
+                store.insert(items[0])
+
+        def read() -> None:
+            while not ended.is_set():
+                store.get_latest_data(0)
+
+        with _eager_threads(), ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(write), pool.submit(read)]
+            try:
+                for _ in range(20):
+                    assert _run_in_child(lambda: _use(store, items)) == ""
+            finally:
+                ended.set()
+            for thread in running:
+                thread.result(timeout=30)
+
     def test_readers_never_see_half_an_insert(self) -> None:
         """Whatever threads do, an item read is one that was written, and its id is right."""
         last = 1500
@@ -325,6 +394,46 @@ class StoreTests:
         held = list(store.get_latest_data(0))
         for i in [0, 1, n - 1, n, n + 1, 2 * n - 1]:
             assert sum(_same(item, self.make_item(i)) for item in held) == 1, f"item {i} is lost"
+
+
+def _use(store: DataStoreBase, items: list[Any]) -> None:
+    """Use a store in a forked child."""
+    latest = store.latest_data_id()
+    try:
+        for i, item in enumerate(items, 1):
+            store.insert(item)
+            assert store.latest_data_id() == latest + i
+        held = store.get_latest_data(latest)
+        store.batch_insert(items[:3])
+        store.release(1)
+        store.state()
+        store.reset()
+    except Closed:
+        return
+    for here, there in zip(held, items[-16:], strict=True):
+        assert _same(here, there)
+
+
+def _run_in_child(work: Callable[[], None]) -> str:
+    """Run something in a forked child, and return what went wrong there."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:
+            os.write(write, traceback.format_exc().encode()[-4000:])
+        finally:
+            os._exit(0)
+    os.close(write)
+    try:
+        if not select.select([read], [], [], 20)[0]:  # until it has ended
+            return "it froze"
+        return os.read(read, 4000).decode()
+    finally:
+        os.close(read)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def _carry(store: DataStoreBase, other: DataStoreBase) -> None:

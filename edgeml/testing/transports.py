@@ -27,6 +27,7 @@ import threading
 import time
 import weakref
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -340,7 +341,7 @@ class TransportTests:
         requester = net.connect(endpoint)
         if requester.allocate(_MB) is None:
             assert endpoint.allocate(_MB) is None
-            pytest.skip("this transport has no room of its own")
+            pytest.skip("this transport has no memory of its own")
         kept = []
         for value in range(20):
             asked, answered = requester.allocate(_MB), endpoint.allocate(_MB)
@@ -635,62 +636,113 @@ class TransportTests:
             assert requester.call(Message(b"fine"), _PATIENCE).header == b"fine"
         assert _until(lambda: caplog.text.count("a handler's own fault") >= 3)
 
-    @pytest.mark.parametrize("depth", [1, 3])
-    def test_relieve_lets_others_through_while_a_handler_blocks(
-        self, net: _Net, depth: int
-    ) -> None:
-        stuck: queue.SimpleQueue[None] = queue.SimpleQueue()
-        open_again = threading.Event()
+    # Whose thread it is -------------------------------------------------------------------
 
-        def on_request(message: Message, reply: Reply) -> None:
-            if message.header == b"block":
-                stuck.put(None)
-                open_again.wait(_PATIENCE)
-            reply(message)
+    def test_requests_are_taken_in_the_thread_that_carries_the_loop(self, net: _Net) -> None:
+        handlers = net.carry()
+        requester = net.connect(handlers.endpoint)
+        for index in range(20):
+            reply = requester.call(Message(b"thread %d" % index), _PATIENCE)
+            assert reply.header == str(handlers.ident).encode()
+            _assert_same(
+                requester.call(_message(b"", 300 * _KB), _PATIENCE), _message(b"", 300 * _KB)
+            )
 
-        endpoint = net.serve(on_request)
+    def test_the_loop_goes_on_without_whoever_carries_it_once_relieved(self, net: _Net) -> None:
+        handlers = net.carry()
+        requester = net.connect(handlers.endpoint)
+        for _ in range(3):
+            blocked = requester.request(Message(b"block"))
+            handlers.stuck.get(timeout=_PATIENCE)
+            handlers.endpoint.relieve()
+            for _ in range(2):
+                called = requester.call(Message(b"at once"), _PATIENCE)
+                assert called.header != str(handlers.ident).encode()
+            assert not blocked.done()
+            handlers.go_on.put(None)
+            assert blocked.result(_PATIENCE).header == b"block"
+            # And comes back.
+            thread = requester.call(Message(b"thread"), _PATIENCE).header
+            assert thread == str(handlers.ident).encode()
+
+    def test_what_another_thread_replies_waits_for_nobody_who_is_away(self, net: _Net) -> None:
+        handlers = net.carry()
+        requester = net.connect(handlers.endpoint)
+        kept = requester.request(Message(b"keep"))
+        late = handlers.kept.get(timeout=_PATIENCE)
+        blocked = requester.request(Message(b"block"))
+        handlers.stuck.get(timeout=_PATIENCE)
+        late(Message(b"late"))
+        assert kept.result(_PATIENCE).header == b"late"
+        assert not blocked.done()
+        handlers.go_on.put(None)
+        assert blocked.result(_PATIENCE).header == b"block"
+
+    def test_wake_has_a_carrier_that_waits_look_up(self, net: _Net) -> None:
+        endpoint = net.serve(_echo)
+        if not endpoint.carry(lambda: False):
+            pytest.skip("this transport has no loop that could be carried")
+        staying, looked = threading.Event(), threading.Semaphore(0)
+        staying.set()
+
+        def stay() -> bool:
+            looked.release()
+            return staying.is_set()
+
+        carrying = net.start(endpoint.carry, stay)
+        assert looked.acquire(timeout=_PATIENCE)
+        staying.clear()
+        endpoint.wake()
+        assert carrying.result(_PATIENCE)
+        endpoint.relieve()
+        assert net.connect(endpoint).call(Message(b"x"), _PATIENCE).header == b"x"
+
+    def test_two_carry_one_loop_in_turns(self, net: _Net) -> None:
+        endpoint = net.serve(_echo)
+        if not endpoint.carry(lambda: False):
+            pytest.skip("this transport has no loop that could be carried")
+        done = threading.Event()
+
+        def carry() -> None:
+            rounds = itertools.count()
+            while not done.is_set():
+                endpoint.carry(lambda: bool(next(rounds) % 3) and not done.is_set())
+
+        carrying = [net.start(carry) for _ in range(2)]
         requester = net.connect(endpoint)
-        blocked = []
-        for _ in range(depth):
-            blocked.append(requester.request(Message(b"block")))
-            stuck.get(timeout=_PATIENCE)
+        try:
+            for index in range(100):
+                header = b"%d" % index
+                assert requester.call(Message(header), _PATIENCE).header == header
+        finally:
+            done.set()
+            endpoint.wake()
             endpoint.relieve()
-            assert requester.call(Message(b"other"), _PATIENCE).header == b"other"
-        assert not any(future.done() for future in blocked)
-        open_again.set()
-        assert [reply.header for reply in _results(blocked)] == [b"block"] * depth
-        assert requester.call(Message(b"after"), _PATIENCE).header == b"after"
-
-    def test_a_handler_may_relieve_its_own_loop(self, net: _Net) -> None:
-        def on_request(message: Message, reply: Reply) -> None:
-            if message.header == b"relieve":
+        for each in carrying:
+            while not each.done():
+                endpoint.wake()
                 endpoint.relieve()
-                endpoint.relieve()
-            reply(message)
+            each.result(_PATIENCE)
 
-        endpoint = net.serve(on_request)
-        requester = net.connect(endpoint)
-        for header in (b"relieve", b"other") * 5:
-            assert requester.call(Message(header), _PATIENCE).header == header
-
-    def test_relieve_is_harmless_where_nothing_is_stuck(self, net: _Net) -> None:
+    def test_relieve_and_wake_are_harmless_where_nobody_carries(self, net: _Net) -> None:
         endpoint = net.serve(_echo)
         requester = net.connect(endpoint)
         for _ in range(5):
             endpoint.relieve()
+            endpoint.wake()
             sent = _message(b"", 300 * _KB)
             _assert_same(requester.call(sent, _PATIENCE), sent)
 
-    def test_relieve_may_come_just_as_a_handler_returns(self, net: _Net) -> None:
+    def test_relieve_may_come_at_any_moment(self, net: _Net) -> None:
         # Many parts take a while to send, in which the loop may change hands.
         parts = [_view(np.ones(size, np.uint8)) for size in [300] * 100 + [300_000]]
-        endpoint = net.serve(lambda message, reply: reply(Message(message.header, parts)))
-        requester = net.connect(endpoint)
+        handlers = net.carry(parts)
+        requester = net.connect(handlers.endpoint)
         done = threading.Event()
 
         def relieve() -> None:
             while not done.is_set():
-                endpoint.relieve()
+                handlers.endpoint.relieve()
                 done.wait(1e-4)
 
         relieving = net.start(relieve)
@@ -758,26 +810,27 @@ class TransportTests:
         endpoint.relieve()
         endpoint.close()
 
-    def test_an_endpoint_closes_though_a_handler_blocks(self, net: _Net) -> None:
-        stuck, open_again = threading.Event(), threading.Event()
+    def test_an_endpoint_closes_though_whoever_carries_it_is_away(self, net: _Net) -> None:
+        handlers = net.carry()
+        endpoint = handlers.endpoint
+        future = net.connect(endpoint).request(Message(b"block"))
+        handlers.stuck.get(timeout=_PATIENCE)
+        with _within(3.0):
+            endpoint.close()
+            with pytest.raises((Unreachable, Closed)):
+                future.result(_PATIENCE)
+        with net.serve(_echo, endpoint.url) as another:
+            assert net.connect(another).call(Message(b"x"), _PATIENCE).header == b"x"
+        handlers.go_on.put(None)
+        handlers.thread.result(_PATIENCE)
+        assert not endpoint.carry(lambda: True)
 
-        def on_request(message: Message, reply: Reply) -> None:
-            stuck.set()
-            open_again.wait(_PATIENCE)
-            reply(message)
-
-        endpoint = net.serve(on_request)
-        future = net.connect(endpoint).request(Message(b""))
-        assert stuck.wait(_PATIENCE)
-        try:
-            with _within(3.0):
-                endpoint.close()
-                with pytest.raises((Unreachable, Closed)):
-                    future.result(_PATIENCE)
-            with net.serve(_echo, endpoint.url) as another:
-                assert net.connect(another).call(Message(b"x"), _PATIENCE).header == b"x"
-        finally:
-            open_again.set()
+    def test_a_handler_may_close_the_endpoint_that_its_thread_carries(self, net: _Net) -> None:
+        handlers = net.carry()
+        future = net.connect(handlers.endpoint).request(Message(b"close"))
+        with pytest.raises((Unreachable, Closed)):
+            future.result(_PATIENCE)
+        handlers.thread.result(_PATIENCE)
 
     @pytest.mark.parametrize("size", [0, 300_000, 3_000_000])
     def test_replies_given_just_before_the_close_are_delivered(
@@ -1056,6 +1109,10 @@ class _Net:
         self._ends.append(requester)
         return requester
 
+    def carry(self, parts: list[memoryview] | None = None) -> _Handlers:
+        """Serve with an echo that runs between the rounds of a loop that a thread carries."""
+        return _Handlers(self, parts)
+
     def start(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """Run a function in a thread of its own."""
         future: Future[T] = Future()
@@ -1102,6 +1159,61 @@ class _Parked:
     def take(self) -> tuple[Message, Reply]:
         """The next request, waited for."""
         return self._arrived.get(timeout=_PATIENCE)
+
+
+class _Handlers:
+    """A thread that carries an endpoint's loop, and handles what came between its rounds."""
+
+    def __init__(self, net: _Net, parts: list[memoryview] | None = None) -> None:
+        self.stuck: queue.SimpleQueue[None] = queue.SimpleQueue()  # of each that blocks
+        self.go_on: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.kept: queue.SimpleQueue[Reply] = queue.SimpleQueue()  # for somebody else to answer
+        self.ident = 0
+        self._parts = parts
+        self._waiting: deque[tuple[Message, Reply]] = deque()
+        self._closing = threading.Event()
+        self.endpoint = net.serve(self._take)
+        if not self.endpoint.carry(lambda: False):
+            pytest.skip("this transport has no loop that could be carried")
+        self.thread = net.start(self._run)
+
+    def _take(self, message: Message, reply: Reply) -> None:
+        if message.header == b"at once":
+            reply(Message(str(threading.get_ident()).encode()))
+        else:
+            self._waiting.append((message, reply))
+            if threading.get_ident() != self.ident:
+                self.endpoint.wake()
+
+    def _stay(self) -> bool:
+        return not self._waiting and not self._closing.is_set()
+
+    def _run(self) -> None:
+        self.ident = threading.get_ident()
+        while not self._closing.is_set():
+            if not self._waiting and not self.endpoint.carry(self._stay):
+                return
+            while self._waiting:
+                self._handle(*self._waiting.popleft())
+
+    def _handle(self, message: Message, reply: Reply) -> None:
+        header = message.header
+        if header == b"block":
+            self.stuck.put(None)
+            self.go_on.get(timeout=_PATIENCE)
+        elif header == b"keep":
+            self.kept.put(reply)
+            return
+        elif header == b"close":
+            self.endpoint.close()
+        elif header.startswith(b"thread"):
+            header = str(threading.get_ident()).encode()
+        reply(Message(header, self._parts or message.buffers))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self.endpoint.wake()
 
 
 class _Child:

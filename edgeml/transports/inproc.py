@@ -34,6 +34,7 @@ from edgeml.core import (
     hookimpl,
     own,
 )
+from edgeml.core.carrier import Carrier, Stay
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import explain_fork, watch_forks
 
@@ -87,33 +88,34 @@ class _Listener(Endpoint):
         self._connections: set[_Connection] = set()
         self._closed = False
         self.url = url.with_port(_ports.take(url.port, self))
-        self._start_loop()
+        self._carrier = Carrier(
+            f"edgeml {self.url}", self._run_rounds, lambda: self._inbox.put(None), lambda: None
+        )
+        self._carrier.start()
         watch_forks(self)
 
-    def _start_loop(self) -> None:
-        self._handling = False
-        self._loop = threading.Thread(target=self._run, name=f"edgeml {self.url}", daemon=True)
-        self._loop.start()
-
-    def _run(self) -> None:
-        me = threading.current_thread()
-        while (item := self._inbox.get()) and not self._closed:
-            self._handling = True
+    def _run_rounds(self, stay: Stay) -> bool:
+        waiting = stay()
+        while not self._closed:
             try:
-                if not item[1].expired:
-                    self._on_request(*item)
-            except BaseException:  # a handler's sys.exit() ends nothing here
-                _log.exception("%s: on_request failed", self.url)
+                item = self._inbox.get(waiting)
+            except queue.Empty:
+                break
+            if item is not None and not item[1].expired:
+                self._carrier.hand_over(self._on_request, *item)
             del item  # or the buffers live until the next request
-            with self._lock:
-                if self._loop is not me:
-                    return
-                self._handling = False
+            if waiting and not stay():
+                break
+        return self._closed
+
+    def carry(self, stay: Stay) -> bool:
+        return self._carrier.carry(stay)
+
+    def wake(self) -> None:
+        self._carrier.wake()
 
     def relieve(self) -> None:
-        with self._lock:
-            if self._handling and not self._closed:
-                self._start_loop()
+        self._carrier.relieve()
 
     def attach(self, connection: _Connection) -> None:
         """Have a connection told when this closes."""
@@ -144,15 +146,17 @@ class _Listener(Endpoint):
             self._closed = True
             connections = list(self._connections)
         _ports.give_back(self.url.port)
-        self._inbox.put(None)
+        if not self._carrier.in_round:
+            self._carrier.relieve()  # a handler that stops its own server carries it no more
+        self._carrier.wake()
         for connection in connections:
             connection.lose(Unreachable(f"{self.url} has closed"))
-        if self._loop is not threading.current_thread():
-            self._loop.join(_MOMENT)
+        self._carrier.wait(_MOMENT)
 
     def abandon(self) -> None:
         """Forget everything, in a forked child, where the loop is not."""
         self._lock = threading.Lock()  # whoever held it is not there
+        self._carrier.abandon()
         self._closed = True
 
 

@@ -218,6 +218,12 @@ def test_doctor_shows_a_limit_of_shared_memory_that_was_chosen():
     assert "300 MiB" in line_of(done, "lent to one peer")
 
 
+def test_doctor_says_how_to_start_processes_that_use_grpc():
+    said = line_of(edgeml("doctor", "--transport", "grpc"), "fork")
+    assert "spawn" in said
+    assert "forkserver" in said
+
+
 def test_doctor_asks_a_server():
     with started(InferenceServer(0, transport="zmq")) as server:
         done = edgeml("doctor", "--transport", "inproc", "--url", server.url)

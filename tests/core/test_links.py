@@ -97,7 +97,7 @@ def test_a_request_that_is_passed_on_as_the_loop_ends_is_not_handled(loop):
 
     async def last():
         loop.pass_on(lambda message, reply: handled.append(message), Message(b""), None)
-        loop._over = True
+        loop._finished = True
 
     loop.close(last)
     assert not handled

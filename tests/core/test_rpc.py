@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
@@ -72,17 +73,6 @@ def run_in_thread(function, *args) -> Future:
     return future
 
 
-def warm_up(server, client, name, payload) -> None:
-    """Show the server that calls of this kind are quick, so that it runs them in its loop."""
-    runs = server._server._interfaces[name].short_runs
-
-    def once_more() -> bool:
-        client.call(name, payload)
-        return min(runs.values(), default=0) >= 3
-
-    wait_until(once_more)
-
-
 # Errors ---------------------------------------------------------------------------------------
 
 
@@ -117,7 +107,6 @@ def fail(kind):
             return "fine"
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["on a worker", "in the loop"])
 @pytest.mark.parametrize(
     ("kind", "expected", "text"),
     [
@@ -132,12 +121,10 @@ def fail(kind):
     ],
 )
 def test_whatever_a_handler_raises_reaches_its_caller_and_the_next_call_works(
-    server, transport, kind, expected, text, warm
+    server, transport, kind, expected, text
 ):
     server.register_interface("fail", fail)
     with started(server), client_of(server, transport) as client:
-        if warm:
-            warm_up(server, client, "fail", "quick")
         for _ in range(2):
             with pytest.raises(expected) as caught:
                 client.call("fail", kind, timeout=5)
@@ -768,6 +755,26 @@ def test_four_workers_run_four_handlers_at_a_time_and_never_a_fifth(transport):
     assert most == 4
 
 
+SERVE_SLOWLY = """
+import sys, time
+import edgeml
+server = edgeml.InferenceServer(0, transport=sys.argv[1])
+
+def wait(payload):
+    print("entered", flush=True)
+    time.sleep(60)
+
+server.register_interface("wait", wait)
+import threading
+def tell():
+    while not server.urls:
+        time.sleep(0.01)
+    print(server.port, flush=True)
+threading.Thread(target=tell).start()
+server.start()
+"""
+
+
 class Slow:
     """A handler that is quick until it is told to be slow."""
 
@@ -784,16 +791,13 @@ class Slow:
         return payload
 
 
-def slowly(server, transport, seconds, in_loop) -> None:
+def slowly(server, transport, seconds) -> None:
     """Have a handler compute for so long, and see that nobody else is held up."""
     slow = Slow()
     server.register_interface("slow", slow)
     with started(server), client_of(server, transport, timeout=2 * seconds + 10) as client:
-        if in_loop:
-            warm_up(server, client, "slow", 0)
         busy = [client.call_async("slow", 1) for _ in range(3)]
         assert slow.entered.wait(5)
-        assert ("worker" in slow.thread.name) is not in_loop
         until = time.monotonic() + seconds
         connects = 0
         while time.monotonic() < until:
@@ -809,34 +813,33 @@ def slowly(server, transport, seconds, in_loop) -> None:
     assert connects >= 2
 
 
-@pytest.mark.parametrize("in_loop", [False, True], ids=["new", "known to be quick"])
 def test_a_handler_that_computes_for_a_while_keeps_nobody_from_connecting(
-    server, transport, in_loop, monkeypatch
+    server, transport, monkeypatch
 ):
     monkeypatch.setattr("edgeml.core.streams.HOLD", 0.25)  # for more heartbeats in less time
-    slowly(server, transport, 1.2, in_loop)
+    slowly(server, transport, 1.2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_loop", [False, True], ids=["new", "known to be quick"])
-def test_a_handler_that_computes_for_20_s_keeps_nobody_from_connecting(server, transport, in_loop):
-    slowly(server, transport, 20, in_loop)
+def test_a_handler_that_computes_for_20_s_keeps_nobody_from_connecting(server, transport):
+    slowly(server, transport, 20)
 
 
 def test_several_handlers_that_are_suddenly_slow_keep_nobody_from_connecting(transport):
-    """With several workers a loop can be stuck while an earlier, relieved one comes free."""
     first, second = Slow(), Slow()
     server = InferenceServer(0, transport=transport, workers=3)
     server.register_interface("first", first)
     server.register_interface("second", second)
     with started(server), client_of(server, transport, timeout=30) as client:
-        warm_up(server, client, "first", 0)
-        warm_up(server, client, "second", 0)
+        for _ in range(20):  # the server takes them for quick
+            client.call("first", 0)
+            client.call("second", 0)
         one = client.call_async("first", 1)
         assert first.entered.wait(5)
-        wait_until(lambda: server.stats().get("relieved") == 1)
         two = client.call_async("second", 1)
         assert second.entered.wait(5)
+        with took(at_most=1.0), client_of(server, transport) as other:
+            assert other.call("first", 0) == 0
         first.go_on.set()
         assert one.result(5) == 1
         with took(at_most=1.0), client_of(server, transport):
@@ -845,21 +848,116 @@ def test_several_handlers_that_are_suddenly_slow_keep_nobody_from_connecting(tra
         assert two.result(5) == 1
 
 
-def test_a_quick_handler_moves_into_the_loop_and_a_slow_one_out_of_it(server, transport):
-    names = []
+# Which thread ---------------------------------------------------------------------------------
 
-    def where(pause):
-        names.append(threading.current_thread().name)
-        time.sleep(pause)
 
+class Where:
+    """Notes the thread that each call runs in, and takes as long as it is told."""
+
+    def __init__(self) -> None:
+        self.threads: list[threading.Thread] = []
+
+    def __call__(self, seconds):
+        self.threads.append(threading.current_thread())
+        time.sleep(seconds)
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_all_handlers_run_in_one_thread_however_long_they_take(server, transport, threaded):
+    where, elsewhere = Where(), Where()
     server.register_interface("where", where)
+    server.register_interface("elsewhere", elsewhere)
+    serving = threading.Thread(target=server.start, args=(threaded,))
+    with server:
+        serving.start()
+        wait_until(lambda: server.urls)
+        with client_of(server, transport) as one, client_of(server, transport) as other:
+            for seconds in (0, 0.001, 0.03, 0, 0.06, 0.001) * 4:
+                future = other.call_async("elsewhere", seconds)
+                one.call("where", seconds)
+                future.result(5)
+    serving.join()
+    assert len(where.threads) == len(elsewhere.threads) == 24
+    (only,) = set(where.threads + elsewhere.threads)
+    assert (only is serving) is not threaded
+
+
+@pytest.mark.parametrize("network", ["grpc", "ws", "zmq"])
+def test_all_handlers_run_in_one_thread_over_several_transports_at_once(network):
+    where = Where()
+    with started(InferenceServer(0, transport=f"inproc,shm,{network}")) as server:
+        server.register_interface("where", where)
+        with contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(InferenceClient("", 0, transport=url)) for url in server.urls
+            ]
+            assert len(clients) == 3
+            for seconds in (0, 0, 0.001, 0.03) * 3:
+                futures = [client.call_async("where", seconds) for client in clients]
+                for future in futures:
+                    future.result(10)
+            for client in clients:  # one after another, too
+                for _ in range(12):
+                    client.call("where", 0)
+    assert len(where.threads) == 3 * 24
+    assert len(set(where.threads)) == 1
+
+
+def test_handlers_may_use_what_belongs_to_one_thread(server, transport):
+    databases = []
+
+    def insert(number):
+        if not databases:
+            databases.append(sqlite3.connect(":memory:"))
+            databases[0].execute("create table numbers (number)")
+        time.sleep(number % 3 / 100)
+        databases[0].execute("insert into numbers values (?)", (number,))
+        return databases[0].execute("select count(*) from numbers").fetchone()[0]
+
+    server.register_interface("insert", insert)
     with started(server), client_of(server, transport) as client:
-        client.call("where", 0.0)
-        assert "worker" in names[-1]
-        wait_until(lambda: client.call("where", 0.0) or "worker" not in names[-1])
-        client.call("where", 0.01)  # of the same kind, as far as one can see from outside
-        client.call("where", 0.0)
-        assert "worker" in names[-1]
+        assert [client.call("insert", n) for n in range(10)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_so_many_handlers_run_at_a_time_as_there_are_workers(transport, workers):
+    meet = threading.Barrier(workers)
+    server = InferenceServer(0, transport=transport, workers=workers)
+    server.register_interface("meet", lambda payload: meet.wait(10) >= 0)
+    with started(server), client_of(server, transport, timeout=20) as client:
+        for _ in range(10):
+            futures = [client.call_async("meet", None) for _ in range(workers)]
+            assert all(future.result(15) for future in futures)
+
+
+def test_an_async_def_is_refused_when_it_is_registered(transport):
+    async def policy(payload):
+        return payload
+
+    class Policy:
+        async def __call__(self, payload):
+            return payload
+
+    server = InferenceServer(0, transport=transport)
+    for function in (policy, Policy()):
+        with pytest.raises(TypeError, match="interface 'policy' is an `async def`"):
+            server.register_interface("policy", function)
+
+
+def test_ctrl_c_in_a_handler_ends_a_server_that_blocks_its_thread(transport):
+    with process(SERVE_SLOWLY, transport) as served:
+        port = int(served.line())
+        if transport == "inproc":
+            return  # nobody reaches it from here
+        with InferenceClient("127.0.0.1", port, transport) as client:
+            call = client.call_async("wait", None)
+            assert served.line() == "entered"
+            served.signal(signal.SIGINT)
+            with pytest.raises(EdgemlError):
+                call.result(10)
+        code, stderr = served.end()
+        assert code == 0, stderr
+        assert "Traceback" not in stderr
 
 
 # Many threads ---------------------------------------------------------------------------------
@@ -882,7 +980,7 @@ def test_many_threads_share_one_client(server, transport):
 
 def test_threads_that_come_and_go_leave_nothing_behind_in_their_client(server, transport):
     with started(server), client_of(server, transport) as client:
-        warm_up(server, client, "echo", None)
+        client.call("echo", None)
         before = len(threads())
         for n in range(60):
             assert run_in_thread(client.call, "echo", n).result(5) == n
@@ -1073,7 +1171,7 @@ def test_a_client_that_is_killed_hurts_nobody():
         with process(CLIENT, server.port) as other:
             assert other.line() == "connected"
             assert entered.wait(10)
-            wait_until(lambda: server._server._waiting.qsize() == 8)  # and two with the workers
+            wait_until(lambda: server.stats()["waiting"] == 8)  # and two with the workers
             other.signal(signal.SIGKILL)
             other.end()
         go_on.set()
@@ -1088,7 +1186,7 @@ def test_a_client_that_is_killed_hurts_nobody():
 def test_a_blocked_start_ends_when_another_thread_stops_the_server(server, transport):
     with no_thread_left():
         blocked = run_in_thread(server.start)
-        wait_until(lambda: server._server.urls)
+        wait_until(lambda: server.urls)
         with client_of(server, transport) as client:
             assert client.call("echo", 1) == 1
         assert not blocked.done()
@@ -1112,7 +1210,7 @@ match sys.argv[1]:
         server = TrainerTunnel()
 import threading, time
 def tell():
-    while not server._server.urls:
+    while not server.urls:
         time.sleep(0.01)
     time.sleep(0.1)
     print(server.port, flush=True)
@@ -1173,8 +1271,7 @@ def test_many_threads_may_stop_a_server_at_once_and_it_is_over_when_each_returns
                 pass
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["on a worker", "in the loop"])
-def test_a_handler_may_stop_its_own_server(server, transport, warm):
+def test_a_handler_may_stop_its_own_server(server, transport):
     def stop(payload):
         if payload:
             server.stop()
@@ -1183,10 +1280,8 @@ def test_a_handler_may_stop_its_own_server(server, transport, warm):
     server.register_interface("stop", stop)
     with no_thread_left():
         blocked = run_in_thread(server.start)
-        wait_until(lambda: server._server.urls)
+        wait_until(lambda: server.urls)
         with client_of(server, transport) as client:
-            if warm:
-                warm_up(server, client, "stop", 0)
             with took(at_most=2), contextlib.suppress(Unreachable, Closed):
                 client.call("stop", 1)
             assert blocked.result(2) is None
@@ -1194,10 +1289,7 @@ def test_a_handler_may_stop_its_own_server(server, transport, warm):
                 client.call("stop", 0)
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["on a worker", "in the loop"])
-def test_stopping_lets_a_running_handler_finish_and_its_caller_have_the_answer(
-    server, transport, warm
-):
+def test_stopping_lets_a_running_handler_finish_and_its_caller_have_the_answer(server, transport):
     entered = threading.Event()
     stopping = threading.Event()
 
@@ -1210,24 +1302,22 @@ def test_stopping_lets_a_running_handler_finish_and_its_caller_have_the_answer(
 
     server.register_interface("finish", finish)
     with started(server), client_of(server, transport) as client:
-        if warm:
-            warm_up(server, client, "finish", 0)
         running = run_in_thread(client.call, "finish", 1)
         assert entered.wait(5)
         waiting = client.call_async("echo", 2)
+        wait_until(lambda: server.stats()["waiting"] == 1)
         stopped = run_in_thread(server.stop)
-        wait_until(lambda: server._server._closed)
-        stopping.set()
-        assert running.result(5) == 1
         with pytest.raises((Closed, Unreachable)):
             waiting.result(5)
+        stopping.set()
+        assert running.result(5) == 1
         stopped.result(5)
 
 
 def test_stopping_does_not_wait_for_ever_for_handlers_that_do_not_return(
     transport, caplog, monkeypatch
 ):
-    monkeypatch.setattr("edgeml.core.server._GRACE", 0.3)
+    monkeypatch.setattr("edgeml.core.dispatch._GRACE", 0.3)
     server = InferenceServer(0, transport=transport, workers=3)
     entered = threading.Semaphore(0)
     go_on = threading.Event()
@@ -1251,28 +1341,19 @@ def test_stopping_does_not_wait_for_ever_for_handlers_that_do_not_return(
         go_on.set()
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["on a worker", "in the loop"])
-def test_no_handler_starts_once_the_server_is_stopped(server, transport, gate, warm):
+def test_no_handler_starts_once_the_server_is_stopped(server, transport, gate):
     with started(server), client_of(server, transport) as client:
-        if warm:
-            gate.set()
-            warm_up(server, client, "gate", 0)
-            gate.clear()
-            gate.entered.clear()
-        gate.ran.clear()
         first = client.call_async("gate", 1)
         assert gate.entered.wait(5)
         rest = [client.call_async("gate", n) for n in range(2, 12)]
-        if warm:  # then a worker has taken the next one, and waits for the loop to be done
-            wait_until(lambda: server._server._waiting.qsize() == 9)
+        wait_until(lambda: server.stats()["waiting"] == 10)
         stopped = run_in_thread(server.stop)
-        wait_until(lambda: server._server._closed)
-        gate.set()
-        stopped.result(5)
-        assert first.result(5) == 1
         for future in rest:
             with pytest.raises((Closed, Unreachable)):
                 future.result(5)
+        gate.set()
+        stopped.result(5)
+        assert first.result(5) == 1
         assert gate.ran == [1]
 
 
@@ -1322,7 +1403,7 @@ def test_two_transports_at_once_serve_the_same_functions():
     with InferenceServer(0, transport="zmq,inproc") as server:
         server.register_interface("echo", lambda payload: payload)
         server.start(threaded=True)
-        urls = [str(url) for url in server._server.urls]
+        urls = server.urls
         assert len(urls) == 2
         for url in urls:
             with InferenceClient("", 0, url) as client:

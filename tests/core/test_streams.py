@@ -604,13 +604,8 @@ def test_a_subscriber_gets_what_is_published_while_a_handler_computes(transport,
     ):
         got = Subscriber()
         subscription = client.register_obs_callback(got)
-        runs = server._server._interfaces["act"].short_runs
-
-        def is_known_to_be_quick() -> bool:
+        for _ in range(20):
             client.act("move", "fast")
-            return min(runs.values(), default=0) >= 3
-
-        wait_until(is_known_to_be_quick)
         busy = client._client.call_async("act", ["move", "slow"])
         assert entered.wait(5)
         for n in range(1, 7):
@@ -622,7 +617,6 @@ def test_a_subscriber_gets_what_is_published_while_a_handler_computes(transport,
         go_on.set()
         assert busy.result(5) == "slow"
         assert subscription.missed == 0
-        assert server.stats()["relieved"] == 1
         assert len(server.clients) == 1, "nobody had to connect again"
 
 
@@ -703,9 +697,9 @@ def test_a_subscriber_that_hears_of_the_stop_still_gets_the_answers_under_way(tr
         client.register_obs_callback(Subscriber())
         busy = client._client.call_async("act", ["move", 1])
         assert entered.wait(5)
-        link = client._client._link
+        session = client._client.sessions.current
         stopped = pool.submit(server.stop)
-        wait_until(lambda: link.lost is not None)
+        wait_until(lambda: session.lost)
         time.sleep(0.1)  # for whoever would now hang up
         go_on.set()
         assert busy.result(5) == 1
@@ -722,7 +716,7 @@ def test_a_connection_that_is_lost_costs_a_subscriber_nothing_that_is_kept(trans
         for n in range(1, 91):
             server.publish_obs(n)
             if n % 30 == 0:
-                client._client._link.lose(Unreachable("cut for a test"))
+                client._client.sessions.current.lose(Unreachable("cut for a test"))
         wait_until(got.has(90))
         assert got.seen == list(range(1, 91))
         assert subscription.missed == 0

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from edgeml.core.errors import DeadlineExceeded, Malformed, Overloaded
-from edgeml.data import Batch, DataStoreBase, QueuedDataStore, ReplayBuffer, ReplayBufferDataStore
+from edgeml.data import (
+    Batch,
+    DataStoreBase,
+    QueuedDataStore,
+    ReplayBuffer,
+    ReplayBufferDataStore,
+    make_default_trajectory_buffer,
+    transition_example,
+)
 from edgeml.testing import StoreTests
 
 
@@ -371,6 +379,13 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 class TestReplay:
+    def test_a_reward_that_began_as_an_integer(self) -> None:
+        store = ReplayBuffer(10)
+        store.insert({"rewards": 0})
+        for insert in (store.insert, lambda item: store.batch_insert(Batch.of([item]))):
+            with pytest.raises(ValueError, match=r"item\['rewards'\].*give it as a float there"):
+                insert({"rewards": 0.5})
+
     def test_a_sample_has_the_structure_of_an_item(self) -> None:
         store = ReplayBuffer(10, seed=0)
         store.batch_insert([transition(i) for i in range(5)])
@@ -586,8 +601,50 @@ class TestReplayBufferDataStore:
         assert set(batch["masks"]) == {0.0, 1.0}
 
     @pytest.mark.parametrize(
-        "space", [gym.spaces.Text(5), gym.spaces.Sequence(gym.spaces.Discrete(2)), None]
+        "space",
+        [
+            gym.spaces.Text(5),
+            gym.spaces.Sequence(gym.spaces.Discrete(2)),
+            gym.spaces.OneOf([gym.spaces.Discrete(2), gym.spaces.Discrete(3)]),
+            gym.spaces.Dict(a=gym.spaces.OneOf([gym.spaces.Discrete(2)])),
+            None,
+        ],
     )
     def test_a_space_without_a_shape_is_refused(self, space: Any) -> None:
         with pytest.raises(TypeError, match="no fixed shape"):
             ReplayBufferDataStore(space, gym.spaces.Discrete(2), 10)
+
+    def test_keys_beyond_the_schema_can_be_left_out(self) -> None:
+        """Such as HIL-SERL's ``infos``."""
+        space = gym.spaces.Dict(state=gym.spaces.Box(-1, 1, (2,), np.float32))
+        plain = transition_example(space, gym.spaces.Discrete(2))
+        item = {**plain, "infos": {"succeed": "yes"}}
+        inside = {**plain, "observations": {**plain["observations"], "seen": 1}}
+        store = ReplayBufferDataStore(space, gym.spaces.Discrete(2), 10)
+        for refused in (item, inside):
+            with pytest.raises(ValueError, match=r"expected a dict of .*ignore_unknown=True"):
+                store.insert(refused)
+            with pytest.raises(ValueError, match="ignore_unknown=True"):
+                store.batch_insert([plain, refused])
+        assert len(store) == 0
+        store = ReplayBufferDataStore(space, gym.spaces.Discrete(2), 10, ignore_unknown=True)
+        store.insert(item)
+        store.batch_insert([item, plain, inside])
+        store.batch_insert(Batch.of([{**plain, "lap": 1}] * 2))
+        assert len(store) == 6
+        assert set(store.sample(3)) == set(plain)
+        with pytest.raises(ValueError, match=r"expected a dict of \['actions'") as refusal:
+            store.insert({"infos": 1, "observations": 2})
+        assert "ignore_unknown" not in str(refusal.value)
+
+    def test_a_trajectory_buffer_leaves_them_out_too(self) -> None:
+        pytest.importorskip("jax")
+        space = gym.spaces.Box(-1, 1, (2,), np.float32)
+        item = {**transition_example(space, space), "end_of_trajectory": False}
+        del item["dones"]
+        store = make_default_trajectory_buffer(space, space, 10)
+        with pytest.raises(ValueError, match="ignore_unknown=True"):
+            store.insert({**item, "infos": {}})
+        store = make_default_trajectory_buffer(space, space, 10, ignore_unknown=True)
+        store.insert({**item, "infos": {}})
+        assert len(store) == 1

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from edgeml.core.errors import Closed
 from edgeml.data import (
     Batch,
     Mixture,
@@ -25,9 +29,11 @@ from edgeml.data import (
     ReplayBuffer,
     ReplayBufferDataStore,
     on_device,
+    prefetch,
     transition_example,
 )
 from edgeml.testing import StoreTests
+from pairs import threads, wait_until
 from replay_model import Model, PrioritizedModel, observation, transition
 
 SHAPES = [  # capacity, n_step, frame_stack
@@ -268,6 +274,20 @@ class TestSampling:
         with pytest.raises(ValueError, match="batch_size"):
             store.empty_batch(0)
 
+    @pytest.mark.parametrize("size", [256 / 2, 128.0, np.float64(128), "128", None])
+    def test_a_size_that_is_no_integer_spoils_nothing(self, size: Any) -> None:
+        store = ReplayBuffer(5)
+        store.batch_insert(episode(3))
+        mixture = Mixture([(store, 1), (store, 1)])
+        for source in (store, mixture):
+            for draw in (source.sample, source.empty_batch):
+                with pytest.raises(TypeError, match="batch_size is an integer"):
+                    draw(size)
+            assert len(source.sample(128)["actions"]) == 128
+            assert len(source.sample(np.int64(128))["actions"]) == 128
+        with pytest.raises(TypeError, match="batch_size"):
+            store.sample(256 / 2, out=store.empty_batch(128))
+
     @pytest.mark.parametrize(
         "spoil",
         [
@@ -436,6 +456,15 @@ class TestMixture:
         nested = Mixture([(Mixture([(online, 1)]), 1), (online, 1)])
         assert nested.sample(6)["actions"].shape == (6,)
 
+    def test_a_store_that_is_empty_is_named(self) -> None:
+        online, demonstrations = ReplayBuffer(5), PrioritizedReplayBuffer(5)
+        online.batch_insert(episode(3))
+        mixture = Mixture([(online, 1), (demonstrations, 1)])
+        with pytest.raises(ValueError, match=r"source 1 .*a PrioritizedReplayBuffer.*empty"):
+            mixture.sample(4, keys=["actions"])
+        with pytest.raises(ValueError, match=r"source 0 .*empty"):
+            Mixture([(demonstrations, 1), (online, 1)]).sample(4)
+
     def test_what_does_not_mix_is_said(self) -> None:
         online, _ = self.stores()
         for shares in ([], [(online, 0)], [(online, -1)], [(online, np.nan)]):
@@ -510,13 +539,76 @@ class TestPrefetch:
         assert set(threading.enumerate()) <= before
         assert list(batches) == []
 
-    def test_one_that_is_forgotten_ends_its_thread(self) -> None:
-        batches = Prefetch(lambda: 1)
+    @pytest.mark.parametrize("device", [None, jax.devices()[0]])
+    def test_one_that_is_dropped_ends_its_threads_and_says_so(self, device: Any) -> None:
+        before = threads()
+        store = ReplayBuffer(64)
+        store.batch_insert(episode(64))
+        dropped = weakref.ref(store)
+        batches = store.prefetch(4, device=device)
         next(batches)
-        thread = next(t for t in threading.enumerate() if t.name == "edgeml prefetch")
-        del batches
-        thread.join(5)
-        assert not thread.is_alive()
+        with pytest.warns(ResourceWarning, match="before it was closed"):
+            del batches
+        del store
+        wait_until(lambda: threads() <= before)
+        gc.collect()
+        assert dropped() is None, "the buffer is still alive"
+
+    def test_one_batch_is_drawn_while_another_is_put_on_the_device(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each waits for the other to be at work; where they take turns, both wait in vain."""
+        both, drawn = threading.Barrier(2, timeout=10), itertools.count()
+
+        def sample() -> int:
+            if number := next(drawn):  # while the one before is being put
+                both.wait()
+            return number
+
+        def place(batch: int, device: Any) -> int:
+            both.wait()
+            return batch
+
+        monkeypatch.setattr(prefetch, "on_device", place)
+        with Prefetch(sample, device="slow") as batches:
+            assert list(itertools.islice(batches, 20)) == list(range(20))
+            both.abort()
+
+    def test_an_error_on_the_device_comes_in_its_turn(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def place(batch: int, device: Any) -> int:
+            if batch == 2:
+                raise MemoryError("no more on the device")
+            return batch
+
+        monkeypatch.setattr(prefetch, "on_device", place)
+        batches = Prefetch(itertools.count().__next__, device="small")
+        assert [next(batches), next(batches)] == [0, 1]
+        with pytest.raises(MemoryError, match="no more"):
+            next(batches)
+        assert list(batches) == []
+
+    @pytest.mark.filterwarnings("ignore:.*fork")
+    def test_a_forked_child_is_told_to_make_its_own(self) -> None:
+        store = ReplayBuffer(8)
+        store.batch_insert(episode(8))
+        with store.prefetch(4) as batches:
+            next(batches)
+            child = os.fork()
+            if not child:
+                try:
+                    try:
+                        next(batches)
+                    except Closed:
+                        batches.close()
+                        del batches
+                        with store.prefetch(4) as own:
+                            next(own)
+                        os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitstatus_to_exitcode(wait_for(child)) == 0
 
     def test_what_it_is_given_is_checked(self) -> None:
         with pytest.raises(ValueError, match="depth"):
@@ -544,6 +636,25 @@ next(batches)
 """
         ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
         assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def wait_for(child: int, timeout: float = 20.0) -> int:
+    """The status with which a forked child ended; it is killed where it takes too long."""
+    ended: list[int] = []
+
+    def has_ended() -> bool:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            ended.append(status)
+        return bool(pid)
+
+    try:
+        wait_until(has_ended, timeout)
+    finally:
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    return ended[0]
 
 
 def test_large_samples_may_be_changed_after_they_were_sent() -> None:

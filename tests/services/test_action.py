@@ -20,6 +20,7 @@ from edgeml import (
     UnknownInterface,
     Unreachable,
 )
+from edgeml.core import Url
 from pairs import TRANSPORTS, no_thread_left, process, started, took, wait_until
 
 
@@ -137,13 +138,32 @@ def test_keys_that_are_no_list_of_names_are_refused(client, device):
 
 
 def test_whatever_the_callback_gives_arrives(transport):
-    given = {"any": [1, (2.5, None), {"thing": b"bytes"}], "scalar": np.float32(3)}
+    given = {
+        "cam": None,
+        "joints": (),
+        "any": [1, (2.5, None), {"thing": b"bytes"}],
+        "scalar": np.float32(3),
+    }
     with (
         started(ActionServer(config_of(transport), lambda keys: given, None)) as server,
         ActionClient("127.0.0.1", server.port, config=config_of(transport)) as client,
     ):
         assert client.obs() == given
         assert type(client.obs()["any"][1]) is tuple
+
+
+def test_a_callback_that_leaves_something_out_is_told_what(transport):
+    gives = [{"cam": 1}, None, [1, 2]]
+    server = ActionServer(config_of(transport), lambda keys: gives.pop(0), None)
+    with (
+        started(server),
+        ActionClient("127.0.0.1", server.port, config=config_of(transport)) as client,
+    ):
+        with pytest.raises(RemoteError, match="obs_callback gave no 'joints'"):
+            client.obs()
+        for _ in range(2):
+            with pytest.raises(RemoteError, match="it is to return a dict"):
+                client.obs(["cam"])
 
 
 # Actions --------------------------------------------------------------------------------------
@@ -249,7 +269,8 @@ def test_actions_are_carried_out_one_at_a_time_and_in_the_order_of_one_caller(tr
     assert moves == list(range(300))
 
 
-def test_two_workers_let_a_device_observe_while_it_moves(transport):
+@pytest.mark.parametrize("apart", [{"workers": 2}, {"act_in_own_thread": True}])
+def test_a_device_observes_while_it_moves_if_it_may(transport, apart):
     moving, arrived = threading.Event(), threading.Event()
 
     def act(key, payload):
@@ -257,14 +278,14 @@ def test_two_workers_let_a_device_observe_while_it_moves(transport):
         assert arrived.wait(10)
         return {"there": True}
 
-    server = ActionServer(config_of(transport), lambda keys: {"cam": 1}, act, workers=2)
+    server = ActionServer(config_of(transport), lambda keys: {"cam": 1, "joints": 2}, act, **apart)
     with (
         started(server),
         ActionClient("127.0.0.1", server.port, config=config_of(transport)) as client,
     ):
         future = client._client.call_async("act", ["move", {}])
         assert moving.wait(5)
-        assert client.obs(timeout=2) == {"cam": 1}
+        assert client.obs(timeout=2) == {"cam": 1, "joints": 2}
         arrived.set()
         assert future.result(5) == {"there": True}
 
@@ -292,7 +313,7 @@ def test_the_broadcast_port_answers_just_as_well(transport, device):
     config = config_of(transport, broadcast_port=0)
     server = ActionServer(config_of(transport, broadcast_port=None), None, device.act)
     with started(server):
-        assert len(server._server.urls) == 1
+        assert len(server.urls) == 1
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(started(ActionServer(config_of(transport), None, None)))
         port = first.port
@@ -301,9 +322,9 @@ def test_the_broadcast_port_answers_just_as_well(transport, device):
         server = ActionServer(config, device.observe, device.act)
         stack.enter_context(started(server))
         # Where the system picks the port, it picks this one too.
-        urls = server._server.urls
+        urls = server.urls
         assert len(urls) == 2
-        for url in urls:
+        for url in map(Url.parse, urls):
             client = stack.enter_context(ActionClient("127.0.0.1", url.port, config=config))
             seen: list = []
             client.register_obs_callback(seen.append)

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from edgeml.core.dispatch import Caller, answer_with
 from edgeml.core.errors import Malformed, UnknownInterface
-from edgeml.core.server import Server, Session
+from edgeml.core.server import Server
 from edgeml.core.transport import Credentials
 from edgeml.data import Batch, DataStoreBase, checkpoint
 from edgeml.data.checkpoint import Report
@@ -62,8 +63,8 @@ class TrainerServer(ServiceServer):
             rate_limit=config.rate_limit,
             credentials=credentials,
         )
-        server.register("update", self._update)
-        server.register("request", lambda payload, _: self._request(payload))
+        server.register("update", answer_with(self._update))
+        server.register("request", answer_with(lambda payload, _: self._request(payload)))
         self._topic = server.topic(NETWORK)
         super().__init__(server)
 
@@ -169,7 +170,7 @@ class TrainerServer(ServiceServer):
             raise UnknownInterface("this server answers no requests")
         return self._request_callback(kind, argument)
 
-    def _update(self, payload: Any, session: Session) -> int:
+    def _update(self, payload: Any, caller: Caller) -> int:
         """Insert what is new of an upload; returns the mark."""
         match payload:
             case {
@@ -190,7 +191,7 @@ class TrainerServer(ServiceServer):
         # It alone won't do, since a store that waits for room lets go of it.
         with self._lock, store.lock:
             verdict = self._ledger.accept(
-                session.client_id,
+                caller.client_id,
                 incarnation,
                 name,
                 acknowledged=acknowledged,
@@ -204,12 +205,12 @@ class TrainerServer(ServiceServer):
             self._server.counts["items_repeated"] += verdict.repeated
             if len(new):
                 self._server.counts["items_lost_by_clients"] += verdict.lost
-                sender, newest = (session.client_id, incarnation), store.latest_data_id()
+                sender, newest = (caller.client_id, incarnation), store.latest_data_id()
                 if self._last.get(name) != (*sender, new.first_id, newest):
                     store.interrupt()
                 store.batch_insert(new)
                 self._server.counts["items"] += len(new)
-                self._ledger.advance(session.client_id, name, verdict.mark)
+                self._ledger.advance(caller.client_id, name, verdict.mark)
                 self._last[name] = (*sender, verdict.mark + 1, store.latest_data_id())
         if len(new) and self._data_callback is not None:
             self._data_callback(name, new)

@@ -39,7 +39,7 @@ class TrainerTunnel(TrainerServer):
     def start(self, threaded: bool = False) -> None:
         """Block until `stop` or Ctrl-C, unless ``threaded``: it serves from the beginning."""
         if not threaded:
-            self._block()
+            self._block(self._stopped.wait)
 
     def update(self, timeout: float | None = None) -> int:
         """Nothing to send: both sides have the same store."""

@@ -12,17 +12,25 @@ its own for as long as it is under way.
 
 Copies. A message is joined into one piece and gRPC copies that twice: to its own memory, and from
 there on the other side. What arrives is not copied again.
+
+Forks. A process that was forked from one that uses gRPC can't use it (`processes`). So gRPC's own
+provisions for forks are off, unless ``$GRPC_ENABLE_FORK_SUPPORT`` says otherwise: the threads that
+they start in each child ended 18 of 30 that did nothing with gRPC; without them it was none.
 """
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # which gRPC reads as it is imported
 
 import grpc
 
 from edgeml.core import Credentials, Endpoint, OnRequest, Requester, Transport, Url, hookimpl
 from edgeml.transports.grpc.connection import Connection
 from edgeml.transports.grpc.listener import Listener
+from edgeml.transports.grpc.processes import enter_process
 
 __all__ = ["GrpcTransport", "edgeml_transport"]
 
@@ -41,16 +49,31 @@ class GrpcTransport(Transport):
 
     def report(self) -> dict[str, str]:
         """See `Transport.report`."""
-        return {"grpcio": grpc.__version__, "largest message": "4 MB; beyond that it is streamed"}
+        return {
+            "grpcio": grpc.__version__,
+            "largest message": "4 MB; beyond that it is streamed",
+            "forked children": 'can\'t use it; start processes by "spawn" or "forkserver"',
+        }
 
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
     ) -> Endpoint:
-        """See `Transport.serve`."""
+        """See `Transport.serve`.
+
+        Raises:
+            PermissionDenied: this process was forked from one that uses gRPC.
+        """
+        enter_process()
         return Listener(url, on_request)
 
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
-        """See `Transport.connect`."""
+        """See `Transport.connect`.
+
+        Raises:
+            PermissionDenied: the server says so; or this process was forked from one that uses
+                gRPC, which would crash it now and then.
+        """
+        enter_process()
         return Connection(url, timeout)
 
 

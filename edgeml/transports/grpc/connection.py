@@ -30,6 +30,7 @@ from edgeml.core.errors import copy_error
 from edgeml.core.forks import explain_fork, leave_to_parent, watch_forks
 from edgeml.core.limits import explain_no_connection
 from edgeml.core.url import is_loopback
+from edgeml.transports.grpc.processes import NO_FORKS
 from edgeml.transports.grpc.protocol import (
     ERRORS,
     LARGEST_FRAME,
@@ -212,6 +213,8 @@ class Connection(Requester):
         self._lose(Closed(f"the connection to {self.url} has been closed"))
         with self._lock:
             threads = list(self._threads)
+        if self._channel is None:
+            return
         # gRPC waits here for its own thread, which may be the one that calls this.
         closing = threading.Thread(target=self._channel.close, name="edgeml close", daemon=True)
         closing.start()
@@ -225,8 +228,9 @@ class Connection(Requester):
 
     def abandon(self) -> None:
         """Forget everything, in a forked child, where gRPC's threads are not."""
-        leave_to_parent(self._channel)
-        self._why = explain_fork(self.url)
+        leave_to_parent(self, self._channel)
+        self._channel = None  # which is not the child's to close
+        self._why = Closed(f"{explain_fork(self.url)}; {NO_FORKS}")
         self._lock = threading.Lock()  # whoever held it is not there
         self._threads.clear()
 

@@ -27,6 +27,7 @@ from edgeml.core import (
     reached,
     unframe,
 )
+from edgeml.core.carrier import Stay
 from edgeml.core.loops import Loop
 from edgeml.transports.grpc.protocol import (
     ERRORS,
@@ -191,7 +192,7 @@ class Listener(Endpoint):
         answer = reply.answer
         self._waiting.add(answer)
         try:
-            self._loop.pass_on(self._on_request, message, reply)
+            self._loop.hand_over(self._on_request, message, reply)
             del message, reply  # or the buffers live until the answer
             return await answer
         finally:
@@ -226,6 +227,14 @@ class Listener(Endpoint):
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
         """See `Endpoint.reply_many`."""
         self.give([reply for reply in replies if isinstance(reply, _Reply)], message)
+
+    def carry(self, stay: Stay) -> bool:
+        """See `Endpoint.carry`."""
+        return self._loop.carry(stay)
+
+    def wake(self) -> None:
+        """See `Endpoint.wake`."""
+        self._loop.wake()
 
     def relieve(self) -> None:
         """See `Endpoint.relieve`."""

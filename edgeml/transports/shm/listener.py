@@ -24,6 +24,7 @@ from edgeml.core import (
     Url,
     own,
 )
+from edgeml.core.carrier import Stay
 from edgeml.core.forks import watch_forks
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.loop import Loop
@@ -146,6 +147,12 @@ class Listener(Endpoint):
         message = own(message, self.allocate)
         for reply in replies:
             reply(message)
+
+    def carry(self, stay: Stay) -> bool:
+        return self._loop.carry(stay)
+
+    def wake(self) -> None:
+        self._loop.wake()
 
     def relieve(self) -> None:
         self._loop.relieve()

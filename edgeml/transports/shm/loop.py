@@ -1,15 +1,15 @@
-"""One thread that receives on any number of channels, for a listener and for a connection alike."""
+"""One loop that receives on any number of channels, for a listener and for a connection alike."""
 
 from __future__ import annotations
 
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from edgeml.core import Message, Overloaded
+from edgeml.core.carrier import Carrier, Stay
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.sockets import Lost
 from edgeml.transports.shm.waiting import IN, OUT, Poller, Waiter
@@ -27,7 +27,7 @@ class Loop:
 
     Args:
         name: of the thread.
-        on_message: is given each message; one at a time, unless `relieve` is called.
+        on_message: is given each message, one at a time.
         on_lost: is told of each channel that has been closed, and why.
         on_tick: is called four times a second.
         on_end: is called last, when all channels are closed.
@@ -56,10 +56,8 @@ class Loop:
         self._bell.setblocking(False)
         self._listen.setblocking(False)
         self._poller.set(self._listen.fileno(), IN, new=True)
-        self._turn = threading.Lock()  # held to pass the loop on to another thread
         self._stopping = False
-        self._ended = threading.Event()
-        self._handling = False
+        self._carrier = Carrier(name, self._run_rounds, self._wake, self._end)
         self._next_tick = time.monotonic() + _TICK
 
     def listen(self, sock: socket.socket, accept: Callable[[], Channel | None]) -> None:
@@ -74,45 +72,43 @@ class Loop:
         self._poller.set(channel.records.fd, IN, new=True)
 
     def start(self) -> None:
-        """Go on in a fresh thread."""
-        self._handling = False
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._thread.start()
+        """Run in a thread of its own, until somebody comes to carry the loop."""
+        self._carrier.start()
 
     @property
     def channels(self) -> list[Channel]:
         """Those that are open."""
         return list(self._channels.values())
 
+    def carry(self, stay: Stay) -> bool:
+        """Run in the calling thread; see `Endpoint.carry`."""
+        return self._carrier.carry(stay)
+
+    def wake(self) -> None:
+        """See `Endpoint.wake`."""
+        self._carrier.wake()
+
     def relieve(self) -> None:
-        """Go on in a fresh thread if this one is stuck in a message."""
-        with self._turn:
-            if self._handling:
-                self.start()
+        """See `Endpoint.relieve`."""
+        self._carrier.relieve()
 
     def stop(self) -> None:
-        """End, from any thread; waits for the end, except in the loop's own thread."""
+        """End, from any thread; waits for the end, except within the loop."""
         self.stop_soon()
-        thread = self._thread
-        if thread is threading.current_thread():
-            return  # it ends when what it is at returns
-        if not self._ended.wait(1.0):  # it is stuck in a message
-            self.relieve()
-            self._ended.wait(1.0)
-        thread = self._thread
-        if thread is not threading.current_thread():
-            thread.join(1.0)
+        self._carrier.wait(2.0)
 
     def stop_soon(self) -> None:
         """End, without waiting for it."""
-        self._stopping = True
-        self._wake()
+        with self._carrier.turn:
+            self._stopping = True
+            if not self._carrier.in_round:
+                self._carrier.relieve()  # a handler that stops its own server carries it no more
+            self._carrier.wake()
 
     def abandon(self) -> None:
         """In a forked child, where the thread is not."""
-        self._turn = threading.Lock()
+        self._carrier.abandon()
         self._stopping = True
-        self._ended.set()
         for channel in self._channels.values():
             channel.abandon()
         self._channels.clear()
@@ -123,22 +119,27 @@ class Loop:
 
     def _note_full(self, channel: Channel) -> None:
         self._full.add(channel)
-        self._wake()
+        if not self._carrier.here:
+            self._carrier.rouse()
 
-    def _run(self) -> None:
-        me = threading.current_thread()
-        while not self._stopping:
-            for fd, events in self._waiter.wait(self._poller.look, _TICK):
-                channel = self._channels.get(fd)
-                if channel is None:
-                    self._other(fd)
-                elif not self._receive(channel, events, me):
-                    return
-            if self._full:
-                self._write_full()
-            if time.monotonic() > self._next_tick:
-                self._tick()
-        self._end()
+    def _run_rounds(self, stay: Stay) -> bool:
+        self._run_round(stay())
+        while not self._stopping and stay():
+            self._run_round(True)
+        return self._stopping
+
+    def _run_round(self, waiting: bool) -> None:
+        look = self._poller.look
+        for fd, events in self._waiter.wait(look, _TICK) if waiting else look(0):
+            channel = self._channels.get(fd)
+            if channel is None:
+                self._other(fd)
+            else:
+                self._receive(channel, events)
+        if self._full:
+            self._write_full()
+        if time.monotonic() > self._next_tick:
+            self._tick()
 
     def _other(self, fd: int) -> None:
         if self._listening is not None and fd == self._listening[0]:
@@ -148,31 +149,19 @@ class Loop:
         elif fd == self._listen.fileno():
             self._listen.recv(4096)
 
-    def _receive(self, channel: Channel, events: int, me: threading.Thread) -> bool:
-        """Do what there is to do for a channel; False if another thread has the loop now."""
+    def _receive(self, channel: Channel, events: int) -> None:
         try:
             if events & OUT and channel.flush():
                 self._writing.discard(channel)
                 self._poller.set(channel.records.fd, IN)
             if not events & ~OUT:
-                return True
+                return
             got = channel.receive()
         except Lost as error:
             self._lose(channel, str(error))
-            return True
-        if got is None:
-            return True
-        self._handling = True
-        try:
-            self._on_message(channel, *got)
-        except BaseException:  # a handler's sys.exit() ends nothing here
-            _log.exception("%s: a message could not be handled", self._name)
-        del got  # or the buffers live until the next one
-        with self._turn:
-            if self._thread is not me:
-                return False
-            self._handling = False
-        return True
+            return
+        if got is not None:
+            self._carrier.hand_over(self._on_message, channel, *got)
 
     def _write_full(self) -> None:
         while self._full:
@@ -208,7 +197,6 @@ class Loop:
         self._poller.close()
         self._bell.close()
         self._listen.close()
-        self._ended.set()
         self._on_end()
 
     def _flushed(self, channel: Channel) -> bool:

@@ -1,4 +1,4 @@
-"""The server's end: a ROUTER, and the one loop that touches it."""
+"""The server's end: a ROUTER, and the loop that alone touches it, whichever thread carries that."""
 
 # ruff: noqa: D102 - what has no docstring is described in `edgeml.core.transport`
 
@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import zmq
 
 from edgeml.core import Endpoint, Message, OnRequest, Peer, Reply, Url, bindable, own, reached
+from edgeml.core.carrier import Carrier, Stay
 from edgeml.core.forks import leave_to_parent, watch_forks
 from edgeml.transports.zmq.sockets import (
     MOST_PENDING,
@@ -30,6 +31,7 @@ __all__ = ["Listener"]
 _log = logging.getLogger(__name__)
 
 _LINGER = 200  # ms that an endpoint which closes gives to what is still to be sent
+_MOST_AT_ONCE = 64  # messages that are received before a handler runs again
 _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)  # a plain int: enum flags cost a microsecond
 
 
@@ -59,8 +61,8 @@ class _Reply:
         if not self._listener.send_inline(self._identity, self._number, message):
             self._listener.post([(self._identity, self._number, own(message))])
 
-    def posted(self, message: Message) -> tuple[bytes, bytes, Message]:
-        """This reply as the outbox takes it."""
+    def address(self, message: Message) -> tuple[bytes, bytes, Message]:
+        """Return this reply as the outbox takes it."""
         return self._identity, self._number, message
 
 
@@ -85,13 +87,12 @@ class Listener(Endpoint):
         # Connected before any peer can be, so nobody else can have taken its name.
         self._router.bind(f"inproc://{self._door_id.hex()}")
         self._door.connect(f"inproc://{self._door_id.hex()}")
-        self._lock = threading.Lock()
         self._outbox: list[tuple[bytes, bytes, Message]] = []
         self._woken = False
+        self._torn = False  # whether a round ended in the middle of a message
         self._closed = False
-        self._ended = False
-        self._turn = threading.Lock()  # held to use the ROUTER in a handler, or to pass it on
-        self._start_loop()
+        self._carrier = Carrier(f"edgeml {self.url}", self._run_rounds, self._wake, self._end)
+        self._carrier.start()
         watch_forks(self)
 
     def _bind(self, url: Url) -> Url:
@@ -105,64 +106,61 @@ class Listener(Endpoint):
         bound = self._router.get_string(zmq.LAST_ENDPOINT)
         return reached(url, address, int(bound.rpartition(":")[2]))
 
-    def _start_loop(self) -> None:
-        self._handling = False
-        self._ident = 0
-        self._loop = threading.Thread(target=self._run, name=f"edgeml {self.url}", daemon=True)
-        self._loop.start()
+    def _run_rounds(self, stay: Stay) -> bool:
+        if self._torn:
+            while self._router.getsockopt(zmq.RCVMORE):
+                self._router.recv()
+            self._torn = False
+        try:
+            if stay():
+                self._take(self._router.recv())
+                while not self._closed and stay():
+                    self._take(self._router.recv())
+            else:
+                for _ in range(_MOST_AT_ONCE):
+                    self._take(self._router.recv(zmq.DONTWAIT))
+        except zmq.Again:
+            pass
+        except BaseException:  # Ctrl-C, in the thread that carries this
+            self._torn = True
+            raise
+        return self._closed and self._empty_outbox()
 
-    def _run(self) -> None:
-        me = threading.current_thread()
-        self._ident = threading.get_ident()
-        while True:
-            identity = self._router.recv()
-            head, message = receive(self._router)
-            if identity == self._door_id:
-                if self._empty_outbox():
-                    self._end()
-                    return
-                continue
-            if len(message.header) < NUMBER.size:
-                _log.debug("%s: a message without a number from %s", self.url, identity.hex())
-                continue
+    def _take(self, identity: bytes) -> None:
+        """Receive the rest of a message, and hand it over."""
+        head, message = receive(self._router)
+        if identity == self._door_id:
+            self._empty_outbox()
+        elif len(message.header) < NUMBER.size:
+            _log.debug("%s: a message without a number from %s", self.url, identity.hex())
+        else:
             number = message.header[: NUMBER.size]
             message = Message(message.header[NUMBER.size :], message.buffers)
-            self._handling = True
-            try:
-                self._on_request(message, _Reply(self, identity, number, head))
-            except BaseException:  # a handler's sys.exit() ends nothing here
-                _log.exception("%s: on_request failed", self.url)
-            del head, message  # or the buffers live until the next request
-            with self._turn:
-                if self._loop is not me:
-                    return
-                self._handling = False
+            reply = _Reply(self, identity, number, head)
+            self._carrier.hand_over(self._on_request, message, reply)
 
     def _empty_outbox(self) -> bool:
-        """Send what other threads left; True if the loop is to end."""
-        with self._lock:
+        """Send what other threads left."""
+        with self._carrier.turn:
             outbox, self._outbox, self._woken = self._outbox, [], False
-            closed = self._closed
         for posted in outbox:
             self._send(*posted)
-        return closed
+        return True
 
     def _end(self) -> None:
-        with self._lock:
-            self._ended = True
+        with self._carrier.turn:
             self.dropped += len(self._outbox)
             self._outbox.clear()
             self._door.close()
-        self._ident = 0  # another thread may come to bear it
         self._router.close(linger=_LINGER)
         self._context.term()
 
     def send_inline(self, identity: bytes, number: bytes, message: Message) -> bool:
-        """Send a reply from within a handler; False if this thread is not the loop's."""
-        if threading.get_ident() != self._ident:
+        """Send a reply at once; False if this thread does not have the loop."""
+        if not self._carrier.here:
             return False
-        with self._turn:
-            if threading.get_ident() != self._ident:  # relieved just now
+        with self._carrier.turn:
+            if not self._carrier.here:  # relieved just now
                 return False
             self._send(identity, number, message)
         return True
@@ -175,18 +173,25 @@ class Listener(Endpoint):
             self._router.send(identity, _MORE_NOW)
             send(self._router, number, message)
         except zmq.ZMQError as error:
-            with self._lock:
+            with self._carrier.turn:
                 self.dropped += 1
             _log.debug("%s: a reply to %s is dropped: %s", self.url, identity.hex(), error)
+        except BaseException:  # Ctrl-C: what comes next must not be taken for the rest of this
+            with suppress(zmq.ZMQError):
+                self._router.send(b"", zmq.DONTWAIT)
+            raise
 
     def post(self, replies: list[tuple[bytes, bytes, Message]]) -> None:
         """Leave owned replies for the loop, with one wake for them all."""
-        with self._lock:
-            if self._ended:
+        with self._carrier.turn:
+            if self._carrier.over:
                 self.dropped += len(replies)
-                return
-            self._outbox += replies
-            self._wake()
+            elif self._carrier.here:
+                for posted in replies:
+                    self._send(*posted)
+            else:
+                self._outbox += replies
+                self._carrier.rouse()
 
     def _wake(self) -> None:
         if not self._woken:
@@ -196,32 +201,27 @@ class Listener(Endpoint):
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
         check(message)
         message = own(message)
-        self.post([r.posted(message) for r in replies if isinstance(r, _Reply)])
+        self.post([r.address(message) for r in replies if isinstance(r, _Reply)])
+
+    def carry(self, stay: Stay) -> bool:
+        return self._carrier.carry(stay)
+
+    def wake(self) -> None:
+        self._carrier.wake()
 
     def relieve(self) -> None:
-        with self._turn:
-            if self._handling:
-                self._start_loop()
+        self._carrier.relieve()
 
     def abandon(self) -> None:
         """Forget everything, in a forked child, where the loop is not."""
         leave_to_parent(self)
-        self._lock = threading.Lock()  # whoever held it is not there
-        self._turn = threading.Lock()
-        self._closed = self._ended = True
-        self._handling = False
-        self._ident = 0
+        self._carrier.abandon()
+        self._closed = True
 
     def close(self) -> None:
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._wake()
-        me = threading.current_thread()
-        loop = self._loop
-        if loop is me:
-            return  # a handler that stops its own server: the loop ends when it returns
-        loop.join(1.0)
-        if loop.is_alive() and not self._ended:  # it is stuck in a handler
-            self.relieve()
-            self._loop.join(1.0)
+        with self._carrier.turn:
+            self._closed = True
+            if not self._carrier.in_round:
+                self._carrier.relieve()  # a handler that stops its own server carries it no more
+            self._carrier.wake()
+        self._carrier.wait(3.0)

@@ -1,0 +1,609 @@
+"""The second joint: calls by value, answered when ready.
+
+A *call* says which interface is meant, who calls and until when, gives its payload, and takes one
+answer, at any time, from any thread. Envelopes of a transport become such calls, and so may what
+another protocol's server, a test or this very process asks for. The dispatcher decides when, where
+and in which order handlers run.
+
+Where they run. With one worker, all of a server's handlers run in one and the same thread, as many
+things belong to a thread: a GL context, a database, what a library keeps in thread-locals. So that
+this costs no thread hop, that thread carries the loop of the endpoint whose calls it answers
+(`Endpoint.carry`), and runs what a round brought before the next round. When a handler takes long,
+a watch has the endpoint's own thread carry on, and the loop comes back once there is nothing else
+to do. Hellos, subscriptions and heartbeats are answered within the rounds, so they wait for a
+handler for a moment at most.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import get_ident
+from typing import Any
+
+from edgeml.core import wire
+from edgeml.core.alarms import Alarms
+from edgeml.core.errors import (
+    Closed,
+    DeadlineExceeded,
+    EdgemlError,
+    Malformed,
+    Overloaded,
+    PermissionDenied,
+    RemoteError,
+    UnknownInterface,
+)
+from edgeml.core.transport import Endpoint, Peer
+
+__all__ = ["Call", "Caller", "Dispatcher", "Handler", "LocalCall", "answer_with", "require_plain"]
+
+_log = logging.getLogger(__name__)
+
+_SHORT = 0.5e-3  # seconds; to have another thread carry a loop costs a good part of this
+_ROUND = 1e-3  # seconds of handlers after which a loop gets a round, though more calls wait
+_STUCK = 0.02  # seconds that a handler may take before the loop goes on elsewhere
+_STREAK = 4  # calls that another endpoint brings in a row, after which its loop is carried
+_QUIET = 5  # looks of the watch without a call, after which it rests
+_MOST_WAITING = 1 << 12  # calls
+_MOST_WAITING_BYTES = 1 << 30
+_GRACE = 2.0  # seconds that handlers have to return when the dispatcher is closed
+
+# Raised by a handler, these reach the caller as they are; all else is a RemoteError.
+_PASSED_ON = (UnknownInterface, Malformed, PermissionDenied, Overloaded)
+
+
+@dataclass
+class Caller:
+    """Who calls.
+
+    Attributes:
+        client_id: the identity that the client gave; random unless its user chose one.
+        label: what the client calls itself, for people to read.
+        peer: who the transport says it is.
+    """
+
+    client_id: str
+    label: str
+    peer: Peer
+    turn: float = 0.0  # when the next call may start, under a rate limit
+
+    def __str__(self) -> str:
+        return f"{self.label or self.client_id} at {self.peer.address}"
+
+
+class Call(ABC):
+    """One call of an interface, and the right to answer it: once, at any time, from any thread.
+
+    Args:
+        name: of the interface.
+        caller: who calls.
+        deadline: until when the caller waits, on the clock `time.monotonic`.
+        nbytes: what the payload takes up while the call waits.
+        source: the endpoint that brought it, which the handlers' thread may carry; None for none.
+
+    Attributes:
+        detail: what of the interface is meant, as a handler may say for the log: an action's key.
+    """
+
+    __slots__ = ("_open", "caller", "deadline", "detail", "name", "nbytes", "source")
+
+    def __init__(
+        self,
+        name: str,
+        caller: Caller,
+        deadline: float,
+        nbytes: int = 0,
+        source: Endpoint | None = None,
+    ) -> None:
+        self.name = name
+        self.caller = caller
+        self.deadline = deadline
+        self.nbytes = nbytes
+        self.source = source
+        self.detail = ""
+        self._open = [True]  # until it is answered; to pop from it happens once
+
+    @abstractmethod
+    def payload(self) -> Any:
+        """Return what the caller sent, decoded now: call this in the thread that handles it.
+
+        Raises:
+            Malformed: it can't be decoded.
+        """
+
+    @property
+    def expired(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return time.monotonic() > self.deadline
+
+    @property
+    def answered(self) -> bool:
+        """Whether it has had its answer."""
+        return not self._open
+
+    def answer(self, value: Any) -> None:
+        """Give the caller this result; the value may be changed when this returns.
+
+        Raises:
+            NotEncodable: the value can't be carried; an answer is still due.
+            RuntimeError: there was an answer before.
+        """
+        self._settle(value, self._send)
+
+    def fail(self, error: EdgemlError) -> None:
+        """Give the caller this error in place of a result.
+
+        Raises:
+            RuntimeError: there was an answer before.
+        """
+        self._settle(error, self._send_error)
+
+    def _settle(self, what: Any, send: Callable[[Any], None]) -> None:
+        try:
+            self._open.pop()
+        except IndexError:
+            raise RuntimeError(f"a call of {self.name!r} is answered twice") from None
+        try:
+            send(what)
+        except BaseException:
+            self._open.append(True)
+            raise
+
+    @abstractmethod
+    def _send(self, value: Any) -> None:
+        """Encode a result and give it to the caller."""
+
+    @abstractmethod
+    def _send_error(self, error: EdgemlError) -> None:
+        """Give an error to the caller."""
+
+
+class LocalCall(Call):
+    """A call from this very process: the payload and the result are passed as they are.
+
+    Args:
+        name: of the interface.
+        payload: any value.
+        timeout: seconds until nobody waits any more.
+        caller: who calls; somebody in this process by default.
+
+    Attributes:
+        future: gives the result, or raises what the handler's end does.
+    """
+
+    __slots__ = ("_payload", "future")
+
+    def __init__(
+        self, name: str, payload: Any, timeout: float = 10.0, caller: Caller | None = None
+    ) -> None:
+        who = caller or Caller("local", "local", Peer("local", "this process"))
+        super().__init__(name, who, time.monotonic() + timeout)
+        self.future: Future[Any] = Future()
+        self._payload = payload
+
+    def payload(self) -> Any:
+        """See `Call.payload`."""
+        return self._payload
+
+    @property
+    def expired(self) -> bool:
+        """See `Call.expired`."""
+        return self.future.done() or super().expired
+
+    def _send(self, value: Any) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(value)
+
+    def _send_error(self, error: EdgemlError) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+Handler = Callable[[Call], None]
+"""Takes a call, and answers it or keeps it to answer later. What it raises is the answer."""
+
+
+def answer_with(function: Callable[[Any, Caller], Any]) -> Handler:
+    """Return a handler that answers with ``function(payload, caller)``."""
+
+    def handle(call: Call) -> None:
+        call.answer(function(call.payload(), call.caller))
+
+    return handle
+
+
+def require_plain(what: str, function: object) -> None:
+    """Raise a TypeError for what nobody here would run: no function at all, or an ``async def``."""
+    if not callable(function):
+        raise TypeError(f"{what} needs a function, not {function!r:.100}")
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - the method itself, of an object
+    ):
+        raise TypeError(
+            f"{what} is an `async def`, and handlers run in a thread, not in an event loop: give a "
+            "plain function, which may call asyncio.run"
+        )
+
+
+class _Interface:
+    __slots__ = ("fresh", "handler", "lane", "name", "typical")
+
+    def __init__(self, name: str, handler: Handler, lane: _Lane) -> None:
+        self.name = name
+        self.handler = handler
+        self.lane = lane
+        self.fresh = not name.startswith("/")  # not called yet; our own are not worth a line
+        self.typical = 1.0  # seconds that it takes, of late; long until it has shown otherwise
+
+
+class _Lane:
+    """Calls that wait, and the threads that take them, one each at a time."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Call, _Interface]] = deque()
+        self.changed = threading.Condition()  # also the lock of the queue's figures
+        self.idle = 0  # threads that wait for `changed`
+        self.nbytes = 0
+
+
+class Dispatcher:
+    """Runs handlers.
+
+    Args:
+        service: the kind of server, for threads' names and the log.
+        alarms: does things later.
+        workers: how many calls may be handled at a time. With 1, in one thread: the one that called
+            `run`. With more, in that one and ``workers - 1`` of the dispatcher's.
+        rate_limit: calls per second and caller; None for any number. Those beyond wait their turn
+            within their deadline.
+
+    Attributes:
+        counts: calls handled, and refusals by the name of their error.
+    """
+
+    def __init__(
+        self, service: str, alarms: Alarms, workers: int = 1, rate_limit: float | None = None
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers}")
+        if rate_limit is not None and not rate_limit > 0:
+            raise ValueError(f"rate_limit must be positive or None, not {rate_limit}")
+        self.counts: Counter[str] = Counter()
+        self._service = service
+        self._alarms = alarms
+        self._interval = 1 / rate_limit if rate_limit else 0.0
+        self._interfaces: dict[str, _Interface] = {}
+        self._main = _Lane()
+        self._lanes = {"": self._main}
+        self._parallel = workers > 1
+        self._workers = workers
+        self._threads: list[threading.Thread] = []
+        self._running: dict[int, float] = {}  # threads in a handler, and since when
+        self._returned = threading.Condition()  # one of them came out
+        self._closed = False
+
+        # Of the thread that carries loops.
+        self._carrying = 0  # its ident
+        self._carried: Endpoint | None = None  # whose loop it has, or had before it was relieved
+        self._wanted: Endpoint | None = None  # whose calls came last, ...
+        self._streak = 0  # ... how many in a row
+        self._in_rounds = False  # whether it may wait in a loop now
+        self._looked = 0.0  # when its last round was
+        self._watched = False
+        self._calls_seen = 0
+        self._quiet = 0
+
+    # What is served -----------------------------------------------------------------------
+
+    def register(self, name: str, handler: Handler, lane: str = "") -> None:
+        """Serve calls of ``name`` by ``handler``, from now on, in place of any other.
+
+        Args:
+            name: of the interface.
+            handler: see `Handler`; `answer_with` makes one of a plain function.
+            lane: the interfaces of each lane but the first, ``""``, have a thread of their own,
+                and wait for no handler of another. To be named before `run`.
+        """
+        if lane not in self._lanes:
+            self._lanes[lane] = _Lane()
+            self._parallel = True
+        self._interfaces[name] = _Interface(name, handler, self._lanes[lane])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the interfaces."""
+        return list(self._interfaces)
+
+    def submit(self, call: Call) -> None:
+        """Have a call handled, in its turn; never raises: what is wrong is the call's answer."""
+        interface = self._interfaces.get(call.name)
+        if interface is None:
+            self.refuse(call, unknown("interface", call.name, self._interfaces))
+            return
+        if self._interval:
+            caller = call.caller
+            now = time.monotonic()
+            turn = max(caller.turn, now)
+            if turn > call.deadline:
+                self.refuse(
+                    call,
+                    Overloaded(
+                        f"over the rate limit of {1 / self._interval:g} calls/s: the next turn is "
+                        f"in {turn - now:.2f} s, beyond the deadline"
+                    ),
+                )
+                return
+            caller.turn = turn + self._interval
+            if turn > now:
+                self._alarms.after(turn - now, lambda: self._put(call, interface))
+                return
+        self._put(call, interface)
+
+    def refuse(self, call: Call, error: EdgemlError) -> None:
+        """Answer with an error, and count it."""
+        self.counts[type(error).__name__] += 1
+        try:
+            call.fail(error)
+        except RuntimeError:
+            _log.exception("%s: an error came after the answer", self._service)
+
+    def _put(self, call: Call, interface: _Interface) -> None:
+        lane = interface.lane
+        with lane.changed:
+            waiting, held = len(lane.waiting), lane.nbytes
+            closed = self._closed
+            # One call is always taken, however large.
+            full = waiting >= _MOST_WAITING or (
+                waiting and held + call.nbytes > _MOST_WAITING_BYTES
+            )
+            if not closed and not full:
+                lane.waiting.append((call, interface))
+                lane.nbytes += call.nbytes
+                if lane is not self._main:
+                    lane.changed.notify()
+                    return
+                if call.source is self._wanted:
+                    self._streak += 1
+                else:
+                    self._wanted, self._streak = call.source, 1
+                # The thread that carries the loop takes one itself when the round is over.
+                mine = self._in_rounds and get_ident() == self._carrying
+                if not mine or waiting:
+                    if lane.idle:
+                        lane.changed.notify()
+                    elif self._in_rounds and not mine and self._carried is not None:
+                        self._carried.wake()
+                return
+        if closed:
+            self.refuse(call, Closed("the server has been stopped"))
+        else:
+            self.refuse(
+                call,
+                Overloaded(
+                    f"{waiting} calls of {held / 1e6:.1f} MB are waiting already; no more than "
+                    f"{_MOST_WAITING} calls, or {_MOST_WAITING_BYTES / 1e6:.0f} MB, may"
+                ),
+            )
+
+    # Threads ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Handle calls in the calling thread until `close`; once."""
+        self._carrying = get_ident()
+        for number in range(1, self._workers):
+            self._start(self._work, self._main, f"edgeml {self._service} worker {number}")
+        for name, lane in self._lanes.items():
+            if lane is not self._main:
+                self._start(self._work, lane, f"edgeml {self._service} {name}")
+        try:
+            while (taken := self._next()) is not None:
+                self._handle(*taken)
+                del taken  # or the buffers live until the next call
+        finally:
+            if self._carried is not None:
+                self._carried.relieve()
+
+    def start(self) -> None:
+        """Handle calls in a thread of its own; once."""
+        self._start(lambda _: self.run(), self._main, f"edgeml {self._service} handlers")
+
+    def _start(self, target: Callable[[_Lane], None], lane: _Lane, name: str) -> None:
+        thread = threading.Thread(target=target, args=(lane,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self, lane: _Lane) -> None:
+        while True:
+            with lane.changed:
+                while not lane.waiting and not self._closed:
+                    lane.idle += 1
+                    lane.changed.wait()
+                    lane.idle -= 1
+                taken = self._take(lane)
+            if taken is None:
+                return
+            self._handle(*taken)
+            del taken
+
+    def _take(self, lane: _Lane) -> tuple[Call, _Interface] | None:
+        """The next that waits, if any; under its lock."""
+        if not lane.waiting:
+            return None
+        taken = lane.waiting.popleft()
+        lane.nbytes -= taken[0].nbytes
+        return taken
+
+    def _next(self) -> tuple[Call, _Interface] | None:
+        """What the carrying thread handles next; None when the dispatcher is closed."""
+        lane = self._main
+        while not self._closed:
+            carried = self._carried
+            busy = bool(lane.waiting)
+            if busy and (carried is None or time.monotonic() - self._looked < _ROUND):
+                with lane.changed:
+                    if (taken := self._take(lane)) is not None:
+                        return taken
+                continue
+            if (
+                not busy
+                and self._wanted is not carried
+                and (carried is None or self._streak >= _STREAK)
+            ):
+                if carried is not None:
+                    carried.relieve()
+                carried = self._carried = self._wanted
+            if carried is not None:
+                self._in_rounds = True
+                try:
+                    # Its own thread may have the loop; it is taken back when nothing else is to do.
+                    if not carried.carry(self._is_idle):
+                        self._carried = None
+                        if self._wanted is carried:
+                            self._wanted = None
+                finally:
+                    self._in_rounds = False
+                self._looked = time.monotonic()
+                continue
+            with lane.changed:
+                if not lane.waiting and not self._closed and self._wanted is None:
+                    lane.idle += 1
+                    lane.changed.wait()
+                    lane.idle -= 1
+        return None
+
+    def _is_idle(self) -> bool:
+        return not (self._main.waiting or self._closed)
+
+    # Handlers -----------------------------------------------------------------------------
+
+    def _handle(self, call: Call, interface: _Interface) -> None:
+        """Carry out a call; whatever its handler does, this returns, but for Ctrl-C in `run`."""
+        began = time.monotonic()
+        if self._closed:
+            self.refuse(call, Closed("the server has been stopped"))
+            return
+        if call.expired:
+            self.refuse(call, DeadlineExceeded("nobody waits for this call any more"))
+            return
+        self.counts["calls"] += 1
+        if interface.fresh:
+            interface.fresh = False
+            text = "%s %r is called for the first time, by %s"
+            _log.info(text, self._service, call.name, call.caller)
+        me = get_ident()
+        carries = me == self._carrying
+        if carries and self._carried is not None:
+            if self._parallel and interface.typical > _SHORT:
+                self._carried.relieve()  # or other calls would wait, which another thread may take
+            elif not self._watched:
+                self._watched = True
+                self._alarms.after(_STUCK, self._watch)
+        self._running[me] = began
+        try:
+            interface.handler(call)
+        except BaseException as error:
+            self._fail(call, interface, error)
+            # Ctrl-C, and whatever else a signal's handler raises to end the program.
+            if (
+                carries
+                and not isinstance(error, Exception)
+                and threading.current_thread() is threading.main_thread()
+            ):
+                raise
+        finally:
+            del self._running[me]
+            if self._closed:
+                with self._returned:
+                    self._returned.notify_all()
+        took = time.monotonic() - began
+        # Quickly down, and slowly up: a busy machine makes a short handler look long now and then.
+        interface.typical += (took - interface.typical) * (0.5 if took < interface.typical else 0.1)
+
+    def _fail(self, call: Call, interface: _Interface, error: BaseException) -> None:
+        if call.answered:
+            _log.exception("%s %r failed after its answer", self._service, interface.name)
+        elif isinstance(error, _PASSED_ON):
+            self.refuse(call, error)
+        else:
+            told = f"{type(error).__qualname__}: {wire.text_of(error)}"
+            what = f"{interface.name} {call.detail}".strip()
+            _log.warning("%s %r failed for %s: %s", self._service, what, call.caller, told)
+            _log.debug("the traceback, which the client gets as well:", exc_info=True)
+            try:
+                trace = traceback.format_exc()[-20_000:]
+            except Exception:  # Python 3.11 may fail where two threads format at once (gh-106905)
+                trace = ""
+            name = type(error).__qualname__
+            self.refuse(call, RemoteError(name, wire.text_of(error), trace))
+
+    def _watch(self) -> None:
+        """Have a loop go on elsewhere while a handler takes long; rests when no calls come."""
+        since = self._running.get(self._carrying)
+        if since is not None and time.monotonic() - since > _STUCK and self._carried is not None:
+            self._carried.relieve()
+        calls = self.counts["calls"]
+        self._quiet = 0 if calls != self._calls_seen or since is not None else self._quiet + 1
+        self._calls_seen = calls
+        if self._quiet < _QUIET:
+            self._alarms.after(_STUCK, self._watch)
+        else:
+            self._watched = False
+
+    # The end ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Refuse all that waits, and end the threads; idempotent.
+
+        Handlers that still run are waited for, up to two seconds, and may answer; one that runs on
+        is left behind.
+        """
+        self._closed = True
+        deadline = time.monotonic() + _GRACE
+        for lane in self._lanes.values():
+            with lane.changed:
+                lane.changed.notify_all()
+                refused = [call for call, _ in lane.waiting]
+                lane.waiting.clear()
+                lane.nbytes = 0
+            for call in refused:
+                self.refuse(call, Closed("the server has been stopped"))
+        carried = self._carried
+        if carried is not None and self._in_rounds:
+            carried.wake()
+        me = get_ident()
+        with self._returned:
+            while any(ident != me for ident in list(self._running)):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    text = "one %s handler is still running; it is left behind"
+                    _log.warning(text, self._service)
+                    break
+                self._returned.wait(min(left, 0.1))
+        for thread in self._threads:
+            if thread.ident != me:
+                thread.join(max(0.1, deadline - time.monotonic()))
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a thread to handle them."""
+        return sum(len(lane.waiting) for lane in self._lanes.values())
+
+    @property
+    def inside(self) -> bool:
+        """Whether the calling thread is in a handler."""
+        return get_ident() in self._running
+
+
+def unknown(what: str, name: str, known: Any) -> UnknownInterface:
+    """Return the error of a name that isn't known, with those that are."""
+    # The heartbeat has no name, and what starts with a slash is not for users.
+    names = ", ".join(sorted(n for n in known if n and n[0] != "/")) or "none"
+    return UnknownInterface(f"there is no {what} {name!r}; known: {names}")
