@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -34,9 +35,11 @@ def encode_image(pixels: _Pixels, format: Literal["png", "jpeg"], quality: int =
     """
     if pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
-    # A PNG at Pillow's own level takes 8 times as long (measured), for a file that is shorter by a
-    # sixth.
-    options = {"quality": quality} if format == "jpeg" else {"compress_level": 1}
+    # What a camera sees has noise, in which runs alone repeat. With Pillow's own settings a PNG of
+    # it takes 2.5 times as long, for a file of the same size (measured: 640x480, 89 and 35 ms);
+    # at the same level without this, 1.4 times as long for a file that is longer by an eighth.
+    png = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+    options = {"quality": quality} if format == "jpeg" else png
     file = io.BytesIO()
     load_pillow().fromarray(pixels).save(file, format.upper(), **options)
     return file.getvalue()

@@ -169,8 +169,15 @@ class Shards:
     def close(self) -> None:
         """Let others open the directory; may be called twice."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            # Closing would do, unless a process that was forked meanwhile has it open, too.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close it in a forked child, whose parent goes on to have it open."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def append(self, data: bytes) -> None:
         """Add one episode. When this returns it is on the disk, and counted.

@@ -28,9 +28,9 @@ __all__ = [
     "Series",
     "Tensor",
     "Text",
-    "feature_of",
+    "infer_feature",
     "from_json",
-    "joined",
+    "join",
     "pack",
     "read",
     "to_json",
@@ -108,7 +108,7 @@ Leaf = Tensor | Text | Image
 Feature = Leaf | Series | dict[str, Any]  # of features, by name
 
 
-def feature_of(value: Any, image_format: str, path: str) -> Leaf:
+def infer_feature(value: Any, image_format: str, path: str) -> Leaf:
     """Return the feature that keeps values like this one exactly (a JPEG image: nearly).
 
     A str is a text, a uint8 array of shape (height, width, 1, 3 or 4) an image, and all else a
@@ -259,7 +259,7 @@ def pack(leaf: Leaf, value: Any) -> Any:
     return encode_image(value, leaf.encoding)  # type: ignore[arg-type]
 
 
-def joined(leaf: Leaf, packed: list[Any]) -> Values:
+def join(leaf: Leaf, packed: list[Any]) -> Values:
     """Return what an example holds of values that `pack` returned."""
     if isinstance(leaf, Tensor) and leaf.encoding == "none":
         return np.asarray(packed).reshape(-1)
