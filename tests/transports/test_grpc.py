@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import edgeml
 from edgeml import (
@@ -589,6 +590,115 @@ def test_a_request_that_is_cancelled_is_given_up_at_both_ends(parking, size):
     wait_until(lambda: taken[0][1].expired)
     wait_until(lambda: set(threading.enumerate()) <= before)
     assert not requester.lost
+
+
+# Health -----------------------------------------------------------------------------------
+
+HEALTH = "/grpc.health.v1.Health/"
+SERVING, NOT_SERVING, SERVICE_UNKNOWN = b"\x08\x01", b"\x08\x02", b"\x08\x03"
+
+
+@pytest.mark.parametrize("name", ["", "edgeml.Transport"])
+def test_grpcs_own_health_client_is_told_that_the_server_serves(connected, unharmed, name):
+    endpoint, _ = connected
+    with grpc.insecure_channel(f"127.0.0.1:{endpoint.url.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=name)
+        serving = health_pb2.HealthCheckResponse.SERVING
+        assert stub.Check(request, timeout=5).status == serving
+        watch = stub.Watch(request, timeout=5)
+        assert next(watch).status == serving
+        watch.cancel()
+        listed = stub.List(health_pb2.HealthListRequest(), timeout=5).statuses
+        assert {each: listed[each].status for each in listed} == {
+            "": serving,
+            "edgeml.Transport": serving,
+        }
+
+
+def test_a_service_that_is_not_there_is_not_found_and_may_be_watched_for(connected, unharmed):
+    endpoint, _ = connected
+    with grpc.insecure_channel(f"127.0.0.1:{endpoint.url.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="other.Service")
+        with refused(grpc.StatusCode.NOT_FOUND):
+            stub.Check(request, timeout=5)
+        watch = stub.Watch(request, timeout=0.3)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        with refused(grpc.StatusCode.DEADLINE_EXCEEDED):  # it is left open
+            next(watch)
+
+
+def test_who_watches_is_told_that_the_server_stops():
+    endpoint = transport.serve(ANYWHERE, lambda message, reply: reply(message))
+    with Stranger(endpoint.url.port) as stranger:
+        watch = stranger.channel.unary_stream(f"{HEALTH}Watch")(b"", timeout=10)
+        assert next(watch) == SERVING
+        endpoint.close()
+        assert list(watch) == [NOT_SERVING]
+
+
+def test_health_is_answered_while_a_handler_computes():
+    over = threading.Event()
+    with edgeml.InferenceServer(0, transport="grpc") as server:
+        server.register_interface("wait", lambda _: over.wait(10))
+        server.start(threaded=True)
+        with (
+            Stranger(server.port) as stranger,
+            InferenceClient("127.0.0.1", server.port, "grpc") as client,
+        ):
+            future = client.call_async("wait", None)
+            check = stranger.channel.unary_unary(f"{HEALTH}Check")
+            for _ in range(5):
+                assert check(b"", timeout=2) == SERVING
+            assert not future.done()
+            over.set()
+            assert future.result(5.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        (b"", SERVING),
+        (b"\x0a\x00", SERVING),
+        (b"\x0a\x10edgeml.Transport", SERVING),
+        (b"\x0a\x01x\x0a\x10edgeml.Transport", SERVING),  # the last one counts
+        # Fields that a later version may add, one of each kind.
+        (b"\x10\x96\x01\x19" + bytes(8) + b"\x22\x02hi\x2d" + bytes(4), SERVING),
+        (b"\x0a\x05other", grpc.StatusCode.NOT_FOUND),
+        (b"\x0a", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x0a\x05ot", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x0a\x02\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x0b", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x0f", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x19\x00", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\x0a" + b"\xff" * 20, grpc.StatusCode.INVALID_ARGUMENT),
+        (b"\xff" * 9 + b"\x7f", grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_health_is_read_byte_by_byte(stranger, unharmed, data, answer):
+    check = stranger.channel.unary_unary(f"{HEALTH}Check")
+    watch = stranger.channel.unary_stream(f"{HEALTH}Watch")
+    if isinstance(answer, bytes):
+        assert check(data, timeout=5) == answer
+        call = watch(data, timeout=5)
+        assert next(call) == answer
+        call.cancel()
+        return
+    with refused(answer):
+        check(data, timeout=5)
+    if answer is not grpc.StatusCode.NOT_FOUND:
+        with refused(answer):
+            next(watch(data, timeout=5))
+
+
+def test_noise_does_not_hurt_the_health_service(stranger, unharmed):
+    check = stranger.channel.unary_unary(f"{HEALTH}Check")
+    rng = random.Random(0)
+    for _ in range(300):
+        with contextlib.suppress(grpc.RpcError):
+            check(rng.randbytes(rng.randrange(40)), timeout=5)
+    assert check(b"", timeout=5) == SERVING
 
 
 # Ends -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 No generated code and no protobuf: four methods that take and give bytes (`protocol`). What fits
 gRPC's own limit of 4 MB a message goes in a unary call; a larger request is one streaming call, and
 a larger reply to a unary call is told of, and fetched. ``docs/wire.md`` describes it for clients in
-other languages.
+other languages. Load balancers are answered by gRPC's health service (`health`).
 
 Threads. A listener has one event loop (`edgeml.core.loops`), beside the one poller that `grpc.aio`
 has in each process; a reply that comes later holds neither. `call` waits in the caller's thread,

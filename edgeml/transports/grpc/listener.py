@@ -29,6 +29,7 @@ from edgeml.core import (
 )
 from edgeml.core.carrier import Stay
 from edgeml.core.loops import Loop
+from edgeml.transports.grpc.health import Health
 from edgeml.transports.grpc.protocol import (
     ERRORS,
     LARGEST_FRAME,
@@ -113,7 +114,10 @@ class Listener(Endpoint):
             "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
             "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._health = Health()
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, handlers), self._health.handler())
+        )
         try:
             port = server.add_insecure_port(f"{address}:{url.port}")
         except RuntimeError as error:
@@ -248,6 +252,7 @@ class Listener(Endpoint):
         self._loop.close(self._stop)
 
     async def _stop(self) -> None:
+        self._health.end()
         for answer in self._waiting:
             if not answer.done():
                 answer.set_exception(Closed(f"{self.url} has closed"))
