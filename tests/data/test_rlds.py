@@ -475,6 +475,18 @@ class TestTransitions:
         # The terminal flag may be on more steps than the last.
         columns = transitions_of({"steps": steps | {"is_terminal": np.arange(4) > 1}})
         assert same(columns["masks"], np.float32([1, 1, 0]))
+        # The last step may mean something, though what it led to was not kept.
+        columns = transitions_of({"steps": steps | {"is_terminal": np.arange(4) > 2}}, "keep")
+        assert same(columns["observations"], np.arange(4))
+        assert same(columns["next_observations"], np.array([1, 2, 3, 3]))
+        assert same(columns["actions"], np.arange(4) * 10)
+        assert same(columns["masks"], np.float32([1, 1, 1, 0]))
+        assert same(columns["dones"], np.arange(4) == 3)
+        for n in (0, 1):
+            few = {key: column[:n] for key, column in steps.items()}
+            assert len(transitions_of({"steps": few}, "keep")["next_observations"]) == n
+        with pytest.raises(ValueError, match="'keep' or 'drop', got 'maybe'"):
+            transitions_of({"steps": steps}, "maybe")
         one = {key: column[:1] for key, column in steps.items()}
         assert not len(transitions_of({"steps": one})["dones"])
         del steps["action"]
@@ -1089,6 +1101,67 @@ class TestStores:
 
         store = make_datastore(tmp_path, 10, transform=transform)
         assert list(store.get_latest_data(0)) == [{"x": 1.0, "version": 4}]
+
+    def give_last_steps(self, directory: Path, **values: Any) -> None:
+        """Give every other episode's last step values, as tfds's template for episodes has them."""
+        shard = directory / "edgeml-train.tfrecord-00000"
+        records = []
+        for i, (_, data) in enumerate(read_records(shard)):
+            example = decode_example(data)
+            for key, value in values.items() if i % 2 == 0 else ():
+                column = np.array(example[f"steps/{key}"])
+                n = len(column) // len(example["steps/is_last"])
+                column[-n:] = value
+                example[f"steps/{key}"] = column
+            records += framed(encode_example(example))
+        shard.write_bytes(b"".join(records))
+
+    @pytest.mark.parametrize("type", ["replay_buffer", "trajectory_buffer"])
+    def test_a_last_reward_is_kept(self, tmp_path, type, caplog):
+        if type == "trajectory_buffer":
+            pytest.importorskip("jax")
+        log_episodes(tmp_path, [3, 2, 1])
+        self.give_last_steps(tmp_path, reward=4.0)
+
+        def rewards(**options: Any) -> list[float]:
+            caplog.clear()
+            store = make_datastore(tmp_path, 100, type, **options)
+            assert all(item["masks"] == 1 for item in list(store.get_latest_data(0))[:2])
+            return [float(item["rewards"]) for item in store.get_latest_data(0)]
+
+        found = rewards()
+        assert found == [0, 0.5, 1, 4, 2, 2.5, 3.5, 4]
+        [record] = caplog.records
+        assert f"{tmp_path}: the last step of 2 of 3 episodes" in record.message
+        assert "last_step='drop'" in record.message
+        assert rewards(last_step="keep") == [0, 0.5, 1, 4, 2, 2.5, 0, 3.5, 4]
+        assert not caplog.records
+        assert rewards(last_step="drop") == [0, 0.5, 1, 2, 2.5, 3.5]
+        assert not caplog.records
+        with pytest.raises(ValueError, match="last_step"):
+            rewards(last_step="never")
+
+    def test_a_last_action_is_kept(self, tmp_path, caplog):
+        log_episodes(tmp_path, [3, 2])
+        self.give_last_steps(tmp_path, action=np.float32([0, 7]))
+        store = make_datastore(tmp_path, 100)
+        last = list(store.get_latest_data(0))[3]
+        assert same(last["actions"], np.float32([0, 7]))
+        assert same(last["observations"], last["next_observations"])
+        assert same(last["observations"], transition(2)["next_observations"])
+        assert (last["masks"], last["dones"]) == (0, True)
+        assert "1 of 2 episodes" in caplog.text
+        assert populate_datastore(store, tmp_path, last_step="drop") == 5
+        assert populate_datastore(store, tmp_path, last_step="keep") == 7
+        assert populate_datastore(store, tmp_path) == 6
+
+    def test_what_was_logged_here_has_no_last_steps(self, tmp_path, caplog):
+        with RLDSLogger(tmp_path) as log:
+            log.log_reset(0)
+            log.log_step({"text": "go", "x": 1}, 1, 5.0, terminated=True)
+        store = make_datastore(tmp_path, 9, transform=lambda c, _: {"rewards": c["rewards"]})
+        assert list(store.get_latest_data(0)) == [{"rewards": 5.0}]
+        assert not caplog.records
 
     def test_nothing_to_make_one_of(self, tmp_path):
         with pytest.raises(ValueError, match="'trajectory_buffer'"):

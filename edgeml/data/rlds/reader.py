@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from edgeml.data.tree import Array, fill, leaves_of, paths_of, skeleton_of
 __all__ = ["make_datastore", "populate_datastore", "read_episodes", "transitions_of"]
 
 Transform = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+LastStep = Literal["keep", "drop"]
+
+_log = logging.getLogger(__name__)
 
 
 def read_episodes(
@@ -75,12 +79,16 @@ def read_episodes(
         yield episode
 
 
-def transitions_of(episode: dict[str, Any]) -> dict[str, Any]:
+def transitions_of(episode: dict[str, Any], last_step: LastStep = "drop") -> dict[str, Any]:
     """Return the transitions of an episode that `read_episodes` gave.
 
-    An episode of n steps has n - 1 transitions: the last step holds the observation that the last
-    action led to, and its own action and reward mean nothing, as RLDS has it. (In some datasets
-    they do, and the observation after them was not kept: there is no transition of these.)
+    Args:
+        episode: of n steps, each with the action upon its observation and the reward for that.
+        last_step: "drop" makes n - 1 transitions: the last step holds the observation that the last
+            action led to, and its own action and reward mean nothing, as RLDS has it. In many
+            published datasets they do, and the reward of success is there; but the observation
+            after them was not kept. So "keep" makes one transition more, of the last observation
+            onto itself.
 
     Returns:
         a dict of columns, see `ReplayBufferDataStore`: ``observations``, ``next_observations``,
@@ -88,21 +96,29 @@ def transitions_of(episode: dict[str, Any]) -> dict[str, Any]:
         for the last, if the episode is terminal, else 1) and ``dones`` (True for the last).
 
     Raises:
-        ValueError: the steps have no observation or no action.
+        ValueError: the steps have no observation or no action, or no such ``last_step``.
     """
+    if last_step not in ("keep", "drop"):
+        raise ValueError(f"last_step is 'keep' or 'drop', got {last_step!r}")
     steps = episode["steps"]
     for key in ("observation", "action"):
         if key not in steps:
             raise ValueError(f"the steps have no {key}, only {sorted(steps)}")
-    n = max(0, len(_leaves(steps)[0]) - 1)
+    total = len(_leaves(steps)[0])
+    keep = last_step == "keep"
+    n = total if keep else max(0, total - 1)
     last = np.arange(n) == n - 1
-    terminal = _mapped(steps.get("is_terminal", np.zeros(n + 1, bool)), lambda a: a[1 : n + 1])
-    rewards = steps.get("reward", np.zeros(n + 1))
+
+    def follow(column: Array) -> Array:
+        return np.concatenate((column[1:], column[-1:])) if keep else column[1:]
+
+    terminal = follow(steps.get("is_terminal", np.zeros(total, bool)))
+    rewards = steps.get("reward", np.zeros(total))
     return {
-        "observations": _mapped(steps["observation"], lambda column: column[:n]),
-        "next_observations": _mapped(steps["observation"], lambda column: column[1 : n + 1]),
-        "actions": _mapped(steps["action"], lambda column: column[:n]),
-        "rewards": _mapped(rewards, lambda column: column[:n].astype(np.float32)),
+        "observations": _map(steps["observation"], lambda column: column[:n]),
+        "next_observations": _map(steps["observation"], follow),
+        "actions": _map(steps["action"], lambda column: column[:n]),
+        "rewards": _map(rewards, lambda column: column[:n].astype(np.float32)),
         "masks": np.float32(1) - (last & terminal).astype(np.float32),
         "dones": last,
     }
@@ -114,6 +130,7 @@ def populate_datastore(
     *,
     split: str = "train",
     transform: Transform | None = None,
+    last_step: LastStep | None = None,
 ) -> int:
     """Insert the transitions of a dataset into a store, an episode at a time.
 
@@ -124,7 +141,10 @@ def populate_datastore(
         split: see `read_episodes`.
         transform: called with an episode's transitions, a dict of columns, and the episode as
             `read_episodes` gives it; returns the columns to insert. For texts, which a store
-            doesn't hold, for other features of the steps, other names or shapes.
+            doesn't hold, for other features of the steps, other names or shapes. What it adds has
+            as many rows as ``columns["dones"]``.
+        last_step: "keep" or "drop", see `transitions_of`. By default the last step of an episode is
+            kept where its reward or action is not zero; how many were is logged as a warning.
 
     Returns:
         how many were inserted.
@@ -132,7 +152,8 @@ def populate_datastore(
     Raises:
         ValueError: the items don't fit the store. The episodes before are in it.
     """
-    return sum(_insert(store, columns) for columns in _batches(dataset_dir, split, transform))
+    batches = _batches(dataset_dir, split, transform, last_step)
+    return sum(_insert(store, columns) for columns in batches)
 
 
 def make_datastore(
@@ -142,6 +163,7 @@ def make_datastore(
     *,
     split: str = "train",
     transform: Transform | None = None,
+    last_step: LastStep | None = None,
     **options: Any,
 ) -> DataStoreBase:
     """Make a store for the transitions of a dataset, and insert them.
@@ -154,6 +176,7 @@ def make_datastore(
             makes, with 32 bits for what has 64 unless ``jax_enable_x64`` is set.
         split: see `read_episodes`.
         transform: see `populate_datastore`.
+        last_step: "keep" or "drop", see `populate_datastore`.
         options: what else the store's class is made with, such as ``seed``.
 
     Raises:
@@ -162,7 +185,7 @@ def make_datastore(
     if type not in ("replay_buffer", "trajectory_buffer"):
         raise ValueError(f"type is 'replay_buffer' or 'trajectory_buffer', got {type!r}")
     store: DataStoreBase | None = None
-    for columns in _batches(dataset_dir, split, transform):
+    for columns in _batches(dataset_dir, split, transform, last_step):
         if store is None:
             example = Batch.from_columns(columns)[0]
             if type == "replay_buffer":
@@ -176,11 +199,22 @@ def make_datastore(
 
 
 def _batches(
-    dataset_dir: str | os.PathLike[str], split: str, transform: Transform | None
+    dataset_dir: str | os.PathLike[str],
+    split: str,
+    transform: Transform | None,
+    last_step: LastStep | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the columns of each episode that has a transition, which a store can hold."""
+    episodes = kept = 0
     for episode in read_episodes(dataset_dir, split):
-        columns = transitions_of(episode)
+        episodes += 1
+        if last_step is not None:
+            columns = transitions_of(episode, last_step)
+        elif _has_last_step(episode):
+            columns = transitions_of(episode, "keep")
+            kept += 1
+        else:
+            columns = transitions_of(episode, "drop")
         if not len(columns["dones"]):
             continue
         if transform is not None:
@@ -193,6 +227,22 @@ def _batches(
                     "doesn't hold: leave it out, or turn it into numbers, by a transform"
                 )
         yield columns
+    if kept:
+        _log.warning(
+            "%s: the last step of %d of %d episodes has an action or a reward, and was kept as a "
+            "transition of its observation onto itself; last_step='drop' leaves it out, and 'keep' "
+            "says that it is meant",
+            os.fspath(dataset_dir),
+            kept,
+            episodes,
+        )
+
+
+def _has_last_step(episode: dict[str, Any]) -> bool:
+    """Whether the last step has an action or a reward that is not zero, or a text that isn't ""."""
+    steps = episode["steps"]
+    columns = [column for key in ("action", "reward") for column in _leaves(steps.get(key, ()))]
+    return any(np.any(value) for column in columns for value in column[-1:])
 
 
 def _insert(store: DataStoreBase, columns: dict[str, Any]) -> int:
@@ -224,6 +274,6 @@ def _leaves(tree: Any) -> list[Array]:
     return leaves_of(skeleton_of(tree), tree)
 
 
-def _mapped(tree: Any, function: Callable[[Array], Array]) -> Any:
+def _map(tree: Any, function: Callable[[Array], Array]) -> Any:
     skeleton = skeleton_of(tree)
     return fill(skeleton, [function(leaf) for leaf in leaves_of(skeleton, tree)])
