@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import hashlib
 import importlib
 import os
 import socket
 import struct
+import time
+import timeit
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +31,28 @@ CHUNK = np.zeros((50, 14), np.float32)
 _LENGTH = struct.Struct("<Q")
 
 
+WORK = "EDGEML_BENCHMARK_WORK"
+"""The environment variable that says how a policy works, and for how long: ``compute 0.002``."""
+
+
 def policy(observation: Array) -> Array:
-    """Touch every page, and answer with a chunk."""
+    """Touch every page, work, and answer with a chunk that has the sum and the seconds taken."""
+    began = time.perf_counter()
     CHUNK[0, 0] = observation[::PAGE].sum()
+    if WORK in os.environ:
+        _work()()
+        CHUNK[0, 1] = time.perf_counter() - began
     return CHUNK
+
+
+@functools.cache
+def _work() -> Callable[[], object]:
+    """What takes the time: sleep, or a computation in C without the GIL."""
+    how, seconds = os.environ[WORK].split()
+    if how == "sleep":
+        return functools.partial(time.sleep, float(seconds))
+    took = min(timeit.repeat(lambda: hashlib.sha256(bytes(1 << 20)), number=1, repeat=20))
+    return functools.partial(hashlib.sha256, bytes(int(float(seconds) / took * (1 << 20))))
 
 
 def _chunk(buffer: Any) -> Array:

@@ -1,11 +1,12 @@
 """Time round trips to a policy server, side by side with the peers, in one run.
 
-    python benchmarks/roundtrip.py [--hz 50] [--json FILE]
+    python benchmarks/roundtrip.py [--work 0.002] [--hz 50] [--json FILE]
 
 Rounds of the peers are interleaved, so that a noisy moment hits all of them; what is printed are
 medians over rounds, and ratios to the faster of raw pyzmq over tcp and over ipc, and for grpc to
 the faster of its raw servers as well. Read the ratios: times are this machine's. With --hz the
-client sleeps between calls, as a robot does.
+client sleeps between calls, as a robot does. With --work the policy takes so many seconds, and the
+times are what a call takes beyond that.
 
 Every client has a process of its own, because edgeml's grpc makes malloc keep large blocks, from
 which everything else in its process would gain.
@@ -14,6 +15,7 @@ which everything else in its process would gain.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from multiprocessing.connection import Connection
 from statistics import median
@@ -22,7 +24,7 @@ import numpy as np
 
 from common import PAGE, Array, Child, Row, Table, add_ratios, interleaved, medians, parser, save
 from links import workspace
-from peers import CHUNK, GRPC_REFERENCES, REFERENCES, Peer, find
+from peers import CHUNK, GRPC_REFERENCES, REFERENCES, WORK, Peer, find
 
 SIZES = {
     "56 B": 56,
@@ -44,8 +46,9 @@ def one_round(peer: Peer, observation: Array, calls: int, hz: float | None = Non
             time.sleep(max(0.0, tick - time.perf_counter()))
         began = time.perf_counter()
         result = peer.call(observation)
-        times.append(time.perf_counter() - began)
+        took = time.perf_counter() - began
         chunk = peer.answer(result)
+        times.append(took - float(chunk[0, 1]))  # the seconds that the policy worked
         if chunk.shape != CHUNK.shape or chunk[0, 0] != np.float32(observation[::PAGE].sum()):
             raise AssertionError(f"{peer.name} gave a wrong answer")
     return times
@@ -95,19 +98,25 @@ class Running:
 
 
 def measure(
-    peers: dict[str, Running], size: int, rounds: int, seconds: float, hz: float | None
+    peers: dict[str, Running],
+    size: int,
+    rounds: int,
+    seconds: float,
+    hz: float | None,
+    work: float,
 ) -> dict[str, Row]:
     """Medians over rounds of p50 and p99 in microseconds, and of calls per second, by peer."""
     calls = {}
     for name, peer in peers.items():
         peer.one_round(size, 20)  # connections, pages and branch predictors
         took = median(peer.one_round(size, 20))
-        calls[name] = min(_MOST_CALLS, max(20, int(seconds * hz if hz else seconds / took)))
+        fitting = int(seconds * hz if hz else seconds / (took + work))
+        calls[name] = min(_MOST_CALLS, max(20, fitting))
     kept: dict[str, list[Row]] = {name: [] for name in peers}
     for name in interleaved(peers, rounds):
         times = peers[name].one_round(size, calls[name], hz)
         p50, p99 = np.percentile(times, (50, 99)) * 1e6
-        rate = len(times) / sum(times)
+        rate = len(times) / max(sum(times), 1e-9)  # with --work: were there no work
         kept[name].append({"p50_us": p50, "p99_us": p99, "calls_per_s": rate})
     rows = {name: medians(kept[name]) for name in peers}
     add_ratios(rows, REFERENCES, "p50_us", "p99_us")
@@ -124,9 +133,17 @@ def main() -> None:
     options = parser(__doc__, known, rounds=5)
     options.add_argument("--sizes", nargs="*", choices=list(SIZES), metavar="SIZE")
     options.add_argument("--seconds", type=float, default=0.25, help="length of a round")
+    options.add_argument(
+        "--work", type=float, help="seconds that the policy works; times are what is taken beyond"
+    )
+    options.add_argument(
+        "--how", choices=["compute", "sleep"], default="compute", help="computes without the GIL"
+    )
     options.add_argument("--hz", type=float, help="begin so many calls a second, and sleep between")
     given = options.parse_args()
     results = {}
+    if given.work:
+        os.environ[WORK] = f"{given.how} {given.work}"
     with workspace(), contextlib.ExitStack() as stack:
         peers = {}
         for name in given.peers:
@@ -143,7 +160,8 @@ def main() -> None:
             mb_per_s="9.0",
         )
         for label in given.sizes or (list(SIZES)[:2] if given.hz else SIZES):
-            rows = measure(peers, SIZES[label], given.rounds, given.seconds, given.hz)
+            work = given.work or 0.0
+            rows = measure(peers, SIZES[label], given.rounds, given.seconds, given.hz, work)
             results[label] = rows
             for name, row in rows.items():
                 table.add(label, name, row=row)

@@ -152,13 +152,13 @@ class Server:
         self._ended = threading.Event()
 
     def _refuse_strangers(self, codec: Codec) -> None:
-        if not codec.executes or self._credentials is not None:
+        if not codec.executes:
             return
         for url, _ in self._requested:
             if not url.path and not is_loopback(url.host):
                 raise PermissionDenied(
                     f"codec {codec.name!r} runs code that the sender chooses, and {url} lets in "
-                    "other machines without credentials; listen on 127.0.0.1, or leave it out"
+                    "other machines, whoever they are; listen on 127.0.0.1, or leave it out"
                 )
 
     # What is served -----------------------------------------------------------------------

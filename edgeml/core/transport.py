@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from edgeml.core.errors import DeadlineExceeded
 from edgeml.core.message import Message
+from edgeml.core.owned import ClosedAtExit, Unpicklable
 from edgeml.core.url import Url
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["Credentials", "Endpoint", "OnRequest", "Peer", "Reply", "Requester", "Transport"]
 
@@ -70,7 +67,7 @@ class Reply(Protocol):
 OnRequest = Callable[[Message, Reply], None]
 
 
-class Endpoint(ABC):
+class Endpoint(ClosedAtExit, Unpicklable, ABC):
     """One open end; a context manager that closes itself."""
 
     url: Url
@@ -110,10 +107,10 @@ class Endpoint(ABC):
         del stay
         return False
 
-    def wake(self) -> None:  # noqa: B027 - nothing is carried here
+    def wake(self) -> None:
         """Have a thread that waits in `carry` ask ``stay`` again; from any thread."""
 
-    def relieve(self) -> None:  # noqa: B027 - nothing is carried here
+    def relieve(self) -> None:
         """Carry on in the endpoint's own thread, as whoever carried the loop is busy elsewhere.
 
         Harmless where that isn't so. The next `carry` takes the loop back.
@@ -136,15 +133,7 @@ class Endpoint(ABC):
         for reply in replies:
             reply(message)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _leave(self) -> None:
         self.close()
 
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from edgeml.core.client import Client
 from edgeml.core.errors import Closed
 from edgeml.core.message import empty
+from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
 from edgeml.core.server import Server
 from edgeml.core.transport import Peer
 from edgeml.core.url import Url, resolve
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["ServiceClient", "ServiceServer", "listening_urls"]
 
@@ -40,7 +37,7 @@ def listening_urls(
     return urls, [url.with_port(second) for url in urls if not url.path]
 
 
-class _Service:
+class _Service(ClosedAtExit, Unpicklable):
     """What a server and a client have in common: memory to send from, and a context manager."""
 
     def _allocate(self, nbytes: int) -> memoryview | None:
@@ -63,15 +60,7 @@ class _Service:
     def stop(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _leave(self) -> None:
         self.stop()
 
 
@@ -83,6 +72,7 @@ class ServiceServer(_Service):
     def __init__(self, server: Server) -> None:
         self._server = server
         self._stopped = threading.Event()
+        self._disarm = close_when_dropped(self, server.close)
 
     def start(self, threaded: bool = False) -> None:
         """Serve, until `stop` or Ctrl-C; in the background with ``threaded``.
@@ -112,6 +102,7 @@ class ServiceServer(_Service):
 
     def stop(self) -> None:
         """Tell the clients, stop serving and end every thread; quick and idempotent."""
+        self._disarm()
         self._stopped.set()
         self._server.close()
 
@@ -163,6 +154,7 @@ class ServiceClient(_Service):
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self._disarm = close_when_dropped(self, client.close)
 
     @property
     def client_id(self) -> str:
@@ -180,6 +172,7 @@ class ServiceClient(_Service):
 
     def stop(self) -> None:
         """Close the connection and end every thread; quick and idempotent."""
+        self._disarm()
         self._client.close()
 
 
