@@ -67,6 +67,8 @@ class ActionServer(ServiceServer):
         act_in_own_thread: whether ``act_callback`` runs in a thread of its own, so that neither
             callback waits for the other.
         codecs: names of the codecs that clients may speak.
+        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
+            None for where it listens.
         credentials: the transport's keys.
 
     A callback that raises hurts only the call that it was for, whose client gets a `RemoteError`.
@@ -83,6 +85,7 @@ class ActionServer(ServiceServer):
         workers: int = 1,
         act_in_own_thread: bool = False,
         codecs: Sequence[str] = ("msgpack",),
+        advertise: str | None = None,
         credentials: Credentials = None,
     ) -> None:
         self.config = config
@@ -101,7 +104,7 @@ class ActionServer(ServiceServer):
         server.register("obs", device.observe)
         server.register("act", device.act, lane="act" if act_in_own_thread else "")
         self._topic = server.topic(_OBSERVATIONS, keep)
-        super().__init__(server)
+        super().__init__(server, advertise)
 
     def publish_obs(self, payload: dict[str, Any]) -> int:
         """Send observations to every client that registered for them.

@@ -69,10 +69,11 @@ class ServiceServer(_Service):
 
     _server: Server
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, advertise: str | None = None) -> None:
         self._server = server
+        self._advertise = advertise
         self._stopped = threading.Event()
-        self._disarm = close_when_dropped(self, server.close)
+        self._disarm: Callable[[], object] = lambda: None
 
     def start(self, threaded: bool = False) -> None:
         """Serve, until `stop` or Ctrl-C; in the background with ``threaded``.
@@ -87,6 +88,7 @@ class ServiceServer(_Service):
             RuntimeError: it was started before.
         """
         self._server.open()
+        self._disarm = close_when_dropped(self, self._server.close)
         if threaded:
             self._server.dispatcher.start()
         else:
@@ -113,6 +115,9 @@ class ServiceServer(_Service):
     def url(self) -> str:
         """Where clients reach it, the real port filled in; of several transports, the first.
 
+        A server that listens at all addresses of its machine, ``0.0.0.0``, tells the machine's
+        name, and one that others reach elsewhere, as behind NAT, what it was told to ``advertise``.
+
         Raises:
             Closed: it isn't started.
         """
@@ -121,7 +126,7 @@ class ServiceServer(_Service):
     @property
     def urls(self) -> list[str]:
         """Where clients reach it, by each of its transports and ports; none until it is started."""
-        return [str(url) for url in self._server.urls]
+        return [str(self._advertised(url)) for url in self._server.urls]
 
     @property
     def port(self) -> int:
@@ -132,7 +137,13 @@ class ServiceServer(_Service):
         urls = self._server.urls
         if not urls:
             raise Closed("the server isn't started, so it has no address yet")
-        return urls[0]
+        return self._advertised(urls[0])
+
+    def _advertised(self, url: Url) -> Url:
+        if self._advertise is None or url.path:
+            return url
+        told = Url.parse(f"{url.scheme}://{self._advertise}")
+        return told if told.port else told.with_port(url.port)
 
     @property
     def clients(self) -> list[Peer]:

@@ -28,6 +28,8 @@ class InferenceServer(ServiceServer):
             ``"zmq"``.
         workers: how many functions may run at a time.
         codecs: names of the codecs that clients may speak.
+        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
+            None for where it listens.
         credentials: the transport's keys.
     """
 
@@ -39,6 +41,7 @@ class InferenceServer(ServiceServer):
         *,
         workers: int = 1,
         codecs: Sequence[str] = ("msgpack",),
+        advertise: str | None = None,
         credentials: Credentials = None,
     ) -> None:
         server = Server(
@@ -50,7 +53,7 @@ class InferenceServer(ServiceServer):
         )
         self._names = interfaces = list[str]()
         server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
-        super().__init__(server)
+        super().__init__(server, advertise)
 
     def register_interface(self, name: str, function: Callable[[Any], Any]) -> None:
         """Serve ``function(payload) -> result`` under a name, before or after the start.

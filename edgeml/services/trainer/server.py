@@ -31,6 +31,8 @@ class TrainerServer(ServiceServer):
         host: the address to listen at; name another than 127.0.0.1 to let other machines in.
         workers: how many callbacks may run at a time.
         codecs: names of the codecs that clients may speak.
+        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
+            None for where it listens.
         credentials: the transport's keys.
     """
 
@@ -43,6 +45,7 @@ class TrainerServer(ServiceServer):
         *,
         workers: int = 1,
         codecs: Sequence[str] = ("msgpack",),
+        advertise: str | None = None,
         credentials: Credentials = None,
     ) -> None:
         self.config = config
@@ -66,7 +69,7 @@ class TrainerServer(ServiceServer):
         server.register("update", answer_with(self._update))
         server.register("request", answer_with(lambda payload, _: self._request(payload)))
         self._topic = server.topic(NETWORK)
-        super().__init__(server)
+        super().__init__(server, advertise)
 
     def register_data_store(self, name: str, store: DataStoreBase) -> None:
         """Put what clients of this name upload into ``store``.
