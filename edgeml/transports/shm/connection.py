@@ -196,6 +196,7 @@ class Connection(Requester):
             raise
 
     def _new_line(self, timeout: float) -> _Line:
+        self._close_orphans()  # threads may come and go faster than the loop looks
         line = _Line(self, timeout)
         with self._lock:
             if self._why is None:
@@ -231,11 +232,16 @@ class Connection(Requester):
                 self._why = Unreachable(f"the connection to {self.url} was lost: {why}")
         self._loop.stop_soon()
 
+    def _close_orphans(self) -> None:
+        with suppress(IndexError):  # the last one is closed
+            while True:
+                channel = self.orphans.popleft()
+                channel.close()
+                with self._lock:
+                    self._copied += channel.copied
+
     def _tidy(self) -> None:
-        while self.orphans:
-            channel = self.orphans.popleft()
-            self._copied += channel.copied
-            channel.close()
+        self._close_orphans()
         for line in list(self._lines):
             line.tidy()
         self._pool.tidy()
