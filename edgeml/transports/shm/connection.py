@@ -178,6 +178,10 @@ class Connection(Requester):
     def call(self, message: Message, timeout: float) -> Message:
         if self._why is not None:
             raise self._over()
+        if self._pending.unanswered:  # a socket of its own would overtake them
+            if self._loop.inside:  # in a future's callback
+                self._loop.strand()
+            return self.wait_for(self.request(message), timeout)
         line: _Line | None = getattr(self._local, "line", None)
         try:
             if line is None:
