@@ -163,7 +163,7 @@ def test_random_messages_do_no_harm(server, unharmed, rng):
                 peer.rcvtimeo = 5000
                 peer.connect(f"tcp://127.0.0.1:{server.port}")
                 peer.send(bytes(8) + greeting)
-                reply = wire.unpack(wire.Reply, peer.recv()[8:])
+                reply = wire.unpack(wire.Answer, peer.recv()[8:])
                 session = wire.unpack(wire.Welcome, reply.body).session
                 for _ in range(500):
                     peer.send_multipart(garbage(rng, rng.choice((session, session, b""))))
