@@ -145,11 +145,11 @@ def test_two_sides_that_would_wait_for_each_other_are_told_so(run: Any) -> None:
 
 
 def test_the_defaults_give_no_warnings_and_a_history(run: Any) -> None:
-    with run("--max_steps=2000") as both:
+    with run("--max_steps=4000") as both:
         printed = both.end()
     assert not re.search("warn|deprecat", printed, re.IGNORECASE), printed
-    assert re.search(r"(?m)^actor: [\d,]+/2,000 steps, [\d,]+ steps/s, \d+ s left", printed)
-    assert re.search(r"(?m)^learner: [\d,]+/1,000 updates, [\d,]+ updates/s, \d+ s left", printed)
+    assert re.search(r"(?m)^actor: [\d,]+/4,000 steps, [\d,]+ steps/s, \d+ s left", printed)
+    assert re.search(r"(?m)^learner: [\d,]+/3,000 updates, [\d,]+ updates/s, \d+ s left", printed)
     assert printed.splitlines()[-2].startswith("evaluation return: ")
 
 
