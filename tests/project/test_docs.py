@@ -121,6 +121,7 @@ ALONE = {
     ("docs/tutorials/checkpoints.md", "resume_learner.py"): ["updates 7 items 100"],
     ("docs/guides/transports.md", "transport_names.py"): ["shm hello", "zmq hello\nzmq hello"],
     ("docs/guides/transports.md", "transport_both.py"): ["shm\nzmq\ngrpc"],
+    ("docs/guides/transports.md", "transport_url.py"): ["zmq://robot.local:"],
     ("docs/guides/handlers.md", "handler_thread.py"): ["20 calls, one database"],
     ("docs/guides/handlers.md", "handler_log.py"): [
         "serving action on zmq://",
