@@ -241,7 +241,7 @@ def test_doctor_says_of_each_server_what_is_wrong():
 
     def newer(message, reply):
         pong = wire.pack(wire.Pong(99, "action", 0.0))
-        reply(Message(wire.pack(wire.Reply(wire.OK, pong))))
+        reply(Message(wire.pack(wire.Answer(wire.OK, pong))))
 
     def older(message, reply):
         reply(Message(wire.pack_error(wire.Malformed("unknown kind of request: 4"))))

@@ -37,6 +37,7 @@ def test_what_is_new_of_an_upload_and_how_far_it_brings():
     assert offer(ledger, 20, 2, after=15) == Verdict(mark=21, lost=4)
     assert offer(ledger, 30, 2) == Verdict(mark=21, gap=True)
     assert offer(ledger, 22, 0) == Verdict(mark=21)
+    assert offer(ledger, 23, 1, after=19) == Verdict(mark=23, lost=1)  # 20 and 21 are there
 
 
 def test_a_client_that_is_not_known_goes_on_from_what_it_was_told():
@@ -55,6 +56,32 @@ def test_an_incarnation_that_was_replaced_stays_out_also_after_a_restart():
             offer(same, 4, 1, incarnation=5)
         assert offer(same, 3, 1, incarnation=4).mark == 3
         assert offer(same, 3, 1, incarnation=5, client="other").gap
+
+
+def test_what_is_refused_counts_as_there_and_is_told_until_it_is_acknowledged():
+    ledger = Ledger()
+    verdict = ledger.accept("arm", 1, "demos", acknowledged=0, after=0, first=1, count=9)
+    ledger.advance("arm", "demos", 2)
+    for number in (3, 4):
+        ledger.refuse("arm", "demos", number, "no")
+    ledger.refuse("arm", "demos", 5, "another reason")
+    ledger.advance("arm", "demos", 8)
+    ledger.refuse("arm", "demos", 9, "another reason")
+    told = [(3, 2, "no"), (5, 1, "another reason"), (9, 1, "another reason")]
+    assert ledger.refused("arm", "demos") == told
+    assert offer(ledger, 1, 9) == Verdict(mark=9, repeated=9)
+    assert offer(ledger, 10, 1, acknowledged=verdict.mark - 1) == Verdict(mark=10)
+    assert ledger.refused("arm", "demos") == told[2:]
+    assert offer(ledger, 11, 1, acknowledged=10).mark == 11
+    assert ledger.refused("arm", "demos") == []
+
+
+def test_a_new_incarnation_is_told_nothing_of_the_one_before():
+    ledger = Ledger()
+    ledger.accept("arm", 1, "demos", acknowledged=0, after=0, first=1, count=1)
+    ledger.refuse("arm", "demos", 1, "no")
+    offer(ledger, 1, 1, incarnation=2)
+    assert ledger.refused("arm", "demos") == []
 
 
 def test_accepting_alone_changes_nothing_that_counts():

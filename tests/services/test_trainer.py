@@ -272,16 +272,18 @@ def test_what_the_store_refuses_is_told_and_nothing_of_it_is_in(transport):
         with actor(server, store := QueuedDataStore(10)) as client:
             store.insert({"observations": "of another shape"})
             for _ in range(2):
-                with pytest.raises(RemoteError, match="ValueError"):
-                    client.update()
+                with pytest.raises(
+                    RemoteError, match="ValueError: store 'actor_env', item 1: item"
+                ):
+                    client.update(on_refused="raise")
         assert len(server.data_store("actor_env")) == 5
 
 
 def test_an_item_that_cannot_be_carried_is_told(transport):
     with learner(transport) as server, actor(server, store := QueuedDataStore(10)) as client:
         store.insert({"obs": {1, (2, "x")}, "bad": complex})
-        with pytest.raises(NotEncodable, match="'bad'"):
-            client.update()
+        with pytest.raises(NotEncodable, match=r"item\['bad'\] is"):
+            client.update(on_refused="raise")
 
 
 def test_a_full_store_that_refuses_holds_the_client_up_and_loses_nothing(transport):
@@ -1112,8 +1114,8 @@ def test_an_item_that_cannot_be_sent_is_named_and_can_be_given_up(transport):
         with actor(server, store) as client:
             store.insert({"bad": object()})
             store.insert({"good": 1})
-            with pytest.raises(NotEncodable, match=r"store 'actor_env', in the 2 items from id 1"):
-                client.update()
+            with pytest.raises(NotEncodable, match=r"store 'actor_env', item 1: item\['bad'\]"):
+                client.update(on_refused="raise")
             store.release(1)
             assert client.update() == 1
 

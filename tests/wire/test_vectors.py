@@ -57,8 +57,14 @@ def test_the_vectors_are_what_their_script_makes():
 
 # The envelope -----------------------------------------------------------------------------
 
-TYPES = {kind.__name__.lower(): kind for kind in (wire.Request, wire.Reply, wire.Hello)}
-TYPES |= {kind.__name__.lower(): kind for kind in (wire.Welcome, wire.Credit, wire.Pong)}
+TYPES = {
+    "request": wire.Request,
+    "reply": wire.Answer,
+    "hello": wire.Hello,
+    "welcome": wire.Welcome,
+    "credit": wire.Credit,
+    "pong": wire.Pong,
+}
 BY_NAME = {vector["name"]: vector for vector in ENVELOPE["valid"]}
 
 
@@ -343,11 +349,22 @@ def stranger(*arguments: object) -> None:
 
 def test_an_upload_as_the_page_has_it_is_taken():
     config = edgeml.TrainerConfig(0, broadcast_port=None, transport="inproc")
+
+    class Notes(edgeml.data.QueuedDataStore):
+        def batch_insert(self, batch):
+            if any(isinstance(item.get("note", ""), int) for item in batch):
+                raise ValueError("item['note'] is no text")
+            super().batch_insert(batch)
+
     with started(edgeml.TrainerServer(config)) as server:
-        store = edgeml.data.QueuedDataStore(10)
+        store = Notes(10)
         server.register_data_store("demos", store)
         with closing(Client("trainer", [Url.parse(server.url)], config=config.shared())) as client:
             for name, mark in (("upload", 2), ("upload of items", 3), ("upload", 3)):
                 upload = codec.decode(message_of(_one(CODEC["valid"], name)))
                 assert client.call("update", upload) == mark
-        assert store.latest_data_id() == 3
+            name = "upload of what may be refused"
+            upload = codec.decode(message_of(_one(CODEC["valid"], name)))
+            refused = codec.decode(message_of(_one(CODEC["valid"], "refused")))
+            assert client.call("update", upload) == refused
+        assert store.latest_data_id() == 4

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from edgeml.core.client import Client
 from edgeml.core.errors import DeadlineExceeded, EdgemlError, PermissionDenied
@@ -17,7 +17,7 @@ from edgeml.core.url import resolve
 from edgeml.data import DataStoreBase
 from edgeml.services.base import ServiceClient
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
-from edgeml.services.trainer.uploader import Uploader
+from edgeml.services.trainer.uploader import OnRefused, Uploader
 
 __all__ = ["TrainerClient"]
 
@@ -99,24 +99,43 @@ class TrainerClient(ServiceClient):
         """Items that a store had overwritten before they could be sent."""
         return sum(uploader.lost for uploader in self._uploaders)
 
-    def update(self, timeout: float | None = None) -> int:
+    def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> int:
         """Send what the learner doesn't have yet; returns how many items it now has more.
 
         Nothing is sent twice or left out, whatever happens under way: an error means that the
-        rest will be sent by the next call.
+        rest will be sent by the next call. But an item that the codec doesn't carry, or that the
+        learner's store refuses, is left out for good: `stats` counts it, and the log tells the
+        first of each kind, and some later ones, with id and path.
 
         Args:
             timeout: seconds for each message; the client's own by default.
+            on_refused: "raise" to send the items before such a one and raise an error about it. It
+                stays first in line then, until the store lets go of it.
 
         Raises:
             DeadlineExceeded, Unreachable: no answer.
             UnknownInterface: the learner has no store of that name; the text lists those known.
-            RemoteError: the learner's store refused the data, or its callback raised.
+            RemoteError: the learner's store failed, or its callback; or it refused an item that
+                was not to be skipped.
             PermissionDenied: a newer client has the same explicit ``client_id``.
-            NotEncodable: an item can't be carried; the text says where it is, and what to do.
+            NotEncodable: an item that was not to be skipped can't be carried; the text says where
+                it is, and what to do.
         """
+        if on_refused not in get_args(OnRefused):
+            raise ValueError(f"on_refused is one of {get_args(OnRefused)}, got {on_refused!r}")
         with self._updating:
-            return sum(uploader.update(timeout) for uploader in self._uploaders)
+            return sum(uploader.update(timeout, on_refused) for uploader in self._uploaders)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start.
+
+        ``items_refused`` are those that can't be sent, or that the learner's store refused, and
+        ``items_lost`` those that the own store had overwritten before they could be sent.
+        ``replies_copied`` are replies and publications that came as private copies, because too
+        many received arrays are held for the transport to lend more.
+        """
+        refused = sum(uploader.refusals.count for uploader in self._uploaders)
+        return {**super().stats(), "items_refused": refused, "items_lost": self.lost}
 
     def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
         """Ask the learner something; returns what its ``request_callback`` gives.

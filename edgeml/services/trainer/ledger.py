@@ -8,9 +8,14 @@ from typing import Any
 
 from edgeml.core.errors import PermissionDenied
 
-__all__ = ["Ledger", "Verdict"]
+__all__ = ["Ledger", "Run", "Verdict"]
 
 _SHUT_OUT = 256  # incarnations of one client id that are remembered
+_REFUSED = 4096  # runs of refused items of one client that are remembered until it knows of them
+
+
+Run = tuple[int, int, str]
+"""Consecutive items that were refused for one reason: the first one's number, how many, and why."""
 
 
 @dataclass(slots=True)
@@ -18,6 +23,7 @@ class _Mark:
     incarnation: int
     number: int
     shut_out: deque[int] = field(default_factory=lambda: deque(maxlen=_SHUT_OUT))
+    refused: deque[Run] = field(default_factory=lambda: deque(maxlen=_REFUSED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,9 @@ class Ledger:
         if incarnation != mark.incarnation:
             mark.shut_out.append(mark.incarnation)
             mark.incarnation, mark.number = incarnation, start
+            mark.refused.clear()
+        while mark.refused and mark.refused[0][0] + mark.refused[0][1] - 1 <= acknowledged:
+            mark.refused.popleft()
         if after > mark.number:
             return Verdict(mark.number, gap=True)  # the client goes on from there
         repeated = min(count, max(0, mark.number + 1 - first))
@@ -90,12 +99,27 @@ class Ledger:
             return Verdict(mark.number, repeated)
         return Verdict(first + count - 1, repeated, max(0, first - mark.number - 1))
 
-    def advance(self, client: str, store: str, mark: int) -> None:
-        """Note that the items of an accepted upload are in the store, up to the number ``mark``."""
-        self._marks[client, store].number = mark
+    def advance(self, client: str, store: str, number: int) -> None:
+        """Note that the items of an accepted upload are in the store, up to this number."""
+        self._marks[client, store].number = number
+
+    def refuse(self, client: str, store: str, number: int, why: str) -> None:
+        """Note that the next item of an accepted upload is left out, for good."""
+        mark = self._marks[client, store]
+        mark.number = number
+        refused = mark.refused
+        if refused and refused[-1][0] + refused[-1][1] == number and refused[-1][2] == why:
+            first, n, _ = refused.pop()
+            refused.append((first, n + 1, why))
+        else:
+            refused.append((number, 1, why))
+
+    def refused(self, client: str, store: str) -> list[Run]:
+        """Return what was left out above the mark that the client was told."""
+        return list(self._marks[client, store].refused)
 
     def state(self) -> list[Any]:
-        """Return all marks, as plain values, for `restore`."""
+        """Return all marks, as plain values, for `restore`; what was refused is not among it."""
         return [
             [client, store, mark.incarnation, mark.number, list(mark.shut_out)]
             for (client, store), mark in self._marks.items()

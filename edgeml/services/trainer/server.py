@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgeml.core.dispatch import Caller, answer_with
+from edgeml.core.dispatch import Caller, answer_with, require_plain
 from edgeml.core.errors import Malformed, UnknownInterface
 from edgeml.core.server import Server
 from edgeml.core.transport import Credentials
@@ -15,6 +14,7 @@ from edgeml.data import Batch, DataStoreBase, checkpoint
 from edgeml.data.checkpoint import Report
 from edgeml.services.base import ServiceServer, listening_urls
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
+from edgeml.services.trainer.intake import Intake
 from edgeml.services.trainer.ledger import Ledger
 
 __all__ = ["TrainerServer"]
@@ -23,10 +23,15 @@ __all__ = ["TrainerServer"]
 class TrainerServer(ServiceServer):
     """A learner's side: collects the actors' data and publishes weights to them.
 
+    An item that its store refuses by a ValueError, TypeError, LookupError, ArithmeticError,
+    AttributeError or AssertionError is left out, of which its actor and the log are told; the
+    others are taken. Whatever else a store raises (no room, a full disk) fails the upload, which
+    comes again.
+
     Args:
         config: see `TrainerConfig`.
         data_callback: ``data_callback(store_name, batch)``, called after a batch was inserted,
-            with a `Batch` of what is new.
+            with a `Batch` of what is new; where items were left out, with those between them.
         request_callback: ``request_callback(type, payload)``; what it returns is the answer.
         host: the address to listen at; name another than 127.0.0.1 to let other machines in.
         workers: how many callbacks may run at a time.
@@ -34,6 +39,9 @@ class TrainerServer(ServiceServer):
         advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
             None for where it listens.
         credentials: the transport's keys.
+
+    Raises:
+        TypeError: a callback that is an ``async def``.
     """
 
     def __init__(
@@ -49,14 +57,13 @@ class TrainerServer(ServiceServer):
         credentials: Credentials = None,
     ) -> None:
         self.config = config
-        self._data_callback = data_callback
-        self._request_callback = request_callback
-        self._stores: dict[str, DataStoreBase] = {}
-        self._ledger = Ledger()
-        self._lock = threading.Lock()
-        # Of each store, who uploaded last, the number of that client's next item, and the store's
-        # newest id after it, as others may insert too.
-        self._last: dict[str, tuple[str, int, int, int]] = {}
+        for what, function in (
+            ("data_callback", data_callback),
+            ("request_callback", request_callback),
+        ):
+            if function is not None:
+                require_plain(what, function)
+        self._intake = Intake(data_callback)
         server = Server(
             "trainer",
             *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
@@ -66,8 +73,8 @@ class TrainerServer(ServiceServer):
             rate_limit=config.rate_limit,
             credentials=credentials,
         )
-        server.register("update", answer_with(self._update))
-        server.register("request", answer_with(lambda payload, _: self._request(payload)))
+        server.register("update", answer_with(self._intake.update))
+        server.register("request", answer_with(_answering(config, request_callback)))
         self._topic = server.topic(NETWORK)
         super().__init__(server, advertise)
 
@@ -77,22 +84,18 @@ class TrainerServer(ServiceServer):
         Raises:
             ValueError: the name is taken.
         """
-        if name in self._stores:
+        if name in self._intake.stores:
             raise ValueError(f"there is a store {name!r} already")
-        self._stores[name] = store
+        self._intake.stores[name] = store
 
     def data_store(self, name: str) -> DataStoreBase:
         """Return the store of a name; raises UnknownInterface, which lists those known."""
-        try:
-            return self._stores[name]
-        except KeyError:
-            known = ", ".join(self._stores) or "none"
-            raise UnknownInterface(f"there is no store {name!r}; known: {known}") from None
+        return self._intake.store(name)
 
     @property
     def store_names(self) -> list[str]:
         """The names of the registered stores."""
-        return list(self._stores)
+        return list(self._intake.stores)
 
     def save_checkpoint(
         self, path: str | os.PathLike[str], values: Any | Callable[[], Any] = None
@@ -115,9 +118,9 @@ class TrainerServer(ServiceServer):
 
         def all_values() -> Any:
             given = values() if callable(values) else values
-            return {"values": given, "marks": self._ledger.state()}
+            return {"values": given, "marks": self._intake.state()}
 
-        return checkpoint.save(path, all_values, self._stores)
+        return checkpoint.save(path, all_values, self._intake.stores)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> Any:
         """Fill all registered stores from what `save_checkpoint` wrote, and return the values.
@@ -130,7 +133,7 @@ class TrainerServer(ServiceServer):
         """
         ledger = Ledger()
 
-        def restore_ledger(saved: Any) -> None:
+        def check(saved: Any) -> None:
             nonlocal ledger
             try:
                 ledger = Ledger.restore(saved["marks"])
@@ -141,9 +144,18 @@ class TrainerServer(ServiceServer):
                     "load it with edgeml.data.checkpoint.load"
                 ) from None
 
-        saved = checkpoint.load(path, self._stores, check=restore_ledger)
-        self._ledger, self._last = ledger, {}
+        saved = checkpoint.load(path, self._intake.stores, check=check)
+        self._intake.resume(ledger)
         return saved["values"]
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: calls, and everything refused or dropped, by reason.
+
+        Among them ``items`` that were inserted, ``items_refused`` by their stores,
+        ``items_repeated``, which were there already, and ``items_lost_by_clients``, which a client
+        overwrote before they were sent, or can't send.
+        """
+        return {**super().stats(), **self._intake.counts}
 
     def publish_network(self, params: Any) -> int:
         """Send weights to every client, those that connect later included.
@@ -160,61 +172,23 @@ class TrainerServer(ServiceServer):
         """
         return self._topic.publish(params)
 
-    def _request(self, payload: Any) -> Any:
+
+def _answering(
+    config: TrainerConfig, callback: Callable[[str, Any], Any] | None
+) -> Callable[[Any, Caller], Any]:
+    """Return what answers requests; it must not keep the server itself."""
+
+    def answer(payload: Any, _: Caller) -> Any:
         match payload:
             case [str(kind), argument]:
                 pass
             case _:
                 raise Malformed("request takes a type and a payload")
-        if kind not in self.config.request_types:
-            known = ", ".join(self.config.request_types) or "none"
+        if kind not in config.request_types:
+            known = ", ".join(config.request_types) or "none"
             raise UnknownInterface(f"there is no request type {kind!r}; known: {known}")
-        if self._request_callback is None:
+        if callback is None:
             raise UnknownInterface("this server answers no requests")
-        return self._request_callback(kind, argument)
+        return callback(kind, argument)
 
-    def _update(self, payload: Any, caller: Caller) -> int:
-        """Insert what is new of an upload; returns the mark."""
-        match payload:
-            case {
-                "store": str(name),
-                "incarnation": int(incarnation),
-                "acknowledged": int(acknowledged),
-                "after": int(after),
-            }:
-                batch = Batch.from_payload(payload.get("batch"))
-            case _:
-                raise Malformed("update takes a store, an incarnation, two numbers and a batch")
-        if not 0 <= acknowledged <= after < batch.first_id:
-            raise Malformed(
-                f"a batch from {batch.first_id} on cannot come after {after}, or {acknowledged}"
-            )
-        store = self.data_store(name)
-        # The store's own lock, too, so that a checkpoint finds items and marks at the same point.
-        # It alone won't do, since a store that waits for room lets go of it.
-        with self._lock, store.lock:
-            verdict = self._ledger.accept(
-                caller.client_id,
-                incarnation,
-                name,
-                acknowledged=acknowledged,
-                after=after,
-                first=batch.first_id,
-                count=len(batch),
-            )
-            if verdict.gap:
-                return verdict.mark
-            new = batch[verdict.repeated :]
-            self._server.counts["items_repeated"] += verdict.repeated
-            if len(new):
-                self._server.counts["items_lost_by_clients"] += verdict.lost
-                sender, newest = (caller.client_id, incarnation), store.latest_data_id()
-                if self._last.get(name) != (*sender, new.first_id, newest):
-                    store.interrupt()
-                store.batch_insert(new)
-                self._server.counts["items"] += len(new)
-                self._ledger.advance(caller.client_id, name, verdict.mark)
-                self._last[name] = (*sender, verdict.mark + 1, store.latest_data_id())
-        if len(new) and self._data_callback is not None:
-            self._data_callback(name, new)
-        return verdict.mark
+    return answer

@@ -11,6 +11,7 @@ from edgeml.data import Batch
 from edgeml.services.trainer.client import TrainerClient
 from edgeml.services.trainer.config import TrainerConfig
 from edgeml.services.trainer.server import TrainerServer
+from edgeml.services.trainer.uploader import OnRefused
 
 __all__ = ["TrainerTunnel"]
 
@@ -41,7 +42,7 @@ class TrainerTunnel(TrainerServer):
         if not threaded:
             self._block(self._stopped.wait)
 
-    def update(self, timeout: float | None = None) -> int:
+    def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> int:
         """Nothing to send: both sides have the same store."""
         return 0
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from edgeml.core.client import Client
-from edgeml.core.errors import NotEncodable
+from edgeml.core.errors import EdgemlError, Malformed, NotEncodable
 from edgeml.core.message import pooled
 from edgeml.data import Batch, DataStoreBase
+from edgeml.services.trainer.refusals import Refusals
 
-__all__ = ["Uploader"]
+__all__ = ["OnRefused", "Uploader"]
+
+OnRefused = Literal["skip", "raise"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +26,27 @@ _CHUNK_BYTES = 4 << 20  # larger messages of images are slower, not faster
 _WINDOW = 4  # chunks under way: one is collected, sent or inserted while others are
 _MOST_ITEMS = 4096  # in a chunk
 _FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
+
+
+class _Chunk(NamedTuple):
+    """Consecutive items in one message: the id sent before them, the first one's, how many."""
+
+    after: int
+    first: int
+    n: int
+
+    @property
+    def last(self) -> int:
+        return self.first + self.n - 1
+
+
+class _Unfit(Exception):
+    """A chunk that can't be carried because of what is in it, with the reason."""
+
+    def __init__(self, chunk: _Chunk, error: EdgemlError) -> None:
+        super().__init__(chunk, error)
+        self.chunk = chunk
+        self.error = error
 
 
 class Uploader:
@@ -37,77 +61,119 @@ class Uploader:
     Attributes:
         sent: the id up to which the server is known to have the items.
         lost: how many items the store had overwritten before they could be sent.
+        refusals: of items that can't be sent, or that the learner's store refused.
     """
 
     def __init__(self, name: str, store: DataStoreBase, client: Client, incarnation: int) -> None:
         self.sent = 0
         self.lost = 0
+        self.refusals = Refusals()
         self._name = name
         self._store = store
         self._client = client
         self._incarnation = incarnation
-        # Uploads under way, or whose answer was lost: the item that each follows, and its first.
-        self._unsure: deque[tuple[int, int]] = deque()
-        self._chunk = _FIRST_ITEMS  # items that make a good message
+        self._unsure: deque[_Chunk] = deque()  # under way, or whose answer was lost
+        self._arrived = 0  # items
+        self._unfit: deque[int] = deque()  # ids above `sent` of items that can't be sent
+        self._passed = 0  # up to this id, what is above `sent` can't be
+        self._refused_here = self._refused_there = 0  # the newest ids that were counted
+        self._good_length = _FIRST_ITEMS  # of a chunk
         self._epoch = client.epoch
         self._allocate = self._allocate_batch  # one object, to be known by
         store.allocate = self._allocate
 
     @property
     def unsent(self) -> int:
-        """How many items the server isn't known to have."""
-        return self._store.latest_data_id() - self.sent
+        """How many items the server isn't known to have, and may yet get."""
+        return self._store.latest_data_id() - max(self.sent, self._passed)
 
     def close(self) -> None:
         """Let go of the store."""
         if self._store.allocate is self._allocate:
             self._store.allocate = pooled
 
-    def update(self, timeout: float | None) -> int:
+    def update(self, timeout: float | None, on_refused: OnRefused = "skip") -> int:
         """See `TrainerClient.update`."""
-        before, lost_before = self.sent, self.lost
+        before = self._arrived
         newest = self._store.latest_data_id()  # what comes in meanwhile goes with the next update
-        under_way: deque[tuple[Callable[[], int], int]] = deque()  # with the last item of each
         epoch = self._client.epoch
         if self._unsure or epoch != self._epoch:
             # A server that was started anew may have its stores from a checkpoint, and lack what
             # came after that; this store may hold it yet.
             self._ask_how_far(timeout)
             self._epoch = epoch
-        cursor = self.sent
+        most = _MOST_ITEMS
+        while True:
+            try:
+                self._send(newest, most, timeout, on_refused)
+                break
+            except _Unfit as unfit:
+                chunk, error = unfit.chunk, unfit.error
+            if self._unsure:
+                self._ask_how_far(timeout)  # which fails, too, where it isn't the items' fault
+            if chunk.n > 1:
+                most = chunk.n // 2
+            elif chunk.after <= self.sent:  # else something before it was lost under way
+                why = re.sub(
+                    r"^value\['batch'\](\['items'\]\[0\]|\['columns'\])", "item", str(error)
+                )
+                if on_refused == "raise":
+                    raise type(error)(
+                        f"store {self._name!r}, item {chunk.first}: {why}; "
+                        "its release(id) gives up the items up to that id"
+                    )
+                self._refuse(chunk.first, why)
+        self._store.release(max(self.sent, self._passed))
+        return self._arrived - before
+
+    def _send(self, newest: int, most: int, timeout: float | None, on_refused: OnRefused) -> None:
+        """Send what is new, up to an id; at first no more than ``most`` items at a time."""
+        under_way: deque[tuple[Callable[[], Any], _Chunk]] = deque()
+        after, cursor = self.sent, max(self.sent, self._passed)
+        unfit: _Unfit | None = None
         try:
             while True:
-                while cursor < newest and len(under_way) < _WINDOW:
-                    batch = self._next_batch(cursor)
+                while unfit is None and cursor < newest and len(under_way) < _WINDOW:
+                    batch = self._next_batch(cursor, most)
                     if not len(batch):
                         newest = cursor
                         break
-                    last = batch.first_id + len(batch) - 1
-                    alone = last >= newest and not under_way
-                    under_way.append((self._upload(batch, cursor, timeout, alone), last))
-                    cursor = last
+                    chunk = _Chunk(after, batch.first_id, len(batch))
+                    alone = chunk.last >= newest and not under_way
+                    try:
+                        answer = self._upload(chunk, batch, timeout, on_refused, alone)
+                    except (NotEncodable, Malformed) as error:
+                        unfit = _Unfit(chunk, error)  # raised once those before it are there
+                    else:
+                        under_way.append((answer, chunk))
+                        after = cursor = chunk.last
+                        most *= 2
                 if not under_way:
                     break
-                answer, last = under_way.popleft()
-                mark = answer()
-                if mark < last:  # refused, and with it those that follow
+                answer, chunk = under_way.popleft()
+                try:
+                    self._acknowledge(answer())
+                except Malformed as error:
+                    raise _Unfit(chunk, error) from None
+                if self.sent < chunk.last:  # a gap, and so are those that follow
                     _wait_for(under_way)
                     self._ask_how_far(timeout)
-                    cursor = self.sent
-                else:
-                    self._acknowledge(mark)
+                    after = cursor = self.sent
+                    unfit = None
         except BaseException:
             _wait_for(under_way)
             raise
-        return max(0, self.sent - before - (self.lost - lost_before))
+        if unfit is not None:
+            raise unfit
+        self._passed = cursor
 
-    def _next_batch(self, after: int) -> Batch:
-        chunk = self._chunk
+    def _next_batch(self, after: int, most: int) -> Batch:
+        chunk = self._good_length
         # A little more in one piece, rather than a little piece at the end.
         limit = 2 * chunk if self._store.latest_data_id() - after <= 2 * chunk else chunk
-        batch = self._store.get_latest_data(after, limit=limit)
+        batch = self._store.get_latest_data(after, limit=min(limit, most))
         if len(batch):
-            self._chunk = fitting = _fitting(batch)
+            self._good_length = fitting = _fitting(batch)
             if len(batch) > 2 * fitting:
                 batch = batch[:fitting]
         return batch
@@ -118,52 +184,97 @@ class Uploader:
         return place if place is not None else pooled(nbytes)
 
     def _upload(
-        self, batch: Batch, after: int, timeout: float | None, alone: bool
-    ) -> Callable[[], int]:
-        """Send a batch that follows the item ``after``; returns what gives the server's mark."""
+        self,
+        chunk: _Chunk,
+        batch: Batch,
+        timeout: float | None,
+        on_refused: OnRefused,
+        alone: bool,
+    ) -> Callable[[], Any]:
+        """Send a batch; returns what gives the server's answer."""
         upload = {
             "store": self._name,
             "incarnation": self._incarnation,
             "acknowledged": self.sent,
-            "after": after,
+            "after": chunk.after,
             "batch": batch.to_payload(),
+            "skip_refused": on_refused == "skip",
         }
-        self._unsure.append((after, batch.first_id))
+        self._unsure.append(chunk)
         try:
             if not alone:
-                future: Future[int] = self._client.call_async("update", upload, timeout)
-                return future.result
-            mark: int = self._client.call("update", upload, timeout)  # spares two thread hops
-        except NotEncodable as error:
+                return self._client.call_async("update", upload, timeout).result
+            answer = self._client.call("update", upload, timeout)  # spares two thread hops
+        except NotEncodable:
             self._unsure.pop()  # nothing of it was sent
-            raise NotEncodable(
-                f"store {self._name!r}, in the {len(batch)} items from id {batch.first_id} on: "
-                f"{error}; its release(id) gives up the items up to that id"
-            ) from None
-        return lambda: mark
+            raise
+        return lambda: answer
 
     def _ask_how_far(self, timeout: float | None) -> None:
         """Learn the server's mark rather than send again what is there."""
-        mark = self._upload(Batch.of([], self.sent + 1), self.sent, timeout, True)()
+        nothing = Batch.of([], self.sent + 1)
+        chunk = _Chunk(self.sent, nothing.first_id, 0)
+        answer = self._upload(chunk, nothing, timeout, "skip", True)()
         self._unsure.pop()
-        self._acknowledge(mark)
+        before = self.sent
+        self._acknowledge(answer)
         self._unsure.clear()  # what isn't there by now will be sent anew
+        if self.sent < before:
+            self._passed = 0
 
-    def _acknowledge(self, mark: int) -> None:
-        """The server has all items up to ``mark``, but for those that were overwritten here."""
-        unsure = self._unsure
-        while unsure and unsure[0][1] <= mark:
-            after, first = unsure.popleft()
-            if lost := first - after - 1:
+    def _acknowledge(self, answer: Any) -> None:
+        """The server has all items up to its mark, but for those overwritten or refused."""
+        mark, refused = _parse(answer)
+        n_refused = 0
+        for first, n, why in refused:
+            start = max(first, self._refused_there + 1)
+            if (fresh := first + n - start) > 0:
+                self.refusals.add(self._name, start, fresh, why)
+                self._refused_there = first + n - 1
+                n_refused += fresh
+        while self._unsure and self._unsure[0].first <= mark:
+            chunk = self._unsure.popleft()
+            self._arrived += min(chunk.n, mark + 1 - chunk.first)
+            lost = chunk.first - chunk.after - 1
+            while self._unfit and self._unfit[0] < chunk.first:
+                lost -= self._unfit.popleft() > chunk.after
+            if lost:
                 self.lost += lost
                 _log.warning(
                     "%d items of %r were overwritten before they were sent", lost, self._name
                 )
+        self._arrived -= n_refused
         self.sent = mark
         self._store.release(mark)
 
+    def _refuse(self, item_id: int, why: str) -> None:
+        """Go past an item that can't be sent."""
+        self._passed = item_id
+        if not self._unfit or self._unfit[-1] < item_id:
+            self._unfit.append(item_id)
+        if item_id > self._refused_here:
+            self._refused_here = item_id
+            self.refusals.add(self._name, item_id, 1, why)
 
-def _wait_for(under_way: deque[tuple[Callable[[], int], int]]) -> None:
+
+def _parse(answer: Any) -> tuple[int, list[tuple[int, int, str]]]:
+    """The mark in an answer, and the runs of items that the learner's store refused."""
+    match answer:
+        case int(mark):
+            return mark, []
+        case {"mark": int(mark), "refused": [*runs]}:
+            refused = []
+            for run in runs:
+                match run:
+                    case [int(first), int(n), str(why)] if first > 0 and n > 0:
+                        refused.append((first, n, why))
+                    case _:
+                        raise Malformed("an answer to an upload: runs of a number, a count, a text")
+            return mark, refused
+    raise Malformed("an answer to an upload is a mark, or a mark and what was refused")
+
+
+def _wait_for(under_way: deque[tuple[Callable[[], Any], _Chunk]]) -> None:
     """Wait for uploads whose answers do not matter any more."""
     while under_way:
         with suppress(Exception):

@@ -77,7 +77,7 @@ def envelope(name: str, value: Any) -> Vector:
             shown[key] = str(shown[key])
     return {
         "name": name,
-        "type": type(value).__name__.lower(),
+        "type": "reply" if isinstance(value, wire.Answer) else type(value).__name__.lower(),
         "value": shown,
         "hex": wire.pack(value).hex(),
     }
@@ -99,7 +99,7 @@ def envelopes() -> Vector:
         9: ["service: the server has 'action', the client has 'inference'"],
         10: ["a newer client calls itself 'robot-7'"],
     }
-    request, reply = wire.Request, wire.Reply
+    request, reply = wire.Request, wire.Answer
     made = [
         envelope("hello body", hello),
         envelope("hello", request(wire.HELLO, b"", "", 0.0, wire.pack(hello))),
@@ -266,6 +266,15 @@ def codecs() -> Vector:
             "after": 2,
             "batch": {"first_id": 3, "items": [{"note": "fell"}]},
         },
+        "upload of what may be refused": {
+            "store": "demos",
+            "incarnation": 12345,
+            "acknowledged": 3,
+            "after": 3,
+            "batch": {"first_id": 4, "items": [{"note": "up"}, {"note": 7}, {"note": 8}]},
+            "skip_refused": True,
+        },
+        "refused": {"mark": 6, "refused": [[5, 2, "item['note'] is no text"]]},
     }
     array = ext(1, descriptor("uint8", 3) + index(0))
     also = [
