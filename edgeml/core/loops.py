@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.core.errors import Closed
-from edgeml.core.forks import leave_to_parent, watch_forks
+from edgeml.core.forks import drop_descriptors, leave_to_parent, watch_forks
 
 __all__ = ["Loop"]
 
@@ -56,6 +56,10 @@ class _Loop(asyncio.SelectorEventLoop):
                 self._run_once()  # type: ignore[attr-defined]
         finally:
             asyncio._set_running_loop(before)
+
+    def polled(self) -> list[int]:
+        """The descriptors that it waits for."""
+        return [] if self.is_closed() else list(self._selector.get_map())  # type: ignore[attr-defined]
 
     def end(self) -> None:
         """Cancel what is under way, and close."""
@@ -242,9 +246,11 @@ class Loop:
     def abandon(self) -> None:
         """Forget everything, in a forked child, where the thread is not.
 
-        The event loop stays as it is: to close it would take from the parent's what it polls.
+        The event loop stays as it is: to close it would take from the parent's what it polls. Only
+        the sockets that it polls are let go of.
         """
         leave_to_parent(self._asyncio)
+        drop_descriptors(self._asyncio.polled())
         self._carrier.abandon()
         self._finished = True
 

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 import zlib
 from collections import deque
@@ -1023,6 +1024,43 @@ class TransportTests:
         with net.transport.connect(url, _PATIENCE) as requester:
             assert requester.call(Message(b"unharmed"), _PATIENCE).header == b"unharmed"
 
+    def test_a_forked_child_keeps_neither_the_address_nor_the_clients_of_a_server_that_is_killed(
+        self, net: _Net, child: Callable[..., _Child]
+    ) -> None:
+        server = child("serve", self.url)
+        url = Url.parse(server.line())
+        with net.transport.connect(url, _PATIENCE) as requester:
+            requester.call(Message(b"fork"), _PATIENCE)
+            waiting: list[Future[Message]] = [
+                net.start(requester.call, Message(b"park"), _PATIENCE),
+                net.start(lambda: requester.request(Message(b"park")).result(_PATIENCE)),
+            ]
+            for _ in waiting:
+                assert server.line() == "parked"
+            server.kill()
+            with _within(2.0):
+                for each in waiting:
+                    with pytest.raises(Unreachable):
+                        each.result(_PATIENCE)
+        endpoint = net.serve(_echo, url)
+        assert net.connect(endpoint).call(Message(b"new"), _PATIENCE).header == b"new"
+
+    def test_a_forked_child_keeps_no_connection_of_a_client_that_is_killed(
+        self, net: _Net, parked: _Parked, child: Callable[..., _Child]
+    ) -> None:
+        endpoint = net.serve(parked)
+        client = child("ask and fork", endpoint.url)
+        replies = [parked.take()[1] for _ in range(20)]
+        assert client.line() == "forked"
+        client.kill()
+
+        def counted() -> bool:
+            if replies:
+                replies.pop()(Message(b""))
+            return endpoint.dropped > 0
+
+        assert _until(counted, 2.0)
+
     # Memory -------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("how", ["call", "request", "late", "cancelled"])
@@ -1265,6 +1303,8 @@ def _in_child(role: str, url: str) -> None:
             parked.append(reply)
             print("parked", flush=True)
         else:
+            if message.header == b"fork":
+                _fork()
             reply(message)
 
     if role == "serve":
@@ -1276,7 +1316,21 @@ def _in_child(role: str, url: str) -> None:
             array = np.full(300 * _KB, 7, np.uint8)
             for _ in range(20):
                 requester.request(Message(b"park", [_view(array)]))
+            if role == "ask and fork":
+                _fork()
+                print("forked", flush=True)
             sys.stdin.read()
+
+
+def _fork() -> None:
+    """Fork a child that does nothing until standard input ends."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        if os.fork():
+            return
+    while os.read(0, 1):
+        pass
+    os._exit(0)
 
 
 def _echo(message: Message, reply: Reply) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -27,7 +29,7 @@ from edgeml.core import (
     unframe,
 )
 from edgeml.core.errors import copy_error
-from edgeml.core.forks import explain_fork, leave_to_parent, watch_forks
+from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.limits import explain_no_connection
 from edgeml.core.url import is_loopback
 from edgeml.transports.grpc.processes import NO_FORKS
@@ -84,6 +86,10 @@ class Connection(Requester):
         except BaseException:
             self._channel.close()
             raise
+        self._peers: set[tuple[str, int]] = set()
+        with suppress(OSError):  # a proxy's connection has another end
+            found = socket.getaddrinfo(host.strip("[]"), url.port, type=socket.SOCK_STREAM)
+            self._peers = {(str(address[0]), int(address[1])) for *_, address in found}
         watch_forks(self)
 
     @property
@@ -229,6 +235,8 @@ class Connection(Requester):
     def abandon(self) -> None:
         """Forget everything, in a forked child, where gRPC's threads are not."""
         leave_to_parent(self, self._channel)
+        if self._why is None:
+            drop_sockets(peers=self._peers)
         self._channel = None  # which is not the child's to close
         self._why = Closed(f"{explain_fork(self.url)}; {NO_FORKS}")
         self._lock = threading.Lock()  # whoever held it is not there

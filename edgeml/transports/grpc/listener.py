@@ -28,6 +28,7 @@ from edgeml.core import (
     unframe,
 )
 from edgeml.core.carrier import Stay
+from edgeml.core.forks import drop_sockets, watch_forks
 from edgeml.core.loops import Loop
 from edgeml.transports.grpc.health import Health
 from edgeml.transports.grpc.protocol import (
@@ -103,6 +104,7 @@ class Listener(Endpoint):
         except BaseException:
             self._loop.close()
             raise
+        watch_forks(self)
 
     async def _open(self, url: Url) -> tuple[aio.Server, Url]:
         _keep_poller()
@@ -245,6 +247,11 @@ class Listener(Endpoint):
         self._loop.relieve()
 
     # The end ------------------------------------------------------------------------------
+
+    def abandon(self) -> None:
+        """In a forked child: let go of what gRPC has open."""
+        if not self._closed:
+            drop_sockets(port=self.url.port)
 
     def close(self) -> None:
         """See `Endpoint.close`."""

@@ -69,7 +69,7 @@ class ZmqTransport(Transport):
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", None)
             raise explain_no_connection(url, error, number) from error
-        return Connection(url, str(Url("tcp", host, url.port)))
+        return Connection(url, Url("tcp", host, url.port))
 
 
 @hookimpl

@@ -31,7 +31,7 @@ from edgeml.core import (
     own,
 )
 from edgeml.core.errors import copy_error
-from edgeml.core.forks import explain_fork, leave_to_parent, watch_forks
+from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.limits import if_out_of_files, what_to_do
 from edgeml.transports.zmq.sockets import (
     MOST_PENDING,
@@ -152,7 +152,7 @@ _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE
 class Connection(Requester):
     """One connection, over several sockets; see `Requester`."""
 
-    def __init__(self, url: Url, address: str) -> None:
+    def __init__(self, url: Url, address: Url) -> None:
         self.url = url
         self._address = address
         self._who = secrets.token_hex(8)
@@ -194,9 +194,9 @@ class Connection(Requester):
     def _dial(self, line: zmq.Socket[bytes], most: int) -> None:
         """Connect a socket to the peer, to queue ``most`` messages; 0 for any number."""
         line.sndhwm = most
-        line.ipv6 = "[" in self._address
+        line.ipv6 = ":" in self._address.host
         line.metadata = f"{WHO}:{self._who}".encode()
-        line.connect(self._address)
+        line.connect(str(self._address))
 
     def line(self) -> zmq.Socket[bytes]:
         """A socket to the peer that `_wake` wakes."""
@@ -349,6 +349,8 @@ class Connection(Requester):
     def abandon(self) -> None:
         """Forget everything, in a forked child, where the I/O thread is not."""
         leave_to_parent(self, self._local)
+        if not self._ended:
+            drop_sockets(peers=[(self._address.host, self._address.port)])
         self._why = explain_fork(self.url)
         self._lock = threading.Lock()  # whoever held it is not there
         self._ended = True

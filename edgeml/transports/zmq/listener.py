@@ -14,7 +14,7 @@ import zmq
 
 from edgeml.core import Endpoint, Message, OnRequest, Peer, Reply, Url, bindable, own, reached
 from edgeml.core.carrier import Carrier, Stay
-from edgeml.core.forks import leave_to_parent, watch_forks
+from edgeml.core.forks import drop_sockets, leave_to_parent, watch_forks
 from edgeml.transports.zmq.sockets import (
     MOST_PENDING,
     NUMBER,
@@ -215,6 +215,8 @@ class Listener(Endpoint):
     def abandon(self) -> None:
         """Forget everything, in a forked child, where the loop is not."""
         leave_to_parent(self)
+        if not self._carrier.over:
+            drop_sockets(port=self.url.port)
         self._carrier.abandon()
         self._closed = True
 
