@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,15 @@ import numpy as np
 from edgeml import ActionClient, ActionConfig, ActionServer, EdgemlError
 from edgeml.images import decode_image, encode_image
 from frames import Frame, Source, add_source_options, open_sink, open_source
-from terminal import CtrlC, StatusLine, add_connection_options, run
+from terminal import (
+    CtrlC,
+    StatusLines,
+    add_connection_options,
+    announce,
+    check_writable,
+    connect,
+    run,
+)
 
 Obs = dict[str, Any]
 
@@ -88,11 +97,11 @@ def serve(args: argparse.Namespace) -> None:
         streamer = Streamer(source, args.jpeg)
         with (
             ActionServer(make_config(args), streamer.obs, streamer.act, host=args.host) as server,
-            StatusLine() as status,
+            StatusLines() as status,
             CtrlC() as ctrl_c,
         ):
             server.start(threaded=True)
-            status.note(f"streaming {source.name} at {server.url} (Ctrl-C ends it)")
+            announce(status, f"streaming {source.name}", server.url, args.host)
             meter, number, due = Meter(), 0, time.monotonic()
             while not ctrl_c.pressed:
                 if streamer.paused.is_set():
@@ -227,6 +236,8 @@ def frame_of(obs: Obs) -> Frame:
 
 
 def watch(args: argparse.Namespace) -> None:
+    if Path(args.output or "").suffix == ".mp4":
+        check_writable("--output", Path(args.output))
     meter = Meter()
     arrivals: queue.Queue[tuple[Obs, float]] = queue.Queue(maxsize=8)
 
@@ -236,10 +247,10 @@ def watch(args: argparse.Namespace) -> None:
         with suppress(queue.Full):
             arrivals.put_nowait((obs, time.monotonic()))
 
-    with (
-        StatusLine() as status,
-        ActionClient(args.ip, config=make_config(args), task_id="action_streamer") as client,
-    ):
+    def make_client(wait: float) -> ActionClient:
+        return ActionClient(args.ip, config=make_config(args), task_id="action_streamer")
+
+    with StatusLines() as status, connect(make_client, "--server", status) as client:
         clock = RemoteClock(client)
         if args.fps:
             client.act("set_fps", {"fps": args.fps})
@@ -250,21 +261,24 @@ def watch(args: argparse.Namespace) -> None:
         ):
             status.note(f"watching {stream['source']} into {sink.name} (Ctrl-C ends it)")
             client.register_obs_callback(on_obs)
-            end = time.monotonic() + args.seconds
+            end, trouble = time.monotonic() + args.seconds, ""
             while meter.frames != args.frames and time.monotonic() < end and not ctrl_c.pressed:
-                with suppress(EdgemlError):  # a server that is lost is found again by itself
+                try:  # a server that is lost is found again by itself
                     match sink.key():
                         case "q":
                             break
                         case " ":
                             client.act("pause", timeout=2.0)
                     clock.keep()
+                except EdgemlError as error:
+                    trouble = f": {error}"
                 try:
                     obs, arrived = arrivals.get(timeout=0.1)
                 except queue.Empty:
                     if meter.silence() > 1.0:
-                        status.show(f"no frames for {meter.silence():.0f} s")
+                        status.show(f"no frames for {meter.silence():.0f} s{trouble}")
                     continue
+                trouble = ""
                 meter.add(arrived, obs["seq"], size_of(obs), clock.age(obs["time"], arrived))
                 if args.output != "none":
                     sink.write(obs["seq"], frame_of(obs))
@@ -272,7 +286,10 @@ def watch(args: argparse.Namespace) -> None:
                     f"{meter.frames} frames, {meter.rates()}, latency {meter.latency()}, "
                     f"round trip {1e3 * clock.round_trip:.1f} ms, {meter.dropped} dropped"
                 )
-        status.note(f"{meter.summary()}; written to {sink.name}")
+        if not meter.frames and time.monotonic() >= end:
+            raise SystemExit(f"no frames came within {args.seconds:g} s")
+        written = f"; written to {sink.name}" if meter.frames else ""
+        status.note(meter.summary() + written)
 
 
 def main() -> None:

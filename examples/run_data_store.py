@@ -23,13 +23,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeml import TrainerClient, TrainerConfig, TrainerServer
+from edgeml import DeadlineExceeded, TrainerClient, TrainerConfig, TrainerServer
 from edgeml.data import Batch, QueuedDataStore, ReplayBuffer
-from terminal import CtrlC, StatusLine, add_connection_options, run
+from terminal import (
+    CtrlC,
+    Pace,
+    Side,
+    StatusLines,
+    add_connection_options,
+    announce,
+    connect,
+    run,
+)
 
 Array = NDArray[np.float64]
 
 STORE = "cart"
+CAPACITY = 10_000  # transitions that an actor queues
+PATIENCE = 60.0  # seconds that an actor waits for a learner, and for room in its queue
 DYNAMICS = np.array([[1.0, 0.05, 0.0], [-0.1, 0.98, 0.2]])  # of position and speed, and a push
 
 
@@ -71,7 +82,7 @@ class Learner:
         """Tell an actor how much of its data is here."""
         return self.received.get(actor, 0)
 
-    def learn(self, done: Callable[[], bool], status: StatusLine | None = None) -> None:
+    def learn(self, done: Callable[[], bool], status: StatusLines) -> None:
         """Update and publish, as long as there are new transitions to learn from."""
         seen = 0
         while not done():
@@ -84,11 +95,11 @@ class Learner:
                 )
             else:
                 time.sleep(0.01)
-            if status:
-                status.show(
-                    f"{self.buffer.latest_data_id()} transitions from {len(self.received)} actors, "
-                    f"{self.updates} updates"
-                )
+            status.show(
+                f"{self.buffer.latest_data_id()} transitions from {len(self.received)} actors, "
+                f"{self.updates} updates",
+                "learner",
+            )
 
     def update(self, batch: dict[Any, Any]) -> float:
         """Take a step towards the batch's least squares; returns the loss before it."""
@@ -101,9 +112,9 @@ class Learner:
 
 def serve(args: argparse.Namespace) -> None:
     learner = Learner(args)
-    with learner.server as server, StatusLine() as status, CtrlC() as ctrl_c:
+    with learner.server as server, StatusLines() as status, CtrlC() as ctrl_c:
         server.start(threaded=True)
-        status.note(f"learning at {server.url} (Ctrl-C ends it)")
+        announce(status, "learning", server.url, args.host)
         learner.learn(lambda: ctrl_c.pressed, status)
         for actor, count in learner.received.items():
             status.note(f"received {count} transitions from actor {actor}")
@@ -112,7 +123,12 @@ def serve(args: argparse.Namespace) -> None:
 # The actor's side -------------------------------------------------------------------------
 
 
-def act(args: argparse.Namespace, port: int) -> None:
+def act(
+    args: argparse.Namespace,
+    port: int,
+    status: StatusLines,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
     actor = int(np.random.default_rng().integers(2**31))
     rng = np.random.default_rng(actor)
     network: dict[str, Any] = {"model": np.zeros_like(DYNAMICS), "updates": 0}
@@ -123,19 +139,28 @@ def act(args: argparse.Namespace, port: int) -> None:
         network_arrived.set()
 
     # "block" makes an actor that is faster than the connection wait, rather than lose data.
-    store = QueuedDataStore(capacity=10_000, on_full="block")
+    store = QueuedDataStore(CAPACITY, on_full="block", timeout=PATIENCE)
     config = make_config(args, port)
-    with StatusLine() as status, ExitStack() as stack:
-        status.show("waiting for a learner")  # actors are often started first
-        client = TrainerClient(STORE, args.ip, config, store, wait_for_server=60)
-        stack.enter_context(client)
+
+    def make_client(wait: float) -> TrainerClient:
+        return TrainerClient(STORE, args.ip, config, store, wait_for_server=wait)
+
+    with ExitStack() as stack:
+        # Actors are often started first.
+        client = stack.enter_context(connect(make_client, "--server", status, PATIENCE))
         ctrl_c = stack.enter_context(CtrlC())
         status.note(f"actor {actor} makes {args.steps} transitions (Ctrl-C ends it)")
         client.recv_network_callback(on_network)
         client.start_async_update(interval=0.2)
 
+        def over() -> bool:
+            return ctrl_c.pressed or stopped()
+
         state, inserted, began = np.array([1.0, 0.0]), 0, time.monotonic()
-        while inserted < args.steps and not ctrl_c.pressed:
+        pace = Pace(args.steps, "transitions")
+        while inserted < args.steps and not over():
+            if not await_room(store, over, status):
+                break
             push = rng.normal(size=1)
             inputs = np.concatenate([state, push])
             following = DYNAMICS @ inputs + rng.normal(scale=0.01, size=2)
@@ -152,11 +177,14 @@ def act(args: argparse.Namespace, port: int) -> None:
             inserted += 1
             state = following
             status.show(
-                f"{inserted} of {args.steps} inserted, {len(store)} on their way, "
-                f"network {network['updates']}, prediction error {error:.3f}"
+                f"{pace.text(inserted)}, {len(store)} on their way, "
+                f"network {network['updates']}, prediction error {error:.3f}",
+                "actor",
             )
             if args.rate:
                 time.sleep(max(0.0, began + inserted / args.rate - time.monotonic()))
+        if stopped():
+            return  # the learner has failed, and says why
 
         client.update()  # what hasn't been sent yet
         received = client.request("received", actor)
@@ -168,17 +196,26 @@ def act(args: argparse.Namespace, port: int) -> None:
         status.note(f"nothing lost: inserted {inserted} == received {received}")
 
 
+def await_room(store: QueuedDataStore, over: Callable[[], bool], status: StatusLines) -> bool:
+    """Wait, and say so, while the queue is full; False if there is no need for room any more."""
+    began = time.monotonic()
+    while len(store) >= CAPACITY:
+        if over():
+            return False
+        if (waited := time.monotonic() - began) > PATIENCE:
+            raise DeadlineExceeded(f"no learner took anything of {CAPACITY} transitions")
+        if waited > 1.0:
+            status.show(f"the queue is full; waiting for a learner for {waited:.0f} s", "actor")
+        time.sleep(0.005)
+    return True
+
+
 def both(args: argparse.Namespace) -> None:
     learner, done = Learner(args), threading.Event()
-    with learner.server as server:
+    with StatusLines() as status, learner.server as server:
         server.start(threaded=True)
-        thread = threading.Thread(target=learner.learn, args=(done.is_set,))
-        thread.start()
-        try:
-            act(args, server.port)
-        finally:
-            done.set()
-            thread.join()
+        with Side("learner", lambda: learner.learn(done.is_set, status), done.set):
+            act(args, server.port, status, done.is_set)
 
 
 def main() -> None:
@@ -202,7 +239,8 @@ def main() -> None:
     if args.server:
         serve(args)
     elif args.client:
-        act(args, args.port)
+        with StatusLines() as status:
+            act(args, args.port, status)
     else:
         both(args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from concurrent.futures import Future
 
 from edgeml.core.errors import Overloaded, copy_error
@@ -11,13 +12,24 @@ from edgeml.core.message import Message
 __all__ = ["Pending"]
 
 
+class _Asked:
+    """How far the requests of one thread are."""
+
+    __slots__ = ("answered", "newest")
+
+    def __init__(self) -> None:
+        self.newest = 0
+        self.answered = 0  # the newest that was
+
+
 class _Future(Future[Message]):
     """A request under way; to cancel it is to forget it."""
 
-    def __init__(self, requests: dict[int, _Future], number: int) -> None:
+    def __init__(self, requests: dict[int, _Future], number: int, asked: _Asked) -> None:
         super().__init__()
         self._requests = requests
         self._number = number
+        self.asked = asked
 
     def cancel(self) -> bool:
         self._requests.pop(self._number, None)  # whoever pops it settles it
@@ -35,10 +47,19 @@ class Pending:
         self._most = most
         self._numbers = itertools.count(1)
         self._requests: dict[int, _Future] = {}
+        self._local = threading.local()
 
     def __contains__(self, number: int) -> bool:
         """Whether the request is still waited for."""
         return number in self._requests
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the newest of this thread's requests has had no answer, so that what goes another
+        way might overtake it. What is answered has arrived, and so have those before it.
+        """
+        asked: _Asked | None = getattr(self._local, "asked", None)
+        return asked is not None and asked.answered < asked.newest
 
     def add(self) -> tuple[int, Future[Message]]:
         """Begin a request; returns its number, and the future of its reply.
@@ -48,14 +69,20 @@ class Pending:
         """
         if len(self._requests) >= self._most:
             raise Overloaded(f"{self._most} requests are under way on this connection")
-        number = next(self._numbers)
-        future = self._requests[number] = _Future(self._requests, number)
+        asked: _Asked | None = getattr(self._local, "asked", None)
+        if asked is None:
+            asked = self._local.asked = _Asked()
+        number = asked.newest = next(self._numbers)
+        future = self._requests[number] = _Future(self._requests, number, asked)
         return number, future
 
     def settle(self, number: int, outcome: Message | Exception) -> bool:
         """Give a request its reply, or an error in its place; False if nobody waits any more."""
         future = self._requests.pop(number, None)
-        if future is None or not future.set_running_or_notify_cancel():
+        if future is None:
+            return False
+        future.asked.answered = max(future.asked.answered, number)
+        if not future.set_running_or_notify_cancel():
             return False
         if isinstance(outcome, Exception):
             future.set_exception(outcome)

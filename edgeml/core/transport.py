@@ -140,7 +140,12 @@ class Endpoint(ClosedAtExit, Unpicklable, ABC):
 class Requester(Endpoint):
     """A client's end: one connection. Once it is lost it stays lost, and core opens another.
 
-    Usable from several threads at once.
+    Usable from several threads at once. What one thread sends, by `request` and by `call`, is given
+    to ``on_request`` in the order in which it was sent; what was given up, since it was cancelled
+    or its time was over, comes at any time or not at all. What a thread leaves behind when it ends
+    (a socket of its own, say) is freed within a second.
+
+    A future's callbacks may use it as well, `call` included.
     """
 
     @property

@@ -20,7 +20,7 @@ import msgspec
 from edgeml.core.errors import ConfigMismatch, Malformed
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
-from edgeml.data.files import replace
+from edgeml.data.files import KEPT, replace
 from edgeml.data.locks import sort_locks
 from edgeml.data.records import RecordReader, RecordWriter
 
@@ -93,12 +93,13 @@ def save(
     Raises:
         NotEncodable: a value or an item that the codec doesn't carry.
         BlockingIOError: another save to the same path is under way.
-        OSError: what the system says: no space, no such directory, ...
+        OSError: what the system says: no space, no such directory, ... The text names the file, or
+            the directory that isn't there, and how many bytes were needed.
     """
     stores = stores or {}
     path = Path(path)
     with replace(path) as fd:
-        writer = RecordWriter(fd)
+        writer = RecordWriter(fd, path, KEPT)
         with _locked(stores):
             begun = {
                 name: (store.latest_data_id(), len(store), store.state())

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole."""
+"""Files that are replaced as a whole, and what errors of writing say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replace"]
+__all__ = ["KEPT", "explain_errors", "replace"]
+
+KEPT = "the file that was there, if any, is as it was"
+"""What `explain_errors` says of a file that is being replaced."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def explain_errors(path: Path, needed: int, kept: str) -> Iterator[None]:
+    """Have the system's errors in a block that writes say which file, and what is left.
+
+    Args:
+        path: of the file.
+        needed: bytes that it is to have more, or at least, told where there is no room.
+        kept: says what is there all the same.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        if error.errno in _FULL:
+            what += f": at least {needed:,} bytes are needed"
+        raise OSError(error.errno, f"{what}; {kept}", str(path)) from error
 
 
 @contextmanager
@@ -25,15 +48,18 @@ def replace(path: Path) -> Iterator[int]:
 
     Raises:
         BlockingIOError: somebody else is replacing it.
+        FileNotFoundError, NotADirectoryError: its directory is none; the text names it.
+        OSError: what the system says; the text names the file and says that the old one is intact.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     fd = _open_alone(temporary)
     try:
         try:
             yield fd
-            os.fsync(fd)
-            os.replace(temporary, path)
-            _sync_names(path.parent)
+            with explain_errors(path, os.fstat(fd).st_size, KEPT):
+                os.fsync(fd)
+                os.replace(temporary, path)
+                _sync_names(path.parent)
         except BaseException:
             if _is_at(fd, temporary):
                 os.unlink(temporary)
@@ -48,7 +74,11 @@ def replace(path: Path) -> Iterator[int]:
 def _open_alone(temporary: Path) -> int:
     """Open a file, empty, that nobody else writes to; one that a killed process left will do."""
     while True:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "No such directory, make it first"
+            raise OSError(error.errno, what, str(temporary.parent)) from None
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from edgeml.core.errors import Malformed
 from edgeml.core.frames import parts, unframe
 from edgeml.core.message import empty, pooled
 from edgeml.core.plugins import load_codec
+from edgeml.data.files import explain_errors
 
 __all__ = ["RecordReader", "RecordWriter"]
 
@@ -54,14 +56,16 @@ class RecordWriter:
 
     Args:
         fd: of the file, open for writing.
+        path: of the file, for the texts of errors.
+        kept: says there what is left all the same; see `explain_errors`.
 
     Attributes:
         at: how many bytes have been written, which is where the next record begins.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, path: Path, kept: str) -> None:
         self.at = 0
-        self._fd = fd
+        self._fd, self._path, self._kept = fd, path, kept
         self._crc = 0
         self._unsynced = 0
         self._codec: Codec = load_codec("msgpack")
@@ -72,7 +76,7 @@ class RecordWriter:
 
         Raises:
             NotEncodable: the codec doesn't carry the value.
-            OSError: what the system says.
+            OSError: what the system says; the text names the file, and what was needed.
         """
         return self._append(value, _RECORD)
 
@@ -98,8 +102,10 @@ class RecordWriter:
             for piece in (head + crc.to_bytes(4, "little"), *pieces)
             for start in range(0, len(piece), _UNSYNCED)
         ]
-        while views:
-            views = self._write_some(views)
+        end = self.at + sum(len(view) for view in views)
+        with explain_errors(self._path, end, self._kept):
+            while views:
+                views = self._write_some(views)
 
     def _write_some(self, views: list[memoryview]) -> list[memoryview]:
         """Write the first of the views in one go, and return what is left."""

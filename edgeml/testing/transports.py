@@ -548,6 +548,77 @@ class TransportTests:
 
         _results([net.start(work, number) for number in range(threads)], 3 * _PATIENCE)
 
+    def test_what_one_thread_asks_arrives_in_the_order_in_which_it_was_asked(
+        self, net: _Net
+    ) -> None:
+        arrived: dict[bytes, list[int]] = {}
+
+        def on_request(message: Message, reply: Reply) -> None:
+            who, number = message.header.split()
+            arrived.setdefault(who, []).append(int(number))
+            reply(Message(b""))
+
+        requester = net.connect(net.serve(on_request))
+
+        def ask(seed: int) -> None:
+            rng = random.Random(seed)
+            numbers = itertools.count()
+            for _ in range(40):
+                futures = []
+                for _ in range(rng.randrange(4)):
+                    size = rng.choice((0, 1000, 100 * _KB, 300 * _KB, 3 * _MB, 5 * _MB))
+                    sent = _message(b"%d %d" % (seed, next(numbers)), size)
+                    futures.append(requester.request(sent))
+                for size in (0, rng.choice((1000, 5 * _MB))):
+                    sent = _message(b"%d %d" % (seed, next(numbers)), size)
+                    requester.call(sent, _PATIENCE)
+                if rng.random() < 0.5:
+                    _results(futures)
+
+        ask(0)
+        _results([net.start(ask, seed) for seed in (1, 2)], 3 * _PATIENCE)
+        for numbers in arrived.values():
+            assert numbers == sorted(numbers)
+
+    def test_what_a_futures_callback_asks_arrives_in_order_too(self, net: _Net) -> None:
+        arrived = []
+
+        def on_request(message: Message, reply: Reply) -> None:
+            arrived.append(message.header)
+            reply(Message(b""))
+
+        requester = net.connect(net.serve(on_request))
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+        def ask(_: Future[Message]) -> None:
+            try:
+                requester.request(_message(b"second", _MB))
+                requester.call(Message(b"third"), 2.0)
+                done.put(None)
+            except Exception as error:
+                done.put(error)
+
+        for _ in range(20):
+            requester.request(Message(b"first")).add_done_callback(ask)
+            assert done.get(timeout=_PATIENCE) is None
+        assert arrived == [b"first", b"second", b"third"] * 20
+
+    def test_a_thread_that_has_called_and_ended_leaves_nothing_behind(self, net: _Net) -> None:
+        requester = net.connect(net.serve(_echo))
+
+        def use() -> None:
+            requester.call(Message(b"x"), _PATIENCE)
+            requester.request(Message(b"x")).result(_PATIENCE)
+            requester.call(_message(b"", 300 * _KB), _PATIENCE)
+
+        net.start(use).result(_PATIENCE)
+        before = _open_files()
+        for _ in range(100):
+            thread = threading.Thread(target=use)
+            thread.start()
+            thread.join(_PATIENCE)
+        assert _until(lambda: _open_files() < before + 10, 1.0)
+
     def test_requests_are_passed_on_one_at_a_time(self, net: _Net) -> None:
         running, most = itertools.count(), []
         lock = threading.Lock()
@@ -1387,6 +1458,11 @@ def _within(seconds: float) -> Iterator[None]:
     yield
     took = time.monotonic() - began
     assert took < seconds, f"took {took:.2f} s"
+
+
+def _open_files() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/dev/fd"))
 
 
 def _resident() -> int:

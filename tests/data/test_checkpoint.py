@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -235,7 +237,7 @@ class TestDamage:
         path, stores = small[1], {"it": {"latest_id": 0, "state": 0, "parts": []}}
         for at in (32, 1 << 40, -64):
             with open(path, "wb") as file:
-                RecordWriter(file.fileno()).append_index({"values": at, "stores": stores})
+                RecordWriter(file.fileno(), path, "").append_index({"values": at, "stores": stores})
             self.refused(small, path.read_bytes(), f"no record is at byte {at}")
 
     def test_no_file(self, tmp_path: Path) -> None:
@@ -304,8 +306,46 @@ class TestAtomic:
 
     def test_no_room(self, path: Path) -> None:
         # As a full disk fails: after some of the bytes were written.
-        with no_file_larger_than(1 << 20), pytest.raises(OSError, match="too large"):
+        with no_file_larger_than(1 << 20), pytest.raises(OSError, match="too large") as raised:
             checkpoint.save(path, np.zeros(1 << 20))
+        self.assert_explained(raised.value, path, 8 << 20)
+        self.assert_old(path)
+
+    def assert_explained(self, error: OSError, path: Path, needed: int) -> None:
+        """Assert that it names the file, the bytes that were needed, and what is still there."""
+        assert error.filename == str(path)
+        found = re.search("at least ([0-9,]+) bytes are needed; the file that was", str(error))
+        assert found
+        assert needed < int(found[1].replace(",", "")) < 3 * needed
+        assert "is as it was" in str(error)
+
+    def test_the_disk_is_full(self, small_disk: Path) -> None:
+        path = small_disk / "c"
+        checkpoint.save(path, "old")
+        store = QueuedDataStore(40)
+        for i in range(40):
+            store.insert({"x": np.full(1 << 18, i, np.uint8)})
+        for values, stores, needed in (
+            (np.zeros(1 << 20), None, 8 << 20),
+            ("new", {"it": store}, 4 << 20),  # as soon as a part doesn't fit
+        ):
+            with pytest.raises(OSError, match="No space left on device: at least") as raised:
+                checkpoint.save(path, values, stores)
+            assert raised.value.errno == errno.ENOSPC
+            self.assert_explained(raised.value, path, needed)
+            self.assert_old(path)
+        checkpoint.save(path, "new")
+        assert checkpoint.load(path) == "new"
+
+    def test_errors_of_what_is_saved_are_left_as_they_are(self, path: Path) -> None:
+        mine = OSError(errno.ENOSPC, "mine")
+
+        def fail() -> None:
+            raise mine
+
+        with pytest.raises(OSError, match="mine") as raised:
+            checkpoint.save(path, fail)
+        assert raised.value is mine
         self.assert_old(path)
 
     def test_a_system_that_writes_less_than_it_was_given(
@@ -326,13 +366,17 @@ class TestAtomic:
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", fsync)
-            with pytest.raises(OSError, match="Input"):
+            with pytest.raises(OSError, match="Input/output error; the file that was") as raised:
                 checkpoint.save(path, "new")
+        assert raised.value.filename == str(path)
         self.assert_old(path)
 
     def test_no_such_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError):
-            checkpoint.save(tmp_path / "none" / "c", 1)
+        (tmp_path / "file").touch()
+        for name, error in ("none", FileNotFoundError), ("file", NotADirectoryError):
+            with pytest.raises(error, match="No such directory, make it first") as raised:
+                checkpoint.save(tmp_path / name / "c", 1)
+            assert raised.value.filename == str(tmp_path / name)
 
     def test_it_is_on_the_disk_before_it_has_the_name(
         self, path: Path, monkeypatch: pytest.MonkeyPatch

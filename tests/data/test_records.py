@@ -16,7 +16,7 @@ VALUES = [None, {"x": np.arange(100_000)}, "text", [np.zeros(0), b""]]
 
 def write(path: Path) -> list[int]:
     with open(path, "wb") as file:
-        writer = RecordWriter(file.fileno())
+        writer = RecordWriter(file.fileno(), path, "")
         places = [writer.append(value) for value in VALUES]
         assert writer.append_index({"at": places}) > places[-1]
         assert writer.at == os.fstat(file.fileno()).st_size
@@ -37,12 +37,13 @@ def test_records_are_found_by_the_index(tmp_path: Path) -> None:
 
 
 def test_a_value_that_no_codec_carries_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    with open(tmp_path / "records", "wb") as file:
-        writer = RecordWriter(file.fileno())
+    path = tmp_path / "records"
+    with open(path, "wb") as file:
+        writer = RecordWriter(file.fileno(), path, "")
         with pytest.raises(NotEncodable):
             writer.append(object())
         writer.append_index("whole")
-    with open(tmp_path / "records", "rb") as file:
+    with open(path, "rb") as file:
         assert RecordReader(file.fileno(), "it", "log").index == "whole"
 
 

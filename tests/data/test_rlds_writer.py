@@ -1,9 +1,12 @@
 """The thread of an RLDS logger: only the end of an episode waits for it, and nothing is lost."""
 
+import errno
 import gc
 import logging
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 import weakref
@@ -241,6 +244,49 @@ class TestErrors:
             gate.error = None
             step(log, 2)
         assert read(tmp_path) == [[0, 1, 2]]
+
+
+class TestNoRoom:
+    def noise(self, i: int) -> np.ndarray:
+        return np.random.default_rng(i).integers(0, 256, (512, 1024, 3)).astype(np.uint8)
+
+    def log(self, log: RLDSLogger, *numbers: int) -> None:
+        log.log_reset(self.noise(numbers[0]))
+        for i in numbers[1:]:
+            log.log_step(i, self.noise(i), 0.0, truncated=i == numbers[-1])
+
+    def read(self, directory: Path) -> list[int]:
+        return [len(episode["steps"]["action"]) for episode in read_episodes(directory)]
+
+    def test_an_episode_is_kept_until_there_is_some(self, small_disk):
+        """1.5 MB for each image, and 4 MB in all."""
+        directory = small_disk / "set"
+        with RLDSLogger(directory) as log:
+            self.log(log, 0, 1)
+            with pytest.raises(OSError, match="No space left on device") as raised:
+                self.log(log, 2, 3)
+            assert raised.value.errno == errno.ENOSPC
+            assert raised.value.filename == str(directory / "edgeml-train.tfrecord-00000")
+            needed = re.search(
+                "at least ([0-9,]+) bytes are needed; the episodes", str(raised.value)
+            )
+            assert needed
+            assert 2 * 512 * 1024 * 3 < int(needed[1].replace(",", "")) < 2.1 * 512 * 1024 * 3
+            assert self.read(directory) == [2]
+            with pytest.raises(OSError, match="the next call tries again"):
+                log.log_reset(self.noise(4))
+            more = ["mount", "-o", "remount,size=16m", str(small_disk)]
+            subprocess.run(more, timeout=20, check=True)
+            self.log(log, 4, 5)  # and the one before is written first
+        assert self.read(directory) == [2, 2, 2]
+
+    def test_a_directory_that_can_not_be_made_is_named(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError) as raised:
+            RLDSLogger(tmp_path / "file" / "set")
+        assert raised.value.filename == str(tmp_path / "file" / "set")
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none: there is no such directory"):
+            list(read_episodes(tmp_path / "none"))
 
 
 class TestEnds:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
 import queue
 import re
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -27,37 +29,52 @@ class Example:
         name: of the file.
         arguments: for its command line.
         cwd: where it runs, for what it writes.
+        before: Python that runs first in the same process, to make something fail there.
+        terminal: give it a terminal rather than a pipe.
         env: changes to the environment.
     """
 
-    def __init__(self, name: str, *arguments: object, cwd: Path, **env: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        *arguments: object,
+        cwd: Path,
+        before: str = "",
+        terminal: bool = False,
+        **env: str,
+    ) -> None:
+        program = [str(EXAMPLES / name)]
+        if before:
+            run = f"import runpy, sys; sys.path.insert(0, {str(EXAMPLES)!r})\n{before}\n"
+            program = ["-c", run + f"runpy.run_path({program[0]!r}, run_name='__main__')"]
         inherited = {
             key: value
             for key, value in os.environ.items()
             if key not in ("DISPLAY", "WAYLAND_DISPLAY", "EDGEML_TRANSPORT")
         }
         # A background job of a shell ignores SIGINT, and so would its children.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        read, write = pty.openpty() if terminal else os.pipe()
+        self._output = open(read, errors="replace")  # noqa: SIM115 - the reader closes it
         try:
             self.process = subprocess.Popen(
-                [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
+                [sys.executable, *program, *map(str, arguments)],
                 cwd=cwd,
                 env={**inherited, **env},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+                stdout=write,
+                stderr=write,
             )
         finally:
-            signal.signal(signal.SIGINT, before)
+            os.close(write)
+            signal.signal(signal.SIGINT, handler)
         self.printed = ""
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout
-        with self.process.stdout as lines:
+        with self._output as lines, suppress(OSError):  # which is how a terminal ends
             for line in lines:
                 self._lines.put(line)
         self._lines.put(None)
@@ -78,12 +95,17 @@ class Example:
         """Press Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
 
-    def end(self, code: int = 0) -> str:
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self.process.kill()
+        self.process.wait()
+
+    def end(self, code: int = 0, *, traceback: bool = False) -> str:
         """Wait for its end, which must be a clean one; returns all that it printed."""
         while (line := self._lines.get(timeout=PATIENCE)) is not None:
             self.printed += line
         assert self.process.wait(PATIENCE) == code, self.printed
-        assert "Traceback" not in self.printed
+        assert ("Traceback" in self.printed) == traceback, self.printed
         assert "Exception ignored" not in self.printed, self.printed
         return self.printed
 
@@ -96,6 +118,5 @@ class Example:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.kill()
         self._reader.join()

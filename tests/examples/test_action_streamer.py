@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-from edgeml import ActionClient, RemoteError
+from edgeml import ActionClient, ActionServer, RemoteError
 from example_program import EXAMPLES, Example
-from pairs import wait_until
+from pairs import started, wait_until
 
 NAME = "action_streamer.py"
 PATTERN = ("--pattern", "--size", "160x120", "--fps", 60)
@@ -177,25 +177,59 @@ def test_the_server_takes_orders(run: Any) -> None:
                 client.act("set_fps", {"fps": 0})
             assert client.obs(["stream"])["stream"]["source"] == "test pattern"
         server.interrupt()
-        assert "'act' failed: ValueError" in server.end()
+        assert re.search(r"act.* failed for .*127\.0\.0\.1: ValueError: fps must be", server.end())
 
 
 def test_errors_are_one_line(run: Any, tmp_path: Path) -> None:
     (tmp_path / "cv2.py").write_text("raise ImportError")
     with (
         run("--client", "--port", 1) as nobody,
+        run("--client", "--port", 1, "--output", "no/video.mp4") as no_folder,
         run("--server", "--video", "no.mp4") as no_file,
         run("--server", "--video", "no.mp4", PYTHONPATH=str(tmp_path)) as no_opencv,
         run("--server", "--fps", 0) as no_rate,
         run("--help") as help,
     ):
-        assert "error: nobody answers at zmq://127.0.0.1:1" in nobody.end(code=1)
+        assert re.search(
+            r"error: nobody answers at zmq://127\.0\.0\.1:1.*; start action_streamer\.py --server "
+            r"there, with --host 0\.0\.0\.0",
+            nobody.end(code=1),
+        )
+        assert "--output no/video.mp4 cannot be written: No such file" in no_folder.end(code=1)
         assert "cannot open no.mp4" in no_file.end(code=1)
         assert 'This needs OpenCV: pip install -e ".[examples]"' in no_opencv.end(code=1)
         assert "--fps" in no_rate.end(code=2)
         printed = help.end()
         for option in ("--server", "--client", "--ip", "--host", "--port", "--transport"):
             assert option in printed
+
+
+def test_a_server_that_is_lost_is_told(run: Any) -> None:
+    with run("--server", "--port", 0, *PATTERN) as server:
+        port = server.port()
+        with run("--client", "--port", port, "--output", "some.mp4") as client:
+            client.until(r"frames, [\d.]+ fps")
+            server.kill()
+            client.until(r"no frames for \d+ s: .*zmq://127\.0\.0\.1")
+            client.interrupt()
+            assert re.search(SUMMARY + r"some\.mp4", client.end())
+
+
+def test_a_client_to_which_no_frame_came_does_not_claim_to_have_written_any(run: Any) -> None:
+    from action_streamer import make_config
+
+    def answer(keys: list[str]) -> dict[str, Any]:
+        stream = {"source": "a robot that sees nothing", "fps": 30.0, "paused": False}
+        known = {"frame": {}, "clock": time.monotonic(), "stream": stream}
+        return {key: known[key] for key in keys}
+
+    config = make_config(argparse.Namespace(port=0, transport=None))
+    with started(ActionServer(config, answer, lambda key, payload: {})) as server:
+        silent = ("--client", "--port", server.port, "--output", "none", "--seconds", 1)
+        with run(*silent) as client:
+            printed = client.end(code=1)
+    assert "no frames came within 1 s" in printed
+    assert "written" not in printed
 
 
 def test_dropped_frames_are_counted_by_their_numbers() -> None:

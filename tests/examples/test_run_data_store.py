@@ -51,9 +51,32 @@ def test_ctrl_c_sends_what_there_is(run: Any) -> None:
 
 def test_an_actor_waits_for_its_learner_and_ctrl_c_ends_that(run: Any) -> None:
     with run("--client", "--port", 1) as actor:
-        actor.until("waiting for a learner")
+        actor.until(r"nobody answers .*; waiting for up to 60 s: start run_data_store\.py --server")
         actor.interrupt()
         actor.end()
+
+
+def test_a_learner_thread_that_dies_ends_the_run_with_its_error(run: Any) -> None:
+    failing = """
+import edgeml.data
+def fail(*arguments):
+    raise OSError("no memory, say")
+edgeml.data.ReplayBuffer.sample = fail
+"""
+    with run("--port", 0, "--steps", 1_000_000, before=failing) as both:
+        assert both.end(code=1).endswith("error: no memory, say\n")
+
+
+def test_an_actor_whose_learner_is_gone_says_so_while_its_queue_is_full(run: Any) -> None:
+    with run("--server", "--port", 0) as server:
+        server.until("for this machine only: --host 0.0.0.0 lets others in")
+        port = int(re.search(r":(\d+)", server.printed)[1])  # type: ignore[index]
+        with run("--client", "--port", port, "--steps", 1_000_000, "--rate", 0) as actor:
+            actor.until(r"network [1-9]")
+            server.kill()
+            actor.until(r"actor: the queue is full; waiting for a learner for \d+ s")
+            actor.interrupt()
+            assert "error: " in actor.end(code=1)  # much was never sent
 
 
 def test_help(run: Any) -> None:

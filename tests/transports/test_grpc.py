@@ -30,6 +30,7 @@ from edgeml import (
 )
 from edgeml.core import Message, Url, load_transport, wire
 from edgeml.core.frames import frame
+from edgeml.transports.grpc import order
 from edgeml.transports.grpc.protocol import Assembly
 from pairs import process, run_fresh, started, wait_until
 
@@ -1031,3 +1032,40 @@ def test_a_program_that_ends_without_closing_anything_ends(how):
         """,
         timeout=10,
     )
+
+
+# Order ------------------------------------------------------------------------------------
+
+
+def test_a_request_waits_for_the_one_that_it_comes_after_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr(order, "_PATIENCE", 0.2)
+
+    async def run() -> list[int]:
+        turns, passed_on = order.Turns(), []
+
+        async def pass_on(number: int, after: int) -> None:
+            await turns.take([("edgeml-order", f"lane {number} {after}")])
+            passed_on.append(number)
+
+        later = [asyncio.create_task(pass_on(*each)) for each in ((4, 3), (3, 1))]
+        await asyncio.sleep(0)
+        await pass_on(1, 0)
+        await asyncio.wait_for(asyncio.gather(*later), 5)
+        await asyncio.wait_for(pass_on(9, 8), 5)  # 8 was cancelled, and never came
+        return passed_on
+
+    assert asyncio.run(run()) == [1, 3, 4, 9]
+
+
+@pytest.mark.parametrize("value", ["", "lane", "lane 1", "lane 1 x", "lane 1 2 3"])
+def test_an_order_that_makes_no_sense_is_malformed(value):
+    with pytest.raises(Malformed, match="edgeml-order"):
+        asyncio.run(order.Turns().take([("edgeml-order", value)]))
+
+
+def test_a_server_forgets_the_oldest_lanes(monkeypatch):
+    monkeypatch.setattr(order, "_MOST_LANES", 10)
+    turns = order.Turns()
+    for index in range(100):
+        asyncio.run(turns.take([("edgeml-order", f"{index} 1 0")]))
+    assert len(turns._lanes) == 10

@@ -726,6 +726,17 @@ def test_what_a_stranger_says_correctly_is_answered():
         stranger.socket.close()
 
 
+def test_threads_that_come_and_go_quickly_leave_no_more_than_a_few_sockets():
+    with Serving(echo) as serving:
+        serving.requester.call(Message(b""), 5.0)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(100):
+            thread = threading.Thread(target=serving.requester.call, args=(Message(b""), 5.0))
+            thread.start()
+            thread.join()
+        assert len(os.listdir("/proc/self/fd")) < before + 50  # each has one at either end
+
+
 def test_descriptors_that_nobody_asked_for_are_not_kept():
     with Serving(echo) as serving:
         stranger = Stranger(serving.endpoint)

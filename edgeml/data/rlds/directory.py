@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeml.core.errors import ConfigMismatch, Malformed
-from edgeml.data.files import replace
+from edgeml.data.files import KEPT, explain_errors, replace
 from edgeml.data.rlds.tfrecord import FRAMING, framed, is_torn, read_records
 
 __all__ = ["FEATURES", "INFO", "Shards", "Split", "splits", "write_whole"]
@@ -32,6 +32,10 @@ _SPLIT = "train"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 _TFDS_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _MOST = 99_999  # shards; with more tfds expects six digits in the names of all
+_KEPT = (
+    "the episodes logged before are as they were, and the one that was to be written is kept until "
+    "the logger is closed: the next call tries again"
+)
 _DAMAGED = (
     "Nothing was changed. Move the directory away, to log into a new one and read what is whole "
     "in the old one; or restore it from a backup"
@@ -83,6 +87,10 @@ def splits(directory: Path) -> dict[str, Split]:
         found = [_split(directory, info["name"], part) for part in info.get("splits", [])]
         by_name = {split.name: split for split in found}
     except FileNotFoundError:
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"no dataset in {directory}: there is no such directory"
+            ) from None
         raise FileNotFoundError(
             f"no dataset in {directory}: it has no {INFO}, which is written with the first episode"
         ) from None
@@ -183,7 +191,8 @@ class Shards:
         """Add one episode. When this returns it is on the disk, and counted.
 
         Raises:
-            OSError: it could not be written; what was there before is as it was.
+            OSError: it could not be written; what was there before is as it was. The text names the
+                file, and what was needed.
             ValueError: there are as many shards as tfds can number.
         """
         if self.closed:
@@ -200,11 +209,12 @@ class Shards:
             counts = [*self._counts[:index], *(self._counts[index:] or [0])]
             sizes = [*self._sizes[:index], *(self._sizes[index:] or [0])]
             try:
-                os.ftruncate(fd, size)  # should what is below have been interrupted, too
-                os.lseek(fd, size, os.SEEK_SET)
-                for piece in framed(data):
-                    _write(fd, piece)
-                os.fsync(fd)
+                with explain_errors(path, len(data) + FRAMING, _KEPT):
+                    os.ftruncate(fd, size)  # should what is below have been interrupted, too
+                    os.lseek(fd, size, os.SEEK_SET)
+                    for piece in framed(data):
+                        _write(fd, piece)
+                    os.fsync(fd)
                 counts[index] += 1
                 sizes[index] = size + len(data) + FRAMING
                 self._commit(counts, sizes)
@@ -301,7 +311,8 @@ class Shards:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, either the old one or the new one is there."""
-    with replace(path) as fd:  # which also puts the name of a new shard beside it on the disk
+    # This also puts the name of a new shard beside it on the disk.
+    with replace(path) as fd, explain_errors(path, len(content), KEPT):
         _write(fd, content)
 
 

@@ -32,6 +32,7 @@ from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.limits import explain_no_connection
 from edgeml.core.url import is_loopback
+from edgeml.transports.grpc.order import Lane
 from edgeml.transports.grpc.processes import NO_FORKS
 from edgeml.transports.grpc.protocol import (
     ERRORS,
@@ -60,6 +61,7 @@ class Connection(Requester):
         self.url = url
         self._why: EdgemlError | None = None  # set once, when it is over
         self._pending = Pending()
+        self._local = threading.local()
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()  # that may be at work for this
         host = url.host or "localhost"
@@ -106,17 +108,22 @@ class Connection(Requester):
         if self._why is not None:
             raise self._over()
         content = [PREFIX.pack(self._number, size), *parts]
+        lane: Lane | None = getattr(self._local, "lane", None)
+        turn, metadata = lane.enter() if lane is not None and lane.busy else (0, None)
         try:
             if size > LARGEST_FRAME:
                 with _Sending(content) as sending:
-                    return _assembled(self._stream(sending, timeout=timeout))
-            piece = self._request(b"".join(content), timeout=timeout)
+                    return _assembled(self._stream(sending, timeout=timeout, metadata=metadata))
+            piece = self._request(b"".join(content), timeout=timeout, metadata=metadata)
             if _key_of(piece):
                 left = max(0.001, deadline - time.monotonic())
                 return _assembled(self._fetch(self._wanted(piece), timeout=left))
             return _opened(piece)
         except (grpc.RpcError, ValueError) as error:
             raise self._meant(error, timeout) from None
+        finally:
+            if lane is not None and turn:
+                lane.leave(turn)
 
     def _wanted(self, piece: bytes) -> bytes:
         """What asks for the reply that is kept under a piece's key."""
@@ -150,12 +157,17 @@ class Connection(Requester):
         number, future = self._pending.add()
         prefix = PREFIX.pack(self._number, size)
         calls: list[Any] = []  # of gRPC, that this one takes: the last is under way
+        lane: Lane | None = getattr(self._local, "lane", None)
+        if lane is None:
+            lane = self._local.lane = Lane()
+        turn, metadata = lane.enter()
+        future.add_done_callback(lambda _: lane.leave(turn))
         try:
             if size > LARGEST_FRAME:
                 _, parts = parts_of(own(message))
-                calls.append(self._stream(pieces([prefix, *parts])))
+                calls.append(self._stream(pieces([prefix, *parts]), metadata=metadata))
             else:
-                calls.append(self._request.future(b"".join([prefix, *parts])))
+                calls.append(self._request.future(b"".join([prefix, *parts]), metadata=metadata))
         except ValueError as error:
             future.cancel()
             raise self._meant(error, 0) from None

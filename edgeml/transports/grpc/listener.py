@@ -31,6 +31,7 @@ from edgeml.core.carrier import Stay
 from edgeml.core.forks import drop_sockets, watch_forks
 from edgeml.core.loops import Loop
 from edgeml.transports.grpc.health import Health
+from edgeml.transports.grpc.order import Turns
 from edgeml.transports.grpc.protocol import (
     ERRORS,
     LARGEST_FRAME,
@@ -97,6 +98,7 @@ class Listener(Endpoint):
         self._number = secrets.randbits(64) | 1  # of this server; 0 stands for any
         self._waiting: set[asyncio.Future[_Answer]] = set()
         self._kept: dict[int, Message] = {}  # replies that are to be fetched
+        self._turns = Turns()
         self._closed = False
         self._loop = Loop(f"edgeml {url}")
         try:
@@ -192,6 +194,7 @@ class Listener(Endpoint):
             raise Unreachable("the server has restarted since this client connected")
 
     async def _answer(self, message: Message, context: _Context) -> _Answer:
+        await self._turns.take(context.invocation_metadata())
         if self._closed:
             raise Closed(f"{self.url} has closed")
         reply = _Reply(self, context)

@@ -178,6 +178,10 @@ class Connection(Requester):
     def call(self, message: Message, timeout: float) -> Message:
         if self._why is not None:
             raise self._over()
+        if self._pending.unanswered:  # a socket of its own would overtake them
+            if self._loop.inside:  # in a future's callback
+                self._loop.strand()
+            return self.wait_for(self.request(message), timeout)
         line: _Line | None = getattr(self._local, "line", None)
         try:
             if line is None:
@@ -196,6 +200,7 @@ class Connection(Requester):
             raise
 
     def _new_line(self, timeout: float) -> _Line:
+        self._close_orphans()  # threads may come and go faster than the loop looks
         line = _Line(self, timeout)
         with self._lock:
             if self._why is None:
@@ -231,11 +236,16 @@ class Connection(Requester):
                 self._why = Unreachable(f"the connection to {self.url} was lost: {why}")
         self._loop.stop_soon()
 
+    def _close_orphans(self) -> None:
+        with suppress(IndexError):  # the last one is closed
+            while True:
+                channel = self.orphans.popleft()
+                channel.close()
+                with self._lock:
+                    self._copied += channel.copied
+
     def _tidy(self) -> None:
-        while self.orphans:
-            channel = self.orphans.popleft()
-            self._copied += channel.copied
-            channel.close()
+        self._close_orphans()
         for line in list(self._lines):
             line.tidy()
         self._pool.tidy()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from edgeml.core import Message, Overloaded
-from edgeml.core.carrier import Carrier, Stay
+from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.sockets import Lost
 from edgeml.transports.shm.waiting import IN, OUT, Poller, Waiter
@@ -88,6 +88,15 @@ class Loop:
         """See `Endpoint.wake`."""
         self._carrier.wake()
 
+    @property
+    def inside(self) -> bool:
+        """Whether this is the thread that runs the loop."""
+        return self._carrier.here
+
+    def strand(self) -> None:
+        """Go on in a fresh thread, since this one waits in a message for what the loop brings."""
+        self._carrier.strand()
+
     def relieve(self) -> None:
         """See `Endpoint.relieve`."""
         self._carrier.relieve()
@@ -162,6 +171,8 @@ class Loop:
             return
         if got is not None:
             self._carrier.hand_over(self._on_message, channel, *got)
+            if not self._carrier.here:
+                raise Left  # it was stranded
 
     def _write_full(self) -> None:
         while self._full:

@@ -8,7 +8,8 @@ Threads. The `listener` has one loop, which alone touches the ROUTER; other thre
 replies in an outbox and wake the loop through a DEALER that is connected to the same ROUTER over
 inproc, so that there is one socket to wait on and no poll. A `connection` gives each calling thread
 a DEALER of its own, on which `call` sends and waits without a thread hop; `request` goes
-through one I/O thread. All connections share one context, and so one of libzmq's own threads. What
+through one I/O thread, and so does a call from a thread with a request that has had no answer,
+lest it overtake it. All connections share one context, and so one of libzmq's own threads. What
 wakes a caller that is blocked in its DEALER is a message from the connection's waker, to which the
 DEALER is connected as well, by a pipe that is filled at first so that no request takes it. Nothing
 of this survives a fork: in the child every connection is closed, and its sockets are left alone.

@@ -57,6 +57,10 @@ class _Woken(Exception):
     """The connection is over, and whoever waits for a reply is told so."""
 
 
+class _Relieved(Exception):
+    """Ends an I/O thread whose work another one has taken over."""
+
+
 class _Line:
     """The DEALER of one calling thread."""
 
@@ -133,7 +137,7 @@ class _Line:
             self._socket.close(linger=0)
             self._socket = None
 
-    def __del__(self) -> None:  # its thread has ended
+    def __del__(self) -> None:  # its thread has ended; the I/O thread sees to the waker's end
         self.close()
 
 
@@ -170,9 +174,11 @@ class Connection(Requester):
             self._listen, self._bell = self._open(zmq.PAIR), self._open(zmq.PAIR)
             self._listen.bind(f"inproc://{self._who}.bell")
             self._bell.connect(f"inproc://{self._who}.bell")
-            self._waker = self._open(zmq.DEALER)
+            # Of a kind that reads nothing, or a line that closes would wait for it to read.
+            self._waker = self._open(zmq.PUSH)
             self._waker.rcvhwm = 1
             self._waker.bind(f"inproc://{self._who}.waker")
+            self._waker_fd = self._waker.FD
             self._shared = self._open(zmq.DEALER)
             self._monitor = self._shared.get_monitor_socket(_LOST)
             self._sockets.append(self._monitor)
@@ -182,9 +188,16 @@ class Connection(Requester):
             raise Unreachable(
                 f"no connection to {url} can be opened: {error}{what_to_do(error.errno)}"
             ) from error
-        self._io = threading.Thread(target=self._run, name=f"edgeml to {url}", daemon=True)
-        self._io.start()
+        self._queue: deque[tuple[int, Message]] = deque()  # of the I/O thread's
+        self._poller = zmq.Poller()
+        for each in (self._listen, self._shared, self._monitor, self._waker_fd):
+            self._poller.register(each, zmq.POLLIN)
+        self._start_io()
         watch_forks(self)
+
+    def _start_io(self) -> None:
+        self._io = threading.Thread(target=self._run, name=f"edgeml to {self.url}", daemon=True)
+        self._io.start()
 
     def _open(self, kind: int) -> zmq.Socket[bytes]:
         made = open_socket(self._context, kind)
@@ -201,12 +214,16 @@ class Connection(Requester):
     def line(self) -> zmq.Socket[bytes]:
         """A socket to the peer that `_wake` wakes."""
         line = open_socket(self._context, zmq.DEALER)
-        line.sndhwm = 1
-        line.connect(f"inproc://{self._who}.waker")
-        with suppress(zmq.Again):
-            while True:  # until this way is full, which it stays, as nobody reads there
-                line.send(b"", zmq.DONTWAIT)
-        self._dial(line, 0)
+        try:
+            line.sndhwm = 1
+            line.connect(f"inproc://{self._who}.waker")
+            with suppress(zmq.Again):
+                while True:  # until this way is full, which it stays, as nobody reads there
+                    line.send(b"", zmq.DONTWAIT)
+            self._dial(line, 0)
+        except BaseException:  # Ctrl-C, say
+            line.close()
+            raise
         return line
 
     def _wake(self) -> None:
@@ -227,6 +244,10 @@ class Connection(Requester):
         check(message)
         if self._why is not None:
             raise self._over()
+        if self._pending.unanswered:  # a line would overtake them
+            if threading.current_thread() is self._io:  # in a future's callback
+                self._start_io()
+            return self.wait_for(self.request(message), timeout)
         line: _Line | None = getattr(self._local, "line", None)
         try:
             if line is None:
@@ -268,19 +289,22 @@ class Connection(Requester):
                 why = Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
             else:
                 why = Unreachable(f"the connection to {self.url} was lost{if_out_of_files()}")
+        except _Relieved:
+            return
         except Exception as error:
             _log.exception("the connection to %s failed", self.url)
             why = Unreachable(f"the connection to {self.url} failed: {error}")
         self._end(why)
 
     def _carry(self) -> int:
-        """Send requests and settle replies until the connection is over; returns the event."""
-        poller = zmq.Poller()
-        for sock in (self._listen, self._shared, self._monitor):
-            poller.register(sock, zmq.POLLIN)
-        queue: deque[tuple[int, Message]] = deque()
+        """Send requests and settle replies until the connection is over; returns the event.
+
+        Raises:
+            _Relieved: another thread does so since a future's callback called.
+        """
+        queue = self._queue
         while True:
-            ready = dict(poller.poll())
+            ready = dict(self._poller.poll())
             if self._listen in ready:
                 self._listen.recv()
                 with self._lock:
@@ -292,13 +316,16 @@ class Connection(Requester):
             if queue:
                 self._send_some(queue)
                 # What finds no room waits here, where it can still be forgotten.
-                poller.register(self._shared, zmq.POLLIN | (zmq.POLLOUT if queue else 0))
+                self._poller.register(self._shared, zmq.POLLIN | (zmq.POLLOUT if queue else 0))
             if ready.get(self._shared, 0) & zmq.POLLIN:
                 self._settle_next()
+            if self._waker_fd in ready:
+                with self._lock:  # a line has come or gone, and the waker must take notice
+                    _events(self._waker)
             if self._monitor in ready:
-                event: int = parse_monitor_message(self._monitor.recv_multipart())["event"]
                 while _events(self._shared) & zmq.POLLIN:  # what came before the loss
                     self._settle_next()
+                event: int = parse_monitor_message(self._monitor.recv_multipart())["event"]
                 return event
 
     def _send_some(self, queue: deque[tuple[int, Message]]) -> None:
@@ -316,6 +343,8 @@ class Connection(Requester):
         if len(header) >= NUMBER.size:
             number = NUMBER.unpack_from(header)[0]
             self._pending.settle(number, Message(header[NUMBER.size :], message.buffers))
+            if self._io is not threading.current_thread():
+                raise _Relieved
 
     def _end(self, why: Closed | Unreachable) -> None:
         """Free everything; runs in the I/O thread, for a loss as for a close."""

@@ -1,0 +1,105 @@
+"""In which order requests are passed on: HTTP/2 lets a small one overtake a large one.
+
+A client names a *lane* for each of its threads and numbers what the thread sends, in metadata. The
+server holds back what comes before its turn: each request says which one it comes after. That is
+the newest that was under way when it was sent, and so a thread with nothing under way, which is the
+rule, says nothing at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from edgeml.core import Malformed
+
+__all__ = ["Lane", "Turns"]
+
+_KEY = "edgeml-order"
+_MOST_LANES = 1 << 14  # that a server remembers; beyond these the oldest are forgotten
+_PATIENCE = 5.0  # seconds that a request waits for one that was cancelled, and so may never come
+
+_Metadata = tuple[tuple[str, str], ...]
+
+
+class Lane:
+    """What one thread of a client has under way."""
+
+    def __init__(self) -> None:
+        self._name = secrets.token_hex(8)
+        self._lock = threading.Lock()
+        self._newest = 0
+        self._under_way: dict[int, None] = {}  # in order
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way."""
+        return bool(self._under_way)
+
+    def enter(self) -> tuple[int, _Metadata]:
+        """Number one more request; returns the number, and what goes with the request."""
+        with self._lock:
+            self._newest += 1
+            after = next(reversed(self._under_way), 0)
+            self._under_way[self._newest] = None
+            return self._newest, ((_KEY, f"{self._name} {self._newest} {after}"),)
+
+    def leave(self, number: int) -> None:
+        """Note that a request was answered, or given up."""
+        with self._lock:
+            self._under_way.pop(number, None)
+
+
+class _Turns:
+    """How far one lane is."""
+
+    def __init__(self) -> None:
+        self.passed_on = 0  # the newest
+        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
+
+
+class Turns:
+    """Has requests wait for those that were sent before them; for a server, in its event loop."""
+
+    def __init__(self) -> None:
+        self._lanes: OrderedDict[str, _Turns] = OrderedDict()
+
+    async def take(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """Return when it is a request's turn; it is to be passed on before anything is awaited.
+
+        Raises:
+            Malformed: the metadata makes no sense.
+        """
+        for key, value in metadata or ():
+            if key == _KEY:
+                await self._take(str(value))
+
+    async def _take(self, value: str) -> None:
+        try:
+            name, *numbers = value.split(" ")
+            number, after = map(int, numbers)
+        except ValueError:
+            raise Malformed(f"{_KEY} is not a name and two numbers") from None
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = _Turns()
+            if len(self._lanes) > _MOST_LANES:
+                self._lanes.popitem(last=False)
+        else:
+            self._lanes.move_to_end(name)
+        if after > lane.passed_on:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            lane.waiting.append((after, turn))
+            await asyncio.wait((turn,), timeout=_PATIENCE)
+            turn.cancel()
+        lane.passed_on = max(lane.passed_on, number)
+        waiting, lane.waiting = lane.waiting, []
+        for entry in waiting:
+            if entry[0] <= lane.passed_on:
+                if not entry[1].done():
+                    entry[1].set_result(None)
+            elif not entry[1].done():
+                lane.waiting.append(entry)
