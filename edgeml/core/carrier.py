@@ -124,7 +124,7 @@ class Carrier:
     def carry(self, stay: Stay) -> bool:
         """Run the loop in the calling thread, at least one round; see `Endpoint.carry`."""
         me = get_ident()
-        with self._changed:
+        with self.turn:
             if self._carrying != me:
                 if not stay():
                     return not self._over
@@ -136,7 +136,7 @@ class Carrier:
         try:
             over = self._rounds(stay)
         finally:
-            with self._changed:
+            with self.turn:
                 self._in_round = False
                 if over:
                     self._carrying = 0
@@ -175,7 +175,7 @@ class Carrier:
 
     def relieve(self) -> None:
         """Have the loop's own thread carry on, if whoever carried the loop is away from it."""
-        with self._changed:
+        with self.turn:
             self._relieve()
 
     def _relieve(self) -> bool:

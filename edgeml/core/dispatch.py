@@ -249,7 +249,8 @@ class _Lane:
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[Call, _Interface]] = deque()
-        self.changed = threading.Condition()  # also the lock of the queue's figures
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self.idle = 0  # threads that wait for `changed`
         self.nbytes = 0
 
@@ -296,6 +297,7 @@ class Dispatcher:
         self._wanted: Endpoint | None = None  # whose calls came last, ...
         self._streak = 0  # ... how many in a row
         self._in_rounds = False  # whether it may wait in a loop now
+        self._at_hand: tuple[Call, _Interface] | None = None  # what its round brought
         self._looked = 0.0  # when its last round was
         self._watched = False
         self._calls_seen = 0
@@ -357,12 +359,16 @@ class Dispatcher:
 
     def _put(self, call: Call, interface: _Interface) -> None:
         lane = interface.lane
-        with lane.changed:
+        mine = self._in_rounds and get_ident() == self._carrying
+        if mine and lane is self._main and call.source is self._wanted and self._is_idle():
+            self._at_hand = call, interface  # which this thread takes when the round is over
+            return
+        with lane.lock:
             waiting, held = len(lane.waiting), lane.nbytes
             closed = self._closed
             # One call is always taken, however large.
             full = waiting >= _MOST_WAITING or (
-                waiting and held + call.nbytes > _MOST_WAITING_BYTES
+                waiting > 0 and held + call.nbytes > _MOST_WAITING_BYTES
             )
             if not closed and not full:
                 lane.waiting.append((call, interface))
@@ -374,13 +380,10 @@ class Dispatcher:
                     self._streak += 1
                 else:
                     self._wanted, self._streak = call.source, 1
-                # The thread that carries the loop takes one itself when the round is over.
-                mine = self._in_rounds and get_ident() == self._carrying
-                if not mine or waiting:
-                    if lane.idle:
-                        lane.changed.notify()
-                    elif self._in_rounds and not mine and self._carried is not None:
-                        self._carried.wake()
+                if lane.idle:
+                    lane.changed.notify()
+                elif self._in_rounds and not mine and self._carried is not None:
+                    self._carried.wake()
                 return
         if closed:
             self.refuse(call, Closed("the server has been stopped"))
@@ -410,6 +413,8 @@ class Dispatcher:
         finally:
             if self._carried is not None:
                 self._carried.relieve()
+            if self._at_hand is not None:
+                self.refuse(self._at_hand[0], Closed("the server has been stopped"))
 
     def start(self) -> None:
         """Handle calls in a thread of its own; once."""
@@ -422,7 +427,7 @@ class Dispatcher:
 
     def _work(self, lane: _Lane) -> None:
         while True:
-            with lane.changed:
+            with lane.lock:
                 while not lane.waiting and not self._closed:
                     lane.idle += 1
                     lane.changed.wait()
@@ -444,19 +449,16 @@ class Dispatcher:
     def _next(self) -> tuple[Call, _Interface] | None:
         """What the carrying thread handles next; None when the dispatcher is closed."""
         lane = self._main
+        fresh = False  # whether the loop has just had its round
         while not self._closed:
             carried = self._carried
-            busy = bool(lane.waiting)
-            if busy and (carried is None or time.monotonic() - self._looked < _ROUND):
-                with lane.changed:
-                    if (taken := self._take(lane)) is not None:
-                        return taken
-                continue
-            if (
-                not busy
-                and self._wanted is not carried
-                and (carried is None or self._streak >= _STREAK)
-            ):
+            if lane.waiting:
+                if fresh or carried is None or time.monotonic() - self._looked < _ROUND:
+                    with lane.lock:
+                        if (taken := self._take(lane)) is not None:
+                            return taken
+                    continue
+            elif self._wanted is not carried and (carried is None or self._streak >= _STREAK):
                 if carried is not None:
                     carried.relieve()
                 carried = self._carried = self._wanted
@@ -470,9 +472,14 @@ class Dispatcher:
                             self._wanted = None
                 finally:
                     self._in_rounds = False
+                if (taken := self._at_hand) is not None:
+                    self._at_hand = None
+                    self._looked = 0.0  # what came behind it is looked for next
+                    return taken
                 self._looked = time.monotonic()
+                fresh = True
                 continue
-            with lane.changed:
+            with lane.lock:
                 if not lane.waiting and not self._closed and self._wanted is None:
                     lane.idle += 1
                     lane.changed.wait()
@@ -480,7 +487,7 @@ class Dispatcher:
         return None
 
     def _is_idle(self) -> bool:
-        return not (self._main.waiting or self._closed)
+        return not (self._at_hand or self._main.waiting or self._closed)
 
     # Handlers -----------------------------------------------------------------------------
 
@@ -568,7 +575,7 @@ class Dispatcher:
         self._closed = True
         deadline = time.monotonic() + _GRACE
         for lane in self._lanes.values():
-            with lane.changed:
+            with lane.lock:
                 lane.changed.notify_all()
                 refused = [call for call, _ in lane.waiting]
                 lane.waiting.clear()
