@@ -100,7 +100,7 @@ def save(
     path = Path(path)
     with replace(path) as fd:
         writer = RecordWriter(fd, path, KEPT)
-        with _locked(stores):
+        with _lock(stores):
             begun = {
                 name: (store.latest_data_id(), len(store), store.state())
                 for name, store in stores.items()
@@ -162,7 +162,7 @@ def load(
     stores = stores or {}
     with open(path, "rb", buffering=0) as file:
         reader = RecordReader(file.fileno(), os.fspath(path), "checkpoint")
-        contents = _contents_of(reader)
+        contents = _read_contents(reader)
         if missing := stores.keys() - contents.stores.keys():
             raise ConfigMismatch(
                 f"{reader.path} has no store {sorted(missing)}; "
@@ -171,7 +171,7 @@ def load(
         values = reader.read(contents.values, writable=True)
         if check is not None:
             check(values)
-        with _locked(stores):
+        with _lock(stores):
             name = ""
             try:
                 for name, store in stores.items():
@@ -190,7 +190,7 @@ def load(
     return values
 
 
-def _contents_of(reader: RecordReader) -> _Contents:
+def _read_contents(reader: RecordReader) -> _Contents:
     try:
         return msgspec.convert(reader.index, _Contents)
     except msgspec.ValidationError as error:
@@ -240,7 +240,7 @@ def _fill(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
 
 
 @contextmanager
-def _locked(stores: _Stores) -> Iterator[None]:
+def _lock(stores: _Stores) -> Iterator[None]:
     """Hold the locks of all stores, taken in the same order by everyone."""
     with ExitStack() as stack:
         for lock in sort_locks(store.lock for store in stores.values()):

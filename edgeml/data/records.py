@@ -166,7 +166,7 @@ class RecordReader:
         size = self._sizes[at]
         memory = memoryview(empty(pooled, size, np.uint8))  # type: ignore[arg-type]
         if self._fill(memory, at + _HEAD.size) < size:
-            raise self._torn()
+            raise self._explain_end()
         return self._codec.decode(unframe(memory), writable=writable)
 
     def _check(self) -> int:
@@ -179,7 +179,7 @@ class RecordReader:
             if at == 0:
                 self._check_first(head)
             if len(head) < _HEAD.size:
-                raise self._torn()
+                raise self._explain_end()
             tag, size, _, expected = _HEAD.unpack(head)
             self._sizes[at] = size
             begin, at = at, at + _HEAD.size
@@ -190,11 +190,11 @@ class RecordReader:
             while at < stop:
                 n = self._fill(chunk[: stop - at], at)
                 if not n:
-                    raise self._torn()
+                    raise self._explain_end()
                 crc = zlib.crc32(chunk[:n], crc)
                 at += n
             if at < begin + _HEAD.size + size:
-                raise self._torn()
+                raise self._explain_end()
             if crc != expected:
                 raise Malformed(
                     f"{self.path} is damaged: bytes {begin} to {at} are not what was written; "
@@ -220,7 +220,7 @@ class RecordReader:
                     f"version {_VERSION}: use the edgeml that wrote it, or a newer one"
                 )
 
-    def _torn(self) -> Malformed:
+    def _explain_end(self) -> Malformed:
         size = os.fstat(self._fd).st_size
         return Malformed(
             f"{self.path} is cut off, or damaged: it ends after {size} bytes, amid a record; "

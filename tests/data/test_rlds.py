@@ -28,15 +28,16 @@ from edgeml.data.rlds import (
 )
 from edgeml.data.rlds import directory as directory_module
 from edgeml.data.rlds.example import decode_example, encode_example
-from edgeml.data.rlds.features import from_json, read, to_json
+from edgeml.data.rlds.features import from_json, to_json
 from edgeml.data.rlds.tfrecord import (
     crc32c,
     crc32c_numpy,
-    framed,
+    frame_record,
     is_torn,
     masked_crc32c,
     read_records,
 )
+from edgeml.data.rlds.values import read
 
 # A record of an example with lists "b" [b"x", b""], "f" [1.5, -2.0] and "i" [0, -1, 300, 2**62],
 # as TensorFlow 2.21 writes it.
@@ -131,7 +132,7 @@ class TestChecksums:
 
     def test_without_the_library_the_same_files_are_written(self, tmp_path, monkeypatch):
         log_episodes(tmp_path / "with", [3])
-        monkeypatch.setattr("edgeml.data.rlds.tfrecord._implementation", lambda: crc32c_numpy)
+        monkeypatch.setattr("edgeml.data.rlds.tfrecord._choose_crc32c", lambda: crc32c_numpy)
         log_episodes(tmp_path / "without", [3])
         shard = "edgeml-train.tfrecord-00000"
         assert (tmp_path / "with" / shard).read_bytes() == (
@@ -144,7 +145,7 @@ class TestRecordsAndExamples:
         (tmp_path / "record").write_bytes(TENSORFLOWS)
         [(offset, data)] = read_records(tmp_path / "record")
         assert offset == 0
-        assert b"".join(framed(data)) == TENSORFLOWS
+        assert b"".join(frame_record(data)) == TENSORFLOWS
         values = decode_example(data)
         assert values["b"] == [b"x", b""]
         assert same(values["f"], np.array([1.5, -2], np.float32))
@@ -191,7 +192,7 @@ class TestRecordsAndExamples:
 
     def test_every_damaged_byte_is_noticed(self, tmp_path):
         path = tmp_path / "records"
-        whole = b"".join(framed(b"first") + framed(b"second"))
+        whole = b"".join(frame_record(b"first") + frame_record(b"second"))
         for i in range(len(whole)):
             damaged = bytearray(whole)
             damaged[i] ^= 0x10
@@ -203,7 +204,7 @@ class TestRecordsAndExamples:
 
     def test_every_cut_is_noticed(self, tmp_path):
         path = tmp_path / "records"
-        whole = b"".join(framed(b"first") + framed(b"second"))
+        whole = b"".join(frame_record(b"first") + frame_record(b"second"))
         for size in set(range(len(whole))) - {0, 21}:
             path.write_bytes(whole[:size])
             with pytest.raises(Malformed, match=f"at byte {21 * (size > 21)}"):
@@ -217,8 +218,8 @@ class TestRecordsAndExamples:
             path.write_bytes(first + rest)
             return is_torn(path, len(first))
 
-        first = b"".join(framed(b"first"))
-        record = b"".join(framed(np.random.default_rng(0).bytes(10_000)))
+        first = b"".join(frame_record(b"first"))
+        record = b"".join(frame_record(np.random.default_rng(0).bytes(10_000)))
         assert all(torn(record[:size]) for size in (1, 5, 11, 12, 13, 5000, len(record) - 1))
         assert all(torn(record[:12] + bytes(n)) for n in (0, 1, 10_000, len(record) - 12))
         assert all(torn(bytes(n)) for n in (1, 12, 5000))
@@ -1050,7 +1051,7 @@ class TestReading:
         new = data.draw(st.binary(max_size=4) | st.sampled_from([b"{}", b"[", b"null", b"-1"]))
         content = content[:at] + new + content[at + data.draw(st.integers(0, 9)) :]
         if "tfrecord" in name:
-            content = b"".join(framed(content))
+            content = b"".join(frame_record(content))
         (directory / name).write_bytes(content)
         told = None
         try:
@@ -1113,7 +1114,7 @@ class TestStores:
                 n = len(column) // len(example["steps/is_last"])
                 column[-n:] = value
                 example[f"steps/{key}"] = column
-            records += framed(encode_example(example))
+            records += frame_record(encode_example(example))
         shard.write_bytes(b"".join(records))
 
     @pytest.mark.parametrize("type", ["replay_buffer", "trajectory_buffer"])

@@ -20,7 +20,7 @@ import pytest
 
 from edgeml.core.errors import Closed, DeadlineExceeded
 from edgeml.data.rlds import RLDSLogger, read_episodes
-from edgeml.data.rlds import features as features_module
+from edgeml.data.rlds import values as values_module
 from edgeml.data.rlds import writer as writer_module
 from pairs import no_thread_left, process, run_fresh, threads, wait_until
 
@@ -54,7 +54,7 @@ class Gate:
         self.open = threading.Event()
         self.threads: list[threading.Thread] = []
         self.error: BaseException | None = None  # for those who get through
-        encode = features_module.encode_image
+        encode = values_module.encode_image
 
         def wait(*arguments: Any) -> bytes:
             self.threads.append(threading.current_thread())
@@ -63,7 +63,7 @@ class Gate:
                 raise self.error
             return encode(*arguments)
 
-        monkeypatch.setattr(features_module, "encode_image", wait)
+        monkeypatch.setattr(values_module, "encode_image", wait)
 
 
 @pytest.fixture
@@ -187,14 +187,14 @@ class TestErrors:
     def fail(self, monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
         """Errors that the encoder is still to raise."""
         errors: list[BaseException] = []
-        encode = features_module.encode_image
+        encode = values_module.encode_image
 
         def maybe(*arguments: Any) -> bytes:
             if errors:
                 raise errors.pop(0)
             return encode(*arguments)
 
-        monkeypatch.setattr(features_module, "encode_image", maybe)
+        monkeypatch.setattr(values_module, "encode_image", maybe)
         return errors
 
     def test_the_next_call_raises_and_the_one_after_goes_on(self, tmp_path, fail):
@@ -331,7 +331,7 @@ class TestEnds:
         def full(*arguments: Any) -> bytes:
             raise OSError("no room")
 
-        monkeypatch.setattr(features_module, "encode_image", full)
+        monkeypatch.setattr(values_module, "encode_image", full)
         for steps in (0, 1):  # an episode without a step is none
             assert not caplog.text
             with no_thread_left():
@@ -367,12 +367,12 @@ class TestEnds:
 import sys, threading, time
 import numpy as np
 from edgeml.data.rlds import RLDSLogger
-from edgeml.data.rlds import features
-encode, go = features.encode_image, threading.Event()
+from edgeml.data.rlds import values
+encode, go = values.encode_image, threading.Event()
 def slow(*arguments):
     go.wait(30)
     return encode(*arguments)
-features.encode_image = slow
+values.encode_image = slow
 def tell():
     while len(log._writer._jobs) < 3:  # two steps and the end
         time.sleep(0.01)

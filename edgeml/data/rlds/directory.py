@@ -18,9 +18,9 @@ from typing import Any
 
 from edgeml.core.errors import ConfigMismatch, Malformed
 from edgeml.data.files import KEPT, explain_errors, replace
-from edgeml.data.rlds.tfrecord import FRAMING, framed, is_torn, read_records
+from edgeml.data.rlds.tfrecord import FRAMING, frame_record, is_torn, read_records
 
-__all__ = ["FEATURES", "INFO", "Shards", "Split", "splits", "write_whole"]
+__all__ = ["FEATURES", "INFO", "Shards", "Split", "read_splits", "write_whole"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Split:
     name: str
     shards: list[tuple[Path, int]]
 
-    def records(self) -> Iterator[tuple[Path, int, bytes]]:
+    def read(self) -> Iterator[tuple[Path, int, bytes]]:
         """Yield the path, offset and data of each record that counts.
 
         Raises:
@@ -72,7 +72,7 @@ class Split:
                 raise Malformed(f"{path} has {found} episodes, but {INFO} counts {count}")
 
 
-def splits(directory: Path) -> dict[str, Split]:
+def read_splits(directory: Path) -> dict[str, Split]:
     """Return the splits of a dataset by their names.
 
     Raises:
@@ -84,7 +84,7 @@ def splits(directory: Path) -> dict[str, Split]:
     try:
         info = json.loads(path.read_bytes())
         kept = info.get("fileFormat", "tfrecord")
-        found = [_split(directory, info["name"], part) for part in info.get("splits", [])]
+        found = [_read_split(directory, info["name"], part) for part in info.get("splits", [])]
         by_name = {split.name: split for split in found}
     except FileNotFoundError:
         if not directory.is_dir():
@@ -101,7 +101,7 @@ def splits(directory: Path) -> dict[str, Split]:
     return by_name
 
 
-def _split(directory: Path, dataset: str, part: Any) -> Split:
+def _read_split(directory: Path, dataset: str, part: Any) -> Split:
     counts = [int(count) for count in part.get("shardLengths", [])]
     if any(count < 0 for count in counts):
         raise ValueError("a negative number of examples")
@@ -152,7 +152,7 @@ class Shards:
         self._fd = os.open(directory, os.O_RDONLY)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._counts = self._counted()
+            self._counts = self._read_counts()
             self._sizes = [0] * len(self._counts)
             self._recover()
         except BlockingIOError as error:
@@ -212,14 +212,14 @@ class Shards:
                 with explain_errors(path, len(data) + FRAMING, _KEPT):
                     os.ftruncate(fd, size)  # should what is below have been interrupted, too
                     os.lseek(fd, size, os.SEEK_SET)
-                    for piece in framed(data):
+                    for piece in frame_record(data):
                         _write(fd, piece)
                     os.fsync(fd)
                 counts[index] += 1
                 sizes[index] = size + len(data) + FRAMING
                 self._commit(counts, sizes)
             finally:  # not only in the end: Ctrl-C most likely comes in a sync
-                if self._counted() == counts:
+                if self._read_counts() == counts:
                     self._counts, self._sizes = counts, sizes
                 else:
                     os.ftruncate(fd, size)
@@ -229,11 +229,11 @@ class Shards:
     def _path(self, index: int) -> Path:
         return self._directory / f"{self._name}-{_SPLIT}.tfrecord-{index:05}"
 
-    def _counted(self) -> list[int]:
+    def _read_counts(self) -> list[int]:
         path = self._directory / INFO
         if not path.exists():
             return []
-        info = splits(self._directory)
+        info = read_splits(self._directory)
         content = json.loads(path.read_bytes())
         if content.get("moduleName") != _MODULE or list(info) != [_SPLIT]:
             raise ConfigMismatch(f"{self._directory} has a dataset that was not logged by edgeml")
@@ -253,7 +253,7 @@ class Shards:
         first = max(0, len(counts) - 1)
         for index in range(first):
             sizes[index] = self._path(index).stat().st_size  # complete before the next was begun
-        total = max(len(counts), self._there())
+        total = max(len(counts), self._count_files())
         torn = 0
         for index in range(first, total):
             path, last = self._path(index), index == total - 1
@@ -285,7 +285,7 @@ class Shards:
             self._commit(counts, sizes)
         self._counts, self._sizes = counts, sizes
 
-    def _there(self) -> int:
+    def _count_files(self) -> int:
         """Return how many shards there are, by the last one's name."""
         prefix = self._path(0).name.removesuffix("00000")
         found = [path.name.removeprefix(prefix) for path in self._directory.glob(f"{prefix}*")]

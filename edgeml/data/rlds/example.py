@@ -33,13 +33,13 @@ def encode_example(features: Mapping[str, Values]) -> bytes:
     entries = []
     for name, values in features.items():
         if isinstance(values, list):
-            kind, packed = 1, b"".join(_tagged(1, value) for value in values)
+            kind, packed = 1, b"".join(_tag(1, value) for value in values)
         elif values.dtype.kind == "f":
-            kind, packed = 2, _tagged(1, values.astype("<f4", copy=False).tobytes())
+            kind, packed = 2, _tag(1, values.astype("<f4", copy=False).tobytes())
         else:
-            kind, packed = 3, _tagged(1, _varints(values))
-        entries.append(_tagged(1, _tagged(1, name.encode()) + _tagged(2, _tagged(kind, packed))))
-    return _tagged(1, b"".join(entries))
+            kind, packed = 3, _tag(1, _write_varints(values))
+        entries.append(_tag(1, _tag(1, name.encode()) + _tag(2, _tag(kind, packed))))
+    return _tag(1, b"".join(entries))
 
 
 def decode_example(data: bytes) -> dict[str, Values]:
@@ -50,31 +50,31 @@ def decode_example(data: bytes) -> dict[str, Values]:
     """
     features: dict[str, Values] = {}
     view = memoryview(data)
-    for field, example in _fields(view):
+    for field, example in _read_fields(view):
         if field != 1 or isinstance(example, int):
             continue  # as protocol buffers do with what a later version has added
-        for field, entry in _fields(example):
+        for field, entry in _read_fields(example):
             if field != 1 or isinstance(entry, int):
                 continue
-            parts = dict(_fields(entry))  # of a repeated one the last counts
+            parts = dict(_read_fields(entry))  # of a repeated one the last counts
             name, feature = parts.get(1, b""), parts.get(2, b"")
             if isinstance(name, int) or isinstance(feature, int):
                 raise Malformed("a feature's name or value is a number")
             try:
-                features[str(name, "utf-8")] = _values(memoryview(feature))
+                features[str(name, "utf-8")] = _read_values(memoryview(feature))
             except UnicodeDecodeError:
                 raise Malformed("a feature's name is not UTF-8") from None
     return features
 
 
-def _values(feature: memoryview) -> Values:
+def _read_values(feature: memoryview) -> Values:
     kind, content = 1, memoryview(b"")
-    for field, value in _fields(feature):
+    for field, value in _read_fields(feature):
         if field in (1, 2, 3):
             if isinstance(value, int):
                 raise Malformed("a feature's list is a number")
             kind, content = field, value
-    elements = [value for field, value in _fields(content) if field == 1]
+    elements = [value for field, value in _read_fields(content) if field == 1]
     if kind == 1:
         if any(isinstance(value, int) for value in elements):
             raise Malformed("a number in a list of bytes")
@@ -85,17 +85,19 @@ def _values(feature: memoryview) -> Values:
             raise Malformed("a list of float32 that is not a multiple of 4 bytes long")
         return np.frombuffer(b"".join(elements), "<f4")
     runs = [
-        np.array([value], np.uint64).view(np.int64) if isinstance(value, int) else _numbers(value)
+        np.array([value], np.uint64).view(np.int64)
+        if isinstance(value, int)
+        else _read_varints(value)
         for value in elements
     ]
     return runs[0] if len(runs) == 1 else np.concatenate([np.empty(0, np.int64), *runs])
 
 
-def _tagged(field: int, content: bytes) -> bytes:
-    return bytes((field << 3 | _BYTES,)) + _varint(len(content)) + content
+def _tag(field: int, content: bytes) -> bytes:
+    return bytes((field << 3 | _BYTES,)) + _write_varint(len(content)) + content
 
 
-def _varint(number: int) -> bytes:
+def _write_varint(number: int) -> bytes:
     result = bytearray()
     while number > 0x7F:
         result.append(number & 0x7F | 0x80)
@@ -104,7 +106,7 @@ def _varint(number: int) -> bytes:
     return bytes(result)
 
 
-def _varints(values: Array) -> bytes:
+def _write_varints(values: Array) -> bytes:
     """Encode integers, each in 1 to 10 bytes, 7 bits in each and the lowest first."""
     if values.dtype != np.uint64:
         values = values.astype(np.int64).view(np.uint64)  # negative ones take all 10 bytes
@@ -120,8 +122,8 @@ def _varints(values: Array) -> bytes:
     return encoded.tobytes()
 
 
-def _numbers(data: memoryview) -> Array:
-    """Decode what `_varints` encodes, as int64."""
+def _read_varints(data: memoryview) -> Array:
+    """Decode what `_write_varints` encodes, as int64."""
     octets = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(octets < 0x80)
     if not octets.size or len(ends) == octets.size:
@@ -138,7 +140,7 @@ def _numbers(data: memoryview) -> Array:
     return numbers
 
 
-def _fields(data: Any) -> Iterator[tuple[int, Any]]:
+def _read_fields(data: Any) -> Iterator[tuple[int, Any]]:
     """Yield a message's field numbers with their values: an int for a varint, else a view."""
     position, size = 0, len(data)
     while position < size:

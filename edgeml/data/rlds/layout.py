@@ -22,10 +22,9 @@ from edgeml.data.rlds.features import (
     Text,
     from_json,
     infer_feature,
-    join,
-    pack,
     to_json,
 )
+from edgeml.data.rlds.values import join, pack
 from edgeml.data.schema import Schema
 from edgeml.data.tree import describe, nested
 from edgeml.extras import load_pillow

@@ -227,7 +227,7 @@ class RLDSLogger:
             outcome = self._layout.fit_outcome(
                 transition["actions"], transition["rewards"], mask.item(), extra
             )
-            if self._current is None or not _equal(self._current, before):
+            if self._current is None or not _are_equal(self._current, before):
                 self._end_episode()
                 before = _copy(before)
             else:
@@ -331,20 +331,20 @@ def _copy_array(array: Array) -> Array:
     # Memory that has been used before: page faults take ten times as long as the copy (measured).
     kept = empty(pooled, array.shape, array.dtype)
     if array.flags.c_contiguous:
-        copy(memoryview(_bytes_of(kept)), memoryview(_bytes_of(array)))
+        copy(memoryview(_view_bytes(kept)), memoryview(_view_bytes(array)))
     else:
         kept[...] = array
     return kept
 
 
-def _equal(values: list[Any], others: list[Any]) -> bool:
+def _are_equal(values: list[Any], others: list[Any]) -> bool:
     """Whether two observations are the same, byte for byte."""
     return all(
-        a == b if isinstance(a, str) else np.array_equal(_bytes_of(a), _bytes_of(b))
+        a == b if isinstance(a, str) else np.array_equal(_view_bytes(a), _view_bytes(b))
         for a, b in zip(values, others, strict=True)
     )
 
 
-def _bytes_of(value: Array) -> Any:
+def _view_bytes(value: Array) -> Any:
     """Return the bytes of an array, without a copy where they lie in order."""
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8)

@@ -14,9 +14,10 @@ from edgeml.core.errors import Malformed
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.replay import ReplayBuffer
-from edgeml.data.rlds.directory import FEATURES, splits
+from edgeml.data.rlds.directory import FEATURES, read_splits
 from edgeml.data.rlds.example import decode_example
-from edgeml.data.rlds.features import Series, from_json, read
+from edgeml.data.rlds.features import Series, from_json
+from edgeml.data.rlds.values import read
 from edgeml.data.samplers import LatestSampler
 from edgeml.data.shapes import END, DataShape, narrow
 from edgeml.data.trajectory import TrajectoryBuffer, TrajectoryBufferDataStore
@@ -57,7 +58,7 @@ def read_episodes(
         ImportError: it has images, and Pillow is not installed.
     """
     directory = Path(dataset_dir)
-    found = splits(directory)
+    found = read_splits(directory)
     if split not in found:
         raise ValueError(f"{directory} has the splits {sorted(found)}, but no {split!r}")
     path = directory / FEATURES
@@ -68,10 +69,10 @@ def read_episodes(
     steps = features.get("steps") if isinstance(features, dict) else None
     if not isinstance(steps, Series) or not isinstance(steps.feature, dict):
         raise ValueError(f"{path} tells of no steps, so that this is no RLDS dataset")
-    for shard, offset, data in found[split].records():
+    for shard, offset, data in found[split].read():
         try:
             episode: dict[str, Any] = read(features, decode_example(data))
-            lengths = {len(column) for column in _leaves(episode["steps"])}
+            lengths = {len(column) for column in _list_leaves(episode["steps"])}
             if len(lengths) > 1:
                 raise Malformed(f"the steps' parts are of different lengths: {sorted(lengths)}")
         except Malformed as error:
@@ -104,7 +105,7 @@ def transitions_of(episode: dict[str, Any], last_step: LastStep = "drop") -> dic
     for key in ("observation", "action"):
         if key not in steps:
             raise ValueError(f"the steps have no {key}, only {sorted(steps)}")
-    total = len(_leaves(steps)[0])
+    total = len(_list_leaves(steps)[0])
     keep = last_step == "keep"
     n = total if keep else max(0, total - 1)
     last = np.arange(n) == n - 1
@@ -152,7 +153,7 @@ def populate_datastore(
     Raises:
         ValueError: the items don't fit the store. The episodes before are in it.
     """
-    batches = _batches(dataset_dir, split, transform, last_step)
+    batches = _read_columns(dataset_dir, split, transform, last_step)
     return sum(_insert(store, columns) for columns in batches)
 
 
@@ -185,20 +186,20 @@ def make_datastore(
     if type not in ("replay_buffer", "trajectory_buffer"):
         raise ValueError(f"type is 'replay_buffer' or 'trajectory_buffer', got {type!r}")
     store: DataStoreBase | None = None
-    for columns in _batches(dataset_dir, split, transform, last_step):
+    for columns in _read_columns(dataset_dir, split, transform, last_step):
         if store is None:
             example = Batch.from_columns(columns)[0]
             if type == "replay_buffer":
                 store = ReplayBuffer(capacity, example=example, **options)
             else:
-                store = _trajectory_buffer(capacity, example, options)
+                store = _make_trajectory_buffer(capacity, example, options)
         _insert(store, columns)
     if store is None:
         raise ValueError(f"the split {split!r} of {os.fspath(dataset_dir)} has no transition")
     return store
 
 
-def _batches(
+def _read_columns(
     dataset_dir: str | os.PathLike[str],
     split: str,
     transform: Transform | None,
@@ -241,7 +242,9 @@ def _batches(
 def _has_last_step(episode: dict[str, Any]) -> bool:
     """Whether the last step has an action or a reward that is not zero, or a text that isn't ""."""
     steps = episode["steps"]
-    columns = [column for key in ("action", "reward") for column in _leaves(steps.get(key, ()))]
+    columns = [
+        column for key in ("action", "reward") for column in _list_leaves(steps.get(key, ()))
+    ]
     return any(np.any(value) for column in columns for value in column[-1:])
 
 
@@ -256,7 +259,7 @@ def _insert(store: DataStoreBase, columns: dict[str, Any]) -> int:
     return len(batch)
 
 
-def _trajectory_buffer(
+def _make_trajectory_buffer(
     capacity: int, example: dict[str, Any], options: dict[str, Any]
 ) -> DataStoreBase:
     example = {key: part for key, part in example.items() if key != "dones"}
@@ -270,7 +273,7 @@ def _trajectory_buffer(
     return store
 
 
-def _leaves(tree: Any) -> list[Array]:
+def _list_leaves(tree: Any) -> list[Array]:
     return leaves_of(skeleton_of(tree), tree)
 
 

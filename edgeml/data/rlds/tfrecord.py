@@ -22,7 +22,7 @@ __all__ = [
     "FRAMING",
     "crc32c",
     "crc32c_numpy",
-    "framed",
+    "frame_record",
     "is_torn",
     "masked_crc32c",
     "read_records",
@@ -41,7 +41,7 @@ _CHUNK = 1 << 16  # bytes that are checked at a time, so that what is between fi
 
 def crc32c(data: bytes) -> int:
     """Return the CRC-32C (Castagnoli) of ``data``, by `google_crc32c` where that is installed."""
-    return _implementation()(data)
+    return _choose_crc32c()(data)
 
 
 def masked_crc32c(data: bytes) -> int:
@@ -54,7 +54,7 @@ def masked_crc32c(data: bytes) -> int:
 
 
 @functools.cache
-def _implementation() -> Callable[[bytes], int]:
+def _choose_crc32c() -> Callable[[bytes], int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # that it was built without C
         try:
@@ -76,26 +76,26 @@ def crc32c_numpy(data: bytes) -> int:
     """
     state = 0xFFFFFFFF
     head = len(data) % _LANE
-    table = _byte_table()
+    table = _make_byte_table()
     for byte in data[:head]:
         state = table[(state ^ byte) & 0xFF] ^ state >> 8
-    lookup, offsets, joins = _lane_tables()
+    lookup, offsets, joins = _make_lane_tables()
     for start in range(head, len(data), _CHUNK):
         chunk = np.frombuffer(data, np.uint8, min(_CHUNK, len(data) - start), start)
         crcs = np.bitwise_xor.reduce(lookup.take(chunk.reshape(-1, _LANE) + offsets), axis=1)
-        crcs[0] ^= _after_zeros(joins[0], np.array([state], np.uint32))[0]
+        crcs[0] ^= _append_zeros(joins[0], np.array([state], np.uint32))[0]
         for join in joins:
             if len(crcs) == 1:
                 break
             if len(crcs) % 2:
                 crcs = np.concatenate((np.zeros(1, np.uint32), crcs))
-            crcs = _after_zeros(join, crcs[::2]) ^ crcs[1::2]
+            crcs = _append_zeros(join, crcs[::2]) ^ crcs[1::2]
         state = int(crcs[0])
     return state ^ 0xFFFFFFFF
 
 
 @functools.cache
-def _byte_table() -> tuple[int, ...]:
+def _make_byte_table() -> tuple[int, ...]:
     """For each byte, its CRC."""
     crcs: Array = np.arange(256, dtype=np.uint32)
     for _ in range(8):
@@ -104,26 +104,26 @@ def _byte_table() -> tuple[int, ...]:
 
 
 @functools.cache
-def _lane_tables() -> tuple[Array, Array, list[Array]]:
+def _make_lane_tables() -> tuple[Array, Array, list[Array]]:
     """What looks lanes up and joins them.
 
     Returns:
         (64 * 256,) uint32, for each place in a lane and each byte there its CRC with the zeros
         that follow; (64,) int64, where each place begins in it; and for each time that lanes are
-        joined, (4, 256) uint32 for `_after_zeros`, over as many zeros as a lane is long by then.
+        joined, (4, 256) uint32 for `_append_zeros`, over as many zeros as a lane is long by then.
     """
-    crcs = np.array(_byte_table(), np.uint32)
+    crcs = np.array(_make_byte_table(), np.uint32)
     places = [crcs]
     for _ in range(_LANE - 1):
         places.append(crcs[places[-1] & 0xFF] ^ places[-1] >> 8)
     lookup = np.stack(places[::-1])
     joins = [lookup[:4]]  # a state is the CRC of a lane that begins with it
     while _LANE << len(joins) < _CHUNK:
-        joins.append(np.stack([_after_zeros(joins[-1], row) for row in joins[-1]]))
+        joins.append(np.stack([_append_zeros(joins[-1], row) for row in joins[-1]]))
     return lookup.reshape(-1), np.arange(_LANE) * 256, joins
 
 
-def _after_zeros(join: Array, states: Array) -> Array:
+def _append_zeros(join: Array, states: Array) -> Array:
     """Return what states become over the zeros that ``join`` stands for."""
     result: Array = join[0][states & 0xFF]
     for place in (1, 2, 3):
@@ -131,7 +131,7 @@ def _after_zeros(join: Array, states: Array) -> Array:
     return result
 
 
-def framed(data: bytes) -> list[bytes]:
+def frame_record(data: bytes) -> list[bytes]:
     """Return the pieces of a record of ``data``."""
     length = struct.pack("<Q", len(data))
     return [
@@ -156,24 +156,24 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
         size = os.fstat(file.fileno()).st_size
         offset = 0
 
-        def wrong(what: str) -> Malformed:
+        def explain(what: str) -> Malformed:
             return Malformed(f"{os.fspath(path)}, the record at byte {offset}: {what}")
 
         while head := file.read(_HEAD.size):
             if len(head) < _HEAD.size:
-                raise wrong("ends before its length is told")
+                raise explain("ends before its length is told")
             length, crc = _HEAD.unpack(head)
             if crc != masked_crc32c(head[:8]):
-                raise wrong("the checksum of its length is wrong")
+                raise explain("the checksum of its length is wrong")
             # Checked before memory is asked for: a length is what the file says it is.
             if length > size - offset - FRAMING:
-                raise wrong(f"it has {length} bytes, more than the file has left")
+                raise explain(f"it has {length} bytes, more than the file has left")
             data = file.read(length)
             tail = file.read(_CRC.size)
             if len(data) < length or len(tail) < _CRC.size:
-                raise wrong("the file was cut while it was read")
+                raise explain("the file was cut while it was read")
             if _CRC.unpack(tail)[0] != masked_crc32c(data):
-                raise wrong("the checksum of its data is wrong")
+                raise explain("the checksum of its data is wrong")
             yield offset, data
             offset += FRAMING + length
 
