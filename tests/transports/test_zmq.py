@@ -192,6 +192,25 @@ def test_peers_that_claim_one_identity_do_no_harm(server, unharmed):
             peer.close()
 
 
+def test_peers_that_claim_what_others_are_to_be_called_do_no_harm():
+    """libzmq ends the process where it is about to give a peer a name that another has taken."""
+    server = Server()
+    try:
+        with zmq.Context() as context, contextlib.ExitStack() as peers:
+            for number in range(100):
+                peer = peers.enter_context(context.socket(zmq.DEALER))
+                peer.linger = 0
+                # As libzmq counts in a fresh process.
+                peer.routing_id = b"\0" + struct.pack(">I", 0x6B8B4567 + number)
+                peer.connect(f"tcp://127.0.0.1:{server.port}")
+                peer.send(b"x" * 20)
+            for number in range(30):
+                with server.client() as client:
+                    assert client.call("echo", number) == number
+    finally:
+        server.end()
+
+
 @pytest.mark.parametrize("size", [1000, 1 << 30, (1 << 30) + 1, 1 << 40, (1 << 64) - 1])
 def test_a_peer_that_announces_a_huge_frame_is_cut_off(server, unharmed, size):
     with socket.create_connection(("127.0.0.1", server.port), 5.0) as peer:

@@ -21,6 +21,7 @@ from edgeml.transports.zmq.sockets import (
     WHO,
     ZERO_COPY,
     check,
+    open_router,
     open_socket,
     receive,
     send,
@@ -72,7 +73,7 @@ class Listener(Endpoint):
     def __init__(self, url: Url, on_request: OnRequest) -> None:
         self._on_request = on_request
         self._context: zmq.Context[Any] = zmq.Context()
-        self._router = open_socket(self._context, zmq.ROUTER)
+        self._router = open_router(self._context)
         self._router.router_mandatory = True
         self._router.sndhwm = 2 * MOST_PENDING  # more than an honest client has under way
         self._door = open_socket(self._context, zmq.DEALER)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
+import secrets
 import struct
 import threading
 import weakref
@@ -21,6 +23,7 @@ __all__ = [
     "WHO",
     "ZERO_COPY",
     "check",
+    "open_router",
     "open_socket",
     "receive",
     "send",
@@ -97,6 +100,16 @@ def open_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
     made.tcp_keepalive_idle, made.tcp_keepalive_intvl = 10, 5  # seconds
     made.tcp_maxrt = 60_000  # ms
     return made
+
+
+def open_router(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+    """Open a ROUTER whose names for its peers nobody can foresee.
+
+    libzmq counts them from where C's rand() is, which nobody has seeded, and ends the process when
+    it comes to a name that a peer has given itself.
+    """
+    ctypes.CDLL(None).srand(secrets.randbits(32))
+    return open_socket(context, zmq.ROUTER)
 
 
 def check(message: Message) -> None:
