@@ -77,10 +77,12 @@ class LinkTransport(Transport):
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
     ) -> Endpoint:
         """See `Transport.serve`."""
+        self.refuse(credentials)
         return _Listener(url, on_request, self.listen)
 
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
         """See `Transport.connect`."""
+        self.refuse(credentials)
         return _Connection(url, timeout, self.dial)
 
 

@@ -24,7 +24,10 @@ from edgeml.core.url import Url
 __all__ = ["Credentials", "Endpoint", "OnRequest", "Peer", "Reply", "Requester", "Transport"]
 
 Credentials = Any
-"""The place for keys and certificates, passed through to the transport as given; None for none."""
+"""The place for keys and certificates, passed through to the transport as given; None for none.
+
+A transport that can't honour what it is given refuses it: see `Transport.refuse`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +207,17 @@ class Transport(ABC):
         """
         return {}
 
+    def refuse(self, credentials: Credentials) -> None:
+        """Raise a ValueError for any credentials but None; for a transport that knows none.
+
+        What is accepted and ignored would let its user believe that a connection is protected.
+        """
+        if credentials is not None:
+            raise ValueError(
+                f"{self.name} can't honour credentials= yet, and would talk in clear text: leave "
+                "them out, and stay on a network that you trust"
+            )
+
     @abstractmethod
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
@@ -219,6 +233,7 @@ class Transport(ABC):
 
         Raises:
             OSError: the address is taken, or isn't this machine's.
+            ValueError: the transport can't honour these credentials.
         """
 
     @abstractmethod
@@ -226,6 +241,7 @@ class Transport(ABC):
         """Open a connection to the endpoint at ``url``.
 
         Raises:
+            ValueError: the transport can't honour these credentials.
             Unreachable: nobody listens there, or nobody answered within ``timeout`` seconds. A
                 transport that can't tell may leave this to the first request.
         """

@@ -269,11 +269,13 @@ class InprocTransport(Transport):
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
     ) -> Endpoint:
-        """See `Transport.serve`; credentials have no meaning within one process."""
+        """See `Transport.serve`."""
+        self.refuse(credentials)
         return _Listener(url, on_request)
 
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
         """See `Transport.connect`; returns or raises at once."""
+        self.refuse(credentials)
         return _Connection(url)
 
 

@@ -64,6 +64,7 @@ class GrpcTransport(Transport):
             PermissionDenied: this process was forked from one that uses gRPC.
         """
         enter_process()
+        self.refuse(credentials)
         return Listener(url, on_request)
 
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
@@ -74,6 +75,7 @@ class GrpcTransport(Transport):
                 gRPC, which would crash it now and then.
         """
         enter_process()
+        self.refuse(credentials)
         return Connection(url, timeout)
 
 

@@ -60,11 +60,12 @@ class ShmTransport(Transport):
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
     ) -> Endpoint:
-        """See `Transport.serve`; the system itself tells who connects, so credentials are unused.
+        """See `Transport.serve`; the system itself tells who connects, so there are no credentials.
 
         ``$EDGEML_SHM_LIMIT_MB`` is how much memory may be lent to one peer at a time, in MiB; by
         default a quarter of the machine's, and 2048 at most.
         """
+        self.refuse(credentials)
         return Listener(url, on_request)
 
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
@@ -73,6 +74,7 @@ class ShmTransport(Transport):
         Raises:
             PermissionDenied: another user's process serves there.
         """
+        self.refuse(credentials)
         if not url.path:
             try:
                 require_local(url)

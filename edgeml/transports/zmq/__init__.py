@@ -60,10 +60,12 @@ class ZmqTransport(Transport):
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
     ) -> Endpoint:
         """See `Transport.serve`."""
+        self.refuse(credentials)
         return Listener(url, on_request)
 
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
         """See `Transport.connect`. ZeroMQ itself never tells that nobody listens, so ask TCP."""
+        self.refuse(credentials)
         try:
             with socket.create_connection((url.host, url.port), timeout) as probe:
                 host = probe.getpeername()[0]
