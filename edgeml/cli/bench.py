@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.cli.probe import ACK, ask, made, one_line, served, served_elsewhere
+from edgeml.cli.probe import ACK, ask, make_server, one_line, serve_elsewhere, serve_here
 from edgeml.core import ConfigMismatch, EdgemlError, UnknownInterface, Unreachable, Url
 from edgeml.core.plugins import find
 from edgeml.core.url import resolve
@@ -46,7 +46,7 @@ def run(
         flush=True,
     )
     if url is not None:
-        works = _measured(url, sizes, seconds, timeout)
+        works = _measure_sizes(url, sizes, seconds, timeout)
     else:
         works = True
         for name in transports or sorted({each.name for each in find("transport")}):
@@ -63,7 +63,7 @@ def _local(
 ) -> bool:
     """Measure a transport to a server in another process."""
     try:
-        with served_elsewhere(name) as (url, _):
+        with serve_elsewhere(name) as (url, _):
             try:
                 InferenceClient("", 0, str(url), timeout=timeout).stop()
             except Unreachable:
@@ -71,7 +71,7 @@ def _local(
                     raise
                 print(f"{name:<10}left out: it works within one process only")
                 return not asked_for
-            return _measured(url, sizes, seconds, timeout)
+            return _measure_sizes(url, sizes, seconds, timeout)
     except Exception as error:  # a transport may be anybody's
         print(f"{name:<10}FAILED: {one_line(error)}")
         return False
@@ -79,14 +79,14 @@ def _local(
 
 def _works_here(name: str) -> bool:
     try:
-        with served(name) as url:
+        with serve_here(name) as url:
             ask(url, _HERE)
     except Exception:
         return False
     return True
 
 
-def _measured(url: Url, sizes: Sequence[int], seconds: float, timeout: float) -> bool:
+def _measure_sizes(url: Url, sizes: Sequence[int], seconds: float, timeout: float) -> bool:
     """Print a row for each size; whether all could be measured."""
     works = True
     try:
@@ -156,7 +156,7 @@ def serve(transport: str | None, host: str, port: int) -> int:
         OSError: the port is taken.
         PluginError: the transport isn't installed, or is broken.
     """
-    with made(transport, host, port) as server:
+    with make_server(transport, host, port) as server:
         try:
             server.start(threaded=True)
             first = Url.parse(server.url)

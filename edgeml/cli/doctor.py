@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from edgeml import __version__
-from edgeml.cli.probe import ACK, DESCRIPTORS, ask, one_line, served, served_elsewhere
+from edgeml.cli.probe import ACK, DESCRIPTORS, ask, one_line, serve_elsewhere, serve_here
 from edgeml.core import Malformed, Unreachable, Url, load_transport
 from edgeml.core.plugins import find
 from edgeml.core.url import resolve
@@ -66,10 +66,10 @@ def _transport(name: str, timeout: float) -> tuple[bool, tuple[int, int] | None]
     """Try one; whether it works, and the descriptors that a server and each client take there."""
     need = None
     try:
-        with served(name) as url:
+        with serve_here(name) as url:
             said = f"ok, round trip {_ms(ask(url, timeout).best)} in this process"
         try:
-            with served_elsewhere(name) as (url, base):
+            with serve_elsewhere(name) as (url, base):
                 said += f", {_ms(ask(url, timeout).best)} between two"
                 need = _descriptors(url, base, timeout)
         except Unreachable as error:

@@ -15,11 +15,21 @@ from statistics import median
 from typing import Any
 
 from edgeml.core import DeadlineExceeded, EdgemlError, Url, load_transport
+from edgeml.core.errors import text_of
 from edgeml.core.ping import ping
-from edgeml.core.wire import Pong, text_of
+from edgeml.core.wire import Pong
 from edgeml.services import InferenceServer
 
-__all__ = ["ACK", "DESCRIPTORS", "Answer", "ask", "made", "one_line", "served", "served_elsewhere"]
+__all__ = [
+    "ACK",
+    "DESCRIPTORS",
+    "Answer",
+    "ask",
+    "make_server",
+    "one_line",
+    "serve_elsewhere",
+    "serve_here",
+]
 
 ACK = "bench_ack"
 """The interface that reads an array, a byte of each page, and gives a number back."""
@@ -84,7 +94,7 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, EdgemlError) else f"{type(error).__name__}: {text}"
 
 
-def made(transport: str | None, host: str = "127.0.0.1", port: int = 0) -> InferenceServer:
+def make_server(transport: str | None, host: str = "127.0.0.1", port: int = 0) -> InferenceServer:
     """A server of `ACK` and `DESCRIPTORS`, not yet started."""
     server = InferenceServer(port, host, transport)
     server.register_interface(ACK, lambda payload: int(payload[::_PAGE].sum()))
@@ -101,15 +111,15 @@ def _descriptors() -> int:
 
 
 @contextmanager
-def served(transport: str) -> Iterator[Url]:
+def serve_here(transport: str) -> Iterator[Url]:
     """Serve in this process; raises whatever the transport does."""
-    with made(transport) as server:
+    with make_server(transport) as server:
         server.start(threaded=True)
         yield Url.parse(server.url)
 
 
 @contextmanager
-def served_elsewhere(transport: str) -> Iterator[tuple[Url, int]]:
+def serve_elsewhere(transport: str) -> Iterator[tuple[Url, int]]:
     """Serve in another process, which never outlives this one.
 
     Yields:
@@ -129,7 +139,7 @@ def served_elsewhere(transport: str) -> Iterator[tuple[Url, int]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     try:
-        yield _started(pipe, process)
+        yield _wait_for_start(pipe, process)
     finally:
         pipe.close()  # which is what it waits for
         process.join(_END)
@@ -137,7 +147,7 @@ def served_elsewhere(transport: str) -> Iterator[tuple[Url, int]]:
         process.join()
 
 
-def _started(pipe: Connection, process: Any) -> tuple[Url, int]:
+def _wait_for_start(pipe: Connection, process: Any) -> tuple[Url, int]:
     try:
         if not pipe.poll(_START):
             raise EdgemlError(f"the server's process said nothing for {_START:g} s")
@@ -153,7 +163,7 @@ def _started(pipe: Connection, process: Any) -> tuple[Url, int]:
 def _serve(pipe: Connection, transport: str) -> None:
     logging.getLogger("edgeml").addHandler(logging.NullHandler())  # the parent tells what fails
     try:
-        with made(transport) as server:
+        with make_server(transport) as server:
             server.start(threaded=True)
             pipe.send((server.url, _descriptors()))
             with suppress(EOFError, ConnectionError):

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
-from edgeml.core import wire
 from edgeml.core.alarms import Alarms
 from edgeml.core.errors import (
     Closed,
@@ -40,6 +39,7 @@ from edgeml.core.errors import (
     PermissionDenied,
     RemoteError,
     UnknownInterface,
+    text_of,
 )
 from edgeml.core.transport import Endpoint, Peer
 
@@ -540,7 +540,7 @@ class Dispatcher:
         elif isinstance(error, _PASSED_ON):
             self.refuse(call, error)
         else:
-            told = f"{type(error).__qualname__}: {wire.text_of(error)}"
+            told = f"{type(error).__qualname__}: {text_of(error)}"
             what = f"{interface.name} {call.detail}".strip()
             _log.warning("%s %r failed for %s: %s", self._service, what, call.caller, told)
             _log.debug("the traceback, which the client gets as well:", exc_info=True)
@@ -549,7 +549,7 @@ class Dispatcher:
             except Exception:  # Python 3.11 may fail where two threads format at once (gh-106905)
                 trace = ""
             name = type(error).__qualname__
-            self.refuse(call, RemoteError(name, wire.text_of(error), trace))
+            self.refuse(call, RemoteError(name, text_of(error), trace))
 
     def _watch(self) -> None:
         """Have a loop go on elsewhere while a handler takes long; rests when no calls come."""

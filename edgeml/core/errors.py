@@ -34,7 +34,10 @@ __all__ = [
     "UnknownInterface",
     "Unreachable",
     "copy_error",
+    "text_of",
 ]
+
+_MOST_TEXT = 20_000  # characters of an error's text
 
 _Error = TypeVar("_Error", bound=Exception)
 
@@ -104,6 +107,14 @@ class PermissionDenied(EdgemlError, PermissionError):
 
 class PluginError(EdgemlError, ImportError):
     """A transport or codec that is not installed, is broken, or is claimed by two packages."""
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception, which may be any user's: one line of many, or none at all."""
+    try:
+        return str(error)[:_MOST_TEXT]
+    except Exception:
+        return "(its text cannot be had: __str__ failed)"
 
 
 def copy_error(error: _Error) -> _Error:

@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 import pluggy
 
 from edgeml.core.codec import Codec
-from edgeml.core.errors import PluginError
+from edgeml.core.errors import PluginError, text_of
 from edgeml.core.transport import Transport
-from edgeml.core.wire import text_of
 
 __all__ = ["Found", "find", "hookimpl", "load_codec", "load_transport"]
 

@@ -299,7 +299,7 @@ class Subscription:
         if not self._closed and not self._ready(keep):
             raise Unreachable(f"no answer to a subscription for {_MOST_SILENCE:g} s")
         done = self._take(keep)
-        values = [pair for pair in map(_opened, done) if self._is_news(pair[0])]
+        values = [pair for pair in map(_open, done) if self._is_news(pair[0])]
         values.sort(key=lambda pair: pair[0].number)
         if keep == 1 and len(values) > 1:
             # They piled up while the function was busy: skip to the newest, and ask for less.
@@ -381,7 +381,7 @@ class Subscription:
         self._busy = time.monotonic() - began
 
 
-def _opened(message: Message) -> tuple[Answer, Message]:
+def _open(message: Message) -> tuple[Answer, Message]:
     answer = unpack(Answer, message.header)
     if answer.status not in (OK, NOTHING_YET):
         raise error_of(answer)

@@ -22,6 +22,7 @@ from edgeml.core.errors import (
     PermissionDenied,
     RemoteError,
     UnknownInterface,
+    text_of,
 )
 
 __all__ = [
@@ -46,7 +47,6 @@ __all__ = [
     "error_of",
     "pack",
     "pack_error",
-    "text_of",
     "unpack",
 ]
 
@@ -62,8 +62,6 @@ twice `HOLD`, for it is asked twice, with time to spare for the way."""
 
 HEARTBEAT = ""
 """The topic on which nothing is ever published: its credits are the heartbeat."""
-
-_MOST_TEXT = 20_000  # characters of an error's text
 
 # Kinds of request.
 HELLO, CALL, NEXT, GOODBYE, PING = range(5)
@@ -201,14 +199,6 @@ def unpack(kind: type[T], data: bytes) -> T:
         return _decoders[kind].decode(data)  # type: ignore[no-any-return]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not an edgeml {kind.__name__.lower()}: {error}") from None
-
-
-def text_of(error: BaseException) -> str:
-    """The text of an exception, which may be any user's: one line of many, or none at all."""
-    try:
-        return str(error)[:_MOST_TEXT]
-    except Exception:
-        return "(its text cannot be had: __str__ failed)"
 
 
 def pack_error(error: EdgemlError) -> bytes:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from edgeml.core.errors import EdgemlError
-from edgeml.core.wire import text_of
+from edgeml.core.errors import EdgemlError, text_of
 
 __all__ = ["Refusals", "reason"]
 
