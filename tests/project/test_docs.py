@@ -122,6 +122,7 @@ ALONE = {
     ("docs/guides/transports.md", "transport_names.py"): ["shm hello", "zmq hello\nzmq hello"],
     ("docs/guides/transports.md", "transport_both.py"): ["shm\nzmq\ngrpc"],
     ("docs/guides/transports.md", "transport_url.py"): ["zmq://robot.local:"],
+    ("docs/guides/delivery.md", "refused.py"): ["99 arrived, 1 refused"],
     ("docs/guides/handlers.md", "handler_thread.py"): ["20 calls, one database"],
     ("docs/guides/handlers.md", "handler_log.py"): [
         "serving action on zmq://",
