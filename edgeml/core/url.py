@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import ipaddress
+import operator
 import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["AUTO", "DEFAULT_TRANSPORT", "Url", "bindable", "is_loopback", "reached", "resolve"]
+__all__ = [
+    "AUTO",
+    "DEFAULT_TRANSPORT",
+    "Url",
+    "bindable",
+    "check_port",
+    "is_loopback",
+    "numeric",
+    "reached",
+    "resolve",
+]
 
 DEFAULT_TRANSPORT = "zmq"
 AUTO = "auto"
@@ -27,7 +39,8 @@ class Url:
 
     Attributes:
         scheme: the transport's name.
-        host: a host name or an address, without brackets; may be empty.
+        host: a host name or an address; may be empty. Brackets around it are taken off, and an
+            IPv6 address may have a zone (``"fe80::1%eth0"``).
         port: 0 lets the system pick one when serving.
         path: what follows, with its slash, for transports that are reached by a file; else empty.
     """
@@ -36,6 +49,11 @@ class Url:
     host: str = "127.0.0.1"
     port: int = 0
     path: str = ""
+
+    def __post_init__(self) -> None:
+        """Take the brackets off an address."""
+        if self.host.startswith("[") and self.host.endswith("]"):
+            object.__setattr__(self, "host", self.host[1:-1])
 
     @classmethod
     def parse(cls, text: str) -> Url:
@@ -76,7 +94,8 @@ def is_loopback(host: str) -> bool:
 
 
 def bindable(url: Url) -> str:
-    """The numeric address to listen at, with brackets if need be; IPv4 where there is a choice.
+    """Return the numeric address to listen at, IPv4 where there is a choice; IPv6 has brackets, and
+    its zone where it needs one.
 
     Raises:
         OSError: the host has no address; the text names the URL.
@@ -86,12 +105,21 @@ def bindable(url: Url) -> str:
     except (OSError, UnicodeError) as error:
         raise OSError(f"cannot serve {url}: {error}") from error
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
-    address = str(found[0][4][0])
+    address = numeric(found[0][4])
     return f"[{address}]" if ":" in address else address
 
 
+def numeric(address: tuple[Any, ...]) -> str:
+    """Return the host of a socket's address, with the zone in which an IPv6 one is meant."""
+    host = str(address[0])
+    zone = address[3] if len(address) > 3 else 0
+    if not zone or "%" in host:
+        return host
+    return f"{host}%{socket.if_indextoname(zone)}"
+
+
 def reached(url: Url, address: str, port: int) -> Url:
-    """Where peers reach who listens at an address and port: what one listens on need not be it."""
+    """Return where peers reach who listens at an address and port, which need not be the same."""
     host = socket.gethostname() if address in ("0.0.0.0", "[::]") else url.host
     return Url(url.scheme, host, port)
 
@@ -100,6 +128,42 @@ def _each(url: Url) -> list[Url]:
     if url.scheme != AUTO:
         return [url]
     return [replace(url, scheme=scheme) for scheme in _NEAREST_FIRST]
+
+
+def check_port(port: object) -> int:
+    """Return a port that a user gave as the integer it is, numpy's included.
+
+    Raises:
+        ValueError: it isn't one; the text says what to do.
+    """
+    try:
+        number = operator.index(port)  # type: ignore[arg-type]  # numpy's integers, too
+    except TypeError:
+        if isinstance(port, str) and port.strip().isdecimal():
+            raise ValueError(f"port is the text {port!r}; give it as a number: {port}") from None
+        raise ValueError(f"port must be a whole number from 0 to 65535, not {port!r}") from None
+    if not 0 <= number < 1 << 16:
+        raise ValueError(f"port must be from 0 to 65535, not {number}")
+    return number
+
+
+def _check_host(host: object) -> str:
+    if not isinstance(host, str):
+        raise ValueError(
+            f"host must be a name or an address as text, not {host!r}; leave it out for this "
+            "machine"
+        )
+    if "/" in host:
+        raise ValueError(
+            f"host {host!r} is more than a name or an address; give a URL as transport=, "
+            "as in transport='zmq://host:port'"
+        )
+    name, colon, port = host.rpartition(":")
+    if colon and (":" not in name or name.endswith("]")):
+        raise ValueError(
+            f"host {host!r} names a port as well; give them apart: host={name!r}, port={port or 0}"
+        )
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def resolve(transport: str | None, host: str, port: int) -> list[Url]:
@@ -117,10 +181,10 @@ def resolve(transport: str | None, host: str, port: int) -> list[Url]:
         One `Url` for each transport named.
 
     Raises:
-        ValueError: a URL contradicts ``host`` or ``port``, or isn't one.
+        ValueError: a URL contradicts ``host`` or ``port``, or isn't one; or the host is none, or
+            the port.
     """
-    if not 0 <= port < 1 << 16:
-        raise ValueError(f"port must be from 0 to 65535, not {port}")
+    host, port = _check_host(host), check_port(port)
     text = transport or os.environ.get("EDGEML_TRANSPORT") or DEFAULT_TRANSPORT
     urls = []
     for name in filter(None, (part.strip() for part in text.split(","))):

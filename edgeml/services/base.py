@@ -14,7 +14,7 @@ from edgeml.core.message import empty
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
 from edgeml.core.server import Server
 from edgeml.core.transport import Peer
-from edgeml.core.url import Url, resolve
+from edgeml.core.url import Url, check_port, resolve
 
 __all__ = ["ServiceClient", "ServiceServer", "listening_urls"]
 
@@ -27,9 +27,9 @@ def listening_urls(
     One listener does everything; a broadcast port that the user names answers in the same way.
     Where the system picks the port (0), it picks the broadcast port too.
     """
-    for number in (port, broadcast_port or 0):
-        if not 0 <= number < 1 << 16:
-            raise ValueError(f"a port is between 0 and 65535, not {number}")
+    port = check_port(port)
+    if broadcast_port is not None:
+        broadcast_port = check_port(broadcast_port)
     urls = resolve(transport, host, port)
     if broadcast_port is None or broadcast_port == port:
         return urls, []

@@ -15,12 +15,14 @@ The transport is loaded by its scheme, as users load it, so its package has to b
 from __future__ import annotations
 
 import gc
+import ipaddress
 import itertools
 import os
 import queue
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -181,6 +183,19 @@ class TransportTests:
             requester = net.connect(endpoint)
             assert requester.url == endpoint.url
             assert requester.call(Message(b"x"), _PATIENCE).header == b"x"
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "link-local"])
+    def test_any_address_of_this_machine_serves_and_is_reached(self, net: _Net, host: str) -> None:
+        if host == "link-local":
+            host = _link_local()
+        if ":" in host and not _has_ipv6():
+            pytest.skip("this machine has no IPv6")
+        endpoint = net.serve(_echo, Url.parse(self.url).with_host(host))
+        assert endpoint.url.host == host.strip("[]")
+        for url in (endpoint.url, Url.parse(str(endpoint.url)), endpoint.url.with_host(host)):
+            requester = net.connect_to(url)
+            assert requester.call(Message(b"x"), _PATIENCE).header == b"x"
+            assert requester.request(Message(b"x")).result(_PATIENCE).header == b"x"
 
     def test_an_address_that_is_taken_is_an_oserror(self, net: _Net) -> None:
         endpoint = net.serve(_echo)
@@ -1222,7 +1237,10 @@ class _Net:
         return endpoint
 
     def connect(self, endpoint: Endpoint, timeout: float = _PATIENCE) -> Requester:
-        requester = self.transport.connect(endpoint.url, timeout)
+        return self.connect_to(endpoint.url, timeout)
+
+    def connect_to(self, url: Url, timeout: float = _PATIENCE) -> Requester:
+        requester = self.transport.connect(url, timeout)
         self._ends.append(requester)
         return requester
 
@@ -1467,6 +1485,28 @@ def _within(seconds: float) -> Iterator[None]:
     yield
     took = time.monotonic() - began
     assert took < seconds, f"took {took:.2f} s"
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _link_local() -> str:
+    """An address of this machine that means something in one of its networks only."""
+    try:
+        with open("/proc/net/if_inet6") as file:
+            interfaces = [line.split() for line in file]
+    except OSError:
+        interfaces = []
+    for digits, _, _, scope, _, interface in interfaces:
+        if scope == "20":
+            return f"{ipaddress.IPv6Address(int(digits, 16))}%{interface}"
+    pytest.skip("this machine has no link-local address, or does not tell")
 
 
 def _open_files() -> int:

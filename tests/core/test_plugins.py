@@ -5,14 +5,16 @@ import sys
 import textwrap
 import threading
 
+import numpy as np
 import pytest
 
-from edgeml import PluginError
+from edgeml import InferenceClient, InferenceServer, PluginError
 from edgeml.core import Codec, Message, Transport, Url, load_codec, load_transport
 from edgeml.core import plugins as plugins_module
 from edgeml.core.plugins import find
 from edgeml.core.url import resolve
 from edgeml.testing import TransportTests
+from pairs import started
 from strangers import TRANSPORT
 
 
@@ -349,6 +351,37 @@ def test_contradictions_raise():
     for port in (-1, 65536):
         with pytest.raises(ValueError, match="0 to 65535"):
             resolve("zmq", "robot", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "match"),
+    [
+        ("localhost:5600", 0, r"host='localhost', port=5600"),
+        ("[::1]:5600", 0, r"host='\[::1\]', port=5600"),
+        ("http://robot", 0, "URL as transport="),
+        ("zmq://robot:5555", 0, "URL as transport="),
+        (None, 0, "leave it out"),
+        (b"robot", 0, "as text"),
+        ("robot", "5600", "as a number: 5600"),
+        ("robot", "http", "whole number"),
+        ("robot", 5600.0, "whole number"),
+        ("robot", None, "whole number"),
+    ],
+)
+def test_what_is_no_host_and_no_port_is_told_what_to_write(host, port, match):
+    with pytest.raises(ValueError, match=match):
+        resolve(None, host, port)
+    with pytest.raises(ValueError, match=match):
+        InferenceServer(port, host)
+    with pytest.raises(ValueError, match=match):
+        InferenceClient(host, port)
+
+
+def test_a_host_may_have_brackets_and_a_port_be_numpys():
+    assert resolve("zmq", "[fe80::1%eth0]", np.uint16(5555)) == [Url("zmq", "fe80::1%eth0", 5555)]
+    assert Url("zmq", "[::1]", 1) == Url.parse("zmq://[::1]:1")
+    with started(InferenceServer(np.int64(0), "127.0.0.1")) as server:
+        assert server.port
 
 
 def test_the_environment_sets_the_default_and_the_keyword_wins(monkeypatch):

@@ -36,6 +36,7 @@ from edgeml.core import (
     hookimpl,
 )
 from edgeml.core.limits import explain_no_connection
+from edgeml.core.url import numeric
 from edgeml.transports.zmq.connection import Connection
 from edgeml.transports.zmq.listener import Listener
 from edgeml.transports.zmq.sockets import MOST_SOCKETS
@@ -68,7 +69,7 @@ class ZmqTransport(Transport):
         self.refuse(credentials)
         try:
             with socket.create_connection((url.host, url.port), timeout) as probe:
-                host = probe.getpeername()[0]
+                host = numeric(probe.getpeername())
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", None)
             raise explain_no_connection(url, error, number) from error
