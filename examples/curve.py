@@ -72,19 +72,21 @@ class LearningCurve:
         axes = figure.subplots()
         self._draw_training(axes)
         self._draw_evaluations(axes)
-        last = self.evaluations[-1] if self.evaluations else None
-        result = f": {last.mean:.0f} ± {last.std:.0f}" if last else ""
-        ended = max(self._times())
+        end, seconds = max(self._times())
+        step, result = end, ""
+        if self.evaluations:
+            last = self.evaluations[-1]
+            step, seconds, result = last.step, last.seconds, f": {last.mean:.0f} ± {last.std:.0f}"
         axes.set_title(
-            f"{self._title}{result} after {ended[0]:,} steps in {_clock(ended[1])}",
+            f"{self._title}{result} after {step:,} steps in {_clock(seconds)}",
             loc="left",
             fontweight="bold",
         )
         axes.set_xlabel("environment steps")
         axes.set_ylabel("return of an episode")
-        axes.set_xlim(0, 1.02 * ended[0])
+        axes.set_xlim(0, 1.02 * end)
         axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-        if self._learning_starts < ended[0]:
+        if self._learning_starts < end:
             axes.axvline(self._learning_starts, color=GREY, linestyle=":", label="learning starts")
         self._add_wall_time(axes)
         axes.grid(alpha=0.25)
@@ -151,8 +153,12 @@ class LearningCurve:
         end = float(seconds[-1])
         unit = next((unit for unit in _UNITS if end / unit <= 8), _UNITS[-1])
         marks = np.arange(0.0, end + 1e-9, unit)
+        ticks: dict[float, str] = {}
+        for mark, step in zip(marks, np.interp(marks, seconds, steps), strict=True):
+            if not ticks or step - max(ticks) > 0.06 * steps[-1]:  # or labels would overlap
+                ticks[float(step)] = _clock(mark)
         top = axes.secondary_xaxis("top")
-        top.set_xticks(np.interp(marks, seconds, steps), [_clock(mark) for mark in marks])
+        top.set_xticks(list(ticks), list(ticks.values()))
         top.set_xlabel("wall time", color=GREY)
         top.tick_params(colors=GREY)
 
