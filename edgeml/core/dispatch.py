@@ -255,6 +255,10 @@ class _Lane:
         self.nbytes = 0
 
 
+def _never() -> bool:
+    return False
+
+
 class Dispatcher:
     """Runs handlers.
 
@@ -298,7 +302,8 @@ class Dispatcher:
         self._streak = 0  # ... how many in a row
         self._in_rounds = False  # whether it may wait in a loop now
         self._at_hand: tuple[Call, _Interface] | None = None  # what its round brought
-        self._looked = 0.0  # when its last round was
+        self._looked = 0.0  # when its last round was, ...
+        self._done = 0.0  # ... and its last handler
         self._watched = False
         self._calls_seen = 0
         self._quiet = 0
@@ -449,15 +454,16 @@ class Dispatcher:
     def _next(self) -> tuple[Call, _Interface] | None:
         """What the carrying thread handles next; None when the dispatcher is closed."""
         lane = self._main
-        fresh = False  # whether the loop has just had its round
         while not self._closed:
             carried = self._carried
-            if lane.waiting:
-                if fresh or carried is None or time.monotonic() - self._looked < _ROUND:
-                    with lane.lock:
-                        if (taken := self._take(lane)) is not None:
-                            return taken
-                    continue
+            stay = self._is_idle
+            if carried is not None and self._done - self._looked > _ROUND:
+                stay = _never  # all that came meanwhile is taken in first, hellos among it
+            elif lane.waiting:
+                with lane.lock:
+                    if (taken := self._take(lane)) is not None:
+                        return taken
+                continue
             elif self._wanted is not carried and (carried is None or self._streak >= _STREAK):
                 if carried is not None:
                     carried.relieve()
@@ -466,18 +472,16 @@ class Dispatcher:
                 self._in_rounds = True
                 try:
                     # Its own thread may have the loop; it is taken back when nothing else is to do.
-                    if not carried.carry(self._is_idle):
+                    if not carried.carry(stay):
                         self._carried = None
                         if self._wanted is carried:
                             self._wanted = None
                 finally:
                     self._in_rounds = False
+                self._looked = time.monotonic()
                 if (taken := self._at_hand) is not None:
                     self._at_hand = None
-                    self._looked = 0.0  # what came behind it is looked for next
                     return taken
-                self._looked = time.monotonic()
-                fresh = True
                 continue
             with lane.lock:
                 if not lane.waiting and not self._closed and self._wanted is None:
@@ -530,7 +534,10 @@ class Dispatcher:
             if self._closed:
                 with self._returned:
                     self._returned.notify_all()
-        took = time.monotonic() - began
+        ended = time.monotonic()
+        if carries:
+            self._done = ended
+        took = ended - began
         # Quickly down, and slowly up: a busy machine makes a short handler look long now and then.
         interface.typical += (took - interface.typical) * (0.5 if took < interface.typical else 0.1)
 

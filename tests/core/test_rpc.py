@@ -848,6 +848,18 @@ def test_several_handlers_that_are_suddenly_slow_keep_nobody_from_connecting(tra
         assert two.result(5) == 1
 
 
+def test_many_calls_that_wait_keep_nobody_from_connecting(server, transport):
+    server.register_interface("sleep", time.sleep)
+    with started(server), client_of(server, transport, timeout=30) as client:
+        calls = [client.call_async("sleep", 0.01) for _ in range(150)]
+        wait_until(lambda: server.stats()["waiting"])
+        with client_of(server, transport):
+            done = sum(call.done() for call in calls)
+        assert done < 100, "who connects waited for calls that came before"
+        for call in calls:
+            call.result(30)
+
+
 # Which thread ---------------------------------------------------------------------------------
 
 
