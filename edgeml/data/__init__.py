@@ -23,6 +23,7 @@ from edgeml.data.trajectory import (
     make_default_trajectory_buffer,
 )
 from edgeml.data.transitions import transition_example
+from edgeml.data.vector import VectorTransitions
 
 __all__ = [
     "DataStoreBase",
@@ -32,6 +33,7 @@ __all__ = [
     "ReplayBufferDataStore",
     "PrioritizedReplayBuffer",
     "transition_example",
+    "VectorTransitions",
     "Selector",
     "UniformSelector",
     "PrioritizedSelector",

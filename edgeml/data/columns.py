@@ -21,7 +21,7 @@ from edgeml.data.memory import zeros
 from edgeml.data.schema import Schema
 from edgeml.data.tree import Array
 
-__all__ = ["Columns"]
+__all__ = ["Columns", "as_slice", "equal_bytes"]
 
 _PARALLEL = 1 << 22  # bytes; from here on two threads take half to three quarters of one's time
 _PACKED = 1024  # bytes; larger leaves gain nothing from lying in a row with others
@@ -38,7 +38,7 @@ class Columns:
         n: how many rows.
         pairs: numbers of leaves of the same shape and dtype, each an observation and the next
             one. Where they are large, and a row's observation equals the next observation of the
-            row before, byte by byte, it is kept once.
+            row that it is said to follow, byte by byte, it is kept once.
     """
 
     def __init__(self, schema: Schema, n: int, pairs: Iterable[tuple[int, int]] = ()) -> None:
@@ -84,23 +84,60 @@ class Columns:
         """Forget what is kept."""
         self._frames.clear()
 
-    def write(self, row: int, leaves: Sequence[Any]) -> None:
-        """Write one item."""
+    def keeps_once(self, leaf: int) -> bool:
+        """Whether a leaf is one of those observations that are kept once."""
+        return leaf in self._frames.leaves
+
+    def write(self, row: int, leaves: Sequence[Any], before: int = -1) -> bool:
+        """Write one item.
+
+        Args:
+            row: where to.
+            leaves: of the item.
+            before: the row of the one that it may follow, another than ``row``; -1 for none.
+
+        Returns:
+            Whether all observations that may be kept once are what that one led to; True where
+            there are none, too.
+        """
         for leaf, column in self._columns.items():
             column[row] = leaves[leaf]
-        if self._frames.leaves:
-            self._frames.write(row, [np.asarray(leaf)[None] for leaf in leaves], 1)
+        if not self._frames.leaves:
+            return True
+        return self._frames.write_one(row, leaves, before)
 
-    def write_many(self, row: int, leaves: Sequence[Array], n: int) -> None:
-        """Write n items, at most as many as there are rows, from ``row`` on and round the end."""
+    def write_many(
+        self,
+        row: int,
+        leaves: Sequence[Array],
+        n: int,
+        positions: Array | None = None,
+        before: Array | None = None,
+    ) -> Array | None:
+        """Write n items, at most as many as there are rows, from ``row`` on and round the end.
+
+        Args:
+            row: where the first goes.
+            leaves: of all.
+            n: how many.
+            positions: shape (n,), of each item the position of the one that it may follow, or -1.
+            before: shape (n,), for those with -1 there, the row of such a one, which is not written
+                over, or -1.
+
+        Returns:
+            As `write`, of each, shape (n,); None for True.
+        """
         before_end = min(n, self._n - row)
         for leaf, column in self._columns.items():
             values = leaves[leaf]
             column[row : row + before_end] = values[:before_end]
             if before_end < n:
                 column[: n - before_end] = values[before_end:]
-        if self._frames.leaves:
-            self._frames.write(row, leaves, n)
+        if not self._frames.leaves:
+            return None
+        assert positions is not None
+        assert before is not None
+        return self._frames.write(np.arange(row, row + n) % self._n, leaves, positions, before)
 
     def grab(self, row: int, n: int, allocate: Allocator) -> list[Array]:
         """Copy n items from ``row`` on, in few steps; `split` makes arrays of their leaves.
@@ -220,6 +257,7 @@ class _Frames:
         # Twice the rows are needed only if nothing is shared: memory that is never written to
         # costs nothing.
         self._of, self._next = np.full((2, n), -1)
+        self._lent = np.zeros(n, np.bool_)  # of each row whether its next is a later one's own
         self._free = np.empty(2 * n, np.int64)
         for a, b, shape, dtype in pairs:
             self.arrays[a] = self.arrays[b] = zeros((2 * n, *shape), dtype)
@@ -237,39 +275,75 @@ class _Frames:
     def clear(self) -> None:
         if self.slots:
             self._of[:] = self._next[:] = -1
+            self._lent[:] = False
             self._top = self._free_count = 0
 
-    def write(self, row: int, leaves: Sequence[Array], n: int) -> None:
-        before = (row - 1) % self._n
-        led_here = self._next[before] if n < self._n else -1  # -1: nothing, or written over
-        rows = np.arange(row, row + n) % self._n
+    def write(self, rows: Array, leaves: Sequence[Array], positions: Array, before: Array) -> Array:
+        """Write items; see `Columns.write_many`."""
+        n = len(rows)
+        before = np.where(positions < 0, before, -1)
+        begins = np.flatnonzero(before >= 0)  # what may follow upon what was there already
+        led_here = self._next[before[begins]]
         self._release(rows)
         shared = np.zeros(n, np.bool_)
-        if led_here >= 0:
-            shared[0] = all(
-                _equal(self.arrays[a][led_here][None], leaves[a][:1])[0] for a, _ in self._pairs
-            )
-        if n > 1:
-            shared[1:] = True
+        follows = np.flatnonzero(positions >= 0)
+        if len(follows):
+            behind, ahead = as_slice(follows), as_slice(positions[follows])
+            shared[behind] = True
             for a, b in self._pairs:
-                shared[1:] &= _equal(leaves[b][:-1], leaves[a][1:])
+                shared[behind] &= equal_bytes(leaves[b][ahead], leaves[a][behind])
+        if len(begins):
+            shared[begins] = True
+            for a, _ in self._pairs:
+                shared[begins] &= equal_bytes(self.arrays[a][led_here], leaves[a][begins])
         own = np.flatnonzero(~shared)
         slots = self._take_slots(n + len(own))
         following, first = slots[:n], slots[n:]
-        of = np.concatenate([[led_here], following[:-1]])
+        of = following[positions]  # what is wrong with -1 is put right below
+        of[begins] = led_here
         of[own] = first
         self._of[rows], self._next[rows] = of, following
+        self._lent[rows] = False
+        self._lent[np.where(positions < 0, before, rows[positions])[shared]] = True
         for a, b in self._pairs:
             array = self.arrays[a]
             array[following] = leaves[b]
             if len(own):
                 array[first] = leaves[a][own]
+        return shared
+
+    def write_one(self, row: int, leaves: Sequence[Array], before: int) -> bool:
+        """Write one item; see `Columns.write`. `write` takes three times as long for it."""
+        shared = before >= 0
+        led_here = self._next[before] if shared else -1
+        for a, _ in self._pairs if shared else ():
+            shared = shared and _is_equal(self.arrays[a][led_here], leaves[a])
+        for slot in (self._of[row], -1 if self._lent[row] else self._next[row]):
+            if slot >= 0:
+                self._free[self._free_count] = slot
+                self._free_count += 1
+        of = led_here if shared else self._take_slot()
+        self._of[row], self._next[row] = of, self._take_slot()
+        self._lent[row] = False
+        if shared:
+            self._lent[before] = True
+        for a, b in self._pairs:
+            if not shared:
+                self.arrays[a][of] = leaves[a]
+            self.arrays[b][self._next[row]] = leaves[b]
+        return shared
+
+    def _take_slot(self) -> int:
+        if self._free_count:
+            self._free_count -= 1
+            return int(self._free[self._free_count])
+        self._top += 1
+        return self._top - 1
 
     def _release(self, rows: Array) -> None:
         """Free what only these rows need; they are the oldest, so none before them is left."""
         of, following = self._of[rows], self._next[rows]
-        goes_on = self._of[(rows + 1) % self._n] == following
-        gone = np.concatenate([of[of >= 0], following[(following >= 0) & ~goes_on]])
+        gone = np.concatenate([of[of >= 0], following[(following >= 0) & ~self._lent[rows]]])
         self._free[self._free_count : self._free_count + len(gone)] = gone
         self._free_count += len(gone)
 
@@ -323,8 +397,21 @@ def _is_buffer(dtype: np.dtype[Any]) -> bool:
     return True
 
 
-def _equal(left: Array, right: Array) -> Array:
-    """For each item of two columns whether they have the same bytes."""
+def as_slice(index: Array) -> slice | Array:
+    """Return an index as a slice, which copies nothing, where it is one."""
+    n = len(index)
+    if not n or index[-1] - index[0] != n - 1 or (index[1:] - index[:-1] != 1).any():
+        return index
+    return slice(int(index[0]), int(index[-1]) + 1)
+
+
+def _is_equal(left: Array, right: Any) -> bool:
+    """Whether two items have the same bytes."""
+    return bool(equal_bytes(left[None], np.asarray(right)[None])[0])
+
+
+def equal_bytes(left: Array, right: Array) -> Array:
+    """Return for each item of two columns whether they have the same bytes."""
     n = len(left)
     left = np.ascontiguousarray(left).reshape(n, -1).view(np.uint8)
     right = np.ascontiguousarray(right).reshape(n, -1).view(np.uint8)

@@ -15,7 +15,7 @@ from edgeml.data.prefetch import Prefetch
 from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
 from edgeml.data.selectors import Selector, UniformSelector
-from edgeml.data.transitions import Transitions, transition_example
+from edgeml.data.transitions import LANE, Transitions, spare_rows, transition_example
 from edgeml.data.tree import Array, fill, leaves_of
 
 __all__ = ["ReplayBuffer", "ReplayBufferDataStore"]
@@ -36,10 +36,11 @@ class ReplayBuffer(DataStoreBase):
 
     Dicts with the keys ``observations``, ``next_observations``, ``rewards``, ``masks`` and
     ``dones``, as `ReplayBufferDataStore` describes them, are *transitions*, inserted in the order
-    in which they happened. ``n_step`` and ``frame_stack`` need those. An episode goes on until
-    ``dones`` is true, or `interrupt` was called; where several environments fill one buffer, call
-    `interrupt` between their items (a `TrainerServer` does), or give each its own store, in
-    which its episodes stay whole. Of large
+    in which they happened. ``n_step`` and ``frame_stack`` need those. They reach from one item to
+    the next unless ``dones`` is true, `interrupt` was called, or the next item's observation is, in
+    any byte, another than ``next_observations`` (`breaks` counts these). Where several environments
+    fill one buffer in turn, say how many ``lanes`` there are and give each item the key ``lane``,
+    from 0: `VectorTransitions` makes such items of gymnasium's vector environments. Of large
     observations (above 1 KiB) each is kept once: what one transition led to, and what the
     next one started from.
 
@@ -60,6 +61,8 @@ class ReplayBuffer(DataStoreBase):
             more axis after the batch's (default 1: no such axis). Each frame is kept once. At the
             start of an episode its first frame is repeated. (Mnih et al. 2015.)
 
+        lanes: how many environments fill the buffer in turn (default 1). With more than 1, items
+            have the key ``lane``, an integer below that.
         ignore_unknown: leave out what items have under keys beyond the schema's, such as ``infos``
             (default: such items are refused).
         selector: chooses the items of a sample (default: a `UniformSelector`); it is this buffer's
@@ -80,18 +83,22 @@ class ReplayBuffer(DataStoreBase):
         discount: float = 0.99,
         frame_stack: int = 1,
         ignore_unknown: bool = False,
+        lanes: int = 1,
         selector: Selector | None = None,
     ) -> None:
         super().__init__(capacity)
-        if n_step < 1 or frame_stack < 1:
-            raise ValueError(f"n_step and frame_stack are at least 1, got {n_step}, {frame_stack}")
+        if min(n_step, frame_stack, lanes) < 1:
+            raise ValueError(
+                "n_step, frame_stack and lanes are at least 1, got "
+                f"{n_step}, {frame_stack}, {lanes}"
+            )
         if not 0 <= discount <= 1:
             raise ValueError(f"discount is from 0 to 1, got {discount}")
         self._rng = np.random.default_rng(seed)
         self._ignore_unknown = ignore_unknown
-        self._looks = n_step, discount, frame_stack
+        self._looks = n_step, discount, frame_stack, lanes
         # Rows are kept for the frames of the oldest item's stack, too.
-        self._ring = Ring(capacity, spare=frame_stack - 1)
+        self._ring = Ring(capacity, spare=spare_rows(frame_stack, lanes))
         self._cuts_kept = self._ring.n_rows
         self._selector = UniformSelector() if selector is None else selector
         self._selector.attach(self._ring)
@@ -112,6 +119,15 @@ class ReplayBuffer(DataStoreBase):
         """Bytes of memory for the items, of which what was never written to is not in use yet."""
         return 0 if self._schema is None else self._columns.nbytes
 
+    @property
+    def breaks(self) -> int:
+        """How many items began a run only because of their observation.
+
+        It was another than the one before (of that lane) led to, although that had not ended its
+        episode. They are counted where it matters, with ``n_step`` or ``frame_stack``.
+        """
+        return 0 if self._schema is None else self._transitions.breaks
+
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""
         with self.lock:  # `restore` goes back for a moment
@@ -127,11 +143,8 @@ class ReplayBuffer(DataStoreBase):
                 self._set_schema(schema)
             else:
                 leaves = schema.fit(item)
-            ring = self._ring
-            row = ring.latest % ring.n_rows
-            self._columns.write(row, leaves)
-            self._transitions.mark(row, leaves)
-            ring.latest += 1
+            self._transitions.write(leaves)
+            self._ring.latest += 1
 
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
         """Insert copies of items in one step; the class tells what it raises."""
@@ -148,9 +161,8 @@ class ReplayBuffer(DataStoreBase):
             if kept < len(batch):
                 columns = [column[-kept:] for column in columns]
             first = ring.latest + len(batch) - kept + 1
-            self._columns.write_many(ring.find_row(first), columns, kept)
             cuts = [cut - len(batch) + kept for cut in batch.cuts if cut >= len(batch) - kept]
-            self._transitions.mark_many(first, columns, cuts)
+            self._transitions.write_many(first, columns, kept, cuts)
             ring.latest += len(batch)
             self.take_cuts(cuts, first)
 
@@ -167,7 +179,7 @@ class ReplayBuffer(DataStoreBase):
             self._ring.reset(self.forget_cuts(next_id))
             self._selector.reset()
             if self._schema is not None:
-                self._columns.clear()
+                self._transitions.reset()
 
     def interrupt(self) -> None:
         """End the episode under way: what is inserted next does not follow upon it."""
@@ -221,9 +233,7 @@ class ReplayBuffer(DataStoreBase):
             if self._transitions.is_plain:
                 self._columns.take(rows, arrays)
             else:
-                self._transitions.take(
-                    self._columns, rows, arrays, self._added.get("discounts", -1)
-                )
+                self._transitions.take(rows, arrays, self._added.get("discounts", -1))
             if plan.added:
                 self._selector.fill_added(rows, {key: arrays[leaf] for key, leaf in plan.added})
             return plan.build(arrays) if out is None else out
@@ -261,7 +271,7 @@ class ReplayBuffer(DataStoreBase):
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
         with self.lock:
-            state = {**super().state(), "rng": self._rng.bit_generator.state}
+            state = {**super().state(), "rng": self._rng.bit_generator.state, "breaks": self.breaks}
             return {**state, **self._selector.state()}
 
     def set_state(self, state: Any) -> None:
@@ -270,6 +280,8 @@ class ReplayBuffer(DataStoreBase):
             super().set_state(state)
             self._rng.bit_generator.state = state["rng"]
             self._selector.set_state(state)
+            if self._schema is not None:
+                self._transitions.breaks = int(state.get("breaks", 0))  # not those of loading
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, with the frames before the oldest one.
@@ -312,8 +324,7 @@ class ReplayBuffer(DataStoreBase):
         for key in added:
             if key in schema.keyed:
                 raise ValueError(f"{key!r} is what samples have besides: rename the items' own")
-        pairs = transitions.leaves.pairs if transitions.leaves is not None else []
-        self._columns = Columns(schema, self._ring.n_rows, pairs)
+        self._columns = transitions.columns
         self._added = {key: len(schema.shapes) + i for i, key in enumerate(added)}
         self._transitions = transitions
         self._schema = schema
@@ -413,6 +424,7 @@ class ReplayBufferDataStore(ReplayBuffer):
     masks               () float32              0 where the episode terminated, else 1: what the
                                                 value of the next observation is multiplied by
     dones               () bool                 the episode ended, terminated or truncated
+    lane                () int32                which environment's it is, where there are lanes
     ==================  ======================  =================================================
 
     An episode that was truncated (by a time limit) did not terminate: its last item has mask 1
@@ -423,7 +435,7 @@ class ReplayBufferDataStore(ReplayBuffer):
         action_space: the same.
         capacity: how many transitions are held at most.
         extras: further parts of an item, each with an example: ``{"policy_version": 0}``.
-        seed, n_step, discount, frame_stack, ignore_unknown: as for `ReplayBuffer`.
+        seed, n_step, discount, frame_stack, lanes, ignore_unknown: as for `ReplayBuffer`.
 
     Raises:
         TypeError: a space whose samples have no fixed shape and dtype.
@@ -440,8 +452,11 @@ class ReplayBufferDataStore(ReplayBuffer):
         n_step: int = 1,
         discount: float = 0.99,
         frame_stack: int = 1,
+        lanes: int = 1,
         ignore_unknown: bool = False,
     ) -> None:
+        if lanes > 1:
+            extras = {LANE: np.int32(0), **(extras or {})}
         super().__init__(
             capacity,
             example=transition_example(observation_space, action_space, extras),
@@ -449,5 +464,6 @@ class ReplayBufferDataStore(ReplayBuffer):
             n_step=n_step,
             discount=discount,
             frame_stack=frame_stack,
+            lanes=lanes,
             ignore_unknown=ignore_unknown,
         )

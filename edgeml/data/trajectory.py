@@ -16,6 +16,7 @@ import numpy as np
 from edgeml.data import checkpoint
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
+from edgeml.data.columns import equal_bytes
 from edgeml.data.device import DeviceRing, Part, SampleConfig, Transform
 from edgeml.data.plans import check_size
 from edgeml.data.samplers import LatestSampler, Sampler
@@ -46,8 +47,10 @@ class TrajectoryBuffer(DataStoreBase):
     """A ring of the newest steps, kept on a device with the trajectories that they belong to.
 
     Steps come in their order. A trajectory ends with a step that says so, with `end_trajectory`
-    or with `interrupt`, and the next step begins another. What a sampler gives never mixes two.
-    As the ring goes round, the oldest trajectory loses its first steps and is a shorter one.
+    or with `interrupt`, and the next step begins another. So does one whose ``observations`` are
+    not, byte for byte, the ``next_observations`` of the one before, if there are such. What a
+    sampler gives never mixes two. As the ring goes round, the oldest trajectory loses its first
+    steps and is a shorter one.
 
     An item (as `get_latest_data` gives and `batch_insert` takes it) is a dict of all data shapes,
     nested as their names say, and the key ``end_of_trajectory``, a bool. A part of another dtype
@@ -78,6 +81,9 @@ class TrajectoryBuffer(DataStoreBase):
             JAX's default device).
         ignore_unknown: leave out what items have under keys beyond the schema's, such as ``infos``
             (default: such items are refused).
+
+    Attributes:
+        breaks: how many steps began a trajectory only because their observations were others.
 
     Raises:
         ImportError: JAX is not installed.
@@ -123,6 +129,11 @@ class TrajectoryBuffer(DataStoreBase):
         self._rows = DeviceRing(capacity, self._specs, device)
         self._handed_out = 0  # the newest id that get_latest_data gave
         self._warned = False
+        # Positions of the parts of observations, and of the same parts of the next ones.
+        self._pairs = _find_pairs(self._specs)
+        self._led_to = [b""] * len(self._pairs)  # the newest step's next observation
+        self.breaks = 0
+        self._told_of_breaks = False
 
     def __len__(self) -> int:
         with self.lock:
@@ -212,6 +223,11 @@ class TrajectoryBuffer(DataStoreBase):
     def _add(self, leaves: Sequence[Any], n: int, firsts: Sequence[int] | Array) -> None:
         """Take in what fits: one item's leaves, or n with a leading axis; firsts as for Spans."""
         first_id = self._spans.next_id
+        broken = self._find_breaks(leaves, n)
+        if broken:
+            known = {int(first) for first in firsts}
+            firsts = sorted(known | broken)
+            broken -= known
         sums = {}
         if self._sums:
             columns = dict(zip(self._specs, leaves, strict=False))
@@ -227,10 +243,36 @@ class TrajectoryBuffer(DataStoreBase):
             self._ends[np.arange(first_id - 1, first_id - 1 + n) % self._capacity] = leaves[-1]
         self._rows.extend(leaves[:-1], sums, n)
         self._spans.extend(n, firsts)
+        self._led_to = [
+            np.asarray(leaves[b] if n == 1 else leaves[b][-1]).tobytes() for _, b in self._pairs
+        ]
+        self._count_breaks(len(broken))
         for name, values in sums.items():
             self._sums[name] = float(values[-1])
         if sums and first_id // self._capacity < self._spans.next_id // self._capacity:
             self._forget_lost_sums()  # once a round
+
+    def _find_breaks(self, leaves: Sequence[Any], n: int) -> set[int]:
+        """Ids of new items whose observation is another than the one before led to."""
+        found = set()
+        for (a, b), led_to in zip(self._pairs, self._led_to, strict=True):
+            first = leaves[a] if n == 1 else leaves[a][0]
+            if self._spans.is_open and np.asarray(first).tobytes() != led_to:
+                found.add(0)
+            if n > 1:
+                same = equal_bytes(leaves[b][:-1], leaves[a][1:])
+                found |= {1 + int(i) for i in np.flatnonzero(~same)}
+        return {self._spans.next_id + position for position in found}
+
+    def _count_breaks(self, n: int) -> None:
+        self.breaks += n
+        if n and not self._told_of_breaks:
+            self._told_of_breaks = True
+            _log.warning(
+                "a step does not begin with the observation that the one before it led to, and so "
+                "begins a new trajectory (`breaks` counts such): where there are several "
+                "environments, insert whole trajectories, or give each a buffer"
+            )
 
     def _forget_lost_sums(self) -> None:
         """Sum priorities up anew where one trajectory fills the ring, or goes on for longer.
@@ -378,7 +420,8 @@ class TrajectoryBuffer(DataStoreBase):
     def state(self) -> Any:
         """Return what the store knows beyond its items."""
         with self.lock:
-            return {**super().state(), "rng": self._rng.bit_generator.state}
+            rng = self._rng.bit_generator.state
+            return {**super().state(), "rng": rng, "breaks": self.breaks}
 
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
@@ -386,6 +429,7 @@ class TrajectoryBuffer(DataStoreBase):
             if state["interrupted"]:
                 TrajectoryBuffer.interrupt(self)  # and log nothing
             self._rng.bit_generator.state = state["rng"]
+            self.breaks = int(state.get("breaks", 0))  # not those of loading
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, but hand out none."""
@@ -559,6 +603,19 @@ def make_default_trajectory_buffer(
     keys = ("observations", "next_observations", "actions", "rewards", "masks")
     store.register_sample_config("training", {key: LatestSampler() for key in keys})
     return store
+
+
+def _find_pairs(specs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Positions of the parts of ``observations``, each with that of ``next_observations``."""
+    names = list(specs)
+    now = [name for name in names if name.split("/")[0] == "observations"]
+    following = {name for name in names if name.split("/")[0] == "next_observations"}
+    if following != {f"next_{name}" for name in now}:
+        return []
+    pairs = [(name, f"next_{name}") for name in now]
+    if any(specs[a] != specs[b] for a, b in pairs):
+        return []
+    return [(names.index(a), names.index(b)) for a, b in pairs]
 
 
 def _running_sums(name: str, values: Any, before: float, firsts: Any) -> Array:

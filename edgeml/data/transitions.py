@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from edgeml.data.columns import Columns
+from edgeml.data.columns import Columns, as_slice, equal_bytes
 from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
 from edgeml.data.spaces import zeros_of
 from edgeml.data.tree import Array, leaves_of, paths_of
 
-__all__ = ["Leaves", "Transitions", "transition_example"]
+__all__ = ["LANE", "Transitions", "spare_rows", "transition_example"]
+
+LANE = "lane"
+"""The key of an item that says which of several environments it is of."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Leaves:
+class _Leaves:
     """The numbers of a transition's leaves.
 
     Attributes:
@@ -36,7 +42,7 @@ class Leaves:
         return [self.masks, self.dones, *(following for _, following in self.pairs)]
 
     @classmethod
-    def find(cls, schema: Schema) -> Leaves | None:
+    def find(cls, schema: Schema) -> _Leaves | None:
         """Find them, or return None: these items are something else."""
         keyed = schema.keyed
         scalars = [keyed.get(name) for name in ("rewards", "masks", "dones")]
@@ -58,144 +64,289 @@ class Leaves:
 
 
 class Transitions:
-    """Knows where episodes end in a ring of transitions, and looks ahead and back within them.
+    """The transitions in a ring: which follows upon which, and what n steps and frames make of it.
 
-    Nothing here takes a lock.
+    An item follows upon the one before in its lane unless that ended its episode, `interrupt` was
+    called, or its observation is, in any byte, another than that one led to. Items that follow
+    upon each other are a *run*. Nothing here takes a lock.
 
     Args:
-        ring: where the items lie.
+        ring: where the items lie, with `spare_rows` more than items that are held.
         schema: of the items.
-        n_step, discount, frame_stack: as for `ReplayBuffer`.
+        n_step, discount, frame_stack, lanes: as for `ReplayBuffer`.
 
     Attributes:
-        leaves: of a transition; None where items are none, and neither n_step nor frame_stack
-            asks that they are.
+        columns: the rows of the ring.
+        breaks: how many items began a run only because their observation was another.
         added: what a sample has besides the keys of an item: the dtypes of one number each.
         is_plain: a sample has what an item has, and no more.
 
     Raises:
-        ValueError: n_step or frame_stack with items that are no transitions, or whose rewards are
-            integers.
+        ValueError: n_step, frame_stack or lanes, with items that lack what these need.
     """
 
     def __init__(
-        self, ring: Ring, schema: Schema, n_step: int, discount: float, frame_stack: int
+        self,
+        ring: Ring,
+        schema: Schema,
+        n_step: int,
+        discount: float,
+        frame_stack: int,
+        lanes: int,
     ) -> None:
-        self.leaves = Leaves.find(schema)
+        leaves = _Leaves.find(schema)
         self.is_plain = n_step == frame_stack == 1
-        self.added: dict[str, np.dtype[Any]] = {}
-        if self.leaves is None and not self.is_plain:
+        if leaves is None and not (self.is_plain and lanes == 1):
             raise ValueError(
-                "n_step and frame_stack need items with observations, next_observations (alike), "
-                "rewards, masks and dones"
+                "n_step, frame_stack and lanes need items with observations, next_observations "
+                "(alike), rewards, masks and dones"
             )
+        self.added: dict[str, np.dtype[Any]] = {}
         if n_step > 1:
             self.added["discounts"] = np.dtype(np.float32)
-            if self.leaves and schema.dtypes[self.leaves.rewards].kind in "biu":
+            if leaves and schema.dtypes[leaves.rewards].kind in "biu":
                 raise ValueError("discounted sums are no whole numbers: give rewards as floats")
-        self._ring = ring
+        self.breaks = 0
+        self.columns = Columns(schema, ring.n_rows, leaves.pairs if leaves else ())
+        self._ring, self._leaves = ring, leaves
+        self._lane_leaf = None if lanes == 1 else _find_lane(schema)
         self._n_step, self._discount, self._stack = n_step, discount, frame_stack
-        # Of each row: whether its episode goes no further, and the id of that episode's first item.
-        self._ends, self._begins = np.zeros(ring.n_rows, np.bool_), np.empty(0, np.int64)
-        if frame_stack > 1:
-            self._begins = np.zeros(ring.n_rows, np.int64)
+        # A stack is of rows that are kept for it.
+        self._gap = _widest_gap(lanes) if frame_stack > 1 else 1 << 62
+        # Of each lane the id of the newest item, and whether another may follow upon it.
+        self._last = np.zeros(lanes, np.int64)
+        self._open = np.zeros(lanes, np.bool_)
+        # Of each row the rows of the items before and after it in its run; itself where none is.
+        self._before = np.arange(ring.n_rows if frame_stack > 1 else 0)
+        self._after = np.arange(ring.n_rows if n_step > 1 else 0)
+        pairs = [] if leaves is None else leaves.pairs
+        # Where observations are kept once, that tells whether they are equal.
+        self._compared = [pair for pair in pairs if not self.columns.keeps_once(pair[0])]
+        self._follows = len(self._compared) < len(pairs) or not self.is_plain
+        self._warned = False
 
     def shape_of(self, leaf: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that an item's part of a leaf has in a sample."""
-        if self._stack > 1 and self.leaves and any(leaf in pair for pair in self.leaves.pairs):
+        if self._stack > 1 and self._leaves and any(leaf in pair for pair in self._leaves.pairs):
             return (self._stack, *shape)
         return shape
 
     # What comes in --------------------------------------------------------------------------
 
-    def mark(self, row: int, leaves: Sequence[Any]) -> None:
-        """Note the episode of the item that gets the next id."""
-        if self.leaves is None or self.is_plain:
-            return
-        if self._stack > 1:
-            goes_on = self._goes_on(self._ring.latest + 1)
-            self._begins[row] = self._begins[row - 1] if goes_on else self._ring.latest + 1
-        self._ends[row] = leaves[self.leaves.dones]
+    def write(self, leaves: Sequence[Any]) -> None:
+        """Write the item that gets the next id.
 
-    def mark_many(self, first_id: int, leaves: Sequence[Array], cuts: Sequence[int]) -> None:
-        """Note the episodes of items from ``first_id`` on, before the ring knows of them."""
-        if self.leaves is None or self.is_plain:
+        Raises:
+            ValueError: its lane is none of those that there are; nothing is written.
+        """
+        ring = self._ring
+        item_id = ring.latest + 1
+        row = ring.latest % ring.n_rows
+        if not self._follows:
+            self.columns.write(row, leaves)
             return
-        dones = np.asarray(leaves[self.leaves.dones], np.bool_)
-        rows = self._ring.find_rows(first_id, len(dones))
-        if 0 in cuts and first_id == self._ring.latest + 1:
-            self._ends[rows[0] - 1] = True
-        starts = np.zeros(len(dones), np.bool_)
-        starts[1:] = dones[:-1]
-        starts[0] = not self._goes_on(first_id)
-        starts[list(cuts)] = True
+        lane = 0 if self._lane_leaf is None else self._check_lanes(leaves[self._lane_leaf])
+        last = int(self._last[lane])
+        before = (last - 1) % ring.n_rows if 0 < last > item_id - ring.n_rows else -1
+        same = self.columns.write(row, leaves, before)
+        self._last[lane] = item_id
+        if self.is_plain:
+            return
+        follows = before >= 0 and bool(self._open[lane])
+        if follows:
+            for a, b in self._compared:
+                kept = self.columns.look(b, np.array(before))
+                same = same and kept.tobytes() == np.asarray(leaves[a]).tobytes()
+            follows = same and item_id - last <= self._gap
+            if not follows:
+                self._count_breaks(1)
+        self._link(row, before if follows else row)
+        assert self._leaves is not None
+        self._open[lane] = not leaves[self._leaves.dones]
+
+    def write_many(
+        self, first_id: int, leaves: Sequence[Array], n: int, cuts: Sequence[int]
+    ) -> None:
+        """Write n items, at most as many as there are rows.
+
+        Args:
+            first_id: of the first; those between the newest and this one are not kept.
+            leaves: of all, with a leading axis.
+            n: how many.
+            cuts: positions of items that follow upon none of those before.
+
+        Raises:
+            ValueError: a lane is none of those that there are; nothing is written.
+        """
+        ring = self._ring
+        row = ring.find_row(first_id)
+        if not self._follows:
+            self.columns.write_many(row, leaves, n)
+            return
+        if self._lane_leaf is None:
+            lanes = np.zeros(n, np.int64)
+            positions = np.arange(-1, n - 1)  # of each item that of the one before in its lane
+            ends = np.array([n - 1])
+        else:
+            lanes = np.asarray(leaves[self._lane_leaf], np.int64)
+            self._check_lanes(lanes)
+            order = np.argsort(lanes, kind="stable")
+            again = lanes[order[1:]] == lanes[order[:-1]]
+            positions = np.full(n, -1)
+            positions[order[1:][again]] = order[:-1][again]
+            ends = order[np.append(~again, True)]  # the last item of each lane
+        firsts = np.flatnonzero(positions < 0)
+        last = self._last[lanes[firsts]]
+        kept = (last > 0) & (last > first_id + n - 1 - ring.n_rows)
+        before = np.full(n, -1)
+        before[firsts] = np.where(kept, (last - 1) % ring.n_rows, -1)
+        shared = self.columns.write_many(row, leaves, n, positions, before)
+        self._last[lanes[ends]] = first_id + ends
+        if self.is_plain:
+            return
+        rows = ring.find_rows(first_id, n)
+        assert self._leaves is not None
+        dones = np.asarray(leaves[self._leaves.dones], np.bool_)
+        within = positions >= 0
+        follows = within & ~dones[positions]
+        follows[firsts] = kept & self._open[lanes[firsts]]
+        opens = ~dones[ends]
+        if cuts:
+            pieces = np.zeros(n, np.int64)  # how many cuts there are up to each item
+            pieces[list(cuts)] = 1
+            pieces = np.cumsum(pieces)
+            follows &= pieces == np.where(within, pieces[positions], 0)
+            opens &= pieces[ends] == pieces[-1]
+            self._open[:] = False
+        self._open[lanes[ends]] = opens
+        same = np.ones(n, np.bool_) if shared is None else shared
+        if self._compared:
+            follow = np.flatnonzero(within)
+            behind, ahead = as_slice(follow), as_slice(positions[follow])
+            begins = firsts[kept]
+            for a, b in self._compared:
+                if len(follow):
+                    same[behind] &= equal_bytes(leaves[b][ahead], leaves[a][behind])
+                if len(begins):
+                    led_here = self.columns.look(b, before[begins])
+                    same[begins] &= equal_bytes(led_here, leaves[a][begins])
         if self._stack > 1:
-            ids = np.arange(first_id, first_id + len(dones))
-            begins = np.where(starts, ids, 0 if starts[0] else self._begins[rows[0] - 1])
-            self._begins[rows] = np.maximum.accumulate(begins)
-        self._ends[rows] = dones
-        self._ends[rows[:-1]] |= starts[1:]
+            gaps = np.arange(n) - positions
+            gaps[firsts] = first_id + firsts - last
+            same &= gaps <= self._gap
+        broken = int(np.count_nonzero(follows & ~same))
+        if broken:
+            self._count_breaks(broken)
+            follows &= same
+        before[within] = rows[positions[within]]
+        self._link(rows, np.where(follows, before, rows))
 
     def interrupt(self) -> None:
-        """End the episode under way."""
-        if self._ring.latest >= self._ring.kept_from:
-            self._ends[self._ring.find_row(self._ring.latest)] = True
+        """Let what comes next begin a run, in all lanes."""
+        self._open[:] = False
 
-    def _goes_on(self, item_id: int) -> bool:
-        """Whether an item belongs to the episode of the one before, which must be the newest."""
-        newest = self._ring.latest
-        if item_id != newest + 1 or newest < self._ring.kept_from:
-            return False
-        return not self._ends[self._ring.find_row(newest)]
+    def reset(self) -> None:
+        """Forget all items, as the ring just has."""
+        self._last[:] = 0
+        self._open[:] = False
+        self.columns.clear()
+
+    def _link(self, rows: Any, before: Any) -> None:
+        """Note which rows those just written follow upon: themselves where upon none."""
+        if self._stack > 1:
+            self._before[rows] = before
+        if self._n_step > 1:
+            self._after[rows] = rows
+            self._after[before] = rows  # where that is a row itself, it stays so
+
+    def _check_lanes(self, lanes: Any) -> int:
+        """Return the first of some lanes, once all are found to be there."""
+        lanes = np.asarray(lanes)
+        if lanes.min() < 0 or lanes.max() >= len(self._last):
+            raise ValueError(
+                f"item[{LANE!r}]: expected 0 to {len(self._last) - 1}, got {lanes.min()} to "
+                f"{lanes.max()}: make the store with as many lanes as there are environments"
+            )
+        return int(lanes.flat[0])
+
+    def _count_breaks(self, n: int) -> None:
+        self.breaks += n
+        if n and not self._warned:
+            self._warned = True
+            _log.warning(
+                "an item does not begin with the observation that the one before it led to, so "
+                "n_step and frame_stack don't reach from one to the other (`breaks` counts such). "
+                "Where several environments fill one store, make it with lanes= and give each "
+                "item its lane, as VectorTransitions does"
+            )
 
     # What goes out --------------------------------------------------------------------------
 
-    def take(self, columns: Columns, index: Array, outs: Mapping[int, Array], added: int) -> None:
+    def take(self, index: Array, outs: Mapping[int, Array], added: int) -> None:
         """Write the transitions that begin in these rows into a batch.
 
         Args:
-            columns: that they are in.
             index: (n,) rows.
             outs: arrays by the numbers of their leaves.
             added: the leaf of ``discounts``.
         """
-        leaves = self.leaves
+        leaves, columns = self._leaves, self.columns
         assert leaves is not None
         outs = dict(outs)
         rows, taken = self._look_ahead(index)
-        last = rows[np.arange(len(index)), taken - 1]
+        last = rows[-1]
         if leaves.rewards in outs:
-            within = np.arange(self._n_step) < taken[:, None]
+            within = np.arange(self._n_step)[:, None] < taken
             rewards = columns.look(leaves.rewards, rows).astype(np.float64)
-            powers = self._discount ** np.arange(self._n_step)
-            outs.pop(leaves.rewards)[:] = np.where(within, rewards * powers, 0).sum(axis=1)
+            powers = (self._discount ** np.arange(self._n_step))[:, None]
+            outs.pop(leaves.rewards)[:] = np.where(within, rewards * powers, 0).sum(axis=0)
         if added in outs:
             outs.pop(added)[:] = self._discount**taken * columns.look(leaves.masks, last)
         ahead = {leaf: outs.pop(leaf) for leaf in leaves.at_the_end if leaf in outs}
         if self._stack > 1:
+            stacks, following = self._look_back(index), self._look_back(last)[:, 1:]
             for a, b in leaves.pairs:
                 if a in outs:
-                    columns.take_stacks(a, self._look_back(index), outs.pop(a))
+                    columns.take_stacks(a, stacks, outs.pop(a))
                 if b in ahead:
-                    stacks = self._look_back(last)[:, 1:]
-                    columns.take_stacks(a, stacks, ahead.pop(b), (b, last))
+                    columns.take_stacks(a, following, ahead.pop(b), (b, last))
         if outs:
             columns.take(index, outs)
         if ahead:
             columns.take(last, ahead)
 
     def _look_ahead(self, index: Array) -> tuple[Array, Array]:
-        """For each row the n that follow it, itself first, and how many are of its episode."""
-        rows = (index[:, None] + np.arange(self._n_step)) % self._ring.n_rows
-        ends = self._ends[rows] | (rows == self._ring.find_row(self._ring.latest))
-        ends[:, -1] = True
-        return rows, ends.argmax(axis=1) + 1
+        """The n rows of each run from these on, (n, B), the last repeated; and how many it has."""
+        rows = np.empty((self._n_step, len(index)), np.int64)
+        rows[0] = index
+        for k in range(1, self._n_step):
+            self._after.take(rows[k - 1], mode="clip", out=rows[k])
+        return rows, 1 + np.count_nonzero(rows[1:] != rows[:-1], axis=0)
 
     def _look_back(self, index: Array) -> Array:
-        """For each row those of its stack, itself last: shape (n, k)."""
-        stack = self._ring.find_ids(index)[:, None] + np.arange(1 - self._stack, 1)
-        stack = np.maximum(stack, self._begins[index][:, None])
-        return (stack - 1) % self._ring.n_rows
+        """For each row those of its stack, itself last, the first of its run repeated: (B, k)."""
+        rows = np.empty((self._stack, len(index)), np.int64)
+        rows[-1] = index
+        for k in range(self._stack - 1, 0, -1):
+            self._before.take(rows[k], mode="clip", out=rows[k - 1])
+        return np.ascontiguousarray(rows.T)
+
+
+def spare_rows(frame_stack: int, lanes: int) -> int:
+    """Return how many rows a ring has beyond the items held: for the frames of the oldest ones."""
+    return (frame_stack - 1) * _widest_gap(lanes)
+
+
+def _widest_gap(lanes: int) -> int:
+    """How many ids an item may be past the one that it follows upon, with stacks of frames."""
+    return 1 if lanes == 1 else 2 * lanes  # a lane that is reset gives no item in that step
+
+
+def _find_lane(schema: Schema) -> int:
+    leaf = schema.keyed.get(LANE)
+    if type(leaf) is not int or schema.shapes[leaf] != () or schema.dtypes[leaf].kind not in "iu":
+        raise ValueError(f"lanes need items with an integer at {LANE!r}: which environment's it is")
+    return leaf
 
 
 def transition_example(

@@ -23,7 +23,12 @@ def observation(t: int) -> dict[str, Any]:
 
 
 def transition(
-    item_id: int, obs: int, following: int, terminated: bool, truncated: bool
+    item_id: int,
+    obs: int,
+    following: int,
+    terminated: bool,
+    truncated: bool,
+    lane: int | None = None,
 ) -> dict[str, Any]:
     return {
         "observations": observation(obs),
@@ -33,6 +38,7 @@ def transition(
         "masks": np.float32(not terminated),
         "dones": np.bool_(terminated or truncated),
         "policy_version": np.int64(item_id // 4),
+        **({} if lane is None else {"lane": np.int32(lane)}),
     }
 
 
@@ -44,7 +50,9 @@ class Kept:
     following: int
     terminated: bool
     done: bool
-    last: bool  # of its episode, as far as the buffer is to know
+    lane: int
+    before: int  # id of the item that it follows upon; 0 for none
+    after: int = 0  # and of that which follows upon it
 
 
 class Model(RuleBasedStateMachine):
@@ -54,6 +62,7 @@ class Model(RuleBasedStateMachine):
     n_step = 1
     frame_stack = 1
     discount = 0.9
+    lanes = 1
 
     def make(self) -> ReplayBuffer:
         return ReplayBuffer(self.capacity, **self.options())
@@ -63,6 +72,7 @@ class Model(RuleBasedStateMachine):
             "n_step": self.n_step,
             "frame_stack": self.frame_stack,
             "discount": self.discount,
+            "lanes": self.lanes,
             "seed": 1,
         }
 
@@ -73,12 +83,16 @@ class Model(RuleBasedStateMachine):
         self.cuts: set[int] = set()  # ids before which there was an interruption
         self.latest = 0
         self.clock = 0
+        self.newest: dict[int, int] = {}  # of each lane the id of its newest item
+        self.ended: set[int] = set()  # ids upon which nothing follows
 
     # Inserting ------------------------------------------------------------------------------
 
-    def made(self, ending: str, follows: bool) -> dict[str, Any]:
-        """The next item, noted in the model."""
-        before = self.items.get(self.latest)
+    def make_item(self, ending: str, follows: bool, lane: int) -> dict[str, Any]:
+        """Return the next item, noted in the model."""
+        lane %= self.lanes
+        last = self.newest.get(lane, 0)
+        before = self.items.get(last)
         if before is not None and follows:
             obs = before.following
         else:
@@ -86,22 +100,33 @@ class Model(RuleBasedStateMachine):
             obs = self.clock
         self.clock += 1
         self.latest += 1
-        kept = Kept(obs, self.clock, ending == "terminated", ending != "", ending != "")
+        kept = Kept(obs, self.clock, ending == "terminated", ending != "", lane, 0)
+        if before is not None and last not in self.ended:
+            gap = 1 if self.lanes == 1 else 2 * self.lanes
+            if follows and (self.frame_stack == 1 or self.latest - last <= gap):
+                kept.before, before.after = last, self.latest
+        if kept.done:
+            self.ended.add(self.latest)
+        self.newest[lane] = self.latest
         self.items[self.latest] = kept
-        return transition(
-            self.latest, obs, self.clock, kept.terminated, kept.done and not kept.terminated
-        )
+        return self.as_inserted(self.latest)
+
+    def as_inserted(self, item_id: int) -> dict[str, Any]:
+        kept = self.items[item_id]
+        truncated = kept.done and not kept.terminated
+        lane = kept.lane if self.lanes > 1 else None
+        return transition(item_id, kept.obs, kept.following, kept.terminated, truncated, lane)
 
     endings = st.sampled_from(["", "", "", "terminated", "truncated"])
-    steps = st.tuples(endings, st.integers(0, 4).map(bool))
+    steps = st.tuples(endings, st.integers(0, 4).map(bool), st.integers(0, 2))
 
     @rule(step=steps)
-    def insert(self, step: tuple[str, bool]) -> None:
-        self.store.insert(self.made(*step))
+    def insert(self, step: tuple[str, bool, int]) -> None:
+        self.store.insert(self.make_item(*step))
 
     @rule(steps=st.lists(steps, max_size=14), columns=st.booleans())
-    def batch_insert(self, steps: list[tuple[str, bool]], columns: bool) -> None:
-        items = [self.made(*step) for step in steps]
+    def batch_insert(self, steps: list[tuple[str, bool, int]], columns: bool) -> None:
+        items = [self.make_item(*step) for step in steps]
         self.store.batch_insert(Batch.of(items) if columns else items)
 
     @rule()
@@ -109,13 +134,12 @@ class Model(RuleBasedStateMachine):
         self.store.interrupt()
         if self.latest:
             self.cuts.add(self.latest + 1)
-        if self.latest in self.items:
-            self.items[self.latest].last = True
+        self.ended.update(self.newest.values())
 
     @rule(next_id=st.integers(1, 30))
     def reset(self, next_id: int) -> None:
         self.store.reset(next_id)
-        self.items, self.cuts = {}, set()
+        self.items, self.cuts, self.newest, self.ended = {}, set(), {}, set()
         self.latest = next_id - 1
 
     @rule(limit=st.integers(1, 9), anew=st.booleans())
@@ -123,7 +147,10 @@ class Model(RuleBasedStateMachine):
         """Carry all over to another store, as a checkpoint does."""
         other = self.make()
         if not anew:  # into one that has been used before
-            other.batch_insert([transition(i, i, i + 1, False, i % 3 == 0) for i in range(1, 9)])
+            lane = 0 if self.lanes > 1 else None
+            other.batch_insert(
+                [transition(i, i, i + 1, False, i % 3 == 0, lane) for i in range(1, 9)]
+            )
         state, parts, at = self.store.state(), [], 0
         while len((part := self.store.dump(at, limit=limit))[0]):
             parts.append(part)
@@ -153,11 +180,7 @@ class Model(RuleBasedStateMachine):
         assert len(batch) == len(ids)
         assert batch.cuts == tuple(n for n, i in enumerate(ids) if i in self.cuts)
         for item, item_id in zip(batch, ids, strict=True):
-            kept = self.items[item_id]
-            truncated = kept.done and not kept.terminated
-            assert_same(
-                item, transition(item_id, kept.obs, kept.following, kept.terminated, truncated)
-            )
+            assert_same(item, self.as_inserted(item_id))
 
     @precondition(lambda self: self.held)
     @rule(n=st.integers(1, 12), lag=st.one_of(st.none(), st.integers(0, 2)))
@@ -188,8 +211,8 @@ class Model(RuleBasedStateMachine):
     def expected(self, item_id: int) -> dict[str, Any]:
         """What a sample of this item is."""
         ids = [item_id]
-        while len(ids) < self.n_step and not self.items[ids[-1]].last and ids[-1] < self.latest:
-            ids.append(ids[-1] + 1)
+        while len(ids) < self.n_step and (after := self.items[ids[-1]].after):
+            ids.append(after)
         end = self.items[ids[-1]]
         rewards = [self.discount**j * (i % 7 - 2) for j, i in enumerate(ids)]
         expected: dict[str, Any] = {
@@ -201,6 +224,8 @@ class Model(RuleBasedStateMachine):
             "dones": np.bool_(end.done),
             "policy_version": np.int64(item_id // 4),
         }
+        if self.lanes > 1:
+            expected["lane"] = np.int32(self.items[item_id].lane)
         if self.n_step > 1:
             expected["discounts"] = np.float32(self.discount ** len(ids) * (not end.terminated))
         return expected
@@ -208,9 +233,7 @@ class Model(RuleBasedStateMachine):
     def stacked(self, item_id: int, following: int | None) -> dict[str, Any]:
         frames = [self.items[item_id].obs]
         while len(frames) < self.frame_stack:
-            before = self.items.get(item_id - 1)
-            if before is not None and not before.last:
-                item_id -= 1
+            item_id = self.items[item_id].before or item_id
             frames.insert(0, self.items[item_id].obs)
         if following is not None:
             frames = [*frames[1:], following]

@@ -36,20 +36,23 @@ from edgeml.testing import StoreTests
 from pairs import threads, wait_until
 from replay_model import Model, PrioritizedModel, observation, transition
 
-SHAPES = [  # capacity, n_step, frame_stack
-    (5, 1, 1),
-    (1, 1, 1),
-    (2, 3, 1),
-    (7, 3, 1),
-    (1, 1, 3),
-    (6, 1, 3),
-    (7, 2, 4),
+SHAPES = [  # capacity, n_step, frame_stack, lanes
+    (5, 1, 1, 1),
+    (1, 1, 1, 1),
+    (2, 3, 1, 1),
+    (7, 3, 1, 1),
+    (1, 1, 3, 1),
+    (6, 1, 3, 1),
+    (7, 2, 4, 1),
+    (7, 1, 1, 3),
+    (3, 3, 1, 2),
+    (9, 3, 1, 3),
+    (8, 2, 3, 3),
 ]
 
 
-def run(model: type[Model], shape: tuple[int, int, int], histories: int) -> None:
-    capacity, n_step, frame_stack = shape
-    given = {"capacity": capacity, "n_step": n_step, "frame_stack": frame_stack}
+def run(model: type[Model], shape: tuple[int, int, int, int], histories: int) -> None:
+    given = dict(zip(("capacity", "n_step", "frame_stack", "lanes"), shape, strict=True))
     run_state_machine_as_test(
         type(f"{model.__name__}{shape}", (model,), given),
         settings=settings(
@@ -63,7 +66,7 @@ def run(model: type[Model], shape: tuple[int, int, int], histories: int) -> None
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("model", [Model, PrioritizedModel])
-def test_histories(model: type[Model], shape: tuple[int, int, int]) -> None:
+def test_histories(model: type[Model], shape: tuple[int, int, int, int]) -> None:
     run(model, shape, histories=10)
 
 
@@ -71,7 +74,7 @@ def test_histories(model: type[Model], shape: tuple[int, int, int]) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("model", [Model, PrioritizedModel])
-def test_thousands_of_histories(model: type[Model], shape: tuple[int, int, int]) -> None:
+def test_thousands_of_histories(model: type[Model], shape: tuple[int, int, int, int]) -> None:
     run(model, shape, histories=1000)
 
 

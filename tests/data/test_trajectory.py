@@ -900,6 +900,47 @@ class TestDefaultBuffer:
         with pytest.raises(TypeError, match="observations"):
             make_default_trajectory_buffer(space, gym.spaces.Discrete(2), 10)
 
+    @pytest.mark.parametrize("way", ["one by one", "at once", "loaded"])
+    def test_no_trajectory_goes_on_in_another_environment(
+        self, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Where an observation is not what the step before led to, it is another's."""
+        space = gym.spaces.Dict(at=gym.spaces.Box(-9, 999, (2,)), n=gym.spaces.Discrete(9))
+        store = make_default_trajectory_buffer(space, gym.spaces.Discrete(9), 100)
+        runs = [(0, 3), (1, 1), (0, 1), (1, 4)]  # of which environment, and how many steps
+        items, at = [], [0, 0]
+        for env, n in runs:
+            for _ in range(n):
+                here, at[env] = at[env], at[env] + 1
+                items.append(
+                    {
+                        "observations": {"at": np.array([env, here], np.float32), "n": 0},
+                        "next_observations": {"at": np.array([env, here + 1], np.float32), "n": 0},
+                        "actions": 0,
+                        "rewards": 0.0,
+                        "masks": 1.0,
+                        "end_of_trajectory": False,
+                    }
+                )
+        if way == "one by one":
+            for each in items:
+                store.insert(each)
+        else:
+            store.batch_insert(items[:4])
+            store.batch_insert(items[4:])
+        if way == "loaded":
+            store.save(tmp_path / "saved")
+            store = make_default_trajectory_buffer(space, gym.spaces.Discrete(9), 100)
+            store.load(tmp_path / "saved")
+        store.register_sample_config("all", {"observations": SequenceSampler(0, 9)})
+        data, mask = store.sample("all", 9, force_indices=np.arange(1, 10))
+        lengths = np.asarray(mask["observations"]).sum(axis=1)
+        assert lengths.tolist() == [left for _, n in runs for left in range(n, 0, -1)]
+        seen = np.asarray(data["observations"]["at"][:, :, 0])
+        assert all(len(set(row[:n])) == 1 for row, n in zip(seen, lengths, strict=True))
+        assert store.breaks == 3
+        assert len([r for r in caplog.records if "give each a buffer" in r.message]) >= 1
+
     def test_what_is_inserted_is_logged(self) -> None:
         logged: list[Any] = []
         store = TrajectoryBufferDataStore(
