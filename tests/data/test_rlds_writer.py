@@ -452,6 +452,7 @@ class TestForks:
         def child() -> int:
             with pytest.raises(Closed, match="belongs to the process before the fork"):
                 step(log, 9)
+            assert log.stats()["waits"] == 0
             log.close()
             return 7
 

@@ -147,7 +147,7 @@ class EpisodeWriter:
 
     def abandon(self) -> None:
         """Leave all to the parent of this process, whose thread goes on."""
-        self.turn, self._changed = threading.RLock(), threading.Condition()
+        self._changed = threading.Condition()  # another thread may have held it
         self.abandoned = True
         self._jobs.clear()
         self._rows.clear()
