@@ -28,7 +28,7 @@ from edgeml.core.transport import (
     Requester,
     Transport,
 )
-from edgeml.core.url import Url, bindable, reached
+from edgeml.core.url import Url, find_address, tell_url
 
 __all__ = [
     # the seam
@@ -42,8 +42,8 @@ __all__ = [
     "Codec",
     "Message",
     "Url",
-    "bindable",
-    "reached",
+    "find_address",
+    "tell_url",
     "copy",
     "own",
     "pooled",

@@ -15,11 +15,11 @@ __all__ = [
     "AUTO",
     "DEFAULT_TRANSPORT",
     "Url",
-    "bindable",
+    "find_address",
     "check_port",
     "is_loopback",
-    "numeric",
-    "reached",
+    "format_host",
+    "tell_url",
     "resolve",
 ]
 
@@ -93,7 +93,7 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-def bindable(url: Url) -> str:
+def find_address(url: Url) -> str:
     """Return the numeric address to listen at, IPv4 where there is a choice; IPv6 has brackets, and
     its zone where it needs one.
 
@@ -105,11 +105,11 @@ def bindable(url: Url) -> str:
     except (OSError, UnicodeError) as error:
         raise OSError(f"cannot serve {url}: {error}") from error
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
-    address = numeric(found[0][4])
+    address = format_host(found[0][4])
     return f"[{address}]" if ":" in address else address
 
 
-def numeric(address: tuple[Any, ...]) -> str:
+def format_host(address: tuple[Any, ...]) -> str:
     """Return the host of a socket's address, with the zone in which an IPv6 one is meant."""
     host = str(address[0])
     zone = address[3] if len(address) > 3 else 0
@@ -118,13 +118,13 @@ def numeric(address: tuple[Any, ...]) -> str:
     return f"{host}%{socket.if_indextoname(zone)}"
 
 
-def reached(url: Url, address: str, port: int) -> Url:
+def tell_url(url: Url, address: str, port: int) -> Url:
     """Return where peers reach who listens at an address and port, which need not be the same."""
     host = socket.gethostname() if address in ("0.0.0.0", "[::]") else url.host
     return Url(url.scheme, host, port)
 
 
-def _each(url: Url) -> list[Url]:
+def _expand(url: Url) -> list[Url]:
     if url.scheme != AUTO:
         return [url]
     return [replace(url, scheme=scheme) for scheme in _NEAREST_FIRST]
@@ -189,7 +189,7 @@ def resolve(transport: str | None, host: str, port: int) -> list[Url]:
     urls = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         if "://" not in name:
-            urls += _each(Url(name, host, port))
+            urls += _expand(Url(name, host, port))
             continue
         url = Url.parse(name)
         if url.port and port and url.port != port:
@@ -204,7 +204,7 @@ def resolve(transport: str | None, host: str, port: int) -> list[Url]:
             )
         if not url.path:
             url = Url(url.scheme, url.host or host, url.port or port)
-        urls += _each(url)
+        urls += _expand(url)
     if not urls:
         raise ValueError(f"transport {text!r} names no transport")
     return urls

@@ -208,7 +208,7 @@ class _Connection(Requester):
             if not self._requests.settle(*arrived):
                 self.listener.drop()
             del arrived  # or the buffers live until the next reply
-        self._requests.fail(self._over())
+        self._requests.fail(self._copy_why())
 
     def _arrive(self, number: int, message: Message) -> bool:
         self._arrived.put((number, message))
@@ -218,7 +218,7 @@ class _Connection(Requester):
     def lost(self) -> bool:
         return self._why is not None
 
-    def _over(self) -> Exception:
+    def _copy_why(self) -> Exception:
         return copy_error(self._why or Unreachable(f"the connection to {self.url} was lost"))
 
     def call(self, message: Message, timeout: float) -> Message:
@@ -231,7 +231,7 @@ class _Connection(Requester):
         message = own(message)
         with self._lock:
             if self._why is not None:
-                raise self._over()
+                raise self._copy_why()
             number, future = pending.add()
             try:
                 self.listener.put(message, _Reply(self, pending, number, settle))
@@ -246,7 +246,7 @@ class _Connection(Requester):
             if self._why is None:
                 self._why = why
         self.listener.detach(self)
-        self._calls.fail(self._over())
+        self._calls.fail(self._copy_why())
         self._arrived.put(None)  # behind the last replies
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import serve
 from websockets.version import version
 
-from edgeml.core import Transport, Url, bindable, hookimpl, reached
+from edgeml.core import Transport, Url, find_address, hookimpl, tell_url
 from edgeml.core.links import Accept, LinkTransport, Listening
 
 _OPTIONS: dict[str, Any] = {
@@ -49,10 +49,10 @@ class WebSocketTransport(LinkTransport):
         async def accepted(connection: Connection) -> None:
             await accept(_Link(connection), connection.remote_address)
 
-        address = bindable(url)
+        address = find_address(url)
         server = await serve(accepted, address.strip("[]"), url.port, origins=[None], **_OPTIONS)
         port = server.sockets[0].getsockname()[1]
-        return reached(url, address, port), lambda: server.close(close_connections=False)
+        return tell_url(url, address, port), lambda: server.close(close_connections=False)
 
     async def dial(self, url: Url) -> _Link:
         """See `LinkTransport.dial`."""

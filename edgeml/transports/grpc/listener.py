@@ -22,9 +22,9 @@ from edgeml.core import (
     Reply,
     Unreachable,
     Url,
-    bindable,
+    find_address,
     own,
-    reached,
+    tell_url,
     unframe,
 )
 from edgeml.core.carrier import Stay
@@ -110,7 +110,7 @@ class Listener(Endpoint):
 
     async def _open(self, url: Url) -> tuple[aio.Server, Url]:
         _keep_poller()
-        address = bindable(url)
+        address = find_address(url)
         server = aio.server(options=_OPTIONS)
         handlers = {
             "Connect": grpc.unary_unary_rpc_method_handler(self._connect),
@@ -129,7 +129,7 @@ class Listener(Endpoint):
                 f"cannot serve {url}: {error}; another port, or 0, may be free"
             ) from error
         await server.start()
-        return server, reached(url, address, port)
+        return server, tell_url(url, address, port)
 
     # Requests, in the loop ----------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from edgeml.core import (
     hookimpl,
 )
 from edgeml.core.limits import explain_no_connection
-from edgeml.core.url import numeric
+from edgeml.core.url import format_host
 from edgeml.transports.zmq.connection import Connection
 from edgeml.transports.zmq.listener import Listener
 from edgeml.transports.zmq.sockets import MOST_SOCKETS
@@ -69,7 +69,7 @@ class ZmqTransport(Transport):
         self.refuse(credentials)
         try:
             with socket.create_connection((url.host, url.port), timeout) as probe:
-                host = numeric(probe.getpeername())
+                host = format_host(probe.getpeername())
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", None)
             raise explain_no_connection(url, error, number) from error

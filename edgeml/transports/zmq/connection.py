@@ -75,7 +75,7 @@ class _Line:
 
     def _open(self) -> zmq.Socket[bytes]:
         self._timeout = -1  # ms, as set on the socket
-        self._socket = self._connection.line()
+        self._socket = self._connection.open_line()
         if self._connection.lost:  # it may have been before there was a socket to wake
             raise _Woken
         return self._socket
@@ -145,7 +145,7 @@ def _any_alive(lent: list[weakref.ref[memoryview]]) -> bool:
     return any(view() is not None for view in lent)
 
 
-def _events(line: zmq.Socket[bytes]) -> int:
+def _look(line: zmq.Socket[bytes]) -> int:
     """What could be done without waiting; cheaper than polling a single socket."""
     return cast(int, line.getsockopt(zmq.EVENTS))
 
@@ -211,7 +211,7 @@ class Connection(Requester):
         line.metadata = f"{WHO}:{self._who}".encode()
         line.connect(str(self._address))
 
-    def line(self) -> zmq.Socket[bytes]:
+    def open_line(self) -> zmq.Socket[bytes]:
         """A socket to the peer that `_wake` wakes."""
         line = open_socket(self._context, zmq.DEALER)
         try:
@@ -236,14 +236,14 @@ class Connection(Requester):
     def lost(self) -> bool:
         return self._why is not None
 
-    def _over(self) -> Exception:
+    def _copy_why(self) -> Exception:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
         return copy_error(why)
 
     def call(self, message: Message, timeout: float) -> Message:
         check(message)
         if self._why is not None:
-            raise self._over()
+            raise self._copy_why()
         if self._pending.unanswered:  # a line would overtake them
             if threading.current_thread() is self._io:  # in a future's callback
                 self._start_io()
@@ -254,16 +254,16 @@ class Connection(Requester):
                 line = self._new_line()
             return line.call(message, timeout)
         except _Woken:
-            raise self._over() from None
+            raise self._copy_why() from None
         except zmq.ZMQError as error:
             if self._why is None:
                 raise Unreachable(f"{self.url}: {error}{what_to_do(error.errno)}") from error
-            raise self._over() from None
+            raise self._copy_why() from None
 
     def _new_line(self) -> _Line:
         with self._lock:
             if self._why is not None:
-                raise self._over()
+                raise self._copy_why()
             line = _Line(self)
             self._lines.add(line)
         self._local.line = line
@@ -274,7 +274,7 @@ class Connection(Requester):
         message = own(message)
         with self._lock:
             if self._why is not None:
-                raise self._over()
+                raise self._copy_why()
             number, future = self._pending.add()
             self._outbox.append((number, message))
             if not self._woken:
@@ -321,9 +321,9 @@ class Connection(Requester):
                 self._settle_next()
             if self._waker_fd in ready:
                 with self._lock:  # a line has come or gone, and the waker must take notice
-                    _events(self._waker)
+                    _look(self._waker)
             if self._monitor in ready:
-                while _events(self._shared) & zmq.POLLIN:  # what came before the loss
+                while _look(self._shared) & zmq.POLLIN:  # what came before the loss
                     self._settle_next()
                 event: int = parse_monitor_message(self._monitor.recv_multipart())["event"]
                 return event
@@ -332,7 +332,7 @@ class Connection(Requester):
         while queue:
             number, message = queue[0]
             if number in self._pending:  # not cancelled meanwhile
-                if not _events(self._shared) & zmq.POLLOUT:
+                if not _look(self._shared) & zmq.POLLOUT:
                     return
                 send(self._shared, NUMBER.pack(number), message)
             queue.popleft()
@@ -353,7 +353,7 @@ class Connection(Requester):
                 self._why = why
             self._outbox.clear()
             lines = list(self._lines)
-        self._pending.fail(self._over())
+        self._pending.fail(self._copy_why())
         # Calls have TCP connections of their own, on which a last reply may still be under way.
         deadline = time.monotonic() + (0 if isinstance(self._why, Closed) else _GRACE)
         for line in lines:

@@ -12,7 +12,7 @@ from typing import Any
 
 import zmq
 
-from edgeml.core import Endpoint, Message, OnRequest, Peer, Reply, Url, bindable, own, reached
+from edgeml.core import Endpoint, Message, OnRequest, Peer, Reply, Url, find_address, own, tell_url
 from edgeml.core.carrier import Carrier, Stay
 from edgeml.core.forks import drop_sockets, leave_to_parent, watch_forks
 from edgeml.transports.zmq.sockets import (
@@ -97,7 +97,7 @@ class Listener(Endpoint):
         watch_forks(self)
 
     def _bind(self, url: Url) -> Url:
-        address = bindable(url)
+        address = find_address(url)
         self._router.ipv6 = "[" in address
         try:
             self._router.bind(f"tcp://{address}:{url.port or '*'}")
@@ -105,7 +105,7 @@ class Listener(Endpoint):
             reason = f"cannot serve {url}: {error}; another port, or 0, may be free"
             raise OSError(error.errno, reason) from error
         bound = self._router.get_string(zmq.LAST_ENDPOINT)
-        return reached(url, address, int(bound.rpartition(":")[2]))
+        return tell_url(url, address, int(bound.rpartition(":")[2]))
 
     def _run_rounds(self, stay: Stay) -> bool:
         if self._torn:
