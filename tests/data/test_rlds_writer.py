@@ -456,8 +456,17 @@ class TestForks:
             log.close()
             return 7
 
-        with log._writer.turn, log._writer._changed:  # as another thread may, at any moment
+        held, done = threading.Event(), threading.Event()
+
+        def hold() -> None:  # as the thread may, at any moment
+            with log._writer.turn, log._writer._changed:
+                held.set()
+                assert done.wait(30)
+
+        with in_background(hold):
+            assert held.wait(30)
             pid = self.fork(child)
+            done.set()
         assert self.ended(pid) == 7
         gate.open.set()
         step(log, 2, truncated=True)
