@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgeml.core.message import Allocator, pooled
+from edgeml.data.adapters import adapt_class, hide_items, is_adapted
 from edgeml.data.batch import Batch
 from edgeml.data.locks import make_lock
 
@@ -21,6 +22,13 @@ class DataStoreBase(ABC):
     still held. All methods may be called from any thread, and none ever sees half of another.
     What is inserted is copied: the caller may change its arrays afterwards.
 
+    **Stores made for other libraries**, with four methods (`insert`, `latest_data_id`,
+    ``get_latest_data(from_id)``, which returns a list, and ``__len__``), may subclass this as they
+    are. They get the rest: the lock is taken around each of the four, ids are from 1 on whichever
+    they have, items are copied, and there are `batch_insert`, ``limit``, `reset`, which hides what
+    they hold, cuts and checkpoints. Only, a batch is inserted one by one, so that where an item is
+    refused those before it stay.
+
     Args:
         capacity: how many items are held at most.
 
@@ -31,6 +39,10 @@ class DataStoreBase(ABC):
         allocate: gives memory for the batches that are handed out, and may be used or not. A client
             that uploads the store's items puts its own here, from which they are sent.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        adapt_class(cls)
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
@@ -71,14 +83,22 @@ class DataStoreBase(ABC):
     def insert(self, item: Any) -> None:
         """Insert one item."""
 
-    @abstractmethod
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
         """Insert items, all or (where it raises) none; their ids are the store's next ones.
 
-        A batch's ``cuts`` go on to be told: give them to `take_cuts`.
+        A batch's ``cuts`` go on to be told: give them to `take_cuts`. Here they are inserted one by
+        one, and those before an item that is refused stay.
         """
+        cuts = batch.cuts if isinstance(batch, Batch) else ()
+        with self.lock:
+            first = self.latest_data_id() + 1
+            try:
+                for item in batch:
+                    self.insert(item)
+            finally:
+                inserted = self.latest_data_id() + 1 - first
+                self.take_cuts([cut for cut in cuts if cut < inserted], first)
 
-    @abstractmethod
     def reset(self, next_id: int | None = None) -> None:
         """Forget all items.
 
@@ -89,7 +109,13 @@ class DataStoreBase(ABC):
 
         Raises:
             ValueError: it is below 1.
+            NotImplementedError: a store that has its own `get_latest_data` with a limit, and no
+                `reset`.
         """
+        if not is_adapted(type(self)):
+            raise NotImplementedError(f"{type(self).__name__} has no reset()")
+        with self.lock:
+            hide_items(self, self.forget_cuts(next_id))
 
     def interrupt(self) -> None:
         """Tell that what is inserted next does not follow upon what was inserted last.

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from edgeml.core.errors import DeadlineExceeded, Overloaded
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch, join
+from edgeml.data.tree import copy_item
 
 __all__ = ["OnFull", "QueuedDataStore"]
 
 OnFull = Literal["drop_oldest", "block", "raise"]
 
 _RUN = 256  # single items are kept in runs of so many, which a reader skips whole
-_IMMUTABLE = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
 class QueuedDataStore(DataStoreBase):
@@ -71,7 +68,7 @@ class QueuedDataStore(DataStoreBase):
 
     def insert(self, item: Any) -> None:
         """Insert a copy of one item; the class tells what it raises."""
-        self._append([_copy(item)], 1)
+        self._append([copy_item(item)], 1)
 
     def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
         """Insert copies of items in one step; the class tells what it raises."""
@@ -82,9 +79,9 @@ class QueuedDataStore(DataStoreBase):
         kept = batch[-self.capacity :]
         cuts = kept.cuts if isinstance(kept, Batch) else ()
         if isinstance(kept, Batch) and kept.columns is not None:
-            self._append(Batch.from_columns(_copy(kept.columns)), len(batch), cuts)
+            self._append(Batch.from_columns(copy_item(kept.columns)), len(batch), cuts)
         else:
-            self._append([_copy(item) for item in kept], len(batch), cuts)
+            self._append([copy_item(item) for item in kept], len(batch), cuts)
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
@@ -116,7 +113,7 @@ class QueuedDataStore(DataStoreBase):
         batches = [p if isinstance(p, Batch) else Batch.of(p, allocate=allocate) for p in parts]
         batch = join(batches, first, allocate)
         if batch.columns is None:
-            batch = Batch.of([_copy(i) for i in batch], first)
+            batch = Batch.of([copy_item(i) for i in batch], first)
         return batch.cut(cuts)
 
     def reset(self, next_id: int | None = None) -> None:
@@ -189,16 +186,3 @@ class QueuedDataStore(DataStoreBase):
                     chunk.popleft()
             self._held -= gone
             count -= gone
-
-
-def _copy(node: Any) -> Any:
-    kind = type(node)
-    if kind is np.ndarray:
-        return node.copy()
-    if kind is dict:
-        return {key: _copy(child) for key, child in node.items()}
-    if kind in _IMMUTABLE or issubclass(kind, np.generic):
-        return node
-    if kind is tuple or kind is list:
-        return kind(map(_copy, node))
-    return np.array(node) if hasattr(kind, "__array__") else copy.deepcopy(node)

@@ -8,6 +8,7 @@ A namedtuple counts as the dict that it is, which is also how codecs carry it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 __all__ = [
     "Array",
     "Skeleton",
+    "copy_item",
     "describe",
     "fill",
     "is_plain",
@@ -33,6 +35,7 @@ Array = np.ndarray[Any, Any]
 Skeleton = Any  # dict[str | int, Skeleton] | tuple[Skeleton, ...] | list[Skeleton] | int
 
 _DEEPEST = 32  # what the codecs carry
+_IMMUTABLE = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
 def is_plain(dtype: np.dtype[Any]) -> bool:
@@ -166,6 +169,20 @@ def fill(skeleton: Skeleton, leaves: Sequence[Any] | Mapping[int, Any]) -> Any:
             for key, child in skeleton.items()
         }
     return type(skeleton)([fill(child, leaves) for child in skeleton])
+
+
+def copy_item(node: Any) -> Any:
+    """Return a copy of an item: its containers and arrays, and other objects by `copy.deepcopy`."""
+    kind = type(node)
+    if kind is np.ndarray:
+        return node.copy()
+    if kind is dict:
+        return {key: copy_item(child) for key, child in node.items()}
+    if kind in _IMMUTABLE or issubclass(kind, np.generic):
+        return node
+    if kind is tuple or kind is list:
+        return kind(map(copy_item, node))
+    return np.array(node) if hasattr(kind, "__array__") else copy.deepcopy(node)
 
 
 def nested(parts: Iterable[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -90,6 +91,146 @@ class TestReplayDataStore(StoreTests):
             "masks": 1.0,
             "dones": False,
         }
+
+
+class Foreign(DataStoreBase):
+    """Has four methods, as another library's stores have; it counts from 0, and keeps no copies."""
+
+    first = 0
+
+    def __init__(self, capacity: int) -> None:
+        DataStoreBase.__init__(self, capacity)
+        self._lock = threading.Lock()
+        self._items: deque[Any] = deque(maxlen=self.capacity)
+        self._last = self.first - 1
+
+    def latest_data_id(self) -> int:
+        return self._last
+
+    def insert(self, data: Any) -> None:
+        with self._lock:
+            self._items.append(data)
+            self._last += 1
+
+    def get_latest_data(self, from_id: int) -> list[Any]:
+        with self._lock:
+            missing = max(0, self._last - from_id)
+            return list(self._items)[-missing:] if missing else []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class Counted(Foreign):
+    """One that counts from 1, and builds on another."""
+
+    first = 1
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.seen = 0
+
+    def insert(self, data: Any) -> None:
+        super().insert(data)
+        self.seen = self.latest_data_id()
+
+
+class Ring:
+    """A buffer of no library of ours, of which a store is made."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self.rows = size, [None] * size
+        self.n = 0
+
+    def __len__(self) -> int:
+        return min(self.n, self._size)
+
+    def insert(self, data: Any) -> None:
+        self.rows[self.n % self._size] = data
+        self.n += 1
+
+
+class Mixed(Ring, DataStoreBase):
+    """That store: two of the methods come from the buffer; it hands out all that it has."""
+
+    def __init__(self, capacity: int) -> None:
+        DataStoreBase.__init__(self, capacity)
+        Ring.__init__(self, capacity)
+
+    def latest_data_id(self) -> int:
+        return self.n
+
+    def get_latest_data(self, from_id: int) -> list[Any]:
+        return [self.rows[i % self._size] for i in range(self.n - len(self), self.n)]
+
+
+class TestForeign(StoreTests):
+    def make_store(self, capacity: int) -> DataStoreBase:
+        return Foreign(capacity)
+
+    def make_item(self, i: int) -> Any:
+        return transition(i)
+
+
+class TestForeignItems(TestQueuedItems):
+    def make_store(self, capacity: int) -> DataStoreBase:
+        return Counted(capacity)
+
+
+class TestMixed(TestForeign):
+    def make_store(self, capacity: int) -> DataStoreBase:
+        return Mixed(capacity)
+
+
+class TestFourMethods:
+    """What a store of another library gets from the base class, and what it can't have."""
+
+    def test_of_a_batch_that_fails_the_items_before_stay(self) -> None:
+        class Choosy(Foreign):
+            def insert(self, data: Any) -> None:
+                if data == "bad":
+                    raise ValueError("no")
+                super().insert(data)
+
+        store = Choosy(9)
+        with pytest.raises(ValueError, match="no"):
+            store.batch_insert(Batch.of(["a", "b", "bad", "c"]).cut([1, 3]))
+        assert list(store.get_latest_data(0)) == ["a", "b"]
+        assert store.get_latest_data(0).cuts == (1,)
+
+    def test_its_own_methods_call_each_other_as_ever(self) -> None:
+        store = Counted(3)
+        store.batch_insert(["a", "b"])
+        store.reset(100)
+        store.insert("c")
+        assert store.latest_data_id() == 100
+        assert store.seen == 3  # by its own numbers
+
+    def test_a_lock_of_its_own_has_another_name(self) -> None:
+        class Locked(Foreign):
+            def __init__(self, capacity: int) -> None:
+                super().__init__(capacity)
+                self.lock = threading.Lock()
+
+        with pytest.raises(TypeError, match=r"Locked\.lock is the base class's"):
+            Locked(3).insert(1)
+
+    def test_a_store_without_reset_says_so(self) -> None:
+        class Whole(DataStoreBase):
+            def insert(self, item: Any) -> None: ...
+            def latest_data_id(self) -> int:
+                return 0
+
+            def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
+                return Batch.of([])
+
+            def __len__(self) -> int:
+                return 0
+
+        with pytest.raises(NotImplementedError, match=r"Whole has no reset\(\)"):
+            Whole(3).reset()
+        with pytest.raises(TypeError, match="abstract"):
+            DataStoreBase(3)  # type: ignore[abstract]
 
 
 class TestBatch:
