@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import struct
 import threading
+import time
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from edgeml.core.carrier import Stay
 from edgeml.core.errors import Closed, EdgemlError, Overloaded, Unreachable, copy_error
@@ -22,6 +23,7 @@ from edgeml.core.limits import explain_no_connection
 from edgeml.core.loops import Loop
 from edgeml.core.message import Message
 from edgeml.core.pending import Pending
+from edgeml.core.strangers import find_stranger
 from edgeml.core.transport import Credentials, Endpoint, OnRequest, Peer, Requester, Transport
 from edgeml.core.url import Url
 
@@ -29,6 +31,7 @@ __all__ = ["Accept", "Link", "LinkTransport", "Listening"]
 
 _NUMBER = struct.Struct("<Q")
 _MOST_WAITING = 1 << 28  # bytes that one peer has not taken yet; what comes then is refused
+_SOON = 0.5  # seconds in which a server usually answers who connects
 _GRACE = 0.5  # seconds that an end which closes gives to what is still to be sent
 
 
@@ -61,6 +64,10 @@ Listening = tuple[Url, Callable[[], object]]
 class LinkTransport(Transport):
     """Subclass it, and set `name`."""
 
+    greeting: ClassVar[bytes] = b""
+    """How a server of it begins what it says, unasked or to an HTTP request, as a regular
+    expression: whoever says anything else on its port is told apart by that (`find_stranger`)."""
+
     @abstractmethod
     async def listen(self, url: Url, accept: Accept) -> Listening:
         """Have ``accept`` run for each connection that comes.
@@ -71,7 +78,10 @@ class LinkTransport(Transport):
 
     @abstractmethod
     async def dial(self, url: Url) -> Link:
-        """Connect. Raises any exception if nobody answers; is cancelled when that takes long."""
+        """Connect. Raises any exception if nobody answers; is cancelled when that takes long.
+
+        An `EdgemlError` is passed on as it is, and the text of any other is quoted.
+        """
 
     def serve(
         self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
@@ -83,7 +93,7 @@ class LinkTransport(Transport):
     def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
         """See `Transport.connect`."""
         self.refuse(credentials)
-        return _Connection(url, timeout, self.dial)
+        return _Connection(url, timeout, self.dial, self.greeting)
 
 
 class _Traffic:
@@ -208,23 +218,43 @@ class _Listener(Endpoint):
 
 
 class _Connection(Requester):
-    def __init__(self, url: Url, timeout: float, dial: Callable[[Url], Awaitable[Link]]) -> None:
+    def __init__(
+        self,
+        url: Url,
+        timeout: float,
+        dial: Callable[[Url], Coroutine[Any, Any, Link]],
+        greeting: bytes,
+    ) -> None:
         self.url = url
-        self._dial = dial
         self._over: EdgemlError | None = None
         self._pending = Pending()
         self._loop = Loop(f"edgeml {url}")
         try:
-            self._loop.start(self._open(timeout)).result()
+            self._loop.start(self._open(timeout, dial, greeting)).result()
         except BaseException as error:
             self._loop.close()
-            if not isinstance(error, Exception):
+            if not isinstance(error, Exception) or isinstance(error, EdgemlError):
                 raise
             what = str(error) or type(error).__name__
             raise explain_no_connection(url, what, getattr(error, "errno", None)) from None
 
-    async def _open(self, timeout: float) -> None:
-        self._link = await asyncio.wait_for(self._dial(self.url), timeout)
+    async def _open(
+        self, timeout: float, dial: Callable[[Url], Coroutine[Any, Any, Link]], greeting: bytes
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        dialing = asyncio.create_task(dial(self.url))
+        await asyncio.wait((dialing,), timeout=min(timeout, _SOON))
+        # Some libraries wait for one who doesn't speak their protocol to hang up.
+        late = not dialing.done()
+        failed = dialing.done() and not isinstance(dialing.exception(), (type(None), OSError))
+        left = deadline - time.monotonic()
+        stranger = None
+        if (late or failed) and self.url.port and left > 0:
+            stranger = find_stranger(self.url, greeting, min(0.4, left))
+        if stranger is not None:
+            dialing.cancel()
+            raise stranger
+        self._link = await asyncio.wait_for(dialing, max(0.0, deadline - time.monotonic()))
         self._traffic = _Traffic(self._loop, self._link)
         self._receiving = asyncio.create_task(self._receive())
 

@@ -20,6 +20,7 @@ __all__ = [
     "is_loopback",
     "format_host",
     "tell_url",
+    "require_this_machine",
     "resolve",
 ]
 
@@ -91,6 +92,18 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return False
+
+
+def require_this_machine(host: str) -> None:
+    """Raise an OSError, which says why, for a host that is not this machine by any of its names."""
+    if host in ("", "localhost", "127.0.0.1", "0.0.0.0", "::", "::1", socket.gethostname()):
+        return
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)  # which works for this machine's addresses alone
+    except UnicodeError as error:
+        raise OSError(f"no host has such a name: {error}") from None
 
 
 def find_address(url: Url) -> str:

@@ -38,6 +38,7 @@ class WebSocketTransport(LinkTransport):
     """``ws://host:port``: for what has to pass a web server's front door."""
 
     name: ClassVar[str] = "ws"
+    greeting: ClassVar[bytes] = rb"HTTP/1\.1 (426|503) "  # Upgrade Required; or it is stopping
 
     def report(self) -> dict[str, str]:
         """See `Transport.report`."""

@@ -31,6 +31,7 @@ from edgeml import (
 from edgeml.core import Message, Url, load_transport, wire
 from edgeml.core.frames import frame
 from edgeml.transports.grpc import order
+from edgeml.transports.grpc.failures import find_proxy
 from edgeml.transports.grpc.protocol import Assembly
 from pairs import process, run_fresh, started, wait_until
 
@@ -823,6 +824,31 @@ def test_a_port_that_is_taken_by_whomever_is_an_oserror(connected):
         taken = ANYWHERE.with_port(listener.getsockname()[1])
         with pytest.raises(OSError, match="cannot serve"):
             transport.serve(taken, lambda message, reply: None)
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy to which nobody listens; the name of the variable that names it."""
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://secret@127.0.0.1:1")
+    return "http_proxy"
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", socket.gethostname()])
+def test_no_proxy_is_asked_for_this_machine(proxy, host):
+    with transport.serve(Url("grpc", "0.0.0.0", 0), lambda message, reply: reply(message)) as end:
+        transport.connect(end.url.with_host(host), 5.0).close()
+
+
+def test_a_proxy_that_swallows_a_connection_is_named(proxy, monkeypatch):
+    url = Url("grpc", "192.0.2.1", 5557)
+    with pytest.raises(Unreachable, match=rf"\${proxy}.*no_proxy") as caught:
+        transport.connect(url, 5.0)
+    assert "secret" not in str(caught.value)
+    for excepted, asked in [("10.0.0.1, .2.1", ""), ("192.0.2.1", ""), (" ,", proxy), ("x", proxy)]:
+        monkeypatch.setenv("no_proxy", excepted)
+        assert find_proxy(url.host) == asked
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "0.0.0.0", "", "::1", "::"])

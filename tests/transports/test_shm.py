@@ -417,6 +417,19 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
     assert path.read_text() == "mine"
 
 
+def test_a_path_may_have_as_many_bytes_as_the_system_takes_and_no_more(tmp_path):
+    most = sockets.LONGEST_PATH - len(os.fsencode(tmp_path)) - 1
+    with SHM.serve(Url.parse(f"shm://{tmp_path}/{'x' * most}"), echo) as endpoint:
+        SHM.connect(endpoint.url, 5).close()
+    # Of two bytes each, for it is bytes that count.
+    longer = Url.parse(f"shm://{tmp_path}/{'é' * (most // 2 + 1)}")
+    with pytest.raises(OSError, match=rf"has \d+ bytes.* {sockets.LONGEST_PATH} at most.*shorter"):
+        SHM.serve(longer, echo)
+    with pytest.raises(Unreachable, match=f"{sockets.LONGEST_PATH} at most.*shorter") as caught:
+        SHM.connect(longer, 5)
+    assert "server started" not in str(caught.value)
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
 def test_another_machine_is_out_of_reach(host):
     with pytest.raises(OSError, match="not on this machine"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 import threading
 import time
@@ -21,7 +19,6 @@ from edgeml.core import (
     Malformed,
     Message,
     Pending,
-    PermissionDenied,
     Requester,
     Unreachable,
     Url,
@@ -30,8 +27,7 @@ from edgeml.core import (
 )
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
-from edgeml.core.limits import explain_no_connection
-from edgeml.core.url import is_loopback
+from edgeml.transports.grpc.failures import explain_failure, find_proxy
 from edgeml.transports.grpc.order import Lane
 from edgeml.transports.grpc.processes import NO_FORKS
 from edgeml.transports.grpc.protocol import (
@@ -58,6 +54,7 @@ class Connection(Requester):
     """See `edgeml.core.Requester`."""
 
     def __init__(self, url: Url, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
         self.url = url
         self._why: EdgemlError | None = None  # set once, when it is over
         self._pending = Pending()
@@ -65,7 +62,8 @@ class Connection(Requester):
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()  # that may be at work for this
         host = url.host or "localhost"
-        options = [*_OPTIONS, ("grpc.enable_http_proxy", int(not is_loopback(host)))]
+        proxy = find_proxy(host)
+        options = [*_OPTIONS, ("grpc.enable_http_proxy", int(bool(proxy)))]
         host = f"[{host}]" if ":" in host else host
         self._channel = grpc.insecure_channel(f"{host}:{url.port}", options)
         self._request = self._channel.unary_unary(f"/{SERVICE}/Request")
@@ -78,13 +76,7 @@ class Connection(Requester):
             self._number = PREFIX.unpack(welcome)[0]
         except grpc.RpcError as error:
             self._channel.close()
-            code, details = error.code(), error.details()
-            if ERRORS.get(code) is PermissionDenied:
-                raise PermissionDenied(f"{url}: {details}") from None
-            if code is grpc.StatusCode.UNIMPLEMENTED:
-                raise Unreachable(f"what answers at {url} is no edgeml server: {details}") from None
-            number = errno.EMFILE if os.strerror(errno.EMFILE) in details else None
-            raise explain_no_connection(url, details, number) from None
+            raise explain_failure(url, error, proxy, deadline - time.monotonic()) from None
         except BaseException:
             self._channel.close()
             raise

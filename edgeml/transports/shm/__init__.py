@@ -33,7 +33,7 @@ from edgeml.core import (
     hookimpl,
 )
 from edgeml.transports.shm.connection import Connection
-from edgeml.transports.shm.listener import Listener, require_local
+from edgeml.transports.shm.listener import Listener, check_address
 from edgeml.transports.shm.memory import SEALABLE, limit_of_environment
 from edgeml.transports.shm.sockets import Lost
 
@@ -75,11 +75,10 @@ class ShmTransport(Transport):
             PermissionDenied: another user's process serves there.
         """
         self.refuse(credentials)
-        if not url.path:
-            try:
-                require_local(url)
-            except OSError as error:
-                raise Unreachable(str(error)) from None
+        try:
+            check_address(url)
+        except OSError as error:
+            raise Unreachable(error.strerror or str(error)) from None
         try:
             return Connection(url, timeout)
         except (Lost, DeadlineExceeded) as error:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import secrets
 import socket
 import threading
@@ -26,12 +28,13 @@ from edgeml.core import (
 )
 from edgeml.core.carrier import Stay
 from edgeml.core.forks import watch_forks
+from edgeml.core.url import require_this_machine
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.loop import Loop
 from edgeml.transports.shm.memory import Account, Pool, limit_of_environment
-from edgeml.transports.shm.sockets import Lost, accept, listen, unlink
+from edgeml.transports.shm.sockets import LONGEST_PATH, Lost, accept, listen, unlink
 
-__all__ = ["Listener", "require_local"]
+__all__ = ["Listener", "check_address"]
 
 _log = logging.getLogger(__name__)
 
@@ -167,8 +170,7 @@ class Listener(Endpoint):
 
 
 def _listen(url: Url) -> tuple[socket.socket, Url]:
-    if not url.path:
-        require_local(url)
+    check_address(url)
     if url.path or url.port:
         try:
             return listen(url.port, url.path), url
@@ -184,14 +186,18 @@ def _listen(url: Url) -> tuple[socket.socket, Url]:
     raise OSError(last.errno, f"cannot serve {url}: no free port: {last}")
 
 
-def require_local(url: Url) -> None:
-    """Raise an OSError for the address of another machine."""
-    host = url.host or "localhost"
-    if host in ("localhost", "127.0.0.1", "0.0.0.0", "::", "::1", socket.gethostname()):
+def check_address(url: Url) -> None:
+    """Raise an OSError for an address that no socket of this machine can have."""
+    if url.path:
+        size = len(os.fsencode(url.path))
+        if size > LONGEST_PATH:
+            raise OSError(
+                errno.ENAMETOOLONG,
+                f"the path of {url} has {size} bytes, and that of a socket {LONGEST_PATH} at most: "
+                "choose a shorter one, in /tmp or /run for example",
+            )
         return
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.bind(address)  # which works for this machine's addresses alone
-    except (OSError, UnicodeError) as error:
+        require_this_machine(url.host)
+    except OSError as error:
         raise OSError(f"{url} is not on this machine, and shm reaches no other: {error}") from None

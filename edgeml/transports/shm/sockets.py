@@ -22,6 +22,7 @@ from edgeml.core.limits import explain_no_connection
 
 __all__ = [
     "LARGEST_RECORD",
+    "LONGEST_PATH",
     "Lost",
     "Records",
     "accept",
@@ -34,6 +35,9 @@ LINUX = sys.platform == "linux"
 
 LARGEST_RECORD = 1 << 16
 """Bytes; a good part of what a socket has room for (net.core.wmem_default, 208 KiB)."""
+
+LONGEST_PATH = 107 if LINUX else 103
+"""Bytes that a socket's path may have, as the system has it."""
 
 _NOW = int(socket.MSG_DONTWAIT)
 _LONGEST = 1e9  # ms that a wait is told to last

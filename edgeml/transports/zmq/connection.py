@@ -33,6 +33,7 @@ from edgeml.core import (
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.limits import if_out_of_files, what_to_do
+from edgeml.core.strangers import ZMTP, find_stranger
 from edgeml.transports.zmq.sockets import (
     MOST_PENDING,
     NUMBER,
@@ -150,6 +151,8 @@ def _look(line: zmq.Socket[bytes]) -> int:
     return cast(int, line.getsockopt(zmq.EVENTS))
 
 
+_GREETING = 0.3  # seconds that a peer may take to greet; libzmq itself would wait for ever
+_GREETED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
@@ -180,7 +183,7 @@ class Connection(Requester):
             self._waker.bind(f"inproc://{self._who}.waker")
             self._waker_fd = self._waker.FD
             self._shared = self._open(zmq.DEALER)
-            self._monitor = self._shared.get_monitor_socket(_LOST)
+            self._monitor = self._shared.get_monitor_socket(_GREETED | _LOST)
             self._sockets.append(self._monitor)
             self._dial(self._shared, _MOST_QUEUED)
         except zmq.ZMQError as error:
@@ -189,6 +192,7 @@ class Connection(Requester):
                 f"no connection to {url} can be opened: {error}{what_to_do(error.errno)}"
             ) from error
         self._queue: deque[tuple[int, Message]] = deque()  # of the I/O thread's
+        self._due: float | None = None  # when the peer should have greeted
         self._poller = zmq.Poller()
         for each in (self._listen, self._shared, self._monitor, self._waker_fd):
             self._poller.register(each, zmq.POLLIN)
@@ -283,12 +287,8 @@ class Connection(Requester):
         return future
 
     def _run(self) -> None:
-        why: Closed | Unreachable
         try:
-            if self._carry() == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                why = Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
-            else:
-                why = Unreachable(f"the connection to {self.url} was lost{if_out_of_files()}")
+            why = self._carry()
         except _Relieved:
             return
         except Exception as error:
@@ -296,20 +296,25 @@ class Connection(Requester):
             why = Unreachable(f"the connection to {self.url} failed: {error}")
         self._end(why)
 
-    def _carry(self) -> int:
-        """Send requests and settle replies until the connection is over; returns the event.
+    def _carry(self) -> Unreachable:
+        """Send requests and settle replies until the connection is over; returns why it is.
 
         Raises:
             _Relieved: another thread does so since a future's callback called.
         """
         queue = self._queue
         while True:
-            ready = dict(self._poller.poll())
+            left = None if self._due is None else max(0.0, self._due - time.monotonic())
+            ready = dict(self._poller.poll(None if left is None else math.ceil(left * 1e3)))
+            if left == 0.0:
+                self._due = None
+                if stranger := find_stranger(self.url, ZMTP):
+                    return stranger
             if self._listen in ready:
                 self._listen.recv()
                 with self._lock:
                     if self._why is not None:
-                        return zmq.EVENT_CLOSED
+                        return Unreachable("it has been closed")  # which is told already
                     queue += self._outbox
                     self._outbox.clear()
                     self._woken = False
@@ -326,7 +331,18 @@ class Connection(Requester):
                 while _look(self._shared) & zmq.POLLIN:  # what came before the loss
                     self._settle_next()
                 event: int = parse_monitor_message(self._monitor.recv_multipart())["event"]
-                return event
+                if not event & _GREETED:
+                    return self._explain(event)
+                connected = event == zmq.EVENT_CONNECTED
+                self._due = time.monotonic() + _GREETING if connected else None
+
+    def _explain(self, event: int) -> Unreachable:
+        """Say what it means that a connection ends with this event."""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            return find_stranger(self.url, ZMTP) or Unreachable(
+                f"what listens at {self.url} does not speak ZeroMQ"
+            )
+        return Unreachable(f"the connection to {self.url} was lost{if_out_of_files()}")
 
     def _send_some(self, queue: deque[tuple[int, Message]]) -> None:
         while queue:
