@@ -127,23 +127,24 @@ class Intake:
             part = parts.pop()
             before = store.latest_data_id()
             error: Exception | None = None
+            done = part
             try:
                 store.batch_insert(part)
             except Exception as raised:
                 error = raised
-            # A user's store that inserts one by one has some of them although it raises. Ours has
-            # none, and may have let others insert while it waited for room.
-            some = 0 if isinstance(error, EdgemlError) else store.latest_data_id() - before
-            done = part if error is None else part[:some]
+                # A user's store that inserts one by one has some of them although it raises. Ours
+                # has none, and may have let others insert while it waited for room.
+                some = 0 if isinstance(error, EdgemlError) else store.latest_data_id() - before
+                done = part[:some]
             if len(done):
                 self.counts["items"] += len(done)
                 self._ledger.advance(client, name, done.first_id + len(done) - 1)
                 yield done
-            rest = part[len(done) :]
-            if error is None or not len(rest):
+            if error is None or len(done) == len(part):
                 continue
             if not isinstance(error, _UNFIT):
                 raise error
+            rest = part[len(done) :]
             if len(rest) > 1:
                 half = len(rest) // 2
                 parts += [rest[half:], rest[:half]]

@@ -123,7 +123,8 @@ class Uploader:
                         "its release(id) gives up the items up to that id"
                     )
                 self._refuse(chunk.first, why)
-        self._store.release(max(self.sent, self._passed))
+        if self._passed > self.sent:
+            self._store.release(self._passed)
         return self._arrived - before
 
     def _send(self, newest: int, most: int, timeout: float | None, on_refused: OnRefused) -> None:
