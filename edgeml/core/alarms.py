@@ -42,7 +42,11 @@ class Alarms:
         self._closed = False
 
     def after(self, delay: float, action: Callable[[], None]) -> Alarm:
-        """Run ``action`` in ``delay`` seconds, unless closed before; it should return quickly."""
+        """Run ``action`` in ``delay`` seconds, unless closed before; it should return quickly.
+
+        Raises:
+            RuntimeError: the thread can't be started, as while Python 3.12 ends the program.
+        """
         alarm = Alarm(action)
         entry = (time.monotonic() + delay, next(self._order), alarm)
         with self._changed:
@@ -53,11 +57,12 @@ class Alarms:
                 self._heap = [held for held in self._heap if held[2].action is not None]
                 heapq.heapify(self._heap)
                 self._tidy_at = max(_TIDY, 2 * len(self._heap))
-            heapq.heappush(self._heap, entry)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-            elif self._heap[0] is entry:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+            heapq.heappush(self._heap, entry)
+            if self._heap[0] is entry:
                 self._changed.notify()
         return alarm
 

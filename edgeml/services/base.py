@@ -161,11 +161,17 @@ class ServiceServer(_Service):
 
 
 class ServiceClient(_Service):
-    """A client of any of the three kinds; a context manager that stops it."""
+    """A client of any of the three kinds; a context manager that stops it.
 
-    def __init__(self, client: Client) -> None:
+    Args:
+        client: what it stands on.
+        close: what stops it, and must not refer to it; by default what closes ``client``.
+    """
+
+    def __init__(self, client: Client, close: Callable[[], object] | None = None) -> None:
         self._client = client
-        self._disarm = close_when_dropped(self, client.close)
+        self._close = client.close if close is None else close
+        self._disarm = close_when_dropped(self, self._close)
 
     @property
     def client_id(self) -> str:
@@ -184,7 +190,7 @@ class ServiceClient(_Service):
     def stop(self) -> None:
         """Close the connection and end every thread; quick and idempotent."""
         self._disarm()
-        self._client.close()
+        self._close()
 
 
 def names(what: str, given: Sequence[Any]) -> list[str]:

@@ -183,3 +183,23 @@ def test_alarms_are_set_from_many_threads_and_all_run(alarms):
         thread.join()
     wait_until(lambda: len(ran) == 800)
     assert sorted(ran) == list(range(800))
+
+
+def test_where_no_thread_can_be_started_that_is_said_and_nothing_is_left(alarms, monkeypatch):
+    """As while Python 3.12 ends the program."""
+
+    def refuse(_) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeml.core.alarms.threading.Thread.start", refuse)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="at interpreter shutdown"):
+                alarms.after(0.0, lambda: None)
+        never = Alarms("edgeml test alarms")
+        with pytest.raises(RuntimeError):
+            never.after(0.0, lambda: None)
+        never.close()
+    done = threading.Event()
+    alarms.after(0.0, done.set)
+    assert done.wait(5)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
 import secrets
-import threading
 from collections.abc import Callable
 from typing import Any, get_args
 
 from edgeml.core.client import Client
-from edgeml.core.errors import DeadlineExceeded, EdgemlError, PermissionDenied
 from edgeml.core.streams import Subscription
 from edgeml.core.transport import Credentials
 from edgeml.core.url import resolve
 from edgeml.data import DataStoreBase
 from edgeml.services.base import ServiceClient
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
-from edgeml.services.trainer.uploader import OnRefused, Uploader
+from edgeml.services.trainer.updates import Updates
+from edgeml.services.trainer.uploader import OnRefused
 
 __all__ = ["TrainerClient"]
 
-_log = logging.getLogger(__name__)
-
 _WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
-_LAST_UPDATE = 2.0  # seconds that stopping may spend on what hasn't been sent
 
 
 class TrainerClient(ServiceClient):
@@ -74,9 +68,6 @@ class TrainerClient(ServiceClient):
             if name in stores:
                 raise ValueError(f"data_store and data_stores both give a store for {name!r}")
             stores[name] = data_store
-        self._updating = threading.Lock()
-        self._stopping = threading.Event()
-        self._updater: threading.Thread | None = None
         wait = _WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server)
         client = Client(
             "trainer",
@@ -90,14 +81,13 @@ class TrainerClient(ServiceClient):
             writable=writable,
             credentials=credentials,
         )
-        super().__init__(client)
-        incarnation = secrets.randbits(63)
-        self._uploaders = [Uploader(n, store, client, incarnation) for n, store in stores.items()]
+        self._updates = Updates(name, client, stores, secrets.randbits(63))
+        super().__init__(client, self._updates.end)
 
     @property
     def lost(self) -> int:
         """Items that a store had overwritten before they could be sent."""
-        return sum(uploader.lost for uploader in self._uploaders)
+        return self._updates.lost
 
     def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> int:
         """Send what the learner doesn't have yet; returns how many items it now has more.
@@ -123,8 +113,7 @@ class TrainerClient(ServiceClient):
         """
         if on_refused not in get_args(OnRefused):
             raise ValueError(f"on_refused is one of {get_args(OnRefused)}, got {on_refused!r}")
-        with self._updating:
-            return sum(uploader.update(timeout, on_refused) for uploader in self._uploaders)
+        return self._updates.update(timeout, on_refused)
 
     def stats(self) -> dict[str, int]:
         """Counts since the start.
@@ -134,8 +123,8 @@ class TrainerClient(ServiceClient):
         ``replies_copied`` are replies and publications that came as private copies, because too
         many received arrays are held for the transport to lend more.
         """
-        refused = sum(uploader.refusals.count for uploader in self._uploaders)
-        return {**super().stats(), "items_refused": refused, "items_lost": self.lost}
+        counts = {"items_refused": self._updates.refused, "items_lost": self._updates.lost}
+        return {**super().stats(), **counts}
 
     def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
         """Ask the learner something; returns what its ``request_callback`` gives.
@@ -163,61 +152,23 @@ class TrainerClient(ServiceClient):
     def start_async_update(self, interval: float = 10) -> None:
         """Call `update` every ``interval`` seconds in the background, and once more at the end.
 
-        The end is `stop`, or that of the program. The first of several failures is logged, and the
-        data goes with a later update.
-        """
-        if not interval > 0:
-            raise ValueError(f"interval must be positive, not {interval}")
-        if self._updater is not None:
-            raise RuntimeError("updates are running already")
-        self._updater = threading.Thread(
-            target=self._keep_updating, args=(interval,), name="edgeml updates", daemon=True
-        )
-        self._updater.start()
-        atexit.register(self.stop)
+        The end is `stop`, or that of the program, also by Ctrl-C, SIGTERM or SIGHUP. These two
+        raise KeyboardInterrupt in the main thread from now on, as Ctrl-C does, unless the program
+        has a handler of its own, or this is called in another thread. At the end up to 2 seconds
+        are spent on what is left. The first of several failures is logged, and the data goes with
+        a later update.
 
-    def _keep_updating(self, interval: float) -> None:
-        failures = 0
-        while not self._stopping.wait(interval):
-            try:
-                self.update()
-                if failures:
-                    _log.warning("updates of %r go on after %d failures", self.name, failures)
-                failures = 0
-            except PermissionDenied as error:
-                _log.error("updates of %r end: %s", self.name, error)
-                return
-            except Exception as error:  # of a user's own store, too
-                failures += 1
-                if failures == 1:
-                    known = isinstance(error, EdgemlError)
-                    text = "an update of %r failed, and will be repeated: %s"
-                    _log.warning(text, self.name, error, exc_info=not known)
+        Raises:
+            ValueError: the interval isn't positive.
+            RuntimeError: it was called before.
+        """
+        self._updates.start(interval)
 
     def stop(self) -> None:
         """Send what start_async_update hasn't yet, close the connection and end every thread.
 
-        What isn't sent, because no updates were running or no learner answers, is logged.
+        What isn't sent within 2 seconds, because no updates were running or no learner answers, is
+        logged; an `update` that another thread is amid raises Closed.
         """
-        atexit.unregister(self.stop)
-        first = not self._stopping.is_set()
-        self._stopping.set()
-        why = "update() was not called for them"
-        updater, self._updater = self._updater, None
-        if updater is not None and updater is not threading.current_thread():
-            updater.join(_LAST_UPDATE)
-            try:
-                if updater.is_alive():
-                    raise DeadlineExceeded("an update is under way, and gets no answer")
-                self.update(_LAST_UPDATE)
-            except EdgemlError as error:
-                why = str(error)
-        unsent = sum(uploader.unsent for uploader in self._uploaders)
-        if first and unsent:
-            text = "up to %d items of %r were not sent, or not known to have arrived: %s"
-            _log.warning(text, unsent, self.name, why)
-        for uploader in self._uploaders:
-            uploader.close()
+        self._updates.close()
         super().stop()
-        if updater is not None and updater is not threading.current_thread():
-            updater.join(_LAST_UPDATE)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from edgeml.core.client import Client
-from edgeml.core.errors import EdgemlError, Malformed, NotEncodable
+from edgeml.core.errors import DeadlineExceeded, EdgemlError, Malformed, NotEncodable
 from edgeml.core.message import pooled
 from edgeml.data import Batch, DataStoreBase
 from edgeml.services.trainer.refusals import Refusals
@@ -79,6 +81,10 @@ class Uploader:
         self._refused_here = self._refused_there = 0  # the newest ids that were counted
         self._good_length = _FIRST_ITEMS  # of a chunk
         self._epoch = client.epoch
+        self._timeout: float | None = None  # these are the update's
+        self._deadline = math.inf
+        self._window = _WINDOW
+        self._on_refused: OnRefused = "skip"
         self._allocate = self._allocate_batch  # one object, to be known by
         store.allocate = self._allocate
 
@@ -92,32 +98,52 @@ class Uploader:
         if self._store.allocate is self._allocate:
             self._store.allocate = pooled
 
-    def update(self, timeout: float | None, on_refused: OnRefused = "skip") -> int:
-        """See `TrainerClient.update`."""
+    def update(
+        self,
+        timeout: float | None,
+        on_refused: OnRefused = "skip",
+        deadline: float = math.inf,
+        one_by_one: bool = False,
+    ) -> int:
+        """Send what is new; returns how much of it the server has now.
+
+        Args:
+            timeout: seconds for each message; the client's own by default.
+            on_refused: see `TrainerClient.update`.
+            deadline: when to give up, by `time.monotonic`.
+            one_by_one: whether only one chunk is under way at a time, which needs no thread.
+
+        Raises:
+            DeadlineExceeded: the deadline has come.
+            EdgemlError: see `TrainerClient.update`.
+        """
+        self._timeout, self._deadline = timeout, deadline
+        self._window = 1 if one_by_one else _WINDOW
+        self._on_refused = on_refused
         before = self._arrived
         newest = self._store.latest_data_id()  # what comes in meanwhile goes with the next update
         epoch = self._client.epoch
         if self._unsure or epoch != self._epoch:
             # A server that was started anew may have its stores from a checkpoint, and lack what
             # came after that; this store may hold it yet.
-            self._ask_how_far(timeout)
+            self._ask_how_far()
             self._epoch = epoch
         most = _MOST_ITEMS
         while True:
             try:
-                self._send(newest, most, timeout, on_refused)
+                self._send(newest, most)
                 break
             except _Unfit as unfit:
                 chunk, error = unfit.chunk, unfit.error
             if self._unsure:
-                self._ask_how_far(timeout)  # which fails, too, where it isn't the items' fault
+                self._ask_how_far()  # which fails, too, where it isn't the items' fault
             if chunk.n > 1:
                 most = chunk.n // 2
             elif chunk.after <= self.sent:  # else something before it was lost under way
                 why = re.sub(
                     r"^value\['batch'\](\['items'\]\[0\]|\['columns'\])", "item", str(error)
                 )
-                if on_refused == "raise":
+                if self._on_refused == "raise":
                     raise type(error)(
                         f"store {self._name!r}, item {chunk.first}: {why}; "
                         "its release(id) gives up the items up to that id"
@@ -127,22 +153,22 @@ class Uploader:
             self._store.release(self._passed)
         return self._arrived - before
 
-    def _send(self, newest: int, most: int, timeout: float | None, on_refused: OnRefused) -> None:
+    def _send(self, newest: int, most: int) -> None:
         """Send what is new, up to an id; at first no more than ``most`` items at a time."""
         under_way: deque[tuple[Callable[[], Any], _Chunk]] = deque()
         after, cursor = self.sent, max(self.sent, self._passed)
         unfit: _Unfit | None = None
         try:
             while True:
-                while unfit is None and cursor < newest and len(under_way) < _WINDOW:
+                while unfit is None and cursor < newest and len(under_way) < self._window:
                     batch = self._next_batch(cursor, most)
                     if not len(batch):
                         newest = cursor
                         break
                     chunk = _Chunk(after, batch.first_id, len(batch))
-                    alone = chunk.last >= newest and not under_way
+                    alone = self._window == 1 or (chunk.last >= newest and not under_way)
                     try:
-                        answer = self._upload(chunk, batch, timeout, on_refused, alone)
+                        answer = self._upload(chunk, batch, alone, self._on_refused == "skip")
                     except (NotEncodable, Malformed) as error:
                         unfit = _Unfit(chunk, error)  # raised once those before it are there
                     else:
@@ -158,7 +184,7 @@ class Uploader:
                     raise _Unfit(chunk, error) from None
                 if self.sent < chunk.last:  # a gap, and so are those that follow
                     _wait_for(under_way)
-                    self._ask_how_far(timeout)
+                    self._ask_how_far()
                     after = cursor = self.sent
                     unfit = None
         except BaseException:
@@ -175,7 +201,9 @@ class Uploader:
         batch = self._store.get_latest_data(after, limit=min(limit, most))
         if len(batch):
             self._good_length = fitting = _fitting(batch)
-            if len(batch) > 2 * fitting:
+            if self._window == 1:  # it is to go in one piece over gRPC, where more need a thread
+                batch = batch[: max(1, fitting // 2)]
+            elif len(batch) > 2 * fitting:
                 batch = batch[:fitting]
         return batch
 
@@ -185,12 +213,7 @@ class Uploader:
         return place if place is not None else pooled(nbytes)
 
     def _upload(
-        self,
-        chunk: _Chunk,
-        batch: Batch,
-        timeout: float | None,
-        on_refused: OnRefused,
-        alone: bool,
+        self, chunk: _Chunk, batch: Batch, alone: bool, skip_refused: bool
     ) -> Callable[[], Any]:
         """Send a batch; returns what gives the server's answer."""
         upload = {
@@ -199,8 +222,9 @@ class Uploader:
             "acknowledged": self.sent,
             "after": chunk.after,
             "batch": batch.to_payload(),
-            "skip_refused": on_refused == "skip",
+            "skip_refused": skip_refused,
         }
+        timeout = self._limit()
         self._unsure.append(chunk)
         try:
             if not alone:
@@ -211,11 +235,20 @@ class Uploader:
             raise
         return lambda: answer
 
-    def _ask_how_far(self, timeout: float | None) -> None:
+    def _limit(self) -> float | None:
+        """Seconds that the next message may take; raises DeadlineExceeded when there are none."""
+        if self._deadline == math.inf:
+            return self._timeout
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("there was no time for more")
+        return left if self._timeout is None else min(left, self._timeout)
+
+    def _ask_how_far(self) -> None:
         """Learn the server's mark rather than send again what is there."""
         nothing = Batch.of([], self.sent + 1)
         chunk = _Chunk(self.sent, nothing.first_id, 0)
-        answer = self._upload(chunk, nothing, timeout, "skip", True)()
+        answer = self._upload(chunk, nothing, True, True)()
         self._unsure.pop()
         before = self.sent
         self._acknowledge(answer)

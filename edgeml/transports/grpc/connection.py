@@ -227,7 +227,11 @@ class Connection(Requester):
             return
         # gRPC waits here for its own thread, which may be the one that calls this.
         closing = threading.Thread(target=self._channel.close, name="edgeml close", daemon=True)
-        closing.start()
+        try:
+            closing.start()
+        except RuntimeError:  # no more, as the program ends
+            self._channel.close()
+            return
         if threading.current_thread() in threads:
             return
         deadline = time.monotonic() + _MOMENT

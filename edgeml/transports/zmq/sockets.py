@@ -149,7 +149,10 @@ def send(
             view = memoryview(buffer)
             if lent is not None:
                 lent.append(weakref.ref(view))
-            line.send(view, flags, copy=False)
+            try:
+                line.send(view, flags, copy=False)
+            except RuntimeError:  # pyzmq can't start its thread any more, as the program ends
+                line.send(buffer, flags)
             del view
 
 

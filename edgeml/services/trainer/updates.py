@@ -1,0 +1,187 @@
+"""When an actor uploads: when told to, every so often, and at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from edgeml.core.client import Client
+from edgeml.core.ending import run_at_end
+from edgeml.core.errors import EdgemlError, PermissionDenied
+from edgeml.core.forks import watch_forks
+from edgeml.data import DataStoreBase
+from edgeml.services.trainer.uploader import OnRefused, Uploader
+
+__all__ = ["Updates"]
+
+_log = logging.getLogger(__name__)
+
+_LAST_UPDATE = 2.0  # seconds that stopping may spend on what hasn't been sent
+
+
+class Updates:
+    """Sends what is in a client's stores. It knows nothing of the object that the user holds.
+
+    Args:
+        name: the client's, for the log.
+        client: by which items are sent; closed by `close`.
+        stores: by the learner's names for them.
+        incarnation: of the client.
+    """
+
+    def __init__(
+        self, name: str, client: Client, stores: Mapping[str, DataStoreBase], incarnation: int
+    ) -> None:
+        self._name = name
+        self._client = client
+        self._uploaders = [Uploader(n, store, client, incarnation) for n, store in stores.items()]
+        self._turn = threading.Lock()
+        self._stopping = threading.Event()
+        self._closed = threading.Event()
+        self._closer = 0  # the thread that closes
+        self._beginning = threading.Lock()  # to close
+        self._thread: threading.Thread | None = None
+        self._forget_end: Callable[[], None] = lambda: None
+        self._failure = ""  # of the last update, if it failed
+        watch_forks(self)
+
+    @property
+    def lost(self) -> int:
+        """Items that a store had overwritten before they could be sent."""
+        return sum(uploader.lost for uploader in self._uploaders)
+
+    @property
+    def refused(self) -> int:
+        """Items that can't be sent, or that the learner's store refused."""
+        return sum(uploader.refusals.count for uploader in self._uploaders)
+
+    def update(self, timeout: float | None, on_refused: OnRefused = "skip") -> int:
+        """See `TrainerClient.update`."""
+        with self._turn:
+            return self._update(timeout, on_refused)
+
+    def _update(
+        self,
+        timeout: float | None,
+        on_refused: OnRefused = "skip",
+        deadline: float = math.inf,
+        one_by_one: bool = False,
+    ) -> int:
+        try:
+            arrived = sum(
+                uploader.update(timeout, on_refused, deadline, one_by_one)
+                for uploader in self._uploaders
+            )
+        except BaseException as error:
+            self._failure = str(error) or type(error).__name__
+            raise
+        self._failure = ""
+        return arrived
+
+    def start(self, interval: float) -> None:
+        """See `TrainerClient.start_async_update`."""
+        if not interval > 0:
+            raise ValueError(f"interval must be positive, not {interval}")
+        if self._thread is not None:
+            raise RuntimeError("updates are running already")
+        self._thread = threading.Thread(
+            target=self._keep_updating, args=(interval,), name="edgeml updates", daemon=True
+        )
+        self._thread.start()
+        self._forget_end = run_at_end(self.end)
+
+    def _keep_updating(self, interval: float) -> None:
+        failures = 0
+        while not self._stopping.wait(interval):
+            try:
+                self.update(None)
+                if failures:
+                    _log.warning("updates of %r go on after %d failures", self._name, failures)
+                failures = 0
+            except PermissionDenied as error:
+                _log.error("updates of %r end: %s", self._name, error)
+                return
+            except Exception as error:  # of a user's own store, too
+                failures += 1
+                if failures == 1 and not self._stopping.is_set():
+                    known = isinstance(error, EdgemlError)
+                    text = "an update of %r failed, and will be repeated: %s"
+                    _log.warning(text, self._name, error, exc_info=not known)
+
+    def end(self) -> None:
+        """Do as `close`, at the end of the program, when Python 3.12 lets no thread be started.
+
+        What is under way at the same time needs threads of some transports; blocking calls need
+        none. A connection that was lost is lost, since a new one has a thread.
+        """
+        self.close(one_by_one=True)
+
+    def close(self, one_by_one: bool = False) -> None:
+        """Send what is left, if `start` was called, say what isn't, and close the client.
+
+        Whoever calls this second waits for the first.
+        """
+        me = threading.get_ident()
+        with self._beginning:
+            first = not self._stopping.is_set()
+            if first:
+                self._stopping.set()
+                self._closer = me
+        if first:
+            try:
+                self._finish(one_by_one)
+            finally:
+                self._closed.set()
+        elif me != self._closer:  # or it would wait for itself
+            self._closed.wait(2 * _LAST_UPDATE)
+
+    def _finish(self, one_by_one: bool) -> None:
+        thread = self._thread
+        if thread is threading.current_thread():  # by a store, or a handler of the log
+            thread = None
+        try:
+            if thread is not None:
+                self._update_at_last(one_by_one)
+        finally:
+            self._tell_unsent()
+            for uploader in self._uploaders:
+                uploader.close()
+            self._client.close()
+            if thread is not None:
+                thread.join(_LAST_UPDATE)
+            self._forget_end()  # only now, since the program may end meanwhile
+
+    def _update_at_last(self, one_by_one: bool) -> None:
+        deadline = time.monotonic() + _LAST_UPDATE
+        if not self._turn.acquire(timeout=_LAST_UPDATE):
+            return
+        try:
+            self._update(None, "skip", deadline, one_by_one)
+        except Exception as error:
+            if not isinstance(error, EdgemlError):
+                _log.warning("the last update of %r failed", self._name, exc_info=True)
+        finally:
+            self._turn.release()
+
+    def _tell_unsent(self) -> None:
+        unsent = sum(uploader.unsent for uploader in self._uploaders)
+        if not unsent:
+            return
+        why = self._failure or "update() was not called for them"
+        if self._turn.locked():
+            why = "an update is under way, and gets no answer in time"
+        text = "up to %d items of %r were not sent, or not known to have arrived: %s"
+        _log.warning(text, unsent, self._name, why)
+
+    def abandon(self) -> None:
+        """Leave all of it to the parent, in a forked child."""
+        self._turn, self._beginning = (
+            threading.Lock(),
+            threading.Lock(),
+        )  # as nobody gives them back
+        self._thread = None
+        self._stopping.set()
+        self._closed.set()
