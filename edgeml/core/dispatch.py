@@ -251,8 +251,9 @@ class _Lane:
         self.waiting: deque[tuple[Call, _Interface]] = deque()
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
-        self.idle = 0  # threads that wait for `changed`
-        self.nbytes = 0
+        self.idle = 0  # threads that wait for `changed`, and have not been notified
+        self.early: set[Call] = set()  # whose turn, under a rate limit, is still to come
+        self.nbytes = 0  # of both
 
 
 def _never() -> bool:
@@ -350,7 +351,7 @@ class Dispatcher:
                 return
             caller.turn = turn + self._interval
             if turn > now:
-                self._alarms.after(turn - now, lambda: self._put(call, interface))
+                self._put_early(call, interface, turn - now)
                 return
         self._put(call, interface)
 
@@ -361,6 +362,8 @@ class Dispatcher:
             call.fail(error)
         except RuntimeError:
             _log.exception("%s: an error came after the answer", self._service)
+        except Exception:  # it is anybody's code, and handlers go on
+            _log.exception("%s: an error did not reach its caller", self._service)
 
     def _put(self, call: Call, interface: _Interface) -> None:
         lane = interface.lane
@@ -369,37 +372,66 @@ class Dispatcher:
             self._at_hand = call, interface  # which this thread takes when the round is over
             return
         with lane.lock:
-            waiting, held = len(lane.waiting), lane.nbytes
-            closed = self._closed
-            # One call is always taken, however large.
-            full = waiting >= _MOST_WAITING or (
-                waiting > 0 and held + call.nbytes > _MOST_WAITING_BYTES
-            )
-            if not closed and not full:
-                lane.waiting.append((call, interface))
+            refused = self._check_room(lane, call)
+            if refused is None:
                 lane.nbytes += call.nbytes
-                if lane is not self._main:
-                    lane.changed.notify()
-                    return
-                if call.source is self._wanted:
-                    self._streak += 1
-                else:
-                    self._wanted, self._streak = call.source, 1
-                if lane.idle:
-                    lane.changed.notify()
-                elif self._in_rounds and not mine and self._carried is not None:
-                    self._carried.wake()
-                return
-        if closed:
-            self.refuse(call, Closed("the server has been stopped"))
+                self._queue(call, interface)
+        if refused is not None:
+            self.refuse(call, refused)
+
+    def _put_early(self, call: Call, interface: _Interface, delay: float) -> None:
+        """Take a call whose turn comes in so many seconds."""
+        lane = interface.lane
+        with lane.lock:
+            refused = self._check_room(lane, call)
+            if refused is None:
+                lane.nbytes += call.nbytes
+                lane.early.add(call)
+        if refused is not None:
+            self.refuse(call, refused)
         else:
-            self.refuse(
-                call,
-                Overloaded(
-                    f"{waiting} calls of {held / 1e6:.1f} MB are waiting already; no more than "
-                    f"{_MOST_WAITING} calls, or {_MOST_WAITING_BYTES / 1e6:.0f} MB, may"
-                ),
+            self._alarms.after(delay, lambda: self._queue_early(call, interface))
+
+    def _queue_early(self, call: Call, interface: _Interface) -> None:
+        lane = interface.lane
+        with lane.lock:
+            if call in lane.early:  # it has not been closed meanwhile
+                lane.early.remove(call)
+                self._queue(call, interface)
+
+    def _check_room(self, lane: _Lane, call: Call) -> EdgemlError | None:
+        """Return why a call can't wait, if so; under the lane's lock."""
+        if self._closed:
+            return Closed("the server has been stopped")
+        waiting, held = len(lane.waiting) + len(lane.early), lane.nbytes
+        # One call is always taken, however large.
+        if waiting >= _MOST_WAITING or (waiting > 0 and held + call.nbytes > _MOST_WAITING_BYTES):
+            return Overloaded(
+                f"{waiting} calls of {held / 1e6:.1f} MB are waiting already; no more than "
+                f"{_MOST_WAITING} calls, or {_MOST_WAITING_BYTES / 1e6:.0f} MB, may"
             )
+        return None
+
+    def _queue(self, call: Call, interface: _Interface) -> None:
+        """Have a thread take a call; under its lane's lock."""
+        lane = interface.lane
+        lane.waiting.append((call, interface))
+        if lane is self._main:
+            if call.source is self._wanted:
+                self._streak += 1
+            else:
+                self._wanted, self._streak = call.source, 1
+        carried = self._carried
+        if lane.idle:
+            lane.idle -= 1  # now, or the next call would be left to the same thread
+            lane.changed.notify()
+        elif (
+            lane is self._main
+            and self._in_rounds
+            and carried is not None
+            and get_ident() != self._carrying
+        ):
+            carried.wake()
 
     # Threads ------------------------------------------------------------------------------
 
@@ -427,8 +459,8 @@ class Dispatcher:
 
     def _start(self, target: Callable[[_Lane], None], lane: _Lane, name: str) -> None:
         thread = threading.Thread(target=target, args=(lane,), name=name, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)  # only now, since `close` joins it
 
     def _work(self, lane: _Lane) -> None:
         while True:
@@ -436,7 +468,6 @@ class Dispatcher:
                 while not lane.waiting and not self._closed:
                     lane.idle += 1
                     lane.changed.wait()
-                    lane.idle -= 1
                 taken = self._take(lane)
             if taken is None:
                 return
@@ -487,7 +518,6 @@ class Dispatcher:
                 if not lane.waiting and not self._closed and self._wanted is None:
                     lane.idle += 1
                     lane.changed.wait()
-                    lane.idle -= 1
         return None
 
     def _is_idle(self) -> bool:
@@ -561,8 +591,9 @@ class Dispatcher:
     def _watch(self) -> None:
         """Have a loop go on elsewhere while a handler takes long; rests when no calls come."""
         since = self._running.get(self._carrying)
-        if since is not None and time.monotonic() - since > _STUCK and self._carried is not None:
-            self._carried.relieve()
+        carried = self._carried
+        if since is not None and time.monotonic() - since > _STUCK and carried is not None:
+            carried.relieve()
         calls = self.counts["calls"]
         self._quiet = 0 if calls != self._calls_seen or since is not None else self._quiet + 1
         self._calls_seen = calls
@@ -583,9 +614,11 @@ class Dispatcher:
         deadline = time.monotonic() + _GRACE
         for lane in self._lanes.values():
             with lane.lock:
+                lane.idle = 0
                 lane.changed.notify_all()
-                refused = [call for call, _ in lane.waiting]
+                refused = [*(call for call, _ in lane.waiting), *lane.early]
                 lane.waiting.clear()
+                lane.early.clear()
                 lane.nbytes = 0
             for call in refused:
                 self.refuse(call, Closed("the server has been stopped"))
@@ -607,8 +640,8 @@ class Dispatcher:
 
     @property
     def waiting(self) -> int:
-        """How many calls wait for a thread to handle them."""
-        return sum(len(lane.waiting) for lane in self._lanes.values())
+        """How many calls wait for a thread to handle them, or for their turn."""
+        return sum(len(lane.waiting) + len(lane.early) for lane in self._lanes.values())
 
     @property
     def inside(self) -> bool:
