@@ -124,24 +124,28 @@ class Carrier:
     def carry(self, stay: Stay) -> bool:
         """Run the loop in the calling thread, at least one round; see `Endpoint.carry`."""
         me = get_ident()
-        with self.turn:
-            if self._carrying != me:
-                if not stay():
-                    return not self._over
-                self._take(me)
-            if self._over:
-                return False
-            self._in_round = True
         over = False
         try:
+            with self.turn:  # within the `try`, as Ctrl-C may come when it is given back
+                if self._carrying != me:
+                    if not stay():
+                        return not self._over
+                    self._take(me)
+                if self._over:
+                    return False
+                self._in_round = True
             over = self._rounds(stay)
+        except Exception:
+            _log.exception("%s: the loop failed, and goes on", self._name)
         finally:
             with self.turn:
-                self._in_round = False
-                if over:
-                    self._carrying = 0
-                    self._over = True
-                    self._changed.notify_all()
+                if self._carrying == me:
+                    self._in_round = False
+                    if over:
+                        self._carrying = 0
+                        self._over = True
+                    if over or self._visitors:
+                        self._changed.notify_all()
         if over:
             self._finish()
         return not over
