@@ -52,13 +52,16 @@ class _Ports:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: dict[int, _Listener] = {}
+        # Each pick another one, as a server over several transports needs one that all have free.
+        self._picks = itertools.cycle(range(49152, 65536))
         watch_forks(self)
 
     def take(self, port: int, listener: _Listener) -> int:
         """Have a listener found at a port, or at any free one for 0; returns the port."""
         with self._lock:
             taken = self._listeners
-            port = port or next((p for p in range(49152, 65536) if p not in taken), 0)
+            picks = itertools.islice(self._picks, 1 << 14)
+            port = port or next((p for p in picks if p not in taken), 0)
             if not port or port in taken:
                 raise OSError(f"inproc port {port or ''} is taken in this process")
             taken[port] = listener

@@ -1425,6 +1425,21 @@ def test_two_transports_at_once_serve_the_same_functions():
                 assert client.call("echo", url) == url
 
 
+@pytest.mark.parametrize("network", ["grpc", "ws", "zmq"])
+def test_a_port_is_picked_that_all_transports_have_free(network):
+    with InferenceServer(0, transport=f"inproc,{network}") as server:
+        server.start(threaded=True)
+        picked = server.port
+    taken = [socket.create_server(("127.0.0.1", picked + n)) for n in range(4)]
+    with contextlib.ExitStack() as stack:
+        for each in taken:
+            stack.enter_context(each)
+        with InferenceServer(0, transport=f"inproc,{network}") as server:
+            server.start(threaded=True)
+            assert len({Url.parse(url).port for url in server.urls}) == 1
+            assert server.port not in range(picked, picked + 4)
+
+
 def test_the_environment_sets_the_default_transport_and_the_keyword_wins(monkeypatch):
     monkeypatch.setenv("EDGEML_TRANSPORT", "inproc")
     with started(new_server(None)) as server:
