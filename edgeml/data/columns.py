@@ -161,7 +161,7 @@ class Columns:
         *whole, raw = grabbed
         others = [leaf for leaf in self._columns if leaf not in self._fields]
         leaves = dict(zip([*others, *self._frames.leaves], whole, strict=True))
-        for leaf, field in self._fields_of(raw) if self._fields else ():
+        for leaf, field in self._view_fields(raw) if self._fields else ():
             out = leaves[leaf] = empty(
                 allocate, (len(raw), *self._shapes[leaf]), self._dtypes[leaf]
             )
@@ -184,7 +184,7 @@ class Columns:
                 target[...] = field
         if self._large:
             _gather(
-                [(*self._source(leaf, index), outs[leaf]) for leaf in self._large if leaf in outs]
+                [(*self._locate(leaf, index), outs[leaf]) for leaf in self._large if leaf in outs]
             )
 
     def look(self, leaf: int, index: Array) -> Array:
@@ -217,7 +217,7 @@ class Columns:
             out[:, :-1] = self._columns[leaf][index]
             out[:, -1] = self._columns[following[0]][following[1]]
 
-    def _source(self, leaf: int, index: Array) -> tuple[Array, Array]:
+    def _locate(self, leaf: int, index: Array) -> tuple[Array, Array]:
         """The array that a large leaf is in, and where there the rows in ``index`` have it."""
         if leaf in self._frames.leaves:
             return self._frames.arrays[leaf], self._frames.slots[leaf][index]
@@ -228,11 +228,11 @@ class Columns:
         if self._scratch.shape != index.shape:
             # Kept, since at some hundred KB fresh memory costs more than what is done with it.
             self._scratch = np.empty(index.shape, self._raw.dtype)
-            self._scratch_fields = self._fields_of(self._scratch)
+            self._scratch_fields = self._view_fields(self._scratch)
         self._raw.take(index, mode="clip", out=self._scratch)
         return self._scratch_fields
 
-    def _fields_of(self, rows: Array) -> list[tuple[int, Array]]:
+    def _view_fields(self, rows: Array) -> list[tuple[int, Array]]:
         raw = rows.view(np.uint8)
         return [
             (leaf, np.ndarray(rows.shape, dtype, raw, offset, rows.strides))

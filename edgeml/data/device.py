@@ -21,7 +21,7 @@ from edgeml.core.errors import Closed
 from edgeml.core.forks import watch_forks
 from edgeml.core.message import Allocator, empty
 from edgeml.data.samplers import Sampler, Steps
-from edgeml.data.tree import Array, nested
+from edgeml.data.tree import Array, nest
 
 if TYPE_CHECKING:
     import jax
@@ -284,7 +284,7 @@ def _draw(rows: Rows, at: jax.Array, words: jax.Array, config: SampleConfig) -> 
     for i, part in enumerate(config.parts):
         positions = part.sampler.draw(jax.random.fold_in(key, i), steps)
         mask[part.key] = (positions >= 0) & (positions < beside(length, positions))
-        data |= nested(((part.key, *path), read(name, positions)) for path, name in part.leaves)
+        data |= nest(((part.key, *path), read(name, positions)) for path, name in part.leaves)
     if config.transform is not None:
         data, mask = config.transform(data, mask)
     return data, mask

@@ -144,7 +144,7 @@ class QueuedDataStore(DataStoreBase):
         """Append the last of n items, with their cuts; the others are too many to be held."""
         with self.lock:
             if self._on_full != "drop_oldest":
-                self._require_room(n)
+                self._await_space(n)
             excess = self._held + n - self._capacity
             if excess > 0:
                 self._dropped += excess
@@ -161,7 +161,7 @@ class QueuedDataStore(DataStoreBase):
             self._latest += n
             self.take_cuts(cuts, self._latest + 1 - len(items))
 
-    def _require_room(self, n: int) -> None:
+    def _await_space(self, n: int) -> None:
         if n > self._capacity:
             raise ValueError(f"a batch of {n} can't fit in a store of {self._capacity}")
         if self._on_full == "raise" and self._held + n > self._capacity:

@@ -15,7 +15,7 @@ from edgeml.data.prefetch import Prefetch
 from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
 from edgeml.data.selectors import Selector, UniformSelector
-from edgeml.data.transitions import LANE, Transitions, spare_rows, transition_example
+from edgeml.data.transitions import LANE, Transitions, count_spare_rows, transition_example
 from edgeml.data.tree import Array, fill, leaves_of
 
 __all__ = ["ReplayBuffer", "ReplayBufferDataStore"]
@@ -98,7 +98,7 @@ class ReplayBuffer(DataStoreBase):
         self._ignore_unknown = ignore_unknown
         self._looks = n_step, discount, frame_stack, lanes
         # Rows are kept for the frames of the oldest item's stack, too.
-        self._ring = Ring(capacity, spare=spare_rows(frame_stack, lanes))
+        self._ring = Ring(capacity, spare=count_spare_rows(frame_stack, lanes))
         self._cuts_kept = self._ring.n_rows
         self._selector = UniformSelector() if selector is None else selector
         self._selector.attach(self._ring)
@@ -228,7 +228,7 @@ class ReplayBuffer(DataStoreBase):
             arrays = (
                 plan.make_arrays(batch_size) if out is None else plan.take_arrays(batch_size, out)
             )
-            least = self._least_version(max_policy_lag, policy_version)
+            least = self._compute_least_version(max_policy_lag, policy_version)
             rows = self._draw(batch_size, self._rng if rng is None else rng, least)
             if self._transitions.is_plain:
                 self._columns.take(rows, arrays)
@@ -371,17 +371,17 @@ class ReplayBuffer(DataStoreBase):
         plan = self._plans[keys] = Plan(skeleton, wanted, added)
         return plan
 
-    def _least_version(self, lag: int | None, version: int | None) -> int | None:
+    def _compute_least_version(self, lag: int | None, version: int | None) -> int | None:
         """The oldest version of the weights that will do, or None for any."""
         if lag is None:
             return None
-        leaf = self._version_leaf()
+        leaf = self._find_version()
         if version is None:
             newest = np.array(self._ring.find_row(self._ring.latest))
             version = int(self._columns.look(leaf, newest))
         return version - lag
 
-    def _version_leaf(self) -> int:
+    def _find_version(self) -> int:
         assert self._schema is not None
         leaf = self._schema.keyed.get(_VERSION)
         if type(leaf) is not int or self._schema.shapes[leaf] != ():
@@ -396,7 +396,7 @@ class ReplayBuffer(DataStoreBase):
         index = selector.draw(n, rng)
         if least is None:
             return index
-        leaf = self._version_leaf()
+        leaf = self._find_version()
         old = np.flatnonzero(self._columns.look(leaf, index) < least)
         for _ in range(_DRAWS):
             if not len(old):

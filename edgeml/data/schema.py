@@ -12,7 +12,7 @@ from edgeml.data.tree import (
     Skeleton,
     describe,
     is_plain,
-    keyed_by_position,
+    key_by_position,
     leaves_of,
     path_of,
     paths_of,
@@ -39,7 +39,7 @@ class Schema:
         self.skeleton: Skeleton = skeleton_of(example)
         if type(self.skeleton) is int:
             raise ValueError(f"an item is a dict or a tuple, got {describe(example)}")
-        self.keyed: Skeleton = keyed_by_position(self.skeleton)
+        self.keyed: Skeleton = key_by_position(self.skeleton)
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[np.dtype[Any]] = []
         self._paths = [path_of(keys) for keys in paths_of(self.skeleton)]

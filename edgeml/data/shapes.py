@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeml.data.spaces import map_space
-from edgeml.data.tree import nested
+from edgeml.data.tree import nest
 from edgeml.extras import load_jax
 
 __all__ = ["END", "DataShape", "list_shapes", "make_example", "narrow"]
@@ -61,7 +61,7 @@ def make_example(data_shapes: Sequence[DataShape]) -> dict[str, Any]:
     if not data_shapes:
         raise ValueError("a step with nothing in it to store")
     # With the key that all items have, so that none is given that name.
-    return nested(
+    return nest(
         [
             *(
                 (name.split("/"), np.zeros(shape, np.dtype(dtype)))

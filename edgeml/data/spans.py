@@ -76,7 +76,7 @@ class Spans:
         if len(begun):
             begun = begun[begun > self._table[0, self._tail]]
         if len(begun):
-            self._make_room(len(begun))
+            self._grow_table(len(begun))
             at, end = self._tail, self._tail + len(begun)
             self._table[0, at + 1 : end + 1] = begun
             lengths = np.diff(self._table[0, at : end + 1])
@@ -182,7 +182,7 @@ class Spans:
         for sums, range_ in zip(self._table[1:], self._ranges, strict=True):
             sums[tail + 1] = sums[tail] + self._count(length, range_)
 
-    def _make_room(self, n: int) -> None:
+    def _grow_table(self, n: int) -> None:
         if self._tail + n + 2 > self._table.shape[1]:
             self._settle()
             live = self._table[:, self._head : self._tail + 1]

@@ -45,12 +45,12 @@ class SumTree:
         self._capacity = capacity
         self._largest = 1e308 / capacity
         # Leaves first. A level is padded with zeros, to full nodes of the level above it.
-        width = _whole_nodes(capacity)
+        width = _pad_to_nodes(capacity)
         self._leaves = zeros((width,), np.dtype(np.float64))
         # Beside each level's sums, the smallest positive value below; 0 or inf where none is.
         self._levels = [(self._leaves, self._leaves)]
         while width > _TOP:
-            width = _whole_nodes(width // _CHILDREN)
+            width = _pad_to_nodes(width // _CHILDREN)
             self._levels.append((np.zeros(width), np.zeros(width)))
         # A range that was set is added up only when needed, so setting it bit by bit is cheap.
         self._start = self._stop = 0
@@ -78,8 +78,8 @@ class SumTree:
             index: (n,) int64; of a leaf that is in it twice, the last value counts.
             value: (n,) float64, or one number for all.
         """
-        index = self._indices(index)
-        self._leaves[index] = self._values(value)
+        index = self._check_indices(index)
+        self._leaves[index] = self._check_values(value)
         self._prefix = None
         node = index
         for (sums, smallest), above in pairwise(self._levels):
@@ -91,7 +91,7 @@ class SumTree:
         """Set the leaves from ``start`` to before ``stop``: (stop - start,) float64, or one."""
         if not 0 <= start <= stop <= self._capacity:
             raise IndexError(f"no range {start}:{stop} in a sum tree of {self._capacity}")
-        self._leaves[start:stop] = self._values(value)
+        self._leaves[start:stop] = self._check_values(value)
         self._prefix = None
         if stop < self._start or self._stop < start:  # not side by side
             self._add_up_range()
@@ -101,7 +101,7 @@ class SumTree:
 
     def get(self, index: Array) -> Array:
         """Return the values of leaves: (n,) int64 -> (n,) float64."""
-        return self._leaves.take(self._indices(index), mode="clip")
+        return self._leaves.take(self._check_indices(index), mode="clip")
 
     def find(self, mass: Array) -> Array:
         """Return for each mass the leaf in whose part of the running sum it lies.
@@ -141,14 +141,14 @@ class SumTree:
             node += child
         return node
 
-    def _indices(self, index: Array) -> Array:
+    def _check_indices(self, index: Array) -> Array:
         index = np.asarray(index, np.int64)
         # Negative ones are the largest when seen as unsigned.
         if index.size and index.view(np.uint64).max() >= self._capacity:
             raise IndexError(f"an index is not within a sum tree of {self._capacity}")
         return index
 
-    def _values(self, value: Array | float) -> Array | float:
+    def _check_values(self, value: Array | float) -> Array | float:
         if isinstance(value, float):  # several microseconds less than as an array
             low = high = value
         else:
@@ -180,7 +180,7 @@ class SumTree:
         return self._prefix
 
 
-def _whole_nodes(children: int) -> int:
+def _pad_to_nodes(children: int) -> int:
     return -(-children // _CHILDREN) * _CHILDREN
 
 

@@ -233,7 +233,7 @@ class TrajectoryBuffer(DataStoreBase):
             columns = dict(zip(self._specs, leaves, strict=False))
             for name, total in self._sums.items():
                 before = total if self._spans.is_open else 0.0
-                sums[name] = _running_sums(
+                sums[name] = _add_up_runs(
                     name, columns[name], before, np.subtract(firsts, first_id)
                 )
         self._rows.prepare(n)
@@ -381,11 +381,11 @@ class TrajectoryBuffer(DataStoreBase):
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
         with self.lock:
-            batch = self._items(from_id, limit)
+            batch = self._copy_items(from_id, limit)
             self._handed_out = max(self._handed_out, batch.first_id + len(batch) - 1)
             return batch
 
-    def _items(self, from_id: int, limit: int | None) -> Batch:
+    def _copy_items(self, from_id: int, limit: int | None) -> Batch:
         first = max(from_id + 1, self._spans.oldest_id)
         n = self._spans.next_id - first
         if limit is not None:
@@ -410,7 +410,7 @@ class TrajectoryBuffer(DataStoreBase):
         if n:
             begun = np.flatnonzero(self._spans.begins(first, n))
             values = self._rows.read(first, n, [name], self.allocate)[name]
-            sums = _running_sums(name, values, 0.0, begun)
+            sums = _add_up_runs(name, values, 0.0, begun)
             total = float(sums[-1])
         self._rows.add_sums(name, first, sums)
         self._sums[name] = total
@@ -434,7 +434,7 @@ class TrajectoryBuffer(DataStoreBase):
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, but hand out none."""
         with self.lock:
-            return self._items(from_id, limit), None
+            return self._copy_items(from_id, limit), None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save everything but the sample configs to a file, as `edgeml.data.checkpoint` does."""
@@ -618,7 +618,7 @@ def _find_pairs(specs: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(names.index(a), names.index(b)) for a, b in pairs]
 
 
-def _running_sums(name: str, values: Any, before: float, firsts: Any) -> Array:
+def _add_up_runs(name: str, values: Any, before: float, firsts: Any) -> Array:
     """Sums of a priority over each trajectory up to each row; ``before`` is that of the first.
 
     Args:

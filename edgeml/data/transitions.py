@@ -15,7 +15,7 @@ from edgeml.data.schema import Schema
 from edgeml.data.spaces import zeros_of
 from edgeml.data.tree import Array, leaves_of, paths_of
 
-__all__ = ["LANE", "Transitions", "spare_rows", "transition_example"]
+__all__ = ["LANE", "Transitions", "count_spare_rows", "transition_example"]
 
 LANE = "lane"
 """The key of an item that says which of several environments it is of."""
@@ -71,7 +71,7 @@ class Transitions:
     upon each other are a *run*. Nothing here takes a lock.
 
     Args:
-        ring: where the items lie, with `spare_rows` more than items that are held.
+        ring: where the items lie, with `count_spare_rows` more than items that are held.
         schema: of the items.
         n_step, discount, frame_stack, lanes: as for `ReplayBuffer`.
 
@@ -112,7 +112,7 @@ class Transitions:
         self._lane_leaf = None if lanes == 1 else _find_lane(schema)
         self._n_step, self._discount, self._stack = n_step, discount, frame_stack
         # A stack is of rows that are kept for it.
-        self._gap = _widest_gap(lanes) if frame_stack > 1 else 1 << 62
+        self._gap = _compute_gap(lanes) if frame_stack > 1 else 1 << 62
         # Of each lane the id of the newest item, and whether another may follow upon it.
         self._last = np.zeros(lanes, np.int64)
         self._open = np.zeros(lanes, np.bool_)
@@ -332,12 +332,12 @@ class Transitions:
         return np.ascontiguousarray(rows.T)
 
 
-def spare_rows(frame_stack: int, lanes: int) -> int:
+def count_spare_rows(frame_stack: int, lanes: int) -> int:
     """Return how many rows a ring has beyond the items held: for the frames of the oldest ones."""
-    return (frame_stack - 1) * _widest_gap(lanes)
+    return (frame_stack - 1) * _compute_gap(lanes)
 
 
-def _widest_gap(lanes: int) -> int:
+def _compute_gap(lanes: int) -> int:
     """How many ids an item may be past the one that it follows upon, with stacks of frames."""
     return 1 if lanes == 1 else 2 * lanes  # a lane that is reset gives no item in that step
 

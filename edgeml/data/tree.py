@@ -22,9 +22,9 @@ __all__ = [
     "describe",
     "fill",
     "is_plain",
-    "keyed_by_position",
+    "key_by_position",
     "leaves_of",
-    "nested",
+    "nest",
     "path_of",
     "paths_of",
     "skeleton_of",
@@ -105,7 +105,7 @@ def _collect(
             raise _mismatch(skeleton, node, path)
     elif not isinstance(node, type(skeleton)) or len(node) != len(skeleton):
         raise _mismatch(skeleton, node, path)
-    for key, child in _pairs(skeleton):
+    for key, child in _pair_up(skeleton):
         if type(child) is int:  # spares a call for each leaf, which is most of the work
             into.append(node[key])
         else:
@@ -128,7 +128,7 @@ def transpose(skeleton: Skeleton, items: list[Any]) -> list[list[Any]] | None:
     if set(map(len, items)) != {len(skeleton)}:
         return None
     columns: list[list[Any]] = []
-    for key, child in _pairs(skeleton):
+    for key, child in _pair_up(skeleton):
         try:
             values = [item[key] for item in items]
         except KeyError:
@@ -140,7 +140,7 @@ def transpose(skeleton: Skeleton, items: list[Any]) -> list[list[Any]] | None:
     return columns
 
 
-def _pairs(skeleton: Skeleton) -> Iterable[tuple[Any, Skeleton]]:
+def _pair_up(skeleton: Skeleton) -> Iterable[tuple[Any, Skeleton]]:
     return skeleton.items() if isinstance(skeleton, dict) else enumerate(skeleton)
 
 
@@ -185,7 +185,7 @@ def copy_item(node: Any) -> Any:
     return np.array(node) if hasattr(kind, "__array__") else copy.deepcopy(node)
 
 
-def nested(parts: Iterable[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
+def nest(parts: Iterable[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
     """Build dicts from values and the keys that lead to them.
 
     Raises:
@@ -208,11 +208,11 @@ def paths_of(skeleton: Skeleton, path: tuple[Any, ...] = ()) -> list[tuple[Any, 
     """Return for each leaf the keys that lead to it."""
     if type(skeleton) is int:
         return [path]
-    return [found for key, child in _pairs(skeleton) for found in paths_of(child, (*path, key))]
+    return [found for key, child in _pair_up(skeleton) for found in paths_of(child, (*path, key))]
 
 
-def keyed_by_position(skeleton: Skeleton) -> Skeleton:
+def key_by_position(skeleton: Skeleton) -> Skeleton:
     """Return the skeleton with tuples and lists made dicts keyed 0, 1, and so on."""
     if type(skeleton) is int:
         return skeleton
-    return {key: keyed_by_position(child) for key, child in _pairs(skeleton)}
+    return {key: key_by_position(child) for key, child in _pair_up(skeleton)}

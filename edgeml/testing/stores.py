@@ -51,7 +51,7 @@ class StoreTests:
         """Return a fresh item, like no other i's, with at least one array in it."""
         raise NotImplementedError
 
-    def filled(self, capacity: int, n: int) -> DataStoreBase:
+    def fill_store(self, capacity: int, n: int) -> DataStoreBase:
         """Return a store into which items 1 to n were inserted one by one."""
         store = self.make_store(capacity)
         for i in range(1, n + 1):
@@ -69,7 +69,7 @@ class StoreTests:
         """What the other tests rest on: items differ, and have arrays."""
         assert _same(self.make_item(1), self.make_item(1))
         assert not _same(self.make_item(1), self.make_item(2))
-        assert _arrays(self.make_item(1)), "make_item(i) gives at least one array"
+        assert _list_arrays(self.make_item(1)), "make_item(i) gives at least one array"
 
     def test_an_empty_store(self) -> None:
         """A new store is empty, and its first id will be 1."""
@@ -94,17 +94,17 @@ class StoreTests:
     @pytest.mark.parametrize("from_id", range(13))
     def test_gives_what_is_past_an_id_and_still_held(self, from_id: int) -> None:
         """A reader gets what it lacks, and sees by the first id what it missed."""
-        store = self.filled(capacity=5, n=12)
+        store = self.fill_store(capacity=5, n=12)
         self.assert_holds(store.get_latest_data(from_id), max(from_id + 1, 8), 12)
 
     def test_an_id_of_the_future_gives_nothing(self) -> None:
         """A reader that has more than the store ever had gets nothing."""
-        assert len(self.filled(capacity=5, n=3).get_latest_data(7)) == 0
+        assert len(self.fill_store(capacity=5, n=3).get_latest_data(7)) == 0
 
     @pytest.mark.parametrize("limit", [0, 1, 3, 5, 100])
     def test_a_limit_gives_the_oldest(self, limit: int) -> None:
         """A limited read gives the oldest items, so that reading on misses none."""
-        store = self.filled(capacity=5, n=12)
+        store = self.fill_store(capacity=5, n=12)
         self.assert_holds(store.get_latest_data(0, limit=limit), 8, min(7 + limit, 12))
         self.assert_holds(store.get_latest_data(10, limit=limit), 11, min(10 + limit, 12))
 
@@ -123,7 +123,7 @@ class StoreTests:
 
     def test_of_a_batch_that_fails_nothing_is_inserted(self) -> None:
         """All or none: else nobody knew what to send again."""
-        store = self.filled(capacity=10, n=3)
+        store = self.fill_store(capacity=10, n=3)
         if type(store).batch_insert is DataStoreBase.batch_insert:
             pytest.skip("its batch_insert is DataStoreBase's: what came before a failure stays")
 
@@ -160,14 +160,14 @@ class StoreTests:
             batch = Batch.of([item])
             if batch.columns is None:
                 pytest.skip("these items make no columns")
-            item = _mapped(batch.columns, np.copy)
+            item = _map_leaves(batch.columns, np.copy)
             store.batch_insert(Batch.from_columns(item))
         _spoil(item)
         self.assert_holds(store.get_latest_data(0), 1, 1)
 
     def test_what_was_returned_may_be_changed(self) -> None:
         """Changing what a reader got, where it can be, changes no store."""
-        store = self.filled(capacity=5, n=3)
+        store = self.fill_store(capacity=5, n=3)
         batch = store.get_latest_data(0)
         for item in [*batch, batch.columns]:
             _spoil(item)
@@ -175,7 +175,7 @@ class StoreTests:
 
     def test_what_was_returned_stays_as_it_is(self) -> None:
         """Later inserts change nothing that a reader already has."""
-        store = self.filled(capacity=5, n=7)
+        store = self.fill_store(capacity=5, n=7)
         batch = store.get_latest_data(0)
         store.batch_insert([self.make_item(i) for i in range(8, 11)])
         for i in range(11, 20):
@@ -184,7 +184,7 @@ class StoreTests:
 
     def test_releasing_leaves_later_items(self) -> None:
         """Releasing touches no later item and no id."""
-        store = self.filled(capacity=5, n=4)
+        store = self.fill_store(capacity=5, n=4)
         store.release(2)
         self.assert_holds(store.get_latest_data(2), 3, 4)
         store.release(100)
@@ -195,7 +195,7 @@ class StoreTests:
     @pytest.mark.parametrize("next_id", [1, 8, 1000])
     def test_a_reset_store_is_empty_and_counts_from_where_it_is_told(self, next_id: int) -> None:
         """Nothing of before is left, and ids go on from the one given."""
-        store = self.filled(capacity=5, n=7)
+        store = self.fill_store(capacity=5, n=7)
         store.reset(next_id)
         assert len(store) == 0
         assert store.latest_data_id() == next_id - 1
@@ -208,7 +208,7 @@ class StoreTests:
 
     def test_a_reset_store_counts_on_unless_told_otherwise(self) -> None:
         """So that who reads it misses nothing, and takes nothing for what it has."""
-        store = self.filled(capacity=5, n=7)
+        store = self.fill_store(capacity=5, n=7)
         store.reset()
         assert (len(store), store.latest_data_id()) == (0, 7)
         store.insert(self.make_item(8))
@@ -245,7 +245,7 @@ class StoreTests:
 
     def test_an_interruption_changes_no_item(self) -> None:
         """Interrupting concerns episodes, not items."""
-        store = self.filled(capacity=5, n=3)
+        store = self.fill_store(capacity=5, n=3)
         store.interrupt()
         store.interrupt()
         store.insert(self.make_item(4))
@@ -254,10 +254,12 @@ class StoreTests:
     @pytest.mark.parametrize("n", [0, 3, 5, 12])
     def test_a_checkpoint_brings_it_back(self, n: int, tmp_path: Path) -> None:
         """A store loaded from a checkpoint is the one that was saved, and goes on as that would."""
-        report = checkpoint.save(tmp_path / "saved", stores={"it": self.filled(capacity=5, n=n)})
+        report = checkpoint.save(
+            tmp_path / "saved", stores={"it": self.fill_store(capacity=5, n=n)}
+        )
         assert report.items == {"it": min(n, 5)}
         assert report.missed == {"it": 0}
-        for store in self.make_store(5), self.filled(capacity=5, n=4):
+        for store in self.make_store(5), self.fill_store(capacity=5, n=4):
             checkpoint.load(tmp_path / "saved", {"it": store})
             for last in n, n + 1, n + 7:
                 for i in range(store.latest_data_id() + 1, last + 1):
@@ -269,7 +271,7 @@ class StoreTests:
     @pytest.mark.parametrize("capacity", [1, 3, 8])
     def test_a_checkpoint_fits_another_capacity(self, capacity: int, tmp_path: Path) -> None:
         """The newest items go into a smaller store, and a larger one has room for more."""
-        checkpoint.save(tmp_path / "saved", stores={"it": self.filled(capacity=5, n=12)})
+        checkpoint.save(tmp_path / "saved", stores={"it": self.fill_store(capacity=5, n=12)})
         store = self.make_store(capacity)
         checkpoint.load(tmp_path / "saved", {"it": store})
         assert store.latest_data_id() == 12
@@ -280,7 +282,7 @@ class StoreTests:
 
     def test_what_a_checkpoint_is_given_stays_as_it_is(self) -> None:
         """It is written while inserts go on, which must not change it."""
-        store = self.filled(capacity=5, n=7)
+        store = self.fill_store(capacity=5, n=7)
         batch, extra = store.dump(3, limit=4)
         self.assert_holds(batch, 4, 7)
         given = [batch.to_payload(), extra, store.state()]
@@ -292,7 +294,7 @@ class StoreTests:
 
     def test_a_batch_survives_its_payload(self) -> None:
         """A batch is the same at the far side, and goes into a store there."""
-        batch = self.filled(capacity=5, n=7).get_latest_data(0)
+        batch = self.fill_store(capacity=5, n=7).get_latest_data(0)
         received = Batch.from_payload(batch.to_payload())
         self.assert_holds(received, 3, 7)
         other = self.make_store(5)
@@ -302,7 +304,7 @@ class StoreTests:
 
     def test_items_of_unlike_structure_break_nothing(self, tmp_path: Path) -> None:
         """Two clients may send what they like: each is taken or refused, and nothing is lost."""
-        store = self.filled(capacity=30, n=3)
+        store = self.fill_store(capacity=30, n=3)
         expected = [self.make_item(i) for i in range(1, 4)]
         x = np.arange(2.0)
         for columns in ({"x": x}, {"x": {"y": x}}, {"x": (x, x)}, {"x": [{"y": x}]}, {"x": x > 0}):
@@ -330,7 +332,7 @@ class StoreTests:
     def test_it_says_what_to_do_instead_of_pickling(self, copied: Callable[[Any], Any]) -> None:
         """A process that is spawned gets no store with its arguments: it makes its own."""
         with pytest.raises(TypeError, match=r"make it in the process that uses it.*checkpoint"):
-            copied(self.filled(capacity=5, n=3))
+            copied(self.fill_store(capacity=5, n=3))
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
     @pytest.mark.filterwarnings("ignore:.*fork")
@@ -352,7 +354,7 @@ class StoreTests:
             while not ended.is_set():
                 store.get_latest_data(0)
 
-        with _eager_threads(), ThreadPoolExecutor(2) as pool:
+        with _switch_eagerly(), ThreadPoolExecutor(2) as pool:
             running = [pool.submit(write), pool.submit(read)]
             try:
                 for _ in range(20):
@@ -391,7 +393,7 @@ class StoreTests:
                 newest = batch.first_id + len(batch) - 1
             return newest
 
-        with _eager_threads(), ThreadPoolExecutor(3) as pool:
+        with _switch_eagerly(), ThreadPoolExecutor(3) as pool:
             writer, *readers = pool.submit(write), pool.submit(read), pool.submit(read)
             assert [reader.result(timeout=60) for reader in readers] == [last, last]
             writer.result(timeout=60)
@@ -407,7 +409,7 @@ class StoreTests:
             for i in range(first, first + n):
                 store.insert(self.make_item(i))
 
-        with _eager_threads(), ThreadPoolExecutor(2) as pool:
+        with _switch_eagerly(), ThreadPoolExecutor(2) as pool:
             list(pool.map(write, [0, n]))
         assert store.latest_data_id() == len(store) == 2 * n
         held = list(store.get_latest_data(0))
@@ -474,25 +476,25 @@ def _same(left: Any, right: Any) -> bool:
     return np.shape(left) == np.shape(right) and bool(np.all(left == right))
 
 
-def _mapped(node: Any, function: Any) -> Any:
+def _map_leaves(node: Any, function: Any) -> Any:
     """Return a tree with the function applied to each leaf."""
     if isinstance(node, dict):
-        return {key: _mapped(child, function) for key, child in node.items()}
+        return {key: _map_leaves(child, function) for key, child in node.items()}
     if isinstance(node, (tuple, list)):
-        return type(node)([_mapped(child, function) for child in node])
+        return type(node)([_map_leaves(child, function) for child in node])
     return function(node)
 
 
-def _arrays(node: Any) -> list[Any]:
+def _list_arrays(node: Any) -> list[Any]:
     """Return the arrays in a tree."""
     arrays: list[Any] = []
-    _mapped(node, lambda leaf: arrays.append(leaf) if isinstance(leaf, np.ndarray) else None)
+    _map_leaves(node, lambda leaf: arrays.append(leaf) if isinstance(leaf, np.ndarray) else None)
     return arrays
 
 
 def _spoil(node: Any) -> None:
     """Change all that can be changed in a tree."""
-    for array in _arrays(node):
+    for array in _list_arrays(node):
         if array.flags.writeable:
             array[...] = np.where(array == 0, 1, 0)
     if isinstance(node, (dict, list)):
@@ -500,7 +502,7 @@ def _spoil(node: Any) -> None:
 
 
 @contextmanager
-def _eager_threads() -> Iterator[None]:
+def _switch_eagerly() -> Iterator[None]:
     """Let threads interrupt each other as often as Python can, so that a missing lock shows."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -26,7 +26,7 @@ from edgeml.data.rlds.features import (
 )
 from edgeml.data.rlds.values import join, pack
 from edgeml.data.schema import Schema
-from edgeml.data.tree import describe, nested
+from edgeml.data.tree import describe, nest
 from edgeml.extras import load_pillow
 
 __all__ = ["Layout", "Part", "Step", "flatten"]
@@ -278,7 +278,7 @@ def _collect(node: Any, path: str, flat: dict[str, Any]) -> None:
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree of dicts of which `flatten` makes this."""
-    return nested((path.split("/"), value) for path, value in flat.items())
+    return nest((path.split("/"), value) for path, value in flat.items())
 
 
 def _encode(features: Feature) -> bytes:
