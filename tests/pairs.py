@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgeml.core.client import Client
+from edgeml.core.url import Url
 from edgeml.services.base import ServiceServer
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,18 @@ def started(server: T) -> Iterator[T]:
     with server:
         server.start(threaded=True)
         yield server
+
+
+@contextmanager
+def plain_client(server: ServiceServer, **settings: Any) -> Iterator[Client]:
+    """A client of the core, which calls by name what the pairs' own clients have methods for."""
+    kind = type(server).__name__.removesuffix("Server").lower()
+    config = server.config.shared() if hasattr(server, "config") else None
+    client = Client(kind, [Url.parse(server.url)], config=config, **settings)
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 @contextmanager

@@ -36,9 +36,14 @@ from edgeml import (
     UnknownInterface,
     Unreachable,
 )
+from edgeml.core import wire
+from edgeml.core.client import Client
+from edgeml.core.dispatch import answer_with
+from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
-from edgeml.core.url import Url
-from pairs import no_thread_left, process, started, threads, took, wait_until
+from edgeml.core.server import Server
+from edgeml.core.url import Url, resolve
+from pairs import no_thread_left, plain_client, process, started, threads, took, wait_until
 
 
 @pytest.fixture
@@ -601,18 +606,37 @@ def test_a_call_async_to_a_server_that_has_gone_fails_as_a_future(server, transp
             client.call_async("echo", 1).result(5)
 
 
-def test_a_call_async_after_the_server_forgot_us_is_sent_again(server, transport):
-    with started(server), client_of(server, transport) as client:
-        server._server._sessions.clear()  # as after half a minute of silence
+def have_forgotten(client) -> None:
+    """Have the server forget a client that doesn't know it, as after half a minute of silence."""
+    session = client.sessions.current
+    goodbye = wire.pack(wire.Request(wire.GOODBYE, session.key, "", 5.0, b""))
+    session.requester.call(Message(goodbye), 5.0)
+
+
+def test_a_call_async_after_the_server_forgot_us_is_sent_again(server):
+    with started(server), plain_client(server) as client:
+        sessions = [client.sessions.current]
+        have_forgotten(client)
         assert client.call_async("echo", 1).result(5) == 1
-        server._server._sessions.clear()
+        sessions.append(client.sessions.current)
+        have_forgotten(client)
         assert client.call("echo", 2) == 2
+        sessions.append(client.sessions.current)
+        assert len({session.key for session in sessions}) == 3
 
 
-def test_a_call_async_that_cannot_be_sent_again_fails_with_the_reason(server, transport):
-    with started(server), client_of(server, transport, timeout=30) as client:
-        server._server._config["version"] = "2"
-        server._server._sessions.clear()
+def test_a_call_async_that_cannot_be_sent_again_fails_with_the_reason(transport):
+    config = {"version": "1"}
+    with contextlib.ExitStack() as stack:
+        server = Server("test", resolve(transport, "127.0.0.1", 0), config=config)
+        stack.callback(server.close)
+        server.register("echo", answer_with(lambda payload, caller: payload))
+        server.open()
+        server.dispatcher.start()
+        client = Client("test", server.urls, config={"version": "1"}, timeout=30)
+        stack.callback(client.close)
+        config["version"] = "2"
+        have_forgotten(client)
         with took(at_most=5), pytest.raises(ConfigMismatch):
             client.call_async("echo", 1).result(10)
 
@@ -1108,7 +1132,6 @@ def test_a_server_that_is_killed_under_its_callers_fails_them_and_comes_back():
         with InferenceClient("127.0.0.1", port, timeout=10) as client:
             futures = [client.call_async("sleep", 30) for _ in range(3)]
             blocked = [run_in_thread(client.call, "sleep", 30) for _ in range(3)]
-            assert client._client.call  # it is connected
             wait_until(lambda: all(not each.done() for each in blocked))
             first.signal(signal.SIGKILL)
             with took(at_most=5):

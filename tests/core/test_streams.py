@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,7 +25,7 @@ from edgeml import (
     UnknownInterface,
     Unreachable,
 )
-from pairs import no_thread_left, process, started, threads, took, wait_until
+from pairs import no_thread_left, plain_client, process, started, threads, took, wait_until
 
 
 def new_server(transport, port=0, keep=1, act=None) -> ActionServer:
@@ -112,7 +113,8 @@ def test_publications_are_numbered_and_arrive_within_a_moment(server, transport)
                 assert server.publish_obs(n) == n
                 wait_until(got.has(n))
         assert got.seen == list(range(1, 21))
-        assert subscription.version == (server._server.epoch, 20)
+        with plain_client(server) as other:
+            assert subscription.version == (other.epoch, 20)
         assert (subscription.received, subscription.missed, subscription.errors) == (20, 0, 0)
 
 
@@ -395,24 +397,27 @@ def test_subscriptions_that_come_and_go_leave_nothing_behind(server, transport, 
     with connected(server, transport) as client:
         server.publish_obs(0)
         before = len(threads())
+        made = []
         for _ in range(50):
             got = Subscriber()
             subscription = client.register_obs_callback(got)
+            made.append(weakref.ref(subscription))
             wait_until(got.has(0))
             subscription.close()
         wait_until(lambda: len(threads()) <= before)
-        wait_until(lambda: len(client._client._subscriptions) <= 1)  # the one that we hold
+        del subscription
+        wait_until(lambda: not any(each() for each in made))
 
 
-def test_a_callback_may_use_its_own_client(server, transport):
-    with connected(server, transport) as client:
+def test_a_callback_may_use_its_own_client(server):
+    with plain_client(server) as client:
         answers = []
 
         def use(n) -> None:
-            answers.append(client.act("move", n))
-            answers.append(client._client.call_async("act", ["move", n]).result(5))
+            answers.append(client.call("act", ["move", n]))
+            answers.append(client.call_async("act", ["move", n]).result(5))
 
-        client.register_obs_callback(use)
+        client.subscribe("observations", use)
         for n in range(1, 4):
             server.publish_obs(n)
             wait_until(lambda n=n: len(answers) == 2 * n)
@@ -460,9 +465,9 @@ def test_subscribing_on_a_stopped_client_is_closed(server, transport):
         client.register_obs_callback(print)
 
 
-def test_an_unknown_topic_is_told_with_those_that_are_known(server, transport):
-    with connected(server, transport) as client, pytest.raises(UnknownInterface) as caught:
-        client._client.subscribe("weather", print)
+def test_an_unknown_topic_is_told_with_those_that_are_known(server):
+    with plain_client(server) as client, pytest.raises(UnknownInterface) as caught:
+        client.subscribe("weather", print)
     assert str(caught.value) == "there is no topic 'weather'; known: observations"
 
 
@@ -600,20 +605,20 @@ def test_a_subscriber_gets_what_is_published_while_a_handler_computes(transport,
 
     with (
         started(new_server(transport, act=compute)) as server,
-        connected(server, transport) as client,
+        plain_client(server) as client,
     ):
         got = Subscriber()
-        subscription = client.register_obs_callback(got)
+        subscription = client.subscribe("observations", got)
         for _ in range(20):
-            client.act("move", "fast")
-        busy = client._client.call_async("act", ["move", "slow"])
+            client.call("act", ["move", "fast"])
+        busy = client.call_async("act", ["move", "slow"])
         assert entered.wait(5)
         for n in range(1, 7):
             server.publish_obs(n)
             with took(at_most=0.8):
                 wait_until(got.has(n))
             with pytest.raises(DeadlineExceeded):
-                client.act("move", "in between", timeout=0.2)
+                client.call("act", ["move", "in between"], timeout=0.2)
         go_on.set()
         assert busy.result(5) == "slow"
         assert subscription.missed == 0
@@ -629,11 +634,11 @@ def test_publishing_never_waits_for_a_handler_or_a_subscriber(transport):
 
     with (
         started(new_server(transport, act=compute)) as server,
-        connected(server, transport) as client,
+        plain_client(server) as client,
     ):
         got = Subscriber(held=True)
-        client.register_obs_callback(got)
-        busy = client._client.call_async("act", ["move", 1])
+        client.subscribe("observations", got)
+        busy = client.call_async("act", ["move", 1])
         assert entered.wait(5)
         with took(at_most=1):
             for n in range(500):
@@ -691,13 +696,13 @@ def test_a_subscriber_that_hears_of_the_stop_still_gets_the_answers_under_way(tr
 
     with (
         started(new_server(transport, act=compute)) as server,
-        connected(server, transport) as client,
+        plain_client(server) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        client.register_obs_callback(Subscriber())
-        busy = client._client.call_async("act", ["move", 1])
+        client.subscribe("observations", Subscriber())
+        busy = client.call_async("act", ["move", 1])
         assert entered.wait(5)
-        session = client._client.sessions.current
+        session = client.sessions.current
         stopped = pool.submit(server.stop)
         wait_until(lambda: session.lost)
         time.sleep(0.1)  # for whoever would now hang up
@@ -709,14 +714,14 @@ def test_a_subscriber_that_hears_of_the_stop_still_gets_the_answers_under_way(tr
 def test_a_connection_that_is_lost_costs_a_subscriber_nothing_that_is_kept(transport):
     with (
         started(new_server(transport, keep=100)) as server,
-        connected(server, transport) as client,
+        plain_client(server) as client,
     ):
         got = Subscriber()
-        subscription = client.register_obs_callback(got)
+        subscription = client.subscribe("observations", got)
         for n in range(1, 91):
             server.publish_obs(n)
             if n % 30 == 0:
-                client._client.sessions.current.lose(Unreachable("cut for a test"))
+                client.sessions.current.lose(Unreachable("cut for a test"))
         wait_until(got.has(90))
         assert got.seen == list(range(1, 91))
         assert subscription.missed == 0
@@ -736,16 +741,16 @@ def test_calls_that_fill_the_connection_cost_neither_it_nor_its_subscriptions(
 
     with (
         started(new_server(transport, act=compute)) as server,
-        connected(server, transport, timeout=60) as client,
+        plain_client(server, timeout=60) as client,
     ):
         got = Subscriber()
-        client.register_obs_callback(got)
+        client.subscribe("observations", got)
         calls = []
 
         def fill() -> None:
             with contextlib.suppress(Overloaded):
                 while True:
-                    calls.append(client._client.call_async("act", ["move", len(calls)]))
+                    calls.append(client.call_async("act", ["move", len(calls)]))
 
         try:
             fill()

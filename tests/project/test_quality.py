@@ -1,7 +1,9 @@
 """The tools that hold the style; as tests, so that nobody has to remember them."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,14 @@ def test_the_checkout_passes(command):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tests_ask_servers_and_clients_for_what_is_public():
+    inside = re.compile(r"\._(server|client)\.")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if inside.search(line) and path != Path(__file__)
+    ]
+    assert not found, "\n".join(found)

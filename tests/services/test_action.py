@@ -21,7 +21,7 @@ from edgeml import (
     Unreachable,
 )
 from edgeml.core import Url
-from pairs import TRANSPORTS, no_thread_left, process, started, took, wait_until
+from pairs import TRANSPORTS, no_thread_left, plain_client, process, started, took, wait_until
 
 
 def config_of(transport, port=0, **kwargs) -> ActionConfig:
@@ -126,13 +126,14 @@ def test_an_unknown_observation_is_told_with_those_that_are_known(client, device
     assert device.asked == []
 
 
-def test_keys_that_are_no_list_of_names_are_refused(client, device):
+def test_keys_that_are_no_list_of_names_are_refused(server, client, device):
     for keys in ("cam", [1], [""]):
         with pytest.raises(ValueError, match="keys"):
             client.obs(keys)
-    for payload in ("cam", [1], {"cam": 1}, 3):
-        with pytest.raises(Malformed):
-            client._client.call("obs", payload)
+    with plain_client(server) as plain:
+        for payload in ("cam", [1], {"cam": 1}, 3):
+            with pytest.raises(Malformed):
+                plain.call("obs", payload)
     assert device.asked == []
     assert client.obs(["cam"])
 
@@ -185,13 +186,14 @@ def test_an_empty_payload_is_carried_as_it_is(client, device, payload):
     assert type(device.done[0][1]) is type(payload)
 
 
-def test_an_unknown_action_is_told_with_those_that_are_known(client, device):
+def test_an_unknown_action_is_told_with_those_that_are_known(server, client, device):
     with pytest.raises(UnknownInterface) as caught:
         client.act("fly")
     assert str(caught.value) == "there is no action 'fly'; known: move, reset"
-    for payload in ("move", ["move"], [1, {}], {"move": 1}, None):
-        with pytest.raises(Malformed):
-            client._client.call("act", payload)
+    with plain_client(server) as plain:
+        for payload in ("move", ["move"], [1, {}], {"move": 1}, None):
+            with pytest.raises(Malformed):
+                plain.call("act", payload)
     assert device.done == []
     assert client.act("move") == {"done": "move"}
 
@@ -282,8 +284,9 @@ def test_a_device_observes_while_it_moves_if_it_may(transport, apart):
     with (
         started(server),
         ActionClient("127.0.0.1", server.port, config=config_of(transport)) as client,
+        plain_client(server) as plain,
     ):
-        future = client._client.call_async("act", ["move", {}])
+        future = plain.call_async("act", ["move", {}])
         assert moving.wait(5)
         assert client.obs(timeout=2) == {"cam": 1, "joints": 2}
         arrived.set()

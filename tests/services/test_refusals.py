@@ -383,15 +383,15 @@ def test_whatever_fails_each_good_item_arrives_once_and_each_bad_one_counts_once
 
     with learner("inproc", there) as server, actor(server, here) as client:
 
-        def flaky(name, payload, timeout=None, call=client._client.call):
+        def flaky(self, name, payload, timeout=None, call=Client.call):
             if rng.random() < 0.1:
                 raise Unreachable("cut before it was sent")
-            answer = call(name, payload, timeout)
+            answer = call(self, name, payload, timeout)
             if rng.random() < 0.2:
                 raise Unreachable("cut after it arrived")
             return answer
 
-        monkeypatch.setattr(client._client, "call", flaky)
+        monkeypatch.setattr(Client, "call", flaky)
         n = arrived = 0
         for _ in range(12):
             for _ in range(rng.randrange(1, 120)):
@@ -415,12 +415,12 @@ def test_refusals_whose_answer_is_lost_are_counted_all_the_same(transport, monke
     here = queue(unfit(k) if k % 10 == 0 else item(k) for k in range(1, 21))
     with learner(transport, there := Choosy(100)) as server, actor(server, here) as client:
 
-        def cut(name, payload, timeout=None, call=client._client.call):
-            call(name, payload, timeout)
+        def cut(self, name, payload, timeout=None, call=Client.call):
+            call(self, name, payload, timeout)
             raise Unreachable("cut after it arrived")
 
         with monkeypatch.context() as patch:
-            patch.setattr(client._client, "call", cut)
+            patch.setattr(Client, "call", cut)
             with pytest.raises(Unreachable):
                 client.update()
         assert client.update() == 18

@@ -33,7 +33,7 @@ from edgeml.core.client import Client
 from edgeml.core.message import pooled
 from edgeml.core.url import Url
 from edgeml.data import Batch, QueuedDataStore, ReplayBuffer, checkpoint
-from pairs import no_thread_left, process, started, took, wait_until
+from pairs import no_thread_left, plain_client, process, started, took, wait_until
 
 
 def config_of(transport, port=0, **kwargs) -> TrainerConfig:
@@ -504,15 +504,15 @@ def test_an_update_whose_answer_is_lost_under_way_adds_nothing_twice(transport, 
     with learner(transport) as server, actor(server, store := QueuedDataStore(100)) as client:
         dice = random.Random(1)
 
-        def flaky(name, payload, timeout=None, call=client._client.call):
-            answer = call(name, payload, timeout)
+        def flaky(self, name, payload, timeout=None, call=Client.call):
+            answer = call(self, name, payload, timeout)
             if dice.random() < 0.5:
                 raise Unreachable("cut after it arrived")
             return answer
 
         failures = 0
         with monkeypatch.context() as patch:
-            patch.setattr(client._client, "call", flaky)
+            patch.setattr(Client, "call", flaky)
             for n in range(30):
                 store.insert(transition(n))
                 try:
@@ -739,7 +739,8 @@ def test_one_who_connects_after_the_only_publication_gets_the_weights(transport)
             subscription = client.recv_network_callback(got.append)
             wait_until(lambda: got)
             assert repr(got[0]) == repr(tree)
-            assert subscription.version == (server._server.epoch, 1)
+            with plain_client(server) as other:
+                assert subscription.version == (other.epoch, 1)
 
 
 def test_weights_changed_in_place_right_after_publishing_arrive_as_they_were(transport):
@@ -835,8 +836,8 @@ def test_a_learner_without_a_request_callback_says_so(transport):
     with learner(transport) as server, actor(server) as client:
         with pytest.raises(UnknownInterface, match="no requests"):
             client.request("stats")
-        with pytest.raises(Malformed):
-            client._client.call("request", "stats")
+        with plain_client(server) as plain, pytest.raises(Malformed):
+            plain.call("request", "stats")
 
 
 def test_the_data_callback_gets_what_is_new_after_it_is_in_the_store(transport):
@@ -888,9 +889,9 @@ def test_calls_whose_turn_is_beyond_their_deadline_are_refused_at_once(transport
     config = config_of(transport, rate_limit=10)
     with (
         learner(transport, config=config, request_callback=lambda kind, payload: 1) as server,
-        actor(server, timeout=0.5) as client,
+        plain_client(server, timeout=0.5) as client,
     ):
-        futures = [client._client.call_async("request", ["stats", n]) for n in range(30)]
+        futures = [client.call_async("request", ["stats", n]) for n in range(30)]
         outcomes = [future.exception(5) for future in futures]
         refused = [error for error in outcomes if isinstance(error, Overloaded)]
         assert "10 calls/s" in str(refused[0])
@@ -899,7 +900,7 @@ def test_calls_whose_turn_is_beyond_their_deadline_are_refused_at_once(transport
         assert 4 <= answered <= 6
         assert server.stats()["calls"] <= 7
         time.sleep(0.1)  # a turn
-        assert client.request("stats", timeout=5) == 1
+        assert client.call("request", ["stats", 0], timeout=5) == 1
 
 
 def test_a_call_whose_turn_comes_while_the_server_stops_is_refused_and_leaves_no_thread(transport):
@@ -916,12 +917,12 @@ def test_a_call_whose_turn_comes_while_the_server_stops_is_refused_and_leaves_no
     with (
         no_thread_left(),
         learner(transport, config=config, request_callback=answer, workers=2) as server,
-        actor(server) as client,
+        plain_client(server) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        first = client._client.call_async("request", ["stats", 1])
+        first = client.call_async("request", ["stats", 1])
         assert entered.wait(5)
-        second = client._client.call_async("request", ["stats", 2])
+        second = client.call_async("request", ["stats", 2])
         stopped = pool.submit(server.stop)
         time.sleep(0.3)  # its turn comes
         go_on.set()

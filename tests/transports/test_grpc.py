@@ -283,7 +283,7 @@ class Strange:
     def __init__(self, behave=None, connect=None):
         self.behave = behave
         self._pool = ThreadPoolExecutor(4)
-        self._server = grpc.server(self._pool)
+        self._grpc = grpc.server(self._pool)
         methods = {
             "Connect": grpc.unary_unary_rpc_method_handler(
                 connect or (lambda data, context: PREFIX.pack(7, 0))
@@ -293,9 +293,9 @@ class Strange:
             "Fetch": grpc.unary_stream_rpc_method_handler(self._each),
         }
         handler = grpc.method_handlers_generic_handler("edgeml.Transport", methods)
-        self._server.add_generic_rpc_handlers((handler,))
-        self.url = Url("grpc", "127.0.0.1", self._server.add_insecure_port("127.0.0.1:0"))
-        self._server.start()
+        self._grpc.add_generic_rpc_handlers((handler,))
+        self.url = Url("grpc", "127.0.0.1", self._grpc.add_insecure_port("127.0.0.1:0"))
+        self._grpc.start()
 
     def _once(self, data, context):
         return self.behave(data, context)
@@ -307,7 +307,7 @@ class Strange:
         return self
 
     def __exit__(self, *_):
-        self._server.stop(0).wait()
+        self._grpc.stop(0).wait()
         self._pool.shutdown()
 
 

@@ -23,11 +23,12 @@ from edgeml.core import (
     Unreachable,
     Url,
     load_transport,
+    wire,
 )
 from edgeml.testing import TransportTests
 from edgeml.transports.shm import channel, memory, sockets
 from edgeml.transports.shm.waiting import Waiter
-from pairs import process, wait_until
+from pairs import plain_client, process, wait_until
 
 ANY = Url.parse("shm://127.0.0.1:0")
 SHM = load_transport("shm")
@@ -342,11 +343,20 @@ def test_a_room_beyond_the_limit_is_ordinary_memory():
 
 def test_clients_that_leave_are_no_dropped_replies():
     with new_server("shm") as server:
+        with plain_client(server) as client:
+            client.call("echo", 1)
+        wait_until(lambda: not server.clients)
+        before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
-            with InferenceClient("localhost", server.port, "shm") as client:
-                client.call("echo", 1)
-                wait_until(lambda: server._server._topics[""].held())  # its heartbeat is parked
-        wait_until(lambda: not server._server._listeners[0].endpoint._loop.channels)
+            with plain_client(server) as client:
+                session = client.sessions.current
+                heartbeat = wire.Request(
+                    wire.NEXT, session.key, wire.HEARTBEAT, 10.0, wire.pack(wire.Credit(0, 0, 0))
+                )
+                waiting = session.requester.request(Message(wire.pack(heartbeat)))
+                client.call("echo", 1)  # comes behind it, so it is parked
+                assert not waiting.done()
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
         assert server.stats()["replies_dropped"] == 0
 
 
