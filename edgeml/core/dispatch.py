@@ -407,8 +407,8 @@ class Dispatcher:
         # One call is always taken, however large.
         if waiting >= _MOST_WAITING or (waiting > 0 and held + call.nbytes > _MOST_WAITING_BYTES):
             return Overloaded(
-                f"{waiting} calls of {held / 1e6:.1f} MB are waiting already; no more than "
-                f"{_MOST_WAITING} calls, or {_MOST_WAITING_BYTES / 1e6:.0f} MB, may"
+                f"calls waiting already: {waiting}, of {held / 1e6:.1f} MB; at most "
+                f"{_MOST_WAITING}, or {_MOST_WAITING_BYTES / 1e6:.0f} MB, may wait"
             )
         return None
 

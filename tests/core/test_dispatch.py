@@ -462,7 +462,7 @@ def test_too_much_that_waits_is_refused_with_calls_and_megabytes(dispatcher):
         over = Foreign(nbytes=300_000_000)
         for call in (*kept, over):
             dispatcher.submit(call)
-        text = "3 calls of 900.0 MB are waiting already; no more than 4096 calls, or 1074 MB, may"
+        text = "calls waiting already: 3, of 900.0 MB; at most 4096, or 1074 MB, may wait"
         assert str(over.outcome()) == text
         small = Foreign(nbytes=100_000_000)  # for which there is still room
         dispatcher.submit(small)
@@ -479,7 +479,7 @@ def test_too_many_that_wait_are_refused(dispatcher, monkeypatch):
     with held_up(dispatcher):
         calls = [ask(dispatcher, "echo", n) for n in range(8)]
         for call in calls[5:]:
-            with pytest.raises(Overloaded, match=r"5 calls of 0\.0 MB are waiting already"):
+            with pytest.raises(Overloaded, match=r"calls waiting already: 5, of 0\.0 MB"):
                 call.future.result(PATIENCE)
     assert [call.future.result(PATIENCE) for call in calls[:5]] == list(range(5))
 
@@ -514,7 +514,7 @@ def test_calls_that_wait_for_their_turn_take_room_as_others_do(monkeypatch):
         assert ask(dispatcher, "echo", 0, caller=one).future.result(PATIENCE) == 0
         early = [ask(dispatcher, "echo", n, timeout=60, caller=one) for n in range(5)]
         assert dispatcher.waiting == 5
-        with pytest.raises(Overloaded, match=r"5 calls of 0\.0 MB are waiting already"):
+        with pytest.raises(Overloaded, match=r"calls waiting already: 5, of 0\.0 MB"):
             ask(dispatcher, "echo", timeout=60, caller=one).future.result(PATIENCE)
         dispatcher.close()
         for call in early:

@@ -532,6 +532,53 @@ def test_more_calls_than_can_wait_are_refused_rather_than_kept_unseen(server, tr
         assert client.call("echo", 1) == 1
 
 
+def test_one_call_is_always_taken_however_large_and_too_much_is_told_in_megabytes(
+    server, transport, gate, monkeypatch
+):
+    monkeypatch.setattr("edgeml.core.dispatch._MOST_WAITING_BYTES", 1_000_000)
+    large = np.ones(2_500_000, np.uint8)
+    with started(server), client_of(server, transport) as client:
+        assert (client.call("echo", large) == large).all()
+        busy = client.call_async("gate", large)  # also while another is handled
+        assert gate.entered.wait(5)
+        waiting = client.call_async("echo", large)
+        wait_until(lambda: server.stats()["waiting"] == 1)
+        for _ in range(2):
+            with pytest.raises(Overloaded, match=r"calls waiting already: 1, of 2\.5 MB; "):
+                client.call("echo", large)
+        gate.set()
+        for future in (busy, waiting):
+            assert (future.result(5) == large).all()
+        assert (client.call("echo", large) == large).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "sizes"),
+    [
+        ("zmq", [1 << 30]),  # the largest array; with its header it is more than may wait
+        ("zmq", [1 << 29] * 3),
+        ("grpc", [3 << 29]),
+        ("shm", [3 << 29]),
+        ("ws", [1 << 29] * 2),
+        ("inproc", [3 << 29]),
+    ],
+)
+def test_messages_of_a_gigabyte_and_more_reach_an_idle_server(network, sizes, monkeypatch):
+    monkeypatch.setenv("EDGEML_SHM_LIMIT_MB", "2048")
+    server = InferenceServer(0, transport=network)
+    # Some bytes of each tell that all have come; nothing as large goes back.
+    server.register_interface("look", lambda arrays: [array[:: 1 << 27].copy() for array in arrays])
+    with started(server), client_of(server, network, timeout=120) as client:
+        arrays = [np.zeros(size, np.uint8) for size in sizes]
+        for array in arrays:
+            array[:: 1 << 27] = np.arange(1, 1 + -(-len(array) // (1 << 27)))
+        assert [seen.tolist() for seen in client.call("look", arrays)] == [
+            list(range(1, 1 + size // (1 << 27))) for size in sizes
+        ]
+        assert server.stats()["waiting"] == 0
+
+
 def test_futures_work_with_the_tools_of_concurrent_futures(server, transport, gate):
     with started(server), client_of(server, transport) as client:
         futures = [client.call_async("echo", n) for n in range(10)]
