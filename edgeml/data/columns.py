@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,26 @@ from edgeml.data.memory import zeros
 from edgeml.data.schema import Schema
 from edgeml.data.tree import Array
 
-__all__ = ["Columns", "as_slice", "equal_bytes"]
+__all__ = ["Columns", "Order", "as_slice", "equal_bytes"]
 
 _PARALLEL = 1 << 22  # bytes; from here on two threads take half to three quarters of one's time
 _PACKED = 1024  # bytes; larger leaves gain nothing from lying in a row with others
+
+
+class Order(NamedTuple):
+    """Which of n items that are written together may follow upon which.
+
+    Attributes:
+        follows: positions of those that may follow upon another of them.
+        leaders: of each of these the position of that one.
+        begins: positions of those that may follow upon one that is there already, (k,).
+        before: of each of these the row of that one, which is not written over, (k,).
+    """
+
+    follows: slice | Array
+    leaders: slice | Array
+    begins: Array
+    before: Array
 
 
 class Columns:
@@ -107,12 +123,7 @@ class Columns:
         return self._frames.write_one(row, leaves, before)
 
     def write_many(
-        self,
-        row: int,
-        leaves: Sequence[Array],
-        n: int,
-        positions: Array | None = None,
-        before: Array | None = None,
+        self, row: int, leaves: Sequence[Array], n: int, order: Order | None = None
     ) -> Array | None:
         """Write n items, at most as many as there are rows, from ``row`` on and round the end.
 
@@ -120,9 +131,7 @@ class Columns:
             row: where the first goes.
             leaves: of all.
             n: how many.
-            positions: shape (n,), of each item the position of the one that it may follow, or -1.
-            before: shape (n,), for those with -1 there, the row of such a one, which is not written
-                over, or -1.
+            order: which may follow upon which; needed where there is what is kept once.
 
         Returns:
             As `write`, of each, shape (n,); None for True.
@@ -135,9 +144,8 @@ class Columns:
                 column[: n - before_end] = values[before_end:]
         if not self._frames.leaves:
             return None
-        assert positions is not None
-        assert before is not None
-        return self._frames.write(np.arange(row, row + n) % self._n, leaves, positions, before)
+        assert order is not None
+        return self._frames.write(np.arange(row, row + n) % self._n, leaves, order)
 
     def grab(self, row: int, n: int, allocate: Allocator) -> list[Array]:
         """Copy n items from ``row`` on, in few steps; `split` makes arrays of their leaves.
@@ -278,33 +286,30 @@ class _Frames:
             self._lent[:] = False
             self._top = self._free_count = 0
 
-    def write(self, rows: Array, leaves: Sequence[Array], positions: Array, before: Array) -> Array:
+    def write(self, rows: Array, leaves: Sequence[Array], order: Order) -> Array:
         """Write items; see `Columns.write_many`."""
         n = len(rows)
-        before = np.where(positions < 0, before, -1)
-        begins = np.flatnonzero(before >= 0)  # what may follow upon what was there already
-        led_here = self._next[before[begins]]
+        led_here = self._next[order.before]
         self._release(rows)
         shared = np.zeros(n, np.bool_)
-        follows = np.flatnonzero(positions >= 0)
-        if len(follows):
-            behind, ahead = as_slice(follows), as_slice(positions[follows])
-            shared[behind] = True
-            for a, b in self._pairs:
-                shared[behind] &= equal_bytes(leaves[b][ahead], leaves[a][behind])
-        if len(begins):
-            shared[begins] = True
-            for a, _ in self._pairs:
-                shared[begins] &= equal_bytes(self.arrays[a][led_here], leaves[a][begins])
+        shared[order.follows] = shared[order.begins] = True
+        for a, b in self._pairs:
+            shared[order.follows] &= equal_bytes(leaves[b][order.leaders], leaves[a][order.follows])
+            if len(order.begins):
+                shared[order.begins] &= equal_bytes(
+                    self.arrays[a][led_here], leaves[a][order.begins]
+                )
         own = np.flatnonzero(~shared)
         slots = self._take_slots(n + len(own))
         following, first = slots[:n], slots[n:]
-        of = following[positions]  # what is wrong with -1 is put right below
-        of[begins] = led_here
+        of = np.empty(n, np.int64)
+        of[order.follows] = following[order.leaders]
+        of[order.begins] = led_here
         of[own] = first
         self._of[rows], self._next[rows] = of, following
         self._lent[rows] = False
-        self._lent[np.where(positions < 0, before, rows[positions])[shared]] = True
+        self._lent[rows[order.leaders][shared[order.follows]]] = True
+        self._lent[order.before[shared[order.begins]]] = True
         for a, b in self._pairs:
             array = self.arrays[a]
             array[following] = leaves[b]
@@ -413,6 +418,8 @@ def _is_equal(left: Array, right: Any) -> bool:
 def equal_bytes(left: Array, right: Array) -> Array:
     """Return for each item of two columns whether they have the same bytes."""
     n = len(left)
+    if not n:
+        return np.zeros(0, np.bool_)
     left = np.ascontiguousarray(left).reshape(n, -1).view(np.uint8)
     right = np.ascontiguousarray(right).reshape(n, -1).view(np.uint8)
     if not left.shape[1] % 8:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.data.columns import Columns, as_slice, equal_bytes
+from edgeml.data.columns import Columns, Order, as_slice, equal_bytes
 from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
 from edgeml.data.spaces import zeros_of
@@ -183,63 +183,68 @@ class Transitions:
         if not self._follows:
             self.columns.write_many(row, leaves, n)
             return
-        if self._lane_leaf is None:
-            lanes = np.zeros(n, np.int64)
-            positions = np.arange(-1, n - 1)  # of each item that of the one before in its lane
-            ends = np.array([n - 1])
-        else:
-            lanes = np.asarray(leaves[self._lane_leaf], np.int64)
-            self._check_lanes(lanes)
-            order = np.argsort(lanes, kind="stable")
-            again = lanes[order[1:]] == lanes[order[:-1]]
-            positions = np.full(n, -1)
-            positions[order[1:][again]] = order[:-1][again]
-            ends = order[np.append(~again, True)]  # the last item of each lane
-        firsts = np.flatnonzero(positions < 0)
-        last = self._last[lanes[firsts]]
-        kept = (last > 0) & (last > first_id + n - 1 - ring.n_rows)
-        before = np.full(n, -1)
-        before[firsts] = np.where(kept, (last - 1) % ring.n_rows, -1)
-        shared = self.columns.write_many(row, leaves, n, positions, before)
+        lanes, order, ends = self._order(first_id, leaves, n)
+        shared = self.columns.write_many(row, leaves, n, order)
+        opened = self._open[lanes[order.begins]]
+        last = self._last[lanes[order.begins]]
         self._last[lanes[ends]] = first_id + ends
         if self.is_plain:
             return
-        rows = ring.find_rows(first_id, n)
         assert self._leaves is not None
         dones = np.asarray(leaves[self._leaves.dones], np.bool_)
-        within = positions >= 0
-        follows = within & ~dones[positions]
-        follows[firsts] = kept & self._open[lanes[firsts]]
+        follows = np.zeros(n, np.bool_)
+        follows[order.follows] = ~dones[order.leaders]
+        follows[order.begins] = opened
         opens = ~dones[ends]
         if cuts:
             pieces = np.zeros(n, np.int64)  # how many cuts there are up to each item
             pieces[list(cuts)] = 1
             pieces = np.cumsum(pieces)
-            follows &= pieces == np.where(within, pieces[positions], 0)
+            follows[order.follows] &= pieces[order.follows] == pieces[order.leaders]
+            follows[order.begins] &= pieces[order.begins] == 0
             opens &= pieces[ends] == pieces[-1]
             self._open[:] = False
         self._open[lanes[ends]] = opens
         same = np.ones(n, np.bool_) if shared is None else shared
-        if self._compared:
-            follow = np.flatnonzero(within)
-            behind, ahead = as_slice(follow), as_slice(positions[follow])
-            begins = firsts[kept]
-            for a, b in self._compared:
-                if len(follow):
-                    same[behind] &= equal_bytes(leaves[b][ahead], leaves[a][behind])
-                if len(begins):
-                    led_here = self.columns.look(b, before[begins])
-                    same[begins] &= equal_bytes(led_here, leaves[a][begins])
-        if self._stack > 1:
-            gaps = np.arange(n) - positions
-            gaps[firsts] = first_id + firsts - last
-            same &= gaps <= self._gap
-        broken = int(np.count_nonzero(follows & ~same))
-        if broken:
+        for a, b in self._compared:
+            same[order.follows] &= equal_bytes(leaves[b][order.leaders], leaves[a][order.follows])
+            if len(order.begins):
+                led_here = self.columns.look(b, order.before)
+                same[order.begins] &= equal_bytes(led_here, leaves[a][order.begins])
+        if self._stack > 1 and len(self._last) > 1:
+            positions = np.arange(n)
+            gaps = positions[order.follows] - positions[order.leaders]
+            same[order.follows] &= gaps <= self._gap
+            same[order.begins] &= first_id + order.begins - last <= self._gap
+        if broken := int(np.count_nonzero(follows & ~same)):
             self._count_breaks(broken)
             follows &= same
-        before[within] = rows[positions[within]]
+        rows = ring.find_rows(first_id, n)
+        before = rows.copy()
+        before[order.follows] = rows[order.leaders]
+        before[order.begins] = order.before
         self._link(rows, np.where(follows, before, rows))
+
+    def _order(self, first_id: int, leaves: Sequence[Array], n: int) -> tuple[Array, Order, Array]:
+        """The lanes of n items, which may follow upon which, and the last one of each lane."""
+        n_rows = self._ring.n_rows
+        follows: slice | Array
+        leaders: slice | Array
+        if self._lane_leaf is None:
+            lanes = np.zeros(n, np.int64)
+            follows, leaders = slice(1, n), slice(0, n - 1)
+            firsts, ends = np.array([0]), np.array([n - 1])
+        else:
+            lanes = np.asarray(leaves[self._lane_leaf], np.int64)
+            self._check_lanes(lanes)
+            places = np.argsort(lanes, kind="stable")
+            again = lanes[places[1:]] == lanes[places[:-1]]
+            follows, leaders = as_slice(places[1:][again]), as_slice(places[:-1][again])
+            firsts, ends = places[np.append(True, ~again)], places[np.append(~again, True)]
+        last = self._last[lanes[firsts]]
+        kept = (last > 0) & (last > first_id + n - 1 - n_rows)
+        order = Order(follows, leaders, firsts[kept], (last[kept] - 1) % n_rows)
+        return lanes, order, ends
 
     def interrupt(self) -> None:
         """Let what comes next begin a run, in all lanes."""
