@@ -112,7 +112,7 @@ def serve(args: argparse.Namespace) -> None:
                 streamer.newest = streamer.frame(number)
                 server.publish_obs(streamer.newest)
                 meter.add(time.monotonic(), number, size_of(streamer.newest))
-                status.show(f"{number} frames, {meter.rates()}, clients: {len(server.clients)}")
+                status.show(f"{number} frames, {meter.rates()}, clients: {len(server.clients())}")
                 # A source that is slower than the rate isn't made to catch up in a burst.
                 due = max(due + 1 / streamer.fps, time.monotonic())
                 time.sleep(max(0.0, due - time.monotonic()))

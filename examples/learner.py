@@ -168,7 +168,7 @@ class Learner:
             what = f"the first {options.training_starts:,} transitions, {here:,} of them are here"
         else:
             what = f"more than the {here:,} transitions that are here"
-        actors = len(self._server.clients)
+        actors = len(self._server.clients())
         who = f"{actors} connected" if actors else "none is connected: start one with --actor"
         return f"waiting for actors ({who}) to send {what}, for {seconds:.0f} s now"
 

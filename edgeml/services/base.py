@@ -123,9 +123,8 @@ class ServiceServer(_Service):
         """
         return str(self._first())
 
-    @property
     def urls(self) -> list[str]:
-        """Where clients reach it, by each of its transports and ports; none until it is started."""
+        """Return where clients reach it, by each transport and port; none until it is started."""
         return [str(self._advertised(url)) for url in self._server.urls]
 
     @property
@@ -145,9 +144,11 @@ class ServiceServer(_Service):
         told = Url.parse(f"{url.scheme}://{self._advertise}")
         return told if told.port else told.with_port(url.port)
 
-    @property
     def clients(self) -> list[Peer]:
-        """The clients heard from of late: their ids, and for people their labels and addresses."""
+        """Return the clients heard from of late.
+
+        Their ids, and for people their labels and addresses.
+        """
         return [
             Peer(caller.client_id, f"{caller.label} at {caller.peer.address}".strip())
             for caller in self._server.callers

@@ -838,7 +838,7 @@ def wait(payload):
 server.register_interface("wait", wait)
 import threading
 def tell():
-    while not server.urls:
+    while not server.urls():
         time.sleep(0.01)
     print(server.port, flush=True)
 threading.Thread(target=tell).start()
@@ -879,7 +879,7 @@ def slowly(server, transport, seconds) -> None:
         slow.go_on.set()
         assert [future.result(5) for future in busy] == [1, 1, 1]
         assert client.call("echo", 5) == 5
-        known = [peer.id for peer in server.clients]
+        known = [peer.id for peer in server.clients()]
         assert known.count(client.client_id) == 1, "it took the server for dead, and came back"
     assert connects >= 2
 
@@ -953,7 +953,7 @@ def test_all_handlers_run_in_one_thread_however_long_they_take(server, transport
     serving = threading.Thread(target=server.start, args=(threaded,))
     with server:
         serving.start()
-        wait_until(lambda: server.urls)
+        wait_until(lambda: server.urls())
         with client_of(server, transport) as one, client_of(server, transport) as other:
             for seconds in (0, 0.001, 0.03, 0, 0.06, 0.001) * 4:
                 future = other.call_async("elsewhere", seconds)
@@ -972,7 +972,7 @@ def test_all_handlers_run_in_one_thread_over_several_transports_at_once(network)
         server.register_interface("where", where)
         with contextlib.ExitStack() as stack:
             clients = [
-                stack.enter_context(InferenceClient("", 0, transport=url)) for url in server.urls
+                stack.enter_context(InferenceClient("", 0, transport=url)) for url in server.urls()
             ]
             assert len(clients) == 3
             for seconds in (0, 0, 0.001, 0.03) * 3:
@@ -1078,7 +1078,7 @@ def test_many_clients_in_one_process(server, transport):
         clients = [stack.enter_context(client_of(server, transport)) for _ in range(20)]
         for n, client in enumerate(clients):
             assert client.call("echo", n) == n
-        assert {peer.id for peer in server.clients} == {client.client_id for client in clients}
+        assert {peer.id for peer in server.clients()} == {client.client_id for client in clients}
 
 
 # Restarts -------------------------------------------------------------------------------------
@@ -1238,8 +1238,8 @@ threading.Event().wait(60)
 def test_a_client_that_stops_is_forgotten_at_once(server, transport):
     with started(server):
         with client_of(server, transport) as client:
-            assert [peer.id for peer in server.clients] == [client.client_id]
-        assert server.clients == []
+            assert [peer.id for peer in server.clients()] == [client.client_id]
+        assert server.clients() == []
 
 
 def test_a_client_that_is_killed_hurts_nobody():
@@ -1271,7 +1271,7 @@ def test_a_client_that_is_killed_hurts_nobody():
 def test_a_blocked_start_ends_when_another_thread_stops_the_server(server, transport):
     with no_thread_left():
         blocked = run_in_thread(server.start)
-        wait_until(lambda: server.urls)
+        wait_until(lambda: server.urls())
         with client_of(server, transport) as client:
             assert client.call("echo", 1) == 1
         assert not blocked.done()
@@ -1295,7 +1295,7 @@ match sys.argv[1]:
         server = TrainerTunnel()
 import threading, time
 def tell():
-    while not server.urls:
+    while not server.urls():
         time.sleep(0.01)
     time.sleep(0.1)
     print(server.port, flush=True)
@@ -1365,7 +1365,7 @@ def test_a_handler_may_stop_its_own_server(server, transport):
     server.register_interface("stop", stop)
     with no_thread_left():
         blocked = run_in_thread(server.start)
-        wait_until(lambda: server.urls)
+        wait_until(lambda: server.urls())
         with client_of(server, transport) as client:
             with took(at_most=2), contextlib.suppress(Unreachable, Closed):
                 client.call("stop", 1)
@@ -1488,7 +1488,7 @@ def test_two_transports_at_once_serve_the_same_functions():
     with InferenceServer(0, transport="zmq,inproc") as server:
         server.register_interface("echo", lambda payload: payload)
         server.start(threaded=True)
-        urls = server.urls
+        urls = server.urls()
         assert len(urls) == 2
         for url in urls:
             with InferenceClient("", 0, url) as client:
@@ -1506,7 +1506,7 @@ def test_a_port_is_picked_that_all_transports_have_free(network):
             stack.enter_context(each)
         with InferenceServer(0, transport=f"inproc,{network}") as server:
             server.start(threaded=True)
-            assert len({Url.parse(url).port for url in server.urls}) == 1
+            assert len({Url.parse(url).port for url in server.urls()}) == 1
             assert server.port not in range(picked, picked + 4)
 
 

@@ -622,7 +622,7 @@ def test_a_subscriber_gets_what_is_published_while_a_handler_computes(transport,
         go_on.set()
         assert busy.result(5) == "slow"
         assert subscription.missed == 0
-        assert len(server.clients) == 1, "nobody had to connect again"
+        assert len(server.clients()) == 1, "nobody had to connect again"
 
 
 def test_publishing_never_waits_for_a_handler_or_a_subscriber(transport):

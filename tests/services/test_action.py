@@ -93,7 +93,7 @@ def test_the_program_of_the_readme(transport):
     server.publish_obs(observations)
     wait_until(lambda: seen)
     assert set(seen[0]) == {"camera", "position"}
-    assert "mnist" in server.clients[0].address
+    assert "mnist" in server.clients()[0].address
     agent.stop()
     server.stop()
 
@@ -316,7 +316,7 @@ def test_the_broadcast_port_answers_just_as_well(transport, device):
     config = config_of(transport, broadcast_port=0)
     server = ActionServer(config_of(transport, broadcast_port=None), None, device.act)
     with started(server):
-        assert len(server.urls) == 1
+        assert len(server.urls()) == 1
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(started(ActionServer(config_of(transport), None, None)))
         port = first.port
@@ -325,7 +325,7 @@ def test_the_broadcast_port_answers_just_as_well(transport, device):
         server = ActionServer(config, device.observe, device.act)
         stack.enter_context(started(server))
         # Where the system picks the port, it picks this one too.
-        urls = server.urls
+        urls = server.urls()
         assert len(urls) == 2
         for url in map(Url.parse, urls):
             client = stack.enter_context(ActionClient("127.0.0.1", url.port, config=config))
@@ -343,7 +343,7 @@ def test_the_server_tells_who_its_clients_are_and_what_they_call_themselves(serv
         ActionClient("127.0.0.1", server.port, config=config, client_id="arm-7") as second,
     ):
         assert second.client_id == "arm-7"
-        clients = server.clients
+        clients = server.clients()
         assert len(clients) == 2
         assert sum(peer.address.startswith("pick at ") for peer in clients) == 1
         assert [peer.id for peer in clients].count("arm-7") == 1

@@ -101,7 +101,7 @@ def test_a_client_that_is_dropped_is_closed_with_a_warning(transport, serve, con
             for _ in range(5):
                 drop([connect(server.url)])
         # The rest took too long to part on a busy machine, and will be forgotten.
-        wait_until(lambda: len(server.clients) == 1, timeout=40)
+        wait_until(lambda: len(server.clients()) == 1, timeout=40)
 
 
 @pytest.mark.parametrize(("serve", "connect"), PAIRS[:2], ids=["action", "inference"])
@@ -147,7 +147,7 @@ def test_a_server_tells_where_others_reach_it():
         ("[fe80::1]:80", "zmq://[fe80::1]:80"),
     ]:
         with started(InferenceServer(0, transport="zmq", advertise=advertise)) as server:
-            assert server.url == server.urls[0]
+            assert server.url == server.urls()[0]
             assert server.url.startswith(expected.partition("{")[0])
     with started(InferenceServer(0, "0.0.0.0", transport="zmq")) as server:
         assert "0.0.0.0" not in server.url

@@ -232,12 +232,12 @@ def test_a_client_may_have_several_stores(transport):
     with learner(transport, name="arm") as server:
         for name in stores:
             server.register_data_store(name, QueuedDataStore(10))
-        assert sorted(server.store_names) == ["arm", "left", "right"]
+        assert sorted(server.store_names()) == ["arm", "left", "right"]
         with actor(server, QueuedDataStore(10), "arm", data_stores=stores) as client:
             stores["left"].insert({"id": 1})
             stores["right"].batch_insert([{"id": 2}, {"id": 3}])
             assert client.update() == 3
-        assert {name: ids(server.data_store(name)) for name in server.store_names} == {
+        assert {name: ids(server.data_store(name)) for name in server.store_names()} == {
             "arm": [],
             "left": [1],
             "right": [2, 3],

@@ -466,8 +466,8 @@ def new_server(transport):
 
 def carrier(server):
     """Which transport the server's one client came over."""
-    wait_until(lambda: len(server.clients) == 1)
-    return "shm" if "shm" in server.clients[0].address else "zmq"
+    wait_until(lambda: len(server.clients()) == 1)
+    return "shm" if "shm" in server.clients()[0].address else "zmq"
 
 
 @pytest.mark.parametrize("transport", ["shm,zmq", "zmq,shm", "auto"])
@@ -477,7 +477,7 @@ def test_a_server_has_one_port_on_all_its_transports(transport):
             with InferenceClient("localhost", server.port, name) as client:
                 assert carrier(server) == expected
                 assert client.call("echo", 1) == 1
-            wait_until(lambda: not server.clients)
+            wait_until(lambda: not server.clients())
         with InferenceClient("", 0, f"auto://127.0.0.1:{server.port}"):
             assert carrier(server) == "shm"
 

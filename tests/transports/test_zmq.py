@@ -540,7 +540,7 @@ def test_a_publication_may_take_longer_than_a_heartbeat_on_a_slow_network(monkey
         server.publish_network(np.ones(20_000_000, np.uint8))  # five seconds' worth
         assert came.wait(30)
         assert subscription.missed == 0
-        assert len(server.clients) == 1  # it never took the server for dead, to come back anew
+        assert len(server.clients()) == 1  # it never took the server for dead, to come back anew
 
 
 def test_a_reply_that_zmq_does_not_carry_is_refused_and_another_can_be_given(parking):

@@ -318,7 +318,7 @@ def test_a_client_made_from_the_page_alone_calls_an_inference_server(how):
         server.register_interface("zeros", lambda size: np.zeros(size, np.uint8))
         server.register_interface("fail", fail)
         stranger(how, "inference", server.port)
-        wait_until(lambda: not server.clients)
+        wait_until(lambda: not server.clients())
 
 
 @pytest.mark.parametrize("how", ["zmq", "grpc", "stream"])
@@ -333,7 +333,7 @@ def test_a_client_made_from_the_page_alone_talks_to_a_robot(how):
 
     with started(edgeml.ActionServer(config, lambda keys: {"cam": 5}, act)) as server:
         stranger(how, "action", server.port)
-        wait_until(lambda: not server.clients)
+        wait_until(lambda: not server.clients())
 
 
 def stranger(*arguments: object) -> None:

@@ -92,9 +92,8 @@ class TrainerServer(ServiceServer):
         """Return the store of a name; raises UnknownInterface, which lists those known."""
         return self._intake.store(name)
 
-    @property
     def store_names(self) -> list[str]:
-        """The names of the registered stores."""
+        """Return the names of the registered stores."""
         return list(self._intake.stores)
 
     def save_checkpoint(
