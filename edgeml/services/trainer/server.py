@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from edgeml.core.dispatch import Caller, answer_with, require_plain
+from edgeml.core.dispatch import Call, Handler, answer_with, require_plain
 from edgeml.core.errors import Malformed, UnknownInterface
 from edgeml.core.server import Server
 from edgeml.core.transport import Credentials
@@ -74,7 +74,7 @@ class TrainerServer(ServiceServer):
             credentials=credentials,
         )
         server.register("update", answer_with(self._intake.update))
-        server.register("request", answer_with(_answering(config, request_callback)))
+        server.register("request", _answer_requests(config, request_callback))
         self._topic = server.topic(NETWORK)
         super().__init__(server, advertise)
 
@@ -172,15 +172,13 @@ class TrainerServer(ServiceServer):
         return self._topic.publish(params)
 
 
-def _answering(
-    config: TrainerConfig, callback: Callable[[str, Any], Any] | None
-) -> Callable[[Any, Caller], Any]:
-    """Return what answers requests; it must not keep the server itself."""
+def _answer_requests(config: TrainerConfig, callback: Callable[[str, Any], Any] | None) -> Handler:
+    """Return the handler of requests; it must not keep the server itself."""
 
-    def answer(payload: Any, _: Caller) -> Any:
-        match payload:
+    def answer(call: Call) -> None:
+        match call.payload():
             case [str(kind), argument]:
-                pass
+                call.detail = repr(kind)
             case _:
                 raise Malformed("request takes a type and a payload")
         if kind not in config.request_types:
@@ -188,6 +186,6 @@ def _answering(
             raise UnknownInterface(f"there is no request type {kind!r}; known: {known}")
         if callback is None:
             raise UnknownInterface("this server answers no requests")
-        return callback(kind, argument)
+        call.answer(callback(kind, argument))
 
     return answer
