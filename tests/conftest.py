@@ -28,7 +28,7 @@ _installed = pytest.StashKey[tuple[Path, str | None]]()
 def pytest_configure(config: pytest.Config) -> None:
     """Put the plugin on the path, with what an installer would have written about it."""
     project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-    site = Path(tempfile.mkdtemp(prefix="edgeml-plugin-"))
+    site = Path(tempfile.mkdtemp(prefix="plugin-for-edgeml-"))
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(

@@ -44,16 +44,16 @@ def run(transports: Sequence[str] | None, urls: Sequence[Url], timeout: float) -
     needs = {}
     works = True
     for name in names:
-        here, need = _transport(name, timeout)
+        here, need = _try_transport(name, timeout)
         works &= here
         if need is not None:
             needs[name] = need
     print("\nOpen files")
-    _open_files(needs)
+    _tell_open_files(needs)
     if urls:
         print("\nServers")
     for url in itertools.chain.from_iterable(resolve(str(url), "", 0) for url in urls):
-        works &= _server(url, timeout)
+        works &= _ask_server(url, timeout)
     if not works:
         print("\nNot everything works; see FAILED above")
     return 0 if works else 1
@@ -62,16 +62,16 @@ def run(transports: Sequence[str] | None, urls: Sequence[Url], timeout: float) -
 # Transports -------------------------------------------------------------------------------
 
 
-def _transport(name: str, timeout: float) -> tuple[bool, tuple[int, int] | None]:
+def _try_transport(name: str, timeout: float) -> tuple[bool, tuple[int, int] | None]:
     """Try one; whether it works, and the descriptors that a server and each client take there."""
     need = None
     try:
         with serve_here(name) as url:
-            said = f"ok, round trip {_ms(ask(url, timeout).best)} in this process"
+            said = f"ok, round trip {_show(ask(url, timeout).best)} in this process"
         try:
             with serve_elsewhere(name) as (url, base):
-                said += f", {_ms(ask(url, timeout).best)} between two"
-                need = _descriptors(url, base, timeout)
+                said += f", {_show(ask(url, timeout).best)} between two"
+                need = _count_descriptors(url, base, timeout)
         except Unreachable as error:
             said += f", within one process only ({one_line(error)})"
     except Exception as error:  # a transport may be anybody's
@@ -87,7 +87,7 @@ def _transport(name: str, timeout: float) -> tuple[bool, tuple[int, int] | None]
     return True, need
 
 
-def _descriptors(url: Url, base: int, timeout: float) -> tuple[int, int] | None:
+def _count_descriptors(url: Url, base: int, timeout: float) -> tuple[int, int] | None:
     """How many a server has open without clients, and how many more each client takes there."""
     with ExitStack() as stack:
         clients = [
@@ -111,7 +111,7 @@ def _descriptors(url: Url, base: int, timeout: float) -> tuple[int, int] | None:
 # Limits -----------------------------------------------------------------------------------
 
 
-def _open_files(needs: dict[str, tuple[int, int]]) -> None:
+def _tell_open_files(needs: dict[str, tuple[int, int]]) -> None:
     soft, hard = (
         None if limit == resource.RLIM_INFINITY else limit
         for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -120,7 +120,7 @@ def _open_files(needs: dict[str, tuple[int, int]]) -> None:
     print("  connections and pieces of shared memory take one each, or more")
     print(f"  a process may have {told[0]} (soft limit), and raise that to {told[1]} (hard limit)")
     for name, (base, each) in needs.items():
-        many = "any number of" if soft is None else f"about {_about((soft - base) // each)}"
+        many = "any number of" if soft is None else f"about {_round_down((soft - base) // each)}"
         print(f"  {name}: a client of one thread takes {each} at the server: {many} clients")
     most = hard or _PLENTY
     if soft is not None and soft < most:
@@ -130,7 +130,7 @@ def _open_files(needs: dict[str, tuple[int, int]]) -> None:
         print("  LimitNOFILE=, docker run --ulimit nofile=65536)")
 
 
-def _about(number: int) -> int:
+def _round_down(number: int) -> int:
     """A number to two digits, rounded down."""
     scale: int = 10 ** max(0, len(str(number)) - 2)
     return max(0, number // scale) * scale
@@ -139,7 +139,7 @@ def _about(number: int) -> int:
 # Servers ----------------------------------------------------------------------------------
 
 
-def _server(url: Url, timeout: float) -> bool:
+def _ask_server(url: Url, timeout: float) -> bool:
     try:
         answer = ask(url, timeout)
     except Malformed as error:
@@ -155,11 +155,11 @@ def _server(url: Url, timeout: float) -> bool:
         )
         return False
     print(f"  {url}  ok, {answer.service} server, protocol {answer.protocol}")
-    print(f"      round trip {_ms(answer.typical)} (median), {_ms(answer.best)} (best)")
-    off = f"{_ms(abs(answer.ahead))} {'ahead of' if answer.ahead >= 0 else 'behind'} ours"
-    print(f"      its clock is {off}, give or take {_ms(answer.best / 2)}")
+    print(f"      round trip {_show(answer.typical)} (median), {_show(answer.best)} (best)")
+    off = f"{_show(abs(answer.ahead))} {'ahead of' if answer.ahead >= 0 else 'behind'} ours"
+    print(f"      its clock is {off}, give or take {_show(answer.best / 2)}")
     return True
 
 
-def _ms(seconds: float) -> str:
+def _show(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds < 1 else f"{seconds:.3f} s"

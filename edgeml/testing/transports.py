@@ -867,6 +867,23 @@ class TransportTests:
             endpoint.close()
             assert set(threading.enumerate()) <= before
 
+    def test_an_end_that_has_been_closed_is_kept_alive_by_nobody(self, net: _Net) -> None:
+        endpoint = net.transport.serve(Url.parse(self.url), _echo)
+        requester = net.transport.connect(endpoint.url, _PATIENCE)
+        requester.call(Message(b""), _PATIENCE)
+        requester.request(_message(b"", 5 * _MB)).result(_PATIENCE)
+        net.start(requester.call, Message(b""), _PATIENCE).result(_PATIENCE)
+        left = {weakref.ref(end) for end in (endpoint, requester)}
+        requester.close()
+        endpoint.close()
+        del endpoint, requester
+
+        def gone() -> bool:
+            gc.collect()
+            return not any(end() for end in left)
+
+        assert _until(gone, 3.0)
+
     def test_closing_a_requester_wakes_all_who_wait_with_closed(
         self, net: _Net, parked: _Parked
     ) -> None:

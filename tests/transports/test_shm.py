@@ -26,7 +26,7 @@ from edgeml.core import (
     wire,
 )
 from edgeml.testing import TransportTests
-from edgeml.transports.shm import channel, memory, sockets
+from edgeml.transports.shm import channel, memory, segments, sockets
 from edgeml.transports.shm.waiting import Waiter
 from pairs import plain_client, process, wait_until
 
@@ -78,9 +78,9 @@ class TestElsewhere(TransportTests):
 
     @pytest.fixture(autouse=True)
     def _not_linux(self, monkeypatch):
-        monkeypatch.setattr(memory, "SEALABLE", False)
+        monkeypatch.setattr(segments, "SEALABLE", False)
         monkeypatch.setattr(sockets, "LINUX", False)
-        monkeypatch.setattr(sockets, "_same_user", lambda _: 0)
+        monkeypatch.setattr(sockets, "_check_user", lambda _: 0)
 
 
 # Copies -----------------------------------------------------------------------------------
@@ -88,10 +88,10 @@ class TestElsewhere(TransportTests):
 
 def test_what_is_filled_in_place_is_sent_without_a_copy():
     with Serving() as serving:
-        room = serving.requester.allocate(MB)
-        array_ = np.frombuffer(room, np.uint8)
+        buffer = serving.requester.allocate(MB)
+        array_ = np.frombuffer(buffer, np.uint8)
         array_[:] = 1
-        serving.requester.request(Message(b"", [room]))
+        serving.requester.request(Message(b"", [buffer]))
         (received,) = serving.take()[0].buffers
         assert received[0] == received[-1] == 1
         array_[-1] = 2  # which nobody should do; it shows that the memory is the same
@@ -109,26 +109,26 @@ def test_a_part_of_what_is_filled_in_place_is_sent_without_a_copy():
         assert np.frombuffer(received, np.float32)[0] == 2
 
 
-def test_room_of_one_endpoint_is_ordinary_memory_to_another():
+def test_memory_of_one_endpoint_is_ordinary_memory_to_another():
     with Serving() as one, Serving() as other:
-        room = one.requester.allocate(MB)
-        room[:] = view(MB, 3)
-        other.requester.request(Message(b"", [room]))
+        buffer = one.requester.allocate(MB)
+        buffer[:] = view(MB, 3)
+        other.requester.request(Message(b"", [buffer]))
         (received,) = other.take()[0].buffers
-        room[0] = 4
+        buffer[0] = 4
         assert received[0] == 3
 
 
-def test_room_is_not_used_again_while_anybody_has_it():
+def test_allocated_memory_is_not_used_again_while_anybody_has_it():
     with Serving() as serving:
         endpoint = serving.endpoint
-        rooms = [endpoint.allocate(MB) for _ in range(8)]
-        for number, room in enumerate(rooms):
-            room[:] = view(MB, number)
+        allocated = [endpoint.allocate(MB) for _ in range(8)]
+        for number, buffer in enumerate(allocated):
+            buffer[:] = view(MB, number)
         future = serving.requester.request(Message(b""))
-        serving.take()[1](Message(b"", rooms[:4]))
+        serving.take()[1](Message(b"", allocated[:4]))
         received = future.result(5).buffers
-        del rooms
+        del allocated
         for _ in range(20):
             endpoint.allocate(MB)[:] = view(MB, 99)
         assert [buffer[0] for buffer in received] == [0, 1, 2, 3]
@@ -136,19 +136,19 @@ def test_room_is_not_used_again_while_anybody_has_it():
 
 
 VIEWS = {
-    "memoryview": lambda room: room,
-    "slice": lambda room: room[5:10],
-    "frombuffer": lambda room: np.frombuffer(room, np.uint8),
-    "ndarray": lambda room: np.ndarray((MB,), np.uint8, room),
+    "memoryview": lambda buffer: buffer,
+    "slice": lambda buffer: buffer[5:10],
+    "frombuffer": lambda buffer: np.frombuffer(buffer, np.uint8),
+    "ndarray": lambda buffer: np.ndarray((MB,), np.uint8, buffer),
     "asarray": np.asarray,
-    "array": lambda room: np.array(room, copy=False),
-    "view of views": lambda room: np.asarray(room).view(np.int32).reshape(512, -1)[3:5].T,
-    "cast": lambda room: np.asarray(room).view(np.int32).data.cast("B"),
+    "array": lambda buffer: np.array(buffer, copy=False),
+    "view of views": lambda buffer: np.asarray(buffer).view(np.int32).reshape(512, -1)[3:5].T,
+    "cast": lambda buffer: np.asarray(buffer).view(np.int32).data.cast("B"),
 }
 
 
 @pytest.mark.parametrize("how", VIEWS)
-def test_any_view_of_a_room_keeps_it(how):
+def test_any_view_of_allocated_memory_keeps_it(how):
     with Serving() as serving:
         pool = serving.requester._pool
         kept = VIEWS[how](serving.requester.allocate(MB))
@@ -199,7 +199,7 @@ def mapped():
         return [line for line in file if "memfd:edgeml" in line]
 
 
-def test_services_give_room_to_fill():
+def test_services_give_memory_to_fill():
     config = ActionConfig(0, [], ["image"], transport="shm")
     with ActionServer(config, None, None) as server:
         assert server.empty((480, 640, 3), np.uint8).shape == (480, 640, 3)  # not started yet
@@ -252,10 +252,10 @@ def test_a_peer_that_does_not_read_is_lent_no_more_than_the_limit():
             serving.requester.request(message)
         reads.set()
         wait_until(lambda: all(future.done() for future in futures))
-        wait_until(lambda: has_room(serving))
+        wait_until(lambda: can_allocate(serving))
 
 
-def has_room(serving):
+def can_allocate(serving):
     try:
         return serving.requester.request(Message(b"", [view(MB)]))
     except Overloaded:
@@ -335,7 +335,7 @@ def published(server, kept):
 
 
 @pytest.mark.usefixtures("few")
-def test_a_room_beyond_the_limit_is_ordinary_memory():
+def test_memory_beyond_the_limit_is_ordinary_memory():
     with Serving() as serving:
         assert serving.requester.allocate(5 * MB) is None
         assert serving.endpoint.allocate(3 * MB) is not None
@@ -678,10 +678,10 @@ def test_random_records_hurt_nobody():
             stranger.send(bytes([kind]) + rng.randbytes(rng.choice([3, 20, 100, 5000])))
             stranger.socket.close()
         assert serving.requester.call(Message(b"x", [view(MB)]), 5).header == b"x"
-        wait_until(lambda: len(serving.endpoint._loop.channels) == 2)  # the requester's two
+        wait_until(lambda: len(serving.endpoint._reactor.channels) == 2)  # the requester's two
 
 
-def sealed(size, seals=memory._SEALS):
+def sealed(size, seals=segments._SEALS):
     fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.truncate(fd, size)
     import fcntl
@@ -882,7 +882,7 @@ def test_a_forked_child_has_no_connection_and_keeps_none_open():
         with program:
             lines = {program.stdout.readline().strip()[:20] for _ in range(3)}
             assert lines == {"child: the connectio", "parent", "closed"}
-            wait_until(lambda: not endpoint._loop.channels, 1.0)
+            wait_until(lambda: not endpoint._reactor.channels, 1.0)
             program.stdin.close()
         assert program.returncode == 0
 

@@ -124,7 +124,7 @@ def test_servers_may_be_killed_at_any_moment(spawn: Spawn, count: int) -> None:
 def test_a_long_life_changes_no_byte_and_takes_no_more_memory(spawn: Spawn, count: int) -> None:
     server, client = both = spawn("Server"), spawn("Client")
     client.ask("connect", server.ask("serve", ANYWHERE), 3)
-    client.ask("exchange", 500, 6, "wide")  # so that pools of memory fill
+    client.ask("exchange", 2_000, 6, "wide")  # so that pools of memory fill
     before: list[Held] = []
     for _ in range(10):
         left = count // 10 // 2  # a request and a reply each

@@ -37,8 +37,8 @@ from edgeml.transports.grpc.protocol import (
     SERVICE,
     Assembly,
     Parts,
-    parts_of,
-    pieces,
+    cut,
+    flatten,
 )
 
 # Retries stay as gRPC has them, with nothing but a request that no server has seen sent again:
@@ -96,35 +96,35 @@ class Connection(Requester):
     def call(self, message: Message, timeout: float) -> Message:
         """See `Requester.call`."""
         deadline = time.monotonic() + timeout
-        size, parts = parts_of(message)
+        size, parts = flatten(message)
         if self._why is not None:
-            raise self._over()
+            raise self._copy_why()
         content = [PREFIX.pack(self._number, size), *parts]
         lane: Lane | None = getattr(self._local, "lane", None)
         turn, metadata = lane.enter() if lane is not None and lane.busy else (0, None)
         try:
             if size > LARGEST_FRAME:
                 with _Sending(content) as sending:
-                    return _assembled(self._stream(sending, timeout=timeout, metadata=metadata))
+                    return _assemble(self._stream(sending, timeout=timeout, metadata=metadata))
             piece = self._request(b"".join(content), timeout=timeout, metadata=metadata)
-            if _key_of(piece):
+            if _read_key(piece):
                 left = max(0.001, deadline - time.monotonic())
-                return _assembled(self._fetch(self._wanted(piece), timeout=left))
-            return _opened(piece)
+                return _assemble(self._fetch(self._ask_for(piece), timeout=left))
+            return _read_reply(piece)
         except (grpc.RpcError, ValueError) as error:
-            raise self._meant(error, timeout) from None
+            raise self._explain(error, timeout) from None
         finally:
             if lane is not None and turn:
                 lane.leave(turn)
 
-    def _wanted(self, piece: bytes) -> bytes:
+    def _ask_for(self, piece: bytes) -> bytes:
         """What asks for the reply that is kept under a piece's key."""
-        return PREFIX.pack(self._number, _key_of(piece))
+        return PREFIX.pack(self._number, _read_key(piece))
 
-    def _meant(self, error: Exception, timeout: float) -> EdgemlError:
+    def _explain(self, error: Exception, timeout: float) -> EdgemlError:
         """What an error of gRPC means here; one after which nothing more will be sent is kept."""
         if self._why is not None:
-            return self._over()
+            return self._copy_why()
         if isinstance(error, EdgemlError):
             return error
         if not isinstance(error, grpc.RpcError):  # a channel that has been closed
@@ -143,9 +143,9 @@ class Connection(Requester):
 
     def request(self, message: Message) -> Future[Message]:
         """See `Requester.request`."""
-        size, parts = parts_of(message)
+        size, parts = flatten(message)
         if self._why is not None:
-            raise self._over()
+            raise self._copy_why()
         number, future = self._pending.add()
         prefix = PREFIX.pack(self._number, size)
         calls: list[Any] = []  # of gRPC, that this one takes: the last is under way
@@ -156,36 +156,36 @@ class Connection(Requester):
         future.add_done_callback(lambda _: lane.leave(turn))
         try:
             if size > LARGEST_FRAME:
-                _, parts = parts_of(own(message))
-                calls.append(self._stream(pieces([prefix, *parts]), metadata=metadata))
+                _, parts = flatten(own(message))
+                calls.append(self._stream(cut([prefix, *parts]), metadata=metadata))
             else:
                 calls.append(self._request.future(b"".join([prefix, *parts]), metadata=metadata))
         except ValueError as error:
             future.cancel()
-            raise self._meant(error, 0) from None
+            raise self._explain(error, 0) from None
         future.add_done_callback(lambda done: calls[-1].cancel() if done.cancelled() else None)
         if size > LARGEST_FRAME:
             self._receive(number, calls[0])
         else:
-            calls[0].add_done_callback(lambda _: self._done(number, calls))
+            calls[0].add_done_callback(lambda _: self._take_reply(number, calls))
         return future
 
-    def _done(self, number: int, calls: list[Any]) -> None:
+    def _take_reply(self, number: int, calls: list[Any]) -> None:
         with self._lock:
             self._threads.add(threading.current_thread())
         outcome: Message | Exception
         try:
             piece = calls[0].result()
-            if _key_of(piece):
-                calls.append(self._fetch(self._wanted(piece)))
+            if _read_key(piece):
+                calls.append(self._fetch(self._ask_for(piece)))
                 if number in self._pending:
                     self._receive(number, calls[-1])
                 else:  # cancelled just now
                     calls[-1].cancel()
                 return
-            outcome = _opened(piece)
+            outcome = _read_reply(piece)
         except (grpc.RpcError, grpc.FutureCancelledError, EdgemlError, ValueError) as error:
-            outcome = self._meant(error, 0)
+            outcome = self._explain(error, 0)
         self._pending.settle(number, outcome)
 
     def _receive(self, number: int, call: Any) -> None:
@@ -194,10 +194,10 @@ class Connection(Requester):
         def run() -> None:
             outcome: Message | Exception
             try:
-                outcome = _assembled(call)
+                outcome = _assemble(call)
             except Exception as error:
                 # One that was cancelled tells nothing about the connection.
-                outcome = self._meant(error, 0) if number in self._pending else error
+                outcome = self._explain(error, 0) if number in self._pending else error
             with self._lock:
                 self._threads.discard(thread)
             self._pending.settle(number, outcome)
@@ -209,7 +209,7 @@ class Connection(Requester):
 
     # The end ------------------------------------------------------------------------------
 
-    def _over(self) -> EdgemlError:
+    def _copy_why(self) -> EdgemlError:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
         return copy_error(why)
 
@@ -236,7 +236,7 @@ class Connection(Requester):
             return
         deadline = time.monotonic() + _MOMENT
         closing.join(_MOMENT)
-        self._pending.fail(self._over())
+        self._pending.fail(self._copy_why())
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -255,7 +255,7 @@ class _Sending(Iterator[bytes]):
     """A stream that gRPC's thread takes from the caller's memory, as long as the caller waits."""
 
     def __init__(self, content: Parts) -> None:
-        self._pieces = pieces(content)
+        self._pieces = cut(content)
         self._lock = threading.Lock()
 
     def __next__(self) -> bytes:
@@ -270,14 +270,14 @@ class _Sending(Iterator[bytes]):
             self._pieces = iter(())
 
 
-def _key_of(piece: bytes) -> int:
+def _read_key(piece: bytes) -> int:
     """Under which a reply is to be fetched, as it is too large for one piece; 0 if it is here."""
     if len(piece) < PREFIX.size:
         raise Malformed("a reply without a prefix")
     return int(PREFIX.unpack_from(piece)[0])
 
 
-def _opened(piece: bytes) -> Message:
+def _read_reply(piece: bytes) -> Message:
     """The message of a reply that came in one piece."""
     frame = memoryview(piece)[PREFIX.size :]
     if len(frame) != PREFIX.unpack_from(piece)[1]:
@@ -285,7 +285,7 @@ def _opened(piece: bytes) -> Message:
     return unframe(frame)
 
 
-def _assembled(received: Iterable[bytes]) -> Message:
+def _assemble(received: Iterable[bytes]) -> Message:
     assembly = Assembly()
     for piece in received:
         assembly.add(piece)

@@ -38,8 +38,8 @@ from edgeml.transports.grpc.protocol import (
     PREFIX,
     SERVICE,
     Assembly,
-    parts_of,
-    stream,
+    cut_message,
+    flatten,
 )
 
 _GRACE = 0.3  # seconds that an endpoint which closes gives to what is still to be sent
@@ -153,7 +153,7 @@ class Listener(Endpoint):
         key = secrets.randbits(64) | 1
         self._kept[key] = answer
         self._loop.later(_KEPT, self._forget, key)
-        return PREFIX.pack(key, parts_of(answer)[0])
+        return PREFIX.pack(key, flatten(answer)[0])
 
     async def _stream(self, _: AsyncIterator[bytes], context: _Context) -> None:
         assembly = Assembly()
@@ -168,7 +168,7 @@ class Listener(Endpoint):
         if isinstance(answer, bytes):
             await context.write(answer)
             return
-        for piece in stream(0, answer):
+        for piece in cut_message(0, answer):
             await context.write(piece)
 
     async def _fetch(self, data: bytes, context: _Context) -> None:
@@ -183,7 +183,7 @@ class Listener(Endpoint):
         except EdgemlError as error:
             await self._abort(context, error)
         try:
-            for piece in stream(0, answer):
+            for piece in cut_message(0, answer):
                 await context.write(piece)
         except BaseException:
             self.dropped += 1
@@ -218,7 +218,7 @@ class Listener(Endpoint):
 
     def give(self, replies: list[_Reply], message: Message) -> None:
         """Answer several requests with one message."""
-        size, parts = parts_of(message)
+        size, parts = flatten(message)
         if size <= LARGEST_FRAME:
             answer: _Answer = b"".join([PREFIX.pack(0, size), *parts])
         else:

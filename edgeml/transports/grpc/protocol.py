@@ -38,9 +38,9 @@ __all__ = [
     "SERVICE",
     "Assembly",
     "Parts",
-    "parts_of",
-    "pieces",
-    "stream",
+    "flatten",
+    "cut",
+    "cut_message",
 ]
 
 SERVICE = "edgeml.Transport"
@@ -65,7 +65,7 @@ ERRORS: dict[grpc.StatusCode, type[EdgemlError]] = {
 Parts = list[bytes | memoryview]
 
 
-def parts_of(message: Message) -> tuple[int, Parts]:
+def flatten(message: Message) -> tuple[int, Parts]:
     """The size of a message's frame, and what it consists of.
 
     Raises:
@@ -78,7 +78,7 @@ def parts_of(message: Message) -> tuple[int, Parts]:
     return size, made
 
 
-def pieces(content: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+def cut(content: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     """Cut what is to be concatenated into the pieces of a stream, copying each byte once."""
     held: Parts = []
     left = _STREAMED
@@ -94,10 +94,10 @@ def pieces(content: Iterable[bytes | memoryview]) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-def stream(number: int, message: Message) -> Iterator[bytes]:
+def cut_message(number: int, message: Message) -> Iterator[bytes]:
     """A message as a stream, with the number that its prefix starts with."""
-    size, content = parts_of(message)
-    return pieces([PREFIX.pack(number, size), *content])
+    size, content = flatten(message)
+    return cut([PREFIX.pack(number, size), *content])
 
 
 class Assembly:

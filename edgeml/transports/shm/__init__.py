@@ -1,13 +1,14 @@
 """Shared memory between the processes of one user on one machine.
 
 ``shm://127.0.0.1:PORT`` names a Unix socket that is gone with its process; ``shm:///run/robot.sock``
-one at a path, for containers that share a folder. What is large lies in memory that both sides
-map (`memory`); what is small goes through the socket, together with the word where the rest is
-(`channel`). A message is copied once, into that memory; to many peers it is copied once for all.
+one at a path, for containers that share a folder. What is large lies in memory that both sides map
+(`segments`), lent by the one to the other (`memory`); what is small goes through the socket,
+together with the word where the rest is (`channel`). A message is copied once, into that memory; to
+many peers it is copied once for all.
 
-Threads. A listener has one loop. A connection gives each calling thread a socket of its own, on
-which `call` sends and waits without a thread hop; what `request` sends has one socket and one loop.
-Whoever sends a message writes it to the socket itself.
+Threads. A listener has one loop (`reactor`). A connection gives each calling thread a socket of its
+own, on which `call` sends and waits without a thread hop; what `request` sends has one socket and
+one loop. Whoever sends a message writes it to the socket itself.
 
 Only processes of the same user are talked to, which the system vouches for. They are trusted not to
 change what they have sent, as any process of the same user could do worse, but nothing else of what
@@ -34,7 +35,8 @@ from edgeml.core import (
 )
 from edgeml.transports.shm.connection import Connection
 from edgeml.transports.shm.listener import Listener, check_address
-from edgeml.transports.shm.memory import SEALABLE, limit_of_environment
+from edgeml.transports.shm.memory import limit_of_environment
+from edgeml.transports.shm.segments import SEALABLE
 from edgeml.transports.shm.sockets import Lost
 
 __all__ = ["ShmTransport", "edgeml_transport"]

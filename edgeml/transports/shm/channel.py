@@ -38,13 +38,11 @@ from edgeml.transports.shm.memory import (
     RETIRE,
     Account,
     Allocation,
-    Block,
     Lease,
     Leases,
     Pool,
-    Segment,
-    map_segment,
 )
+from edgeml.transports.shm.segments import Block, Segment, map_segment
 from edgeml.transports.shm.sockets import Lost, Records
 
 __all__ = ["Channel"]
@@ -159,7 +157,7 @@ class Channel:
                 if blocks:
                     self._lend(blocks)
                     blocks = []
-                returns = self._due() if self._leases.ended else b""
+                returns = self._take_returns() if self._leases.ended else b""
                 head = _HEAD.pack(_MESSAGE, flags, len(returns) >> 2, count, size, number)
                 self._post(b"".join((head, returns, table, body)))
         finally:
@@ -173,13 +171,13 @@ class Channel:
         allocations = []
         total = 0
         for buffer in buffers:
-            allocation = self._allocation_of(buffer)
+            allocation = self._find_allocation(buffer)
             allocations.append(allocation)
             if allocation is None:
                 total += aligned(buffer)
         new = None
         if total:
-            account = self._account()
+            account = self._require_account()
             if total > account.limit:
                 raise NotEncodable(f"a message of {total} bytes; {account.told}")
             new = self._pool.take(total)
@@ -205,9 +203,9 @@ class Channel:
             table.append(_DESCRIPTOR.pack(block.segment.number, block.token, place, size))
         return b"".join(table)
 
-    def _allocation_of(self, buffer: memoryview) -> tuple[Block, int] | None:
+    def _find_allocation(self, buffer: memoryview) -> tuple[Block, int] | None:
         """Where a buffer lies in our memory, if it does."""
-        if not self._pool.has_rooms:
+        if not self._pool.has_allocations:
             return None
         root = root_of(buffer)
         if type(root) is not Allocation or root.pool is not self._pool or not len(buffer):
@@ -217,7 +215,7 @@ class Channel:
 
     def _lend(self, blocks: list[Block]) -> None:
         """Give a message's blocks to the peer, and their segments if it doesn't know them."""
-        self._account().lend(blocks)
+        self._require_account().lend(blocks)
         for block in blocks:
             segment = block.segment
             if segment.number not in self._known:
@@ -228,12 +226,12 @@ class Channel:
         for block in blocks:  # only now, since what is raised above leaves them to the sender
             self._lent[block.token] = self._lent.get(block.token, 0) + 1
 
-    def _account(self) -> Account:
+    def _require_account(self) -> Account:
         if self.account is None:
             raise Lost("nothing can be lent to a peer that has not said hello")
         return self.account
 
-    def _due(self) -> bytes:
+    def _take_returns(self) -> bytes:
         """The tokens to give back with the next record."""
         ended = self._leases.ended
         count = min(len(ended), _MOST_RETURNS)
@@ -271,7 +269,7 @@ class Channel:
             if self.lost or self._outbox:
                 return
             while self._leases.ended:
-                returns = self._due()
+                returns = self._take_returns()
                 self._post(_HEAD.pack(_RETURN, 0, len(returns) >> 2, 0, 0, 0) + returns)
             self._generation = self._pool.generation
             gone = self._known.difference(self._pool.segments)
@@ -312,7 +310,7 @@ class Channel:
                 at += 4 * returns
             if kind == _MESSAGE:
                 copied = self.copied
-                message = self._message(data, at, flags, count, size)
+                message = self._read_message(data, at, flags, count, size)
                 if self.copied != copied:  # the peer is short of what it may lend
                     self.tidy()
                 return number, message
@@ -338,7 +336,7 @@ class Channel:
             self._expected = None
             self._maps[number] = map_segment(fd, size, whole=whole)
 
-    def _message(self, data: bytes, at: int, flags: int, count: int, size: int) -> Message:
+    def _read_message(self, data: bytes, at: int, flags: int, count: int, size: int) -> Message:
         if not count and not flags:
             if len(data) != at + size:
                 raise ValueError("a header of another length")
@@ -347,7 +345,7 @@ class Channel:
             raise ValueError("too many buffers, or too large a header")
         roots: dict[int, tuple[memoryview, Lease]] = {}
         if flags & _FAR:
-            data = bytes(self._buffer(roots, *_DESCRIPTOR.unpack_from(data, at)))
+            data = bytes(self._read_buffer(roots, *_DESCRIPTOR.unpack_from(data, at)))
             roots.clear()
             at = 0
         split = at + count * _DESCRIPTOR.size
@@ -357,7 +355,7 @@ class Channel:
         buffers = []
         for descriptor in _DESCRIPTOR.iter_unpack(data[at:split]):
             if descriptor[0]:
-                buffers.append(self._buffer(roots, *descriptor))
+                buffers.append(self._read_buffer(roots, *descriptor))
             else:
                 buffers.append(memoryview(data)[end : end + descriptor[3]])
                 end += descriptor[3]
@@ -369,7 +367,7 @@ class Channel:
             message = own(message)
         return message
 
-    def _buffer(
+    def _read_buffer(
         self,
         roots: dict[int, tuple[memoryview, Lease]],
         number: int,
@@ -397,7 +395,7 @@ class Channel:
                     self._lent[token] = left
                 block = self._pool.blocks.get(token)
                 if block is not None:  # else this end has been closed
-                    self._account().give_back(block)
+                    self._require_account().give_back(block)
                     self._pool.drop(block, retire=retire)
 
     # The end ------------------------------------------------------------------------------
@@ -422,7 +420,7 @@ class Channel:
         for token, times in lent.items():
             block = self._pool.blocks.get(token)
             if block is not None:
-                self._account().give_back(block, times)
+                self._require_account().give_back(block, times)
                 self._pool.drop(block, times, retire=True)
         return unsent
 

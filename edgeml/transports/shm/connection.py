@@ -26,8 +26,8 @@ from edgeml.core import (
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import explain_fork, watch_forks
 from edgeml.transports.shm.channel import Channel
-from edgeml.transports.shm.loop import Loop
 from edgeml.transports.shm.memory import Pool, limit_of_environment
+from edgeml.transports.shm.reactor import Reactor
 from edgeml.transports.shm.sockets import Lost, connect
 from edgeml.transports.shm.waiting import IN, OUT, Waiter
 
@@ -40,15 +40,15 @@ _LONGEST = float(1 << 30)  # ms that a wait is told to last
 class _Line:
     """The socket of one calling thread."""
 
-    def __init__(self, connection: Connection, timeout: float) -> None:
-        self.channel = connection.open_channel(timeout)
+    def __init__(self, connection: Connection, channel: Channel, number: int) -> None:
+        self.channel = channel
+        self._number = number  # of the last call on this socket
         self._orphans = connection.orphans
         self._lock = threading.Lock()
         self._url = connection.url
         self._waiter = Waiter()
         self._poll = select.poll()
         self._poll.register(self.channel.records.fd, IN)
-        self._number = 0
 
     def call(self, message: Message, timeout: float) -> Message:
         deadline = time.monotonic() + timeout
@@ -105,8 +105,7 @@ class _Line:
 
     def __del__(self) -> None:
         # Its thread has ended. This may run at any moment, so what takes locks is done elsewhere.
-        with suppress(AttributeError):  # it was never connected
-            self._orphans.append(self.channel)
+        self._orphans.append((self.channel, self._number))
 
 
 class Connection(Requester):
@@ -114,10 +113,11 @@ class Connection(Requester):
 
     def __init__(self, url: Url, timeout: float) -> None:
         self.url = url
-        self.orphans: deque[Channel] = deque()
+        self.orphans: deque[tuple[Channel, int]] = deque()
+        """The sockets of threads that have ended, with the number of the last call on each."""
         self._name = secrets.token_bytes(16)
         self._pool = Pool(limit_of_environment())
-        self._account = self._pool.account()
+        self._account = self._pool.open_account()
         self._lock = threading.Lock()
         self._local = threading.local()
         self._lines: weakref.WeakSet[_Line] = weakref.WeakSet()
@@ -127,7 +127,7 @@ class Connection(Requester):
         self._peer: bytes | None = None  # the name that it has given itself
         self._shared = self.open_channel(timeout)
         try:
-            self._loop = Loop(
+            self._reactor = Reactor(
                 f"edgeml to {url}",
                 lambda _, number, message: self._pending.settle(number, message),
                 lambda _, why: self._lose(why),
@@ -137,8 +137,8 @@ class Connection(Requester):
         except BaseException:
             self._shared.close()
             raise
-        self._loop.add(self._shared)
-        self._loop.start()
+        self._reactor.add(self._shared)
+        self._reactor.start()
         watch_forks(self)
 
     def open_channel(self, timeout: float) -> Channel:
@@ -168,19 +168,19 @@ class Connection(Requester):
     @property
     def copied(self) -> int:
         channels = [line.channel for line in list(self._lines)]
-        open_ones = {self._shared, *channels, *self.orphans}
+        open_ones = {self._shared, *channels, *(channel for channel, _ in list(self.orphans))}
         return self._copied + sum(channel.copied for channel in open_ones)
 
-    def _over(self) -> Exception:
+    def _copy_why(self) -> Exception:
         why = self._why or Unreachable(f"the connection to {self.url} was lost")
         return copy_error(why)
 
     def call(self, message: Message, timeout: float) -> Message:
         if self._why is not None:
-            raise self._over()
+            raise self._copy_why()
         if self._pending.unanswered:  # a socket of its own would overtake them
-            if self._loop.inside:  # in a future's callback
-                self._loop.strand()
+            if self._reactor.inside:  # in a future's callback
+                self._reactor.strand()
             return self.wait_for(self.request(message), timeout)
         line: _Line | None = getattr(self._local, "line", None)
         try:
@@ -193,37 +193,40 @@ class Connection(Requester):
             if line is not None:
                 line.channel.close()
             self._lose(str(error))
-            raise self._over() from None
+            raise self._copy_why() from None
         except (Overloaded, Unreachable):
             if self._why is not None:  # there is no memory left since it was closed, say
-                raise self._over() from None
+                raise self._copy_why() from None
             raise
 
     def _new_line(self, timeout: float) -> _Line:
-        self._close_orphans()  # threads may come and go faster than the loop looks
-        line = _Line(self, timeout)
+        try:  # threads may come and go faster than the loop looks
+            channel, number = self.orphans.pop()
+        except IndexError:
+            channel, number = self.open_channel(timeout), 0
+        line = _Line(self, channel, number)
         with self._lock:
             if self._why is None:
                 self._lines.add(line)
                 self._local.line = line
                 return line
         line.channel.close()
-        raise self._over()
+        raise self._copy_why()
 
     def request(self, message: Message) -> Future[Message]:
         number, future = self._pending.add()
         try:
             if self._why is not None:
-                raise self._over()
+                raise self._copy_why()
             self._shared.send(number, message)
         except Lost as error:
             future.cancel()
             self._lose(str(error))
-            raise self._over() from None
+            raise self._copy_why() from None
         except BaseException as error:
             future.cancel()
             if self._why is not None and isinstance(error, Overloaded):
-                raise self._over() from None  # there is no memory left since it was closed
+                raise self._copy_why() from None  # there is no memory left since it was closed
             raise
         return future
 
@@ -234,18 +237,14 @@ class Connection(Requester):
         with self._lock:
             if self._why is None:
                 self._why = Unreachable(f"the connection to {self.url} was lost: {why}")
-        self._loop.stop_soon()
-
-    def _close_orphans(self) -> None:
-        with suppress(IndexError):  # the last one is closed
-            while True:
-                channel = self.orphans.popleft()
-                channel.close()
-                with self._lock:
-                    self._copied += channel.copied
+        self._reactor.stop_soon()
 
     def _tidy(self) -> None:
-        self._close_orphans()
+        with suppress(IndexError):  # the last one is closed
+            while True:
+                channel, _ = self.orphans.popleft()
+                channel.close()
+                self._copied += channel.copied
         for line in list(self._lines):
             line.tidy()
         self._pool.tidy()
@@ -254,7 +253,7 @@ class Connection(Requester):
         """Free everything; the loop's last act, for a loss as for a close."""
         self._lose("it ended")  # if it isn't known yet why
         self._shared.close()
-        self._pending.fail(self._over())
+        self._pending.fail(self._copy_why())
         with self._lock:
             lines = list(self._lines)
         for line in lines:
@@ -269,13 +268,15 @@ class Connection(Requester):
             lines = list(self._lines)
         for line in lines:
             line.channel.end()
-        self._loop.stop()
+        self._reactor.stop()
 
     def abandon(self) -> None:
         """Forget everything, in a forked child."""
         self._why = explain_fork(self.url)
         self._lock = threading.Lock()  # whoever held it is not there
-        self._loop.abandon()
+        self._reactor.abandon()
         for line in list(self._lines):
             line.channel.abandon()
+        for channel, _ in self.orphans:
+            channel.abandon()
         self._local = threading.local()

@@ -30,8 +30,8 @@ from edgeml.core.carrier import Stay
 from edgeml.core.forks import watch_forks
 from edgeml.core.url import require_this_machine
 from edgeml.transports.shm.channel import Channel
-from edgeml.transports.shm.loop import Loop
 from edgeml.transports.shm.memory import Account, Pool, limit_of_environment
+from edgeml.transports.shm.reactor import Reactor
 from edgeml.transports.shm.sockets import LONGEST_PATH, Lost, accept, listen, unlink
 
 __all__ = ["Listener", "check_address"]
@@ -77,16 +77,16 @@ class Listener(Endpoint):
         self._accounts: weakref.WeakValueDictionary[bytes, Account] = weakref.WeakValueDictionary()
         self._pids: weakref.WeakKeyDictionary[Channel, int] = weakref.WeakKeyDictionary()
         self._copied = 0
-        self._loop = Loop(
+        self._reactor = Reactor(
             f"edgeml {self.url}", self._receive, self._lose, self._pool.tidy, self._end
         )
-        self._loop.listen(self._socket, self._accept)
-        self._loop.start()
+        self._reactor.listen(self._socket, self._accept)
+        self._reactor.start()
         watch_forks(self)
 
     @property
     def copied(self) -> int:
-        return self._copied + sum(channel.copied for channel in self._loop.channels)
+        return self._copied + sum(channel.copied for channel in self._reactor.channels)
 
     def peer(self, channel: Channel) -> Peer:
         """Who is on the other side, as the system tells."""
@@ -126,7 +126,7 @@ class Listener(Endpoint):
             # One for all the sockets of a connection.
             account = self._accounts.get(channel.connection)
             if account is None:
-                self._accounts[channel.connection] = account = self._pool.account()
+                self._accounts[channel.connection] = account = self._pool.open_account()
             channel.join(account)
         if isinstance(message, Message):  # nobody else refuses anything
             self._on_request(message, _Reply(self, channel, number))
@@ -152,20 +152,20 @@ class Listener(Endpoint):
             reply(message)
 
     def carry(self, stay: Stay) -> bool:
-        return self._loop.carry(stay)
+        return self._reactor.carry(stay)
 
     def wake(self) -> None:
-        self._loop.wake()
+        self._reactor.wake()
 
     def relieve(self) -> None:
-        self._loop.relieve()
+        self._reactor.relieve()
 
     def close(self) -> None:
-        self._loop.stop()
+        self._reactor.stop()
 
     def abandon(self) -> None:
         """Forget everything, in a forked child."""
-        self._loop.abandon()
+        self._reactor.abandon()
         self._socket.close()
 
 

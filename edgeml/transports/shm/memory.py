@@ -1,11 +1,9 @@
-"""Memory that one process writes and others read: who makes it, who lends it, and when it ends.
+"""Memory that one process writes and others read: who has it, who lends it, and when it is free.
 
-A *segment* is a piece of shared memory without a name, which lives as long as somebody has it open
-or mapped, so that nothing is left behind whoever is killed. It is divided into *blocks* of one
-size, and a message's buffers lie in one block. A block is used again when nobody uses it any more:
-neither the endpoint that fills it, nor a peer that it is lent to, nor the user who allocated it.
-What a peer had when its connection was lost may still be read, by views that outlive the
-connection, so such a segment is *retired*: no block of it is ever used again.
+A message's buffers lie in one *block* of a *segment* (`segments`). A block is used again when
+nobody uses it any more: neither the endpoint that fills it, nor a peer that it is lent to, nor the
+user who allocated it. What a peer had when its connection was lost may still be read, by views that
+outlive the connection, so such a segment is *retired*: no block of it is ever used again.
 
 A reader maps a segment once, read-only, and *leases* a block of it for each message. A lease ends
 with the last view on it, which a weak reference tells: that runs at any moment and in any thread,
@@ -14,37 +12,32 @@ so it takes no lock, does no I/O and only leaves a note.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import mmap
 import os
 import resource
-import sys
-import tempfile
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from edgeml.core import Malformed, Overloaded, Owned
+from edgeml.core import Overloaded, Owned
 from edgeml.core.forks import watch_forks
+from edgeml.transports.shm.segments import Block, Segment
 
 __all__ = [
     "INLINE",
     "RETIRE",
     "Account",
-    "Block",
     "Lease",
     "Leases",
     "Pool",
     "Allocation",
-    "Segment",
     "limit_of_environment",
-    "map_segment",
 ]
 
 RETIRE = 1 << 31
@@ -52,13 +45,6 @@ RETIRE = 1 << 31
 
 INLINE = 16 << 10
 """Bytes; up to here two copies by the kernel cost less than a lease."""
-
-SEALABLE = sys.platform == "linux"
-"""Whether there is memory that its maker can't truncate under its readers, which would be SIGBUS.
-Elsewhere an unlinked temporary file has to do."""
-
-_SEALS = 0x02 | 0x04 | 0x10 | 0x01  # shrink, grow, future write (fcntl(2); 3.11 lacks it), seal
-_NEEDED = 0x02  # shrink: what a reader insists on
 
 _SHARED = 16 << 20  # bytes; a segment for blocks that are small enough to share one
 _PARTS = 4  # that such a segment has at least
@@ -72,82 +58,6 @@ _MOST_FILES = 8  # a pool has at most one segment for so many files that may be 
 _MOST_OF_ONE = 4  # a peer may hold blocks in at most one of so many of them
 
 Array = np.ndarray[Any, Any]
-
-
-class Segment:
-    """A piece of shared memory, and its division into blocks."""
-
-    __slots__ = ("blocks", "fd", "live", "memory", "number", "retired", "size", "used")
-
-    def __init__(self, number: int, size: int, count: int, tokens: Iterable[int]) -> None:
-        self.number = number
-        self.size = size * count
-        self.fd = _create(self.size)
-        try:
-            # Filled at once where all of it will be written: cheaper than a fault for each page.
-            flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if count == 1 else 0)
-            self.memory = mmap.mmap(self.fd, self.size, flags=flags)
-            if SEALABLE:  # after mapping it, as nobody can map it to write from now on
-                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        view = memoryview(self.memory)
-        self.blocks = [
-            Block(token, self, at, view[at : at + size])
-            for token, at in zip(tokens, range(0, self.size, size), strict=False)
-        ]
-        self.live = 0  # blocks in use
-        self.retired = False
-        self.used = 0.0  # when a block of it was last given back
-
-    def close(self) -> None:
-        """Give the memory up; it is gone when the last that has it mapped gives it up as well."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        self.blocks = []
-        del self.memory
-
-
-def _create(size: int) -> int:
-    if SEALABLE:
-        fd = os.memfd_create("edgeml", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    else:
-        fd, path = tempfile.mkstemp(prefix="edgeml-")
-        os.unlink(path)
-    try:
-        os.truncate(fd, size)
-        if not SEALABLE:  # a disk that is full must be an error now, and not a SIGBUS later
-            zeros = bytes(1 << 20)
-            for at in range(0, size, len(zeros)):
-                os.pwrite(fd, zeros[: size - at], at)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-class Block:
-    """The memory of one message.
-
-    Attributes:
-        token: its number in the pool, by which a reader gives it back.
-        offset: where it lies in its segment.
-        size: in bytes.
-        view: the memory itself.
-        users: how many have it: the endpoint, peers, and a user who allocated it.
-    """
-
-    __slots__ = ("offset", "segment", "size", "token", "users", "view")
-
-    def __init__(self, token: int, segment: Segment, offset: int, view: memoryview) -> None:
-        self.token = token
-        self.segment = segment
-        self.offset = offset
-        self.size = len(view)
-        self.view = view
-        self.users = 0
 
 
 class Allocation(Owned):
@@ -190,7 +100,7 @@ class Pool:
         Raises:
             Overloaded: the system gives no more memory, or no more file descriptors.
         """
-        size_class = _rounded(size)
+        size_class = _round_up(size)
         with self._lock:
             if self._dead:
                 self._collect()
@@ -227,8 +137,8 @@ class Pool:
         return memoryview(root)[:size]
 
     @property
-    def has_rooms(self) -> bool:
-        """Whether a user has any that may be sent."""
+    def has_allocations(self) -> bool:
+        """Whether a user has memory that may be sent."""
         return bool(self._allocations)
 
     def keep(self, block: Block) -> None:
@@ -236,7 +146,7 @@ class Pool:
         with self._lock:
             block.users += 1
 
-    def account(self) -> Account:
+    def open_account(self) -> Account:
         """For one more peer."""
         return Account(self.limit, self.most_segments // _MOST_OF_ONE)
 
@@ -399,7 +309,7 @@ class Account:
         """Whether what comes next of a peer that lends so many bytes should be copied, for it to
         have some left to lend.
         """
-        leases = _all(self.leases)
+        leases = _list(self.leases)
         count = sum(map(len, leases))
         size = sum(each.size for each in leases)
         if size > lendable // 2 or count > _MOST_HELD:
@@ -412,7 +322,7 @@ class Account:
         return f"{self.limit >> 20} MiB are lent to a peer at most: see EDGEML_SHM_LIMIT_MB"
 
 
-def _rounded(size: int) -> int:
+def _round_up(size: int) -> int:
     """Up to one of four sizes to each power of two, so that a block fits many messages."""
     size = max(size, _SMALLEST)
     step = 1 << ((size - 1).bit_length() - 3)
@@ -470,34 +380,6 @@ class Leases:
             lease.token |= RETIRE
 
 
-def map_segment(fd: int, size: int, *, whole: bool) -> mmap.mmap:
-    """Map a peer's segment to read it, after a look whether it can be trusted to stay.
-
-    Args:
-        fd: closed in any case.
-        size: in bytes, as the peer says.
-        whole: whether all of it is about to be read.
-
-    Raises:
-        Malformed: not what a peer of ours would send.
-        OSError: no more file descriptors or mappings.
-    """
-    try:
-        if SEALABLE:
-            try:
-                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-            except OSError:
-                seals = 0
-            if seals & _NEEDED != _NEEDED:
-                raise Malformed("memory that its sender could truncate")
-        if not 0 < size <= os.fstat(fd).st_size:
-            raise Malformed(f"memory that is smaller than the {size} bytes it claims")
-        flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if whole else 0)
-        return mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ)
-    finally:
-        os.close(fd)
-
-
 _open_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _open_leases: weakref.WeakSet[Leases] = weakref.WeakSet()
 
@@ -505,7 +387,7 @@ _open_leases: weakref.WeakSet[Leases] = weakref.WeakSet()
 T = TypeVar("T")
 
 
-def _all(some: weakref.WeakSet[T]) -> list[T]:
+def _list(some: weakref.WeakSet[T]) -> list[T]:
     while True:
         try:
             return list(some)
@@ -514,9 +396,9 @@ def _all(some: weakref.WeakSet[T]) -> list[T]:
 
 
 def _forking() -> None:
-    for pool in _all(_open_pools):
+    for pool in _list(_open_pools):
         pool.forking()
-    for leases in _all(_open_leases):
+    for leases in _list(_open_leases):
         leases.forking()
 
 

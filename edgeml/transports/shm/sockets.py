@@ -236,15 +236,15 @@ class StreamRecords(Records):
         self._fds.clear()
 
 
-def _new() -> socket.socket:
+def _open_socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET if LINUX else socket.SOCK_STREAM)
 
 
-def _records(sock: socket.socket) -> Records:
+def _wrap(sock: socket.socket) -> Records:
     return Records(sock) if LINUX else StreamRecords(sock)
 
 
-def _address(port: int, path: str) -> str:
+def _format_address(port: int, path: str) -> str:
     if path:
         return path
     if LINUX:
@@ -258,13 +258,13 @@ def listen(port: int, path: str) -> socket.socket:
     Raises:
         OSError: somebody listens there.
     """
-    sock = _new()
-    address = _address(port, path)
+    sock = _open_socket()
+    address = _format_address(port, path)
     try:
         try:
             sock.bind(address)
         except OSError:
-            if address.startswith("\0") or not _abandoned(address):
+            if address.startswith("\0") or not _is_abandoned(address):
                 raise
             os.unlink(address)
             sock.bind(address)
@@ -278,11 +278,11 @@ def listen(port: int, path: str) -> socket.socket:
     return sock
 
 
-def _abandoned(address: str) -> bool:
+def _is_abandoned(address: str) -> bool:
     """Whether a file is a socket, left behind by a process that was killed."""
     if not stat.S_ISSOCK(os.stat(address).st_mode):
         return False
-    with _new() as probe:
+    with _open_socket() as probe:
         try:
             probe.connect(address)
         except ConnectionRefusedError:
@@ -294,7 +294,7 @@ def _abandoned(address: str) -> bool:
 
 def unlink(port: int, path: str) -> None:
     """Remove the file of a socket that has been closed, where it has one."""
-    address = _address(port, path)
+    address = _format_address(port, path)
     if not address.startswith("\0"):
         with suppress(OSError):
             os.unlink(address)
@@ -311,7 +311,7 @@ def accept(sock: socket.socket) -> tuple[Records, int] | None:
     except BlockingIOError:
         return None
     try:
-        return _records(made), _same_user(made)
+        return _wrap(made), _check_user(made)
     except BaseException:
         made.close()
         raise
@@ -324,12 +324,12 @@ def connect(url: Url, timeout: float) -> Records:
         Unreachable: nobody does.
         PermissionDenied: another user does.
     """
-    sock = _new()
+    sock = _open_socket()
     try:
         sock.settimeout(timeout)
-        sock.connect(_address(url.port, url.path))
-        _same_user(sock)
-        return _records(sock)
+        sock.connect(_format_address(url.port, url.path))
+        _check_user(sock)
+        return _wrap(sock)
     except PermissionDenied:
         sock.close()
         raise
@@ -349,7 +349,7 @@ def connect(url: Url, timeout: float) -> Records:
         raise
 
 
-def _same_user(sock: socket.socket) -> int:
+def _check_user(sock: socket.socket) -> int:
     """The id of the process on the other side, if it is this user's, as the system tells."""
     if LINUX:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)

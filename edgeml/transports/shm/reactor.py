@@ -14,7 +14,7 @@ from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.sockets import Lost
 from edgeml.transports.shm.waiting import IN, OUT, Poller, Waiter
 
-__all__ = ["Loop"]
+__all__ = ["Reactor"]
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _TICK = 0.25  # seconds
 _LINGER = 0.2  # seconds that what is still to be sent has when the loop ends
 
 
-class Loop:
+class Reactor:
     """Receives, and sends what found no room in a socket when it was to be sent.
 
     Args:
@@ -200,7 +200,7 @@ class Loop:
         deadline = time.monotonic() + _LINGER
         left = self.channels
         while left and time.monotonic() < deadline:
-            left = [channel for channel in left if not self._flushed(channel)]
+            left = [channel for channel in left if not self._try_to_flush(channel)]
             if left:
                 time.sleep(1e-3)
         for channel in self.channels:
@@ -210,7 +210,7 @@ class Loop:
         self._listen.close()
         self._on_end()
 
-    def _flushed(self, channel: Channel) -> bool:
+    def _try_to_flush(self, channel: Channel) -> bool:
         try:
             return channel.flush()
         except Lost:
