@@ -13,6 +13,7 @@ from edgeml import (
     ActionClient,
     ActionConfig,
     ActionServer,
+    ConfigMismatch,
     DeadlineExceeded,
     Malformed,
     NotEncodable,
@@ -294,6 +295,25 @@ def test_a_device_observes_while_it_moves_if_it_may(transport, apart):
 
 
 # Connecting -----------------------------------------------------------------------------------
+
+
+def test_all_that_differs_is_told_at_once_with_both_values(server, transport):
+    theirs = config_of(
+        transport, action_keys=["move", "fly"], observation_keys=["cam"], version="2"
+    )
+    with pytest.raises(ConfigMismatch) as caught:
+        ActionClient("127.0.0.1", server.port, config=theirs, codec="cloudpickle")
+    assert sorted(str(caught.value).split("; ")) == [
+        "action_keys: the server has ['move', 'reset'], the client has ['fly', 'move']",
+        "codec: the server offers msgpack, the client has cloudpickle",
+        "observation_keys: the server has ['cam', 'joints'], the client has ['cam']",
+        "version: the server has '1', the client has '2'",
+    ]
+    theirs = config_of(transport, action_keys=["fly"], version="2")  # and nothing that agrees
+    with pytest.raises(ConfigMismatch) as caught:
+        ActionClient("127.0.0.1", server.port, config=theirs)
+    told = {each.partition(":")[0] for each in str(caught.value).split("; ")}
+    assert told == {"action_keys", "version"}
 
 
 def test_the_port_of_the_config_is_the_default_and_the_argument_wins(server, transport, device):

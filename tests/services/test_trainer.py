@@ -15,6 +15,7 @@ import pytest
 
 from edgeml import (
     Closed,
+    ConfigMismatch,
     DeadlineExceeded,
     EdgemlError,
     Malformed,
@@ -944,6 +945,17 @@ def test_weights_and_heartbeats_are_not_held_up_by_the_rate_limit(transport):
             server.publish_network(n)
             with took(at_most=0.5):
                 wait_until(lambda n=n: got[-1:] == [n])
+
+
+def test_all_that_differs_is_told_at_once_with_both_values(transport):
+    with learner(transport) as server:
+        config = TrainerConfig(server.port, None, ["reset"], version="2", transport=transport)
+        with pytest.raises(ConfigMismatch) as caught:
+            TrainerClient("actor", "127.0.0.1", config)
+    assert sorted(str(caught.value).split("; ")) == [
+        "request_types: the server has ['stats'], the client has ['reset']",
+        "version: the server has '1', the client has '2'",
+    ]
 
 
 def test_a_client_may_wait_for_a_learner_that_is_not_there_yet(transport):
