@@ -54,8 +54,11 @@ def _take_all() -> None:
             if lock.acquire(timeout=_ONE if waits else 0):
                 _taken.append(lock)
             elif waits:
-                # Whoever has it may wait for one of ours, taken in an order of its own.
+                # Whoever has it may wait for one of ours, having an order of its own. So all are
+                # given back, and the next attempt begins with this one.
                 _give_back()
+                locks.remove(lock)
+                locks.insert(0, lock)
                 break
             else:
                 _left.append(lock)
