@@ -111,6 +111,7 @@ ALONE = {
         "2.9701",
         "an observation is kept once: True",
     ],
+    ("docs/tutorials/replay.md", "replay_vector.py"): ["(32,) breaks 0"],
     ("docs/tutorials/replay.md", "replay_lag.py"): ["the oldest: True"],
     ("docs/tutorials/trajectories.md", "sequences.py"): [
         "(256, 8, 2) of which",
