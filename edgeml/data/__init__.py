@@ -17,8 +17,8 @@ from edgeml.data.samplers import (
 )
 from edgeml.data.selectors import PrioritizedSelector, Selector, UniformSelector
 from edgeml.data.shapes import DataShape
-from edgeml.data.trajectory import (
-    TrajectoryBuffer,
+from edgeml.data.trajectory import TrajectoryBuffer
+from edgeml.data.trajectory_store import (
     TrajectoryBufferDataStore,
     make_default_trajectory_buffer,
 )

@@ -1188,7 +1188,7 @@ class TestStores:
 
     def test_no_trajectory_goes_on_in_a_dataset(self, tmp_path):
         pytest.importorskip("jax")
-        from edgeml.data.trajectory import DataShape, TrajectoryBufferDataStore
+        from edgeml.data import DataShape, TrajectoryBufferDataStore
 
         log_episodes(tmp_path, [2])
         calls: list[Any] = []
@@ -1208,7 +1208,7 @@ class TestStores:
     def test_a_store_that_logs(self, tmp_path):
         """What is inserted into a store with a logger is what makes a store of the log."""
         pytest.importorskip("jax")
-        from edgeml.data.trajectory import DataShape, TrajectoryBufferDataStore
+        from edgeml.data import DataShape, TrajectoryBufferDataStore
 
         shapes = [
             *(

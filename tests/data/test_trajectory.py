@@ -35,10 +35,10 @@ from edgeml.data.samplers import (
     SequenceSampler,
     Steps,
 )
+from edgeml.data.shapes import DataShape
 from edgeml.data.spans import Spans
-from edgeml.data.trajectory import (
-    DataShape,
-    TrajectoryBuffer,
+from edgeml.data.trajectory import TrajectoryBuffer
+from edgeml.data.trajectory_store import (
     TrajectoryBufferDataStore,
     make_default_trajectory_buffer,
 )
@@ -763,7 +763,7 @@ class TestBuffer:
     def test_64_bits_are_kept_where_jax_keeps_them(self) -> None:
         program = (
             "import jax; jax.config.update('jax_enable_x64', True)\n"
-            "from edgeml.data.trajectory import *; from edgeml.data.samplers import *\n"
+            "from edgeml.data import *\n"
             "b = TrajectoryBuffer(8, [DataShape('x', (), 'float64'), DataShape('p')])\n"
             "b.register_sample_config('it', {'x': LatestSampler(), 's': SequenceSampler(-1, 2, "
             "source='x'), 'f': FutureSampler(source='x'), 'e': FutureSampler('exponential', "

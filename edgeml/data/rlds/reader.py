@@ -20,7 +20,8 @@ from edgeml.data.rlds.features import Series, from_json
 from edgeml.data.rlds.values import read
 from edgeml.data.samplers import LatestSampler
 from edgeml.data.shapes import END, DataShape, narrow
-from edgeml.data.trajectory import TrajectoryBuffer, TrajectoryBufferDataStore
+from edgeml.data.trajectory import TrajectoryBuffer
+from edgeml.data.trajectory_store import TrajectoryBufferDataStore
 from edgeml.data.tree import Array, fill, leaves_of, paths_of, skeleton_of
 
 __all__ = ["make_datastore", "populate_datastore", "read_episodes", "transitions_of"]
