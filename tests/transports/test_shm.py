@@ -345,7 +345,7 @@ def test_clients_that_leave_are_no_dropped_replies():
     with new_server("shm") as server:
         with plain_client(server) as client:
             client.call("echo", 1)
-        wait_until(lambda: not server.clients)
+        wait_until(lambda: not server.clients())
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
             with plain_client(server) as client:
