@@ -183,7 +183,7 @@ class ActionClient(ServiceClient):
         host: where the server is.
         port_number: its port; the configuration's by default.
         config: see `ActionConfig`.
-        task_id: what this client calls itself in the server's `ActionServer.clients`.
+        task_id: what this client calls itself in the server's `ActionServer.clients()`.
         transport: in place of the configuration's.
         timeout: seconds that connecting, or a call, may take.
         client_id: this client's identity; random by default.

@@ -152,11 +152,11 @@ def test_who_comes_calls_and_leaves_is_told_once_each(transport, pair, said):
         urls = ", ".join(server.urls)
         assert said() == [f"serving {pair} on {urls}"]
         with WORK[pair](server) as client:
-            (peer,) = server.clients
+            (peer,) = server.clients()
             label = {"action": "arm", "inference": client.client_id, "trainer": "actor"}[pair]
             address = peer.address.rpartition("at ")[2]
             who = f"{label} at {address}"
-        wait_until(lambda: not server.clients)
+        wait_until(lambda: not server.clients())
         wait_until(lambda: said()[-1] == f"{pair}: {who} has left")
     called = {"action": ["obs", "act"], "inference": ["policy"], "trainer": ["update", "request"]}
     assert said()[1] == f"{pair}: {who} has come"
@@ -174,7 +174,7 @@ def test_a_client_that_is_lost_is_told(transport, said, monkeypatch):
         plain_client(server, label="arm") as client,
         InferenceClient("", 0, transport=server.url) as other,
     ):
-        arm = next(f"{peer.address}" for peer in server.clients if peer.id == client.client_id)
+        arm = next(f"{peer.address}" for peer in server.clients() if peer.id == client.client_id)
         assert f"inference: {arm} has come" in said()
         client.sessions.current.lose(Unreachable("cut for a test"))
         wait_until(lambda: f"inference: {arm} is lost: silent for 0.6 s" in said())
@@ -190,7 +190,7 @@ def test_a_call_that_fails_is_told_with_interface_and_client(transport, said):
         started(inference_server(transport)) as server,
         InferenceClient("", 0, transport=server.url, client_id="camera-7") as client,
     ):
-        who = f"camera-7 {server.clients[0].address}"
+        who = f"camera-7 {server.clients()[0].address}"
         for _ in range(2):
             with pytest.raises(RemoteError, match="ValueError: no image, but noise"):
                 client.call("policy", "noise")
@@ -203,7 +203,7 @@ def test_an_action_that_fails_is_told_with_its_key(transport, said):
         started(action_server(transport)) as server,
         ActionClient("", config=ACTION, task_id="arm", transport=server.url) as client,
     ):
-        who = server.clients[0].address
+        who = server.clients()[0].address
         assert who.startswith("arm at ")
         with pytest.raises(RemoteError):
             client.act("move", "fail")
@@ -216,7 +216,7 @@ def test_a_request_that_fails_is_told_with_its_type(transport, said):
         started(trainer_server(transport)) as server,
         TrainerClient("actor", "", TRAINER, transport=server.url) as client,
     ):
-        who = server.clients[0].address
+        who = server.clients()[0].address
         with pytest.raises(RemoteError):
             client.request("stats", "fail")
         text = f"trainer \"request 'stats'\" failed for {who}: ValueError: no figures yet"
