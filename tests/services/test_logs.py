@@ -149,7 +149,7 @@ def test_a_healthy_run_logs_nothing_that_is_a_warning(transport, pair, first_to_
 @pytest.mark.parametrize("pair", SERVERS)
 def test_who_comes_calls_and_leaves_is_told_once_each(transport, pair, said):
     with started(SERVERS[pair](transport)) as server:
-        urls = ", ".join(server.urls)
+        urls = ", ".join(server.urls())
         assert said() == [f"serving {pair} on {urls}"]
         with WORK[pair](server) as client:
             (peer,) = server.clients()
