@@ -104,7 +104,7 @@ def test_a_client_that_is_dropped_is_closed_with_a_warning(transport, serve, con
         wait_until(lambda: len(server.clients()) == 1, timeout=40)
 
 
-@pytest.mark.parametrize(("serve", "connect"), PAIRS[:2], ids=["action", "inference"])
+@pytest.mark.parametrize(("serve", "connect"), PAIRS, ids=["action", "inference", "trainer"])
 def test_a_server_that_is_dropped_is_closed_with_a_warning(transport, serve, connect):
     with started(serve(transport)) as once, connect(once.url):
         pass  # what a library keeps is there from now on
