@@ -18,7 +18,7 @@ from edgeml import Malformed
 from edgeml.core import Message, Url, load_codec, load_transport, unframe, wire
 from edgeml.core.client import Client
 from edgeml.core.frames import frame
-from edgeml.transports.grpc.protocol import PREFIX, Assembly, parts_of, stream
+from edgeml.transports.grpc.protocol import PREFIX, Assembly, cut_message, flatten
 from pairs import started, wait_until
 from vectors import make
 
@@ -218,10 +218,10 @@ def test_frames_over_zmq_are_taken_for_a_request_and_those_that_are_none_ignored
 @each(GRPC["valid"])
 def test_a_piece_for_grpc_is_these_bytes(vector):
     message = message_of(vector)
-    size, parts = parts_of(message)
+    size, parts = flatten(message)
     for first, key in ((int(GRPC["number"]), "request"), (0, "reply")):
         assert b"".join([PREFIX.pack(first, size), *parts]).hex() == vector[key]
-        assert b"".join(stream(first, message)).hex() == vector[key]
+        assert b"".join(cut_message(first, message)).hex() == vector[key]
         whole = bytes.fromhex(vector[key])
         assert PREFIX.unpack_from(whole) == (first, size)
         assembly = Assembly()
