@@ -91,8 +91,8 @@ def nothing_left():
     before, files = len(threads()), len(os.listdir("/proc/self/fd"))
     yield
     gc.collect()
-    wait_until(lambda: len(threads()) <= before, timeout=8)
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2)
+    wait_until(lambda: len(threads()) <= before, timeout=30)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2, timeout=30)
 
 
 @pytest.mark.parametrize(("serve", "connect"), PAIRS, ids=["action", "inference", "trainer"])
