@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -127,6 +128,7 @@ def test_a_lock_that_is_held_for_too_long_delays_a_fork_and_no_more(
 
 
 def test_locks_are_forgotten_with_their_owners() -> None:
+    gc.collect()  # those of earlier tests, which could go in the midst
     before = len(locks._locks)
     stores = [ReplayBuffer(5) for _ in range(50)]
     assert len(locks._locks) >= before + 50
