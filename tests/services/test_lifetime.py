@@ -84,18 +84,18 @@ def drop(kept):
         let_go()
 
 
-def lasting_threads():
-    """Threads, but for gRPC's: it ends that of a connection which stays, and starts another."""
-    return {thread for thread in threads() if "channel_spin" not in thread.name}
+def our_threads():
+    """Those of edgeml: gRPC ends that of a connection which stays, and starts another."""
+    return {thread for thread in threads() if thread.name.startswith("edgeml")}
 
 
 @contextlib.contextmanager
 def nothing_left():
     """Check that neither thread nor file descriptor outlives the block."""
-    before, files = lasting_threads(), len(os.listdir("/proc/self/fd"))
+    before, files = our_threads(), len(os.listdir("/proc/self/fd"))
     yield
     gc.collect()
-    wait_until(lambda: lasting_threads() <= before, timeout=30)
+    wait_until(lambda: our_threads() <= before, timeout=30)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files + 2, timeout=30)
 
 
