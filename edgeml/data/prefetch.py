@@ -9,15 +9,12 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from edgeml.core.errors import Closed
 from edgeml.core.forks import watch_forks
+from edgeml.core.owned import ClosedAtExit
 from edgeml.extras import load_jax
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["Prefetch", "on_device"]
 
@@ -33,7 +30,7 @@ _Queue: TypeAlias = "queue.Queue[_Outcome]"
 _threads: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 
 
-class Prefetch(Iterator[T], Generic[T]):
+class Prefetch(ClosedAtExit, Iterator[T], Generic[T]):
     """An endless iterator over what ``sample()`` gives, called ahead in a thread of its own.
 
     ::
@@ -140,15 +137,7 @@ class Prefetch(Iterator[T], Generic[T]):
                 source=self,
             )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _leave(self) -> None:
         self.close()
 
 

@@ -8,19 +8,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from edgeml.core.message import copy, empty, pooled
+from edgeml.core.owned import ClosedAtExit
 from edgeml.data.rlds.directory import FEATURES, Shards
 from edgeml.data.rlds.layout import Layout, Step, flatten
 from edgeml.data.rlds.writer import EpisodeWriter
 from edgeml.data.tree import Array
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["RLDSLogger"]
 
@@ -35,7 +32,7 @@ _TRANSITION = {
 }
 
 
-class RLDSLogger:
+class RLDSLogger(ClosedAtExit):
     """Logs what agents do, episode by episode, into a directory that is an RLDS dataset.
 
     The directory is then read by `edgeml.data.rlds.read_episodes`, or where TensorFlow is, by
@@ -265,15 +262,7 @@ class RLDSLogger:
             self._forget_episode()
             self._writer.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def _leave(self) -> None:
         self.close()
 
     def __del__(self) -> None:
