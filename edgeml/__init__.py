@@ -37,8 +37,10 @@ if TYPE_CHECKING:
         ActionClient,
         ActionConfig,
         ActionServer,
+        Feature,
         InferenceClient,
         InferenceServer,
+        PolicyContract,
         TrainerClient,
         TrainerConfig,
         TrainerServer,
@@ -56,6 +58,9 @@ __all__ = [
     "TrainerServer",
     "TrainerClient",
     "TrainerTunnel",
+    # what a policy takes and gives
+    "Feature",
+    "PolicyContract",
     # packages
     "core",
     "data",
@@ -75,6 +80,9 @@ __all__ = [
     "PluginError",
 ]
 
+# Of what is neither an error nor one of the pairs.
+_HOMES = {"Feature": "services", "PolicyContract": "services"}
+
 _PACKAGES = ("core", "data", "services", "testing")
 
 
@@ -83,7 +91,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"edgeml.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'edgeml' has no attribute {name!r}")
-    home = "services" if name.startswith(("Action", "Inference", "Trainer")) else "core.errors"
+    pairs = name.startswith(("Action", "Inference", "Trainer"))
+    home = _HOMES.get(name, "services" if pairs else "core.errors")
     return getattr(import_module(f"edgeml.{home}"), name)
 
 

@@ -1,6 +1,7 @@
 """The three pairs that users call, written once, against `edgeml.core` alone."""
 
 from edgeml.services.action import ActionClient, ActionConfig, ActionServer
+from edgeml.services.contract import Feature, PolicyContract
 from edgeml.services.inference import InferenceClient, InferenceServer
 from edgeml.services.trainer import TrainerClient, TrainerConfig, TrainerServer, TrainerTunnel
 
@@ -8,8 +9,10 @@ __all__ = [
     "ActionClient",
     "ActionConfig",
     "ActionServer",
+    "Feature",
     "InferenceClient",
     "InferenceServer",
+    "PolicyContract",
     "TrainerClient",
     "TrainerConfig",
     "TrainerServer",
