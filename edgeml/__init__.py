@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UnknownInterface,
         Unreachable,
     )
+    from edgeml.core.streams import Subscription
     from edgeml.services import (
         ActionClient,
         ActionConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "TrainerServer",
     "TrainerClient",
     "TrainerTunnel",
+    "Subscription",
     # what a policy takes and gives
     "Feature",
     "PolicyContract",
@@ -81,7 +83,11 @@ __all__ = [
 ]
 
 # Of what is neither an error nor one of the pairs.
-_HOMES = {"Feature": "services", "PolicyContract": "services"}
+_HOMES = {
+    "Feature": "services",
+    "PolicyContract": "services",
+    "Subscription": "core.streams",
+}
 
 _PACKAGES = ("core", "data", "services", "testing")
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgeml.core.client import Client
 from edgeml.core.dispatch import Call, require_plain
 from edgeml.core.errors import Malformed, UnknownInterface
-from edgeml.core.server import Server
 from edgeml.core.streams import Subscription
-from edgeml.core.transport import Credentials
-from edgeml.core.url import resolve
-from edgeml.services.base import ServiceClient, ServiceServer, listening_urls, names
+from edgeml.services.base import (
+    ClientSettings,
+    ServerSettings,
+    ServiceClient,
+    ServiceServer,
+    names,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["ActionClient", "ActionConfig", "ActionServer"]
 
@@ -61,15 +66,13 @@ class ActionServer(ServiceServer):
             `RemoteError` that names what is missing.
         act_callback: ``act_callback(key, payload) -> dict``: carry out an action; what it returns
             is the client's answer.
-        host: the address to listen at; name another than 127.0.0.1 to let other machines in.
+        host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         keep: how many publications are kept for clients that are behind; 1 for only the newest.
-        workers: how many callbacks may run at a time; see `start` for the threads.
         act_in_own_thread: whether ``act_callback`` runs in a thread of its own, so that neither
             callback waits for the other.
-        codecs: names of the codecs that clients may speak.
-        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
-            None for where it listens.
-        credentials: the transport's keys.
+        transport: in place of the configuration's.
+        settings: ``url``, ``workers``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``:
+            see `ServiceServer`.
 
     A callback that raises hurts only the call that it was for, whose client gets a `RemoteError`.
     """
@@ -79,32 +82,22 @@ class ActionServer(ServiceServer):
         config: ActionConfig,
         obs_callback: Callable[[list[str]], dict[str, Any]] | None,
         act_callback: Callable[[str, Any], Any] | None,
-        host: str = "127.0.0.1",
+        host: str | None = None,
         *,
         keep: int = 1,
-        workers: int = 1,
         act_in_own_thread: bool = False,
-        codecs: Sequence[str] = ("msgpack",),
-        advertise: str | None = None,
-        credentials: Credentials = None,
+        transport: str | None = None,
+        **settings: Unpack[ServerSettings],
     ) -> None:
         self.config = config
         for name, callback in (("obs_callback", obs_callback), ("act_callback", act_callback)):
             if callback is not None:
                 require_plain(name, callback)
-        server = Server(
-            "action",
-            *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
-            config=config.shared(),
-            codecs=codecs,
-            workers=workers,
-            credentials=credentials,
-        )
+        super().__init__("action", config, host=host, transport=transport, **settings)
         device = _Device(config, obs_callback, act_callback)
-        server.register("obs", device.observe)
-        server.register("act", device.act, lane="act" if act_in_own_thread else "")
-        self._topic = server.topic(_OBSERVATIONS, keep)
-        super().__init__(server, advertise)
+        self._server.register("obs", device.observe)
+        self._server.register("act", device.act, lane="act" if act_in_own_thread else "")
+        self._topic = self._server.topic(_OBSERVATIONS, keep)
 
     def publish_obs(self, payload: dict[str, Any]) -> int:
         """Send observations to every client that registered for them.
@@ -180,16 +173,16 @@ class ActionClient(ServiceClient):
     """Reads a device's observations and sends it actions.
 
     Args:
-        host: where the server is.
-        port_number: its port; the configuration's by default.
+        host: where the server is; this machine by default.
+        port_number: its port; the configuration's by default. The configuration may stand here.
         config: see `ActionConfig`.
         task_id: what this client calls itself in the server's `ActionServer.clients()`.
         transport: in place of the configuration's.
-        timeout: seconds that connecting, or a call, may take.
-        client_id: this client's identity; random by default.
-        codec: the codec's name.
-        writable: whether received arrays are private copies rather than read-only views.
-        credentials: the transport's keys.
+        timeout: seconds that connecting, or a call, may take unless told otherwise.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, when no device
+            answers yet.
+        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
+            see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.
@@ -198,31 +191,34 @@ class ActionClient(ServiceClient):
 
     def __init__(
         self,
-        host: str,
-        port_number: int | None = None,
+        host: str | None = None,
+        port_number: int | ActionConfig | None = None,
+        config: ActionConfig | None = None,
         *,
-        config: ActionConfig,
         task_id: str | None = None,
         transport: str | None = None,
         timeout: float = 10.0,
-        client_id: str | None = None,
-        codec: str = "msgpack",
-        writable: bool = False,
-        credentials: Credentials = None,
+        wait_for_server: bool | float = False,
+        **settings: Unpack[ClientSettings],
     ) -> None:
-        port = config.port_number if port_number is None else port_number
-        client = Client(
+        if isinstance(port_number, ActionConfig):
+            if config is not None:
+                raise ValueError("two configurations were given; give one of them")
+            port_number, config = None, port_number
+        if config is None:
+            raise TypeError("an ActionClient needs config=, the ActionConfig of the device")
+        self.config = config
+        super().__init__(
             "action",
-            resolve(transport or config.transport, host, port),
-            config=config.shared(),
-            client_id=client_id,
+            config,
             label=task_id or "",
-            codec=codec,
+            host=host,
+            port=port_number,
+            transport=transport,
             timeout=timeout,
-            writable=writable,
-            credentials=credentials,
+            wait_for_server=wait_for_server,
+            **settings,
         )
-        super().__init__(client)
 
     def obs(self, keys: Sequence[str] | None = None, timeout: float | None = None) -> Any:
         """Return the observations of these names, or all: whatever ``obs_callback`` gives.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -13,28 +14,99 @@ from edgeml.core.errors import Closed
 from edgeml.core.message import empty
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
 from edgeml.core.server import Server
-from edgeml.core.transport import Peer
+from edgeml.core.transport import Credentials, Peer
 from edgeml.core.url import Url, check_port, resolve
 
-__all__ = ["ServiceClient", "ServiceServer", "listening_urls"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ClientSettings", "ServerSettings", "ServiceClient", "ServiceServer"]
+
+_THIS_MACHINE = "127.0.0.1"
+_WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
 
 
-def listening_urls(
-    transport: str | None, host: str, port: int, broadcast_port: int | None = None
+class _Config(Protocol):
+    """What a pair's configuration has, whatever else it says."""
+
+    port_number: int
+    broadcast_port: int | None
+    transport: str | None
+
+    def shared(self) -> dict[str, Any]: ...
+
+
+class ServerSettings(TypedDict, total=False):
+    """What every server takes by name; `ServiceServer` says what it means."""
+
+    url: str | None
+    workers: int
+    codecs: Sequence[str]
+    rate_limit: float | None
+    advertise: str | None
+    credentials: Credentials
+
+
+class ClientSettings(TypedDict, total=False):
+    """What every client takes by name; `ServiceClient` says what it means."""
+
+    url: str | None
+    server_ip: str | None
+    client_id: str | None
+    codec: str
+    writable: bool
+    credentials: Credentials
+
+
+def _addresses(
+    url: str | None, transport: str | None, host: str | None, port: int | None, default_port: int
+) -> list[Url]:
+    """Where a user says that an end is, in one of the two ways that there are.
+
+    Raises:
+        ValueError: it is said in both ways, or they aren't addresses.
+    """
+    if url is None:
+        given = default_port if port is None else port
+        return resolve(transport, _THIS_MACHINE if host is None else host, given)
+    said = {"transport": transport, "host": host, "port": port}
+    if extra := [f"{name} {value!r}" for name, value in said.items() if value is not None]:
+        raise ValueError(
+            f"url {url!r} says where and how, but {' and '.join(extra)} was given as well; "
+            "give one of them"
+        )
+    if not isinstance(url, str) or not url:
+        raise ValueError(f"url must be a text such as 'zmq://host:port', not {url!r}")
+    for each in filter(None, (part.strip() for part in url.split(","))):
+        Url.parse(each)
+    found = resolve(url, _THIS_MACHINE, 0)
+    default_port = check_port(default_port)
+    return [each if each.port or each.path else each.with_port(default_port) for each in found]
+
+
+def _listening(
+    config: _Config | None,
+    url: str | None,
+    transport: str | None,
+    host: str | None,
+    port: int | None,
 ) -> tuple[list[Url], list[Url]]:
     """The addresses that a server listens at, and those that it can do without.
 
-    One listener does everything; a broadcast port that the user names answers in the same way.
-    Where the system picks the port (0), it picks the broadcast port too.
+    One listener does everything; a broadcast port that the configuration names answers in the same
+    way. Where the system picks the port (0), it picks the broadcast port too. A ``url`` is all.
     """
-    port = check_port(port)
-    if broadcast_port is not None:
-        broadcast_port = check_port(broadcast_port)
-    urls = resolve(transport, host, port)
-    if broadcast_port is None or broadcast_port == port:
+    if config is None or url is not None:
+        urls = _addresses(url, transport, host, port, 0)
+        if url is None and port is None and not all(each.port or each.path for each in urls):
+            raise ValueError("say where to listen: at a port (0 lets the system pick), or url=")
         return urls, []
-    second = broadcast_port if port else 0
-    return urls, [url.with_port(second) for url in urls if not url.path]
+    given = check_port(config.port_number)
+    second = None if config.broadcast_port is None else check_port(config.broadcast_port)
+    urls = _addresses(None, transport or config.transport, host, given, 0)
+    if second is None or second == given:
+        return urls, []
+    return urls, [each.with_port(second if given else 0) for each in urls if not each.path]
 
 
 class _Service(ClosedAtExit, Unpicklable):
@@ -65,15 +137,65 @@ class _Service(ClosedAtExit, Unpicklable):
 
 
 class ServiceServer(_Service):
-    """A server of any of the three kinds; a context manager that stops it."""
+    """What every server takes and does; a context manager that stops it.
 
-    _server: Server
+    Args:
+        url: where to listen and by which transport: ``"zmq://host:port"``, ``"shm:///path"``, or
+            several of them separated by commas, in place of host, port and transport, and of the
+            ports that a configuration names. Port 0 lets the system pick.
+        host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
+        transport: a transport's name, or a URL; None for what the configuration says, and else
+            ``$EDGEML_TRANSPORT``, which defaults to ``"zmq"``.
+        workers: how many functions may run at a time; see `start` for the threads.
+        codecs: names of the codecs that clients may speak.
+        rate_limit: calls per second and client; those beyond wait their turn within their
+            deadline. None for any number.
+        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
+            None for where it listens.
+        credentials: the transport's keys.
 
-    def __init__(self, server: Server, advertise: str | None = None) -> None:
-        self._server = server
+    Raises:
+        ValueError: the address is said in two ways, or is none.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        config: _Config | None = None,
+        *,
+        url: str | None = None,
+        host: str | None = None,
+        port: int | None = None,
+        transport: str | None = None,
+        workers: int = 1,
+        codecs: Sequence[str] = ("msgpack",),
+        rate_limit: float | None = None,
+        advertise: str | None = None,
+        credentials: Credentials = None,
+    ) -> None:
+        self._server = Server(
+            service,
+            *_listening(config, url, transport, host, port),
+            config=None if config is None else config.shared(),
+            codecs=codecs,
+            workers=workers,
+            rate_limit=rate_limit,
+            credentials=credentials,
+        )
         self._advertise = advertise
         self._stopped = threading.Event()
         self._disarm: Callable[[], object] = lambda: None
+
+    @contextmanager
+    def serving(self) -> Iterator[Self]:
+        """Serve in the background within a ``with`` block, and stop at its end.
+
+        ``with server.serving():`` is ``with server:`` and ``server.start(threaded=True)``, and
+        raises what `start` does.
+        """
+        with self:
+            self.start(threaded=True)
+            yield self
 
     def start(self, threaded: bool = False) -> None:
         """Serve, until `stop` or Ctrl-C; in the background with ``threaded``.
@@ -162,17 +284,80 @@ class ServiceServer(_Service):
 
 
 class ServiceClient(_Service):
-    """A client of any of the three kinds; a context manager that stops it.
+    """What every client takes and does; a context manager that stops it.
 
     Args:
-        client: what it stands on.
-        close: what stops it, and must not refer to it; by default what closes ``client``.
+        url: where the server is and by which transport: ``"zmq://host:port"``, ``"shm:///path"``,
+            or several of them separated by commas, of which the first that answers is taken. In
+            place of host, port and transport; a port that it leaves out is the configuration's.
+        host: the server's name or address; this machine by default.
+        server_ip: another name for ``host``.
+        transport: a transport's name, or a URL; None for what the configuration says, and else
+            ``$EDGEML_TRANSPORT``, which defaults to ``"zmq"``.
+        timeout: seconds that connecting, or a call, may take unless told otherwise.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, when no server
+            answers yet.
+        client_id: this client's identity; random by default.
+        codec: the codec's name.
+        writable: whether received arrays are private copies rather than read-only views.
+        credentials: the transport's keys.
+
+    Raises:
+        ValueError: the address is said in two ways, or is none.
+        Unreachable: nobody serves there.
+        ConfigMismatch: the server is of another kind, or configured differently; the text names
+            field and values.
     """
 
-    def __init__(self, client: Client, close: Callable[[], object] | None = None) -> None:
-        self._client = client
-        self._close = client.close if close is None else close
-        self._disarm = close_when_dropped(self, self._close)
+    def __init__(
+        self,
+        service: str,
+        config: _Config | None = None,
+        *,
+        label: str = "",
+        url: str | None = None,
+        host: str | None = None,
+        server_ip: str | None = None,
+        port: int | None = None,
+        transport: str | None = None,
+        timeout: float = 10.0,
+        wait_for_server: bool | float = False,
+        client_id: str | None = None,
+        codec: str = "msgpack",
+        writable: bool = False,
+        credentials: Credentials = None,
+    ) -> None:
+        if server_ip is not None:
+            if host is not None:
+                raise ValueError(f"host {host!r} and server_ip {server_ip!r}: give one of them")
+            host = server_ip
+        if url is None and config is not None:
+            transport = transport or config.transport
+        known = 0 if config is None else config.port_number
+        urls = _addresses(url, transport, host, port, known)
+        if without := [each for each in urls if not each.port and not each.path]:
+            raise ValueError(f"{without[0]} has no port; say at which port the server is")
+        self._client = Client(
+            service,
+            urls,
+            config=None if config is None else config.shared(),
+            label=label,
+            client_id=client_id,
+            codec=codec,
+            timeout=timeout,
+            wait=_WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server),
+            writable=writable,
+            credentials=credentials,
+        )
+        self._close: Callable[[], object] = lambda: None
+        self._disarm: Callable[[], object] = lambda: None
+        self._close_by(self._client.close)
+
+    def _close_by(self, close: Callable[[], object]) -> None:
+        """Have ``close``, which must not refer to this object, stop it, when it is dropped too."""
+        self._disarm()
+        self._close = close
+        self._disarm = close_when_dropped(self, close)
 
     @property
     def client_id(self) -> str:

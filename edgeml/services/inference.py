@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgeml.core.client import Client
 from edgeml.core.dispatch import answer_with, require_plain
-from edgeml.core.server import Server
-from edgeml.core.transport import Credentials
-from edgeml.core.url import resolve
-from edgeml.services.base import ServiceClient, ServiceServer, listening_urls
+from edgeml.services.base import ClientSettings, ServerSettings, ServiceClient, ServiceServer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["InferenceClient", "InferenceServer"]
 
@@ -23,37 +22,23 @@ class InferenceServer(ServiceServer):
 
     Args:
         port_num: where to listen; 0 lets the system pick, and `url` tells.
-        host: the address to listen at; name another than 127.0.0.1 to let other machines in.
+        host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
             ``"zmq"``.
-        workers: how many functions may run at a time.
-        codecs: names of the codecs that clients may speak.
-        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
-            None for where it listens.
-        credentials: the transport's keys.
+        settings: ``url``, ``workers``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``:
+            see `ServiceServer`.
     """
 
     def __init__(
         self,
-        port_num: int,
-        host: str = "127.0.0.1",
+        port_num: int | None = None,
+        host: str | None = None,
         transport: str | None = None,
-        *,
-        workers: int = 1,
-        codecs: Sequence[str] = ("msgpack",),
-        advertise: str | None = None,
-        credentials: Credentials = None,
+        **settings: Unpack[ServerSettings],
     ) -> None:
-        server = Server(
-            "inference",
-            *listening_urls(transport, host, port_num),
-            codecs=codecs,
-            workers=workers,
-            credentials=credentials,
-        )
+        super().__init__("inference", host=host, port=port_num, transport=transport, **settings)
         self._names = interfaces = list[str]()
-        server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
-        super().__init__(server, advertise)
+        self._server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
 
     def register_interface(self, name: str, function: Callable[[Any], Any]) -> None:
         """Serve ``function(payload) -> result`` under a name, before or after the start.
@@ -78,14 +63,14 @@ class InferenceClient(ServiceClient):
     """Calls the functions of an `InferenceServer`.
 
     Args:
-        host: where the server is.
+        host: where the server is; this machine by default.
         port_num: its port.
         transport: as for the server.
         timeout: seconds that connecting, or a call, may take unless told otherwise.
-        client_id: this client's identity; random by default.
-        codec: the codec's name.
-        writable: whether received arrays are private copies rather than read-only views.
-        credentials: the transport's keys.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, when no server
+            answers yet.
+        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
+            see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.
@@ -94,26 +79,23 @@ class InferenceClient(ServiceClient):
 
     def __init__(
         self,
-        host: str,
-        port_num: int,
+        host: str | None = None,
+        port_num: int | None = None,
         transport: str | None = None,
         *,
         timeout: float = 10.0,
-        client_id: str | None = None,
-        codec: str = "msgpack",
-        writable: bool = False,
-        credentials: Credentials = None,
+        wait_for_server: bool | float = False,
+        **settings: Unpack[ClientSettings],
     ) -> None:
-        client = Client(
+        super().__init__(
             "inference",
-            resolve(transport, host, port_num),
-            client_id=client_id,
-            codec=codec,
+            host=host,
+            port=port_num,
+            transport=transport,
             timeout=timeout,
-            writable=writable,
-            credentials=credentials,
+            wait_for_server=wait_for_server,
+            **settings,
         )
-        super().__init__(client)
 
     def interfaces(self) -> list[str]:
         """The names that can be called, sorted."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from edgeml.core.client import Client
 from edgeml.core.streams import Subscription
-from edgeml.core.transport import Credentials
-from edgeml.core.url import resolve
 from edgeml.data import DataStoreBase
-from edgeml.services.base import ServiceClient
+from edgeml.services.base import ClientSettings, ServiceClient
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
 from edgeml.services.trainer.updates import Updates
 from edgeml.services.trainer.uploader import OnRefused
 
-__all__ = ["TrainerClient"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-_WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
+__all__ = ["TrainerClient"]
 
 
 class TrainerClient(ServiceClient):
@@ -26,19 +24,17 @@ class TrainerClient(ServiceClient):
 
     Args:
         name: selects the learner's store; every actor of a kind passes the same one.
-        host: where the learner is.
+        host: where the learner is; this machine by default.
         config: see `TrainerConfig`.
         data_store: what is uploaded to the store of that name.
         data_stores: further stores, by name.
         wait_for_server: go on trying, for 600 s or the number of seconds given, when no learner
             answers yet.
-        timeout: seconds that connecting, or a call, may take.
-        client_id: this client's identity. Random by default; of two clients with the same one, the
-            newer shuts the older out.
+        timeout: seconds that connecting, or a call, may take unless told otherwise.
         transport: in place of the configuration's.
-        codec: the codec's name.
-        writable: whether received arrays are private copies rather than read-only views.
-        credentials: the transport's keys.
+        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
+            see `ServiceClient`. Of two clients with the same ``client_id``, the newer shuts the
+            older out.
 
     Raises:
         Unreachable: no learner answers.
@@ -48,19 +44,18 @@ class TrainerClient(ServiceClient):
     def __init__(
         self,
         name: str,
-        host: str,
-        config: TrainerConfig,
+        host: str | None = None,
+        config: TrainerConfig | None = None,
         data_store: DataStoreBase | None = None,
         data_stores: dict[str, DataStoreBase] | None = None,
         wait_for_server: bool | float = False,
         timeout: float = 10.0,
         *,
-        client_id: str | None = None,
         transport: str | None = None,
-        codec: str = "msgpack",
-        writable: bool = False,
-        credentials: Credentials = None,
+        **settings: Unpack[ClientSettings],
     ) -> None:
+        if config is None:
+            raise TypeError("a TrainerClient needs config=, the TrainerConfig of the learner")
         self.name = name
         self.config = config
         stores = dict(data_stores or {})
@@ -68,21 +63,18 @@ class TrainerClient(ServiceClient):
             if name in stores:
                 raise ValueError(f"data_store and data_stores both give a store for {name!r}")
             stores[name] = data_store
-        wait = _WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server)
-        client = Client(
+        super().__init__(
             "trainer",
-            resolve(transport or config.transport, host, config.port_number),
-            config=config.shared(),
-            client_id=client_id,
+            config,
             label=name,
-            codec=codec,
+            host=host,
+            transport=transport,
             timeout=timeout,
-            wait=wait,
-            writable=writable,
-            credentials=credentials,
+            wait_for_server=wait_for_server,
+            **settings,
         )
-        self._updates = Updates(name, client, stores, secrets.randbits(63))
-        super().__init__(client, self._updates.end)
+        self._updates = Updates(name, self._client, stores, secrets.randbits(63))
+        self._close_by(self._updates.end)
 
     @property
     def lost(self) -> int:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from edgeml.core.dispatch import Call, Handler, answer_with, require_plain
 from edgeml.core.errors import Malformed, UnknownInterface
-from edgeml.core.server import Server
-from edgeml.core.transport import Credentials
 from edgeml.data import Batch, DataStoreBase, checkpoint
 from edgeml.data.checkpoint import Report
-from edgeml.services.base import ServiceServer, listening_urls
+from edgeml.services.base import ServerSettings, ServiceServer
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
 from edgeml.services.trainer.intake import Intake
 from edgeml.services.trainer.ledger import Ledger
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["TrainerServer"]
 
@@ -33,12 +34,10 @@ class TrainerServer(ServiceServer):
         data_callback: ``data_callback(store_name, batch)``, called after a batch was inserted,
             with a `Batch` of what is new; where items were left out, with those between them.
         request_callback: ``request_callback(type, payload)``; what it returns is the answer.
-        host: the address to listen at; name another than 127.0.0.1 to let other machines in.
-        workers: how many callbacks may run at a time.
-        codecs: names of the codecs that clients may speak.
-        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
-            None for where it listens.
-        credentials: the transport's keys.
+        host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
+        transport: in place of the configuration's.
+        settings: ``url``, ``workers``, ``codecs``, ``rate_limit`` in place of the configuration's,
+            ``advertise``, ``credentials``: see `ServiceServer`.
 
     Raises:
         TypeError: a callback that is an ``async def``.
@@ -49,12 +48,10 @@ class TrainerServer(ServiceServer):
         config: TrainerConfig,
         data_callback: Callable[[str, Batch], Any] | None = None,
         request_callback: Callable[[str, Any], Any] | None = None,
-        host: str = "127.0.0.1",
+        host: str | None = None,
         *,
-        workers: int = 1,
-        codecs: Sequence[str] = ("msgpack",),
-        advertise: str | None = None,
-        credentials: Credentials = None,
+        transport: str | None = None,
+        **settings: Unpack[ServerSettings],
     ) -> None:
         self.config = config
         for what, function in (
@@ -64,19 +61,11 @@ class TrainerServer(ServiceServer):
             if function is not None:
                 require_plain(what, function)
         self._intake = Intake(data_callback)
-        server = Server(
-            "trainer",
-            *listening_urls(config.transport, host, config.port_number, config.broadcast_port),
-            config=config.shared(),
-            codecs=codecs,
-            workers=workers,
-            rate_limit=config.rate_limit,
-            credentials=credentials,
-        )
-        server.register("update", answer_with(self._intake.update))
-        server.register("request", _answer_requests(config, request_callback))
-        self._topic = server.topic(NETWORK)
-        super().__init__(server, advertise)
+        settings.setdefault("rate_limit", config.rate_limit)
+        super().__init__("trainer", config, host=host, transport=transport, **settings)
+        self._server.register("update", answer_with(self._intake.update))
+        self._server.register("request", _answer_requests(config, request_callback))
+        self._topic = self._server.topic(NETWORK)
 
     def register_data_store(self, name: str, store: DataStoreBase) -> None:
         """Put what clients of this name upload into ``store``.
