@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import threading
 import time
 import traceback
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
-from edgeml.core.alarms import Alarms
+from edgeml.core.alarms import Alarm, Alarms
 from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
@@ -43,7 +44,17 @@ from edgeml.core.errors import (
 )
 from edgeml.core.transport import Endpoint, Peer
 
-__all__ = ["Call", "Caller", "Dispatcher", "Handler", "LocalCall", "answer_with", "require_plain"]
+__all__ = [
+    "Call",
+    "Caller",
+    "Dispatcher",
+    "Gatherer",
+    "Handler",
+    "LocalCall",
+    "Turns",
+    "answer_with",
+    "require_plain",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +65,14 @@ _STREAK = 4  # calls that another endpoint brings in a row, after which its loop
 _QUIET = 5  # looks of the watch without a call, after which it rests
 _MOST_WAITING = 1 << 12  # calls
 _MOST_WAITING_BYTES = 1 << 30
+_TOO_LATE = "nobody waits for this call any more"
 _GRACE = 2.0  # seconds that handlers have to return when the dispatcher is closed
 
 # Raised by a handler, these reach the caller as they are; all else is a RemoteError.
 _PASSED_ON = (UnknownInterface, Malformed, PermissionDenied, Overloaded)
 
 
-@dataclass
+@dataclass(eq=False)
 class Caller:
     """Who calls.
 
@@ -79,6 +91,9 @@ class Caller:
         return f"{self.label or self.client_id} at {self.peer.address}"
 
 
+_NOBODY = Caller("", "", Peer("", ""))
+
+
 class Call(ABC):
     """One call of an interface, and the right to answer it: once, at any time, from any thread.
 
@@ -93,7 +108,19 @@ class Call(ABC):
         detail: what of the interface is meant, as a handler may say for the log: an action's key.
     """
 
-    __slots__ = ("_open", "caller", "deadline", "detail", "name", "nbytes", "source")
+    __slots__ = (
+        "_open",
+        "caller",
+        "deadline",
+        "detail",
+        "name",
+        "nbytes",
+        "source",
+        "began",
+        "ended",
+        "batch_size",
+        "version",
+    )
 
     def __init__(
         self,
@@ -118,6 +145,9 @@ class Call(ABC):
         Raises:
             Malformed: it can't be decoded.
         """
+
+    def drop_payload(self) -> None:
+        """Let go of the payload, which has been copied: it may lie in memory that others need."""
 
     @property
     def expired(self) -> bool:
@@ -211,6 +241,95 @@ Handler = Callable[[Call], None]
 """Takes a call, and answers it or keeps it to answer later. What it raises is the answer."""
 
 
+class Gatherer(ABC):
+    """Takes an interface's calls as they come, and answers many at a time, in turns.
+
+    While a turn runs, calls go on coming: so the next is prepared beside it.
+    """
+
+    @abstractmethod
+    def attach(self, turns: Turns) -> None:
+        """Be registered: ask for turns here, from now on."""
+
+    @abstractmethod
+    def take(self, call: Call) -> None:
+        """Take a call, and ask for a turn when there is to be one; must not raise.
+
+        Runs in the thread that brought the call, which may be a loop's: be quick. Calls come from
+        several threads.
+        """
+
+    @abstractmethod
+    def run(self) -> None:
+        """Answer some of the calls; runs in the handlers' thread, one turn at a time."""
+
+    @abstractmethod
+    def close(self) -> list[Call]:
+        """Give back all calls that wait, which will be refused, and take no more."""
+
+
+class _Turn(Call):
+    """Has a gatherer run; nobody waits for its answer."""
+
+    __slots__ = ()
+
+    def payload(self) -> Any:
+        return None
+
+    def _send(self, value: Any) -> None:
+        pass
+
+    def _send_error(self, error: EdgemlError) -> None:
+        pass
+
+
+class Turns:
+    """What a gatherer may ask of its dispatcher. Safe to use from any thread."""
+
+    def __init__(self, dispatcher: Dispatcher, interface: _Interface, gatherer: Gatherer) -> None:
+        self._dispatcher = dispatcher
+        self._interface = interface
+        self._turn = _Interface(interface.name, lambda _: gatherer.run(), interface.lane)
+        self._turn.fresh = False
+
+    def ask(self, source: Endpoint | None) -> None:
+        """Have `Gatherer.run` called, after what waits already; once for each time asked.
+
+        Args:
+            source: the endpoint that brought the newest of the calls, if one did.
+        """
+        turn = _Turn(self._interface.name, _NOBODY, math.inf, source=source)
+        self._dispatcher._put_turn(turn, self._turn)
+
+    def after(self, delay: float, action: Callable[[], None]) -> Alarm:
+        """Do something quick in so many seconds, in a thread for such things."""
+        return self._dispatcher._alarms.after(delay, action)
+
+    def begin(self, call: Call) -> bool:
+        """Say that a call waits no longer; False if nobody waits for it, which is refused then."""
+        self._dispatcher._leave_gatherer(call, self._interface.lane)
+        if call.expired:
+            self._dispatcher.refuse(call, DeadlineExceeded(_TOO_LATE))
+            return False
+        self._dispatcher._count(call, self._interface)
+        return True
+
+    def refuse(self, call: Call, error: EdgemlError) -> None:
+        """Answer a call that waits with an error."""
+        self._dispatcher._leave_gatherer(call, self._interface.lane)
+        self._dispatcher.refuse(call, error)
+
+    def fail(self, call: Call, error: BaseException) -> None:
+        """Answer with what a handler raised, and log it; a call that waits has to `begin` first."""
+        self._dispatcher._fail(call, self._interface, error)
+
+    def relieve(self) -> None:
+        """Have calls go on coming by another thread while this turn runs, as it takes long."""
+        carried = self._dispatcher._carried
+        if carried is not None and get_ident() == self._dispatcher._carrying:
+            carried.relieve()
+
+
 def answer_with(function: Callable[[Any, Caller], Any]) -> Handler:
     """Return a handler that answers with ``function(payload, caller)``."""
 
@@ -234,9 +353,12 @@ def require_plain(what: str, function: object) -> None:
 
 
 class _Interface:
-    __slots__ = ("fresh", "handler", "lane", "name", "typical")
+    __slots__ = ("fresh", "gatherer", "handler", "lane", "name", "typical")
 
-    def __init__(self, name: str, handler: Handler, lane: _Lane) -> None:
+    def __init__(
+        self, name: str, handler: Handler, lane: _Lane, gatherer: Gatherer | None = None
+    ) -> None:
+        self.gatherer = gatherer
         self.name = name
         self.handler = handler
         self.lane = lane
@@ -253,11 +375,16 @@ class _Lane:
         self.changed = threading.Condition(self.lock)
         self.idle = 0  # threads that wait for `changed`, and have not been notified
         self.early: set[Call] = set()  # whose turn, under a rate limit, is still to come
-        self.nbytes = 0  # of both
+        self.gathered = 0  # calls that gatherers have, and have not begun
+        self.nbytes = 0  # of all three
 
 
 def _never() -> bool:
     return False
+
+
+def _answer_nothing(call: Call) -> None:
+    raise AssertionError(f"{call.name!r} is answered by a gatherer")
 
 
 class Dispatcher:
@@ -311,19 +438,24 @@ class Dispatcher:
 
     # What is served -----------------------------------------------------------------------
 
-    def register(self, name: str, handler: Handler, lane: str = "") -> None:
+    def register(self, name: str, handler: Handler | Gatherer, lane: str = "") -> None:
         """Serve calls of ``name`` by ``handler``, from now on, in place of any other.
 
         Args:
             name: of the interface.
-            handler: see `Handler`; `answer_with` makes one of a plain function.
+            handler: see `Handler` and `Gatherer`; `answer_with` makes one of a plain function.
             lane: the interfaces of each lane but the first, ``""``, have a thread of their own,
                 and wait for no handler of another. To be named before `run`.
         """
         if lane not in self._lanes:
             self._lanes[lane] = _Lane()
             self._parallel = True
-        self._interfaces[name] = _Interface(name, handler, self._lanes[lane])
+        if isinstance(handler, Gatherer):
+            made = _Interface(name, _answer_nothing, self._lanes[lane], handler)
+            handler.attach(Turns(self, made, handler))
+        else:
+            made = _Interface(name, handler, self._lanes[lane])
+        self._interfaces[name] = made
 
     @property
     def names(self) -> list[str]:
@@ -357,6 +489,8 @@ class Dispatcher:
 
     def refuse(self, call: Call, error: EdgemlError) -> None:
         """Answer with an error, and count it."""
+        if type(call) is _Turn:
+            return
         self.counts[type(error).__name__] += 1
         try:
             call.fail(error)
@@ -367,6 +501,17 @@ class Dispatcher:
 
     def _put(self, call: Call, interface: _Interface) -> None:
         lane = interface.lane
+        if interface.gatherer is not None:
+            with lane.lock:
+                refused = self._check_room(lane, call)
+                if refused is None:
+                    lane.nbytes += call.nbytes
+                    lane.gathered += 1
+            if refused is not None:
+                self.refuse(call, refused)
+            else:
+                interface.gatherer.take(call)
+            return
         mine = self._in_rounds and get_ident() == self._carrying
         if mine and lane is self._main and call.source is self._wanted and self._is_idle():
             self._at_hand = call, interface  # which this thread takes when the round is over
@@ -378,6 +523,22 @@ class Dispatcher:
                 self._queue(call, interface)
         if refused is not None:
             self.refuse(call, refused)
+
+    def _put_turn(self, turn: _Turn, interface: _Interface) -> None:
+        """Have a gatherer run, in its turn; there is always room for that."""
+        lane = interface.lane
+        mine = self._in_rounds and get_ident() == self._carrying
+        if mine and lane is self._main and turn.source is self._wanted and self._is_idle():
+            self._at_hand = turn, interface
+            return
+        with lane.lock:
+            if not self._closed:
+                self._queue(turn, interface)
+
+    def _leave_gatherer(self, call: Call, lane: _Lane) -> None:
+        with lane.lock:
+            lane.gathered -= 1
+            lane.nbytes -= call.nbytes
 
     def _put_early(self, call: Call, interface: _Interface, delay: float) -> None:
         """Take a call whose turn comes in so many seconds."""
@@ -395,15 +556,20 @@ class Dispatcher:
     def _queue_early(self, call: Call, interface: _Interface) -> None:
         lane = interface.lane
         with lane.lock:
-            if call in lane.early:  # it has not been closed meanwhile
-                lane.early.remove(call)
+            if call not in lane.early:  # it has been closed meanwhile
+                return
+            lane.early.remove(call)
+            if interface.gatherer is None:
                 self._queue(call, interface)
+                return
+            lane.gathered += 1
+        interface.gatherer.take(call)
 
     def _check_room(self, lane: _Lane, call: Call) -> EdgemlError | None:
         """Return why a call can't wait, if so; under the lane's lock."""
         if self._closed:
             return Closed("the server has been stopped")
-        waiting, held = len(lane.waiting) + len(lane.early), lane.nbytes
+        waiting, held = len(lane.waiting) + len(lane.early) + lane.gathered, lane.nbytes
         # One call is always taken, however large.
         if waiting >= _MOST_WAITING or (waiting > 0 and held + call.nbytes > _MOST_WAITING_BYTES):
             return Overloaded(
@@ -511,6 +677,8 @@ class Dispatcher:
                     self._in_rounds = False
                 self._looked = time.monotonic()
                 if (taken := self._at_hand) is not None:
+                    if type(taken[0]) is _Turn:
+                        self._gather_more(carried)
                     self._at_hand = None
                     return taken
                 continue
@@ -519,6 +687,14 @@ class Dispatcher:
                     lane.idle += 1
                     lane.changed.wait()
         return None
+
+    def _gather_more(self, carried: Endpoint) -> None:
+        """Make a round more, for calls that came with the one that was at hand."""
+        self._in_rounds = True
+        try:
+            carried.carry(_never)
+        finally:
+            self._in_rounds = False
 
     def _is_idle(self) -> bool:
         return not (self._at_hand or self._main.waiting or self._closed)
@@ -531,14 +707,11 @@ class Dispatcher:
         if self._closed:
             self.refuse(call, Closed("the server has been stopped"))
             return
-        if call.expired:
-            self.refuse(call, DeadlineExceeded("nobody waits for this call any more"))
-            return
-        self.counts["calls"] += 1
-        if interface.fresh:
-            interface.fresh = False
-            text = "%s %r is called for the first time, by %s"
-            _log.info(text, self._service, call.name, call.caller)
+        if type(call) is not _Turn:
+            if call.expired:
+                self.refuse(call, DeadlineExceeded(_TOO_LATE))
+                return
+            self._count(call, interface)
         me = get_ident()
         carries = me == self._carrying
         if carries and self._carried is not None:
@@ -571,8 +744,17 @@ class Dispatcher:
         # Quickly down, and slowly up: a busy machine makes a short handler look long now and then.
         interface.typical += (took - interface.typical) * (0.5 if took < interface.typical else 0.1)
 
+    def _count(self, call: Call, interface: _Interface) -> None:
+        self.counts["calls"] += 1
+        if interface.fresh:
+            interface.fresh = False
+            text = "%s %r is called for the first time, by %s"
+            _log.info(text, self._service, call.name, call.caller)
+
     def _fail(self, call: Call, interface: _Interface, error: BaseException) -> None:
-        if call.answered:
+        if type(call) is _Turn:
+            _log.error("%s %r failed", self._service, interface.name, exc_info=error)
+        elif call.answered:
             _log.exception("%s %r failed after its answer", self._service, interface.name)
         elif isinstance(error, _PASSED_ON):
             self.refuse(call, error)
@@ -582,7 +764,7 @@ class Dispatcher:
             _log.warning("%s %r failed for %s: %s", self._service, what, call.caller, told)
             _log.debug("the traceback, which the client gets as well:", exc_info=True)
             try:
-                trace = traceback.format_exc()[-20_000:]
+                trace = "".join(traceback.format_exception(error))[-20_000:]
             except Exception:  # Python 3.11 may fail where two threads format at once (gh-106905)
                 trace = ""
             name = type(error).__qualname__
@@ -612,6 +794,10 @@ class Dispatcher:
         """
         self._closed = True
         deadline = time.monotonic() + _GRACE
+        gatherers = [i.gatherer for i in self._interfaces.values() if i.gatherer is not None]
+        gathered = [call for gatherer in gatherers for call in gatherer.close()]
+        for call in gathered:
+            self.refuse(call, Closed("the server has been stopped"))
         for lane in self._lanes.values():
             with lane.lock:
                 lane.idle = 0
@@ -619,7 +805,7 @@ class Dispatcher:
                 refused = [*(call for call, _ in lane.waiting), *lane.early]
                 lane.waiting.clear()
                 lane.early.clear()
-                lane.nbytes = 0
+                lane.nbytes = lane.gathered = 0
             for call in refused:
                 self.refuse(call, Closed("the server has been stopped"))
         carried = self._carried
@@ -641,7 +827,9 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """How many calls wait for a thread to handle them, or for their turn."""
-        return sum(len(lane.waiting) + len(lane.early) for lane in self._lanes.values())
+        return sum(
+            len(lane.waiting) + len(lane.early) + lane.gathered for lane in self._lanes.values()
+        )
 
     @property
     def inside(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
 from edgeml.core.codec import Codec
-from edgeml.core.dispatch import Call, Caller, Dispatcher, Handler, unknown
+from edgeml.core.dispatch import Call, Caller, Dispatcher, Gatherer, Handler, unknown
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
@@ -33,6 +33,7 @@ __all__ = ["Server"]
 _log = logging.getLogger(__name__)
 
 _TICK = 0.25  # seconds
+_NOTHING = Message(b"")
 _MOST_SESSIONS = 1 << 16
 _PORT_TRIES = 16  # to find a port that is free for all transports
 _FORGET = 30.0  # seconds without a sign of life after which a session ends
@@ -75,6 +76,9 @@ class _EnvelopeCall(Call):
 
     def payload(self) -> Any:
         return self._codec.decode(self._message)
+
+    def drop_payload(self) -> None:
+        self._message = _NOTHING
 
     @property
     def expired(self) -> bool:
@@ -169,7 +173,7 @@ class Server:
 
     # What is served -----------------------------------------------------------------------
 
-    def register(self, name: str, handler: Handler, lane: str = "") -> None:
+    def register(self, name: str, handler: Handler | Gatherer, lane: str = "") -> None:
         """Serve calls of ``name`` by ``handler``; see `Dispatcher.register`."""
         self.dispatcher.register(name, handler, lane)
 

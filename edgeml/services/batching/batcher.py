@@ -1,0 +1,383 @@
+"""The batcher: takes calls as they come, and answers many of them by one run of a function."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgeml.core.alarms import Alarm
+from edgeml.core.dispatch import Call, Caller, Gatherer, Turns
+from edgeml.core.errors import Closed, DeadlineExceeded
+from edgeml.core.transport import Endpoint
+from edgeml.services.batching.patience import Costs, Patience
+from edgeml.services.batching.stack import Layout, Stack, flatten, split
+
+__all__ = ["Batcher", "Batching"]
+
+_LONG = 1e-3  # seconds of a batch beside which it pays to have another thread bring calls
+_MOST_LAYOUTS = 16  # whose costs are remembered
+_MOST_SIZE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the calls of an interface are put together.
+
+    Attributes:
+        max_size: calls in a batch, at most.
+        max_delay: seconds that a call may wait for others to fill its batch. With 0.0 a lone
+            client waits for nobody, and what came while the last batch ran is the next at once; but
+            clients that were just answered are waited for where it pays, for as long as it pays,
+            by what batches have cost so far and how soon these clients have come back.
+        sizes: to which batches are padded, so that a function which is compiled for each size is
+            compiled for a few only: "pow2" for powers of two and ``max_size``, "any" for no
+            padding, or the sizes themselves.
+
+    Raises:
+        ValueError: what contradicts itself.
+    """
+
+    max_size: int = 32
+    max_delay: float = 0.0
+    sizes: Literal["pow2", "any"] | Sequence[int] = "pow2"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_size, int) or not 1 <= self.max_size <= _MOST_SIZE:
+            raise ValueError(f"max_size must be 1 to {_MOST_SIZE}, not {self.max_size!r}")
+        if not 0 <= self.max_delay < float("inf"):
+            raise ValueError(f"max_delay must be 0 or more seconds, not {self.max_delay!r}")
+        if isinstance(self.sizes, str):
+            if self.sizes not in ("pow2", "any"):
+                raise ValueError(f'sizes is "pow2", "any" or a list of sizes, not {self.sizes!r}')
+        else:
+            given = tuple(self.sizes)
+            if not all(isinstance(size, int) and 1 <= size <= self.max_size for size in given):
+                raise ValueError(f"sizes must be 1 to max_size, {self.max_size}, not {given!r}")
+            if self.max_size not in given:
+                raise ValueError(
+                    f"sizes {given!r} has no {self.max_size}, which is max_size: no batch of more "
+                    f"than {max(given, default=0)} could be padded"
+                )
+            object.__setattr__(self, "sizes", tuple(sorted(set(given))))
+
+    def all_sizes(self) -> list[int]:
+        """Return every size that a batch may have, padding included, in ascending order."""
+        if self.sizes == "any":
+            return list(range(1, self.max_size + 1))
+        if self.sizes == "pow2":
+            return [1 << i for i in range(self.max_size.bit_length()) if 1 << i < self.max_size] + [
+                self.max_size
+            ]
+        return [int(size) for size in self.sizes]
+
+
+class _Batch:
+    """Calls that are stacked, and wait for the others or for their turn."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.calls: list[Call] = []
+        self.contexts: list[Any] = []
+        self.since = time.monotonic()
+
+    def select(self, rows: list[int]) -> _Batch:
+        """Return copies of some rows, as a batch of its own."""
+        other = _Batch(self.stack.select(rows))
+        other.calls = [self.calls[row] for row in rows]
+        other.contexts = [self.contexts[row] for row in rows if self.contexts]
+        return other
+
+    def keep(self, rows: list[int]) -> None:
+        """Let go of all rows but these."""
+        for target, source in enumerate(rows):
+            if target != source:
+                self.stack.copy_row(source, target)
+        self.calls = [self.calls[row] for row in rows]
+        self.contexts = [self.contexts[row] for row in rows if self.contexts]
+
+
+class Batcher(Gatherer):
+    """Answers calls in batches.
+
+    A call is stacked in the thread that brings it, while the last batch runs. Of each client one
+    call at a time is stacked, and the rest is taken in turn with those of others as room is left.
+
+    Args:
+        name: of the interface.
+        function: ``function(batch)``, or ``function(batch, contexts)`` with ``make_context``.
+        batching: how calls are put together.
+        make_context: makes what the function is told of one call; None for nothing.
+        check_payload: raises for a payload that is refused.
+        check_result: raises for a row of a result that is not to be given.
+
+    Attributes:
+        function: what runs, and its version; replaced as one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        batching: Batching,
+        *,
+        make_context: Callable[[Call], Any] | None = None,
+        check_payload: Callable[[Any], None] | None = None,
+        check_result: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.function: tuple[Callable[..., Any], int] = function, 1
+        self._name = name
+        self._max_size = batching.max_size
+        self._max_delay = batching.max_delay
+        self._sizes = batching.all_sizes()
+        self._size_of = [0]
+        for size in self._sizes:  # of each number of calls, the size to which they are padded
+            self._size_of += [size] * (size + 1 - len(self._size_of))
+        self._make_context = make_context
+        self._check_payload = check_payload
+        self._check_result = check_result
+
+        self._turns: Turns
+        self._lock = threading.Lock()
+        self._batches: deque[_Batch] = deque()  # in the order in which they are to run
+        self._newest: dict[Layout, _Batch] = {}  # of them, where the next call of a layout goes
+        self._lines: dict[Caller, deque[Call]] = {}  # what else those wait for who are in a batch
+        self._waiting = 0  # calls
+        self._source: Endpoint | None = None  # which brought the last one
+        self._asked = False  # for a turn, which has not ended
+        self._closed = False
+        self._alarm: Alarm | None = None  # that looks again, ...
+        self._alarm_at = 0.0  # ... and when
+        self._costs: OrderedDict[Layout, Costs] = OrderedDict()
+        self._costs_now = Costs()
+        self._patience = Patience(lambda rows: self._costs_now.of(self._pad(rows)))
+
+    def _pad(self, rows: int) -> int:
+        return self._size_of[min(rows, self._max_size)]
+
+    # Calls come, in any thread ------------------------------------------------------------
+
+    def attach(self, turns: Turns) -> None:
+        """See `Gatherer.attach`."""
+        self._turns = turns
+
+    def take(self, call: Call) -> None:
+        """See `Gatherer.take`."""
+        failure: Exception | None = None
+        with self._lock:
+            if self._closed:
+                failure = Closed("the server has been stopped")
+            else:
+                caller = call.caller
+                self._patience.arrive(caller, time.monotonic())
+                line = self._lines.get(caller)
+                if line is not None:
+                    line.append(call)
+                    self._waiting += 1
+                else:
+                    try:
+                        self._place(call)
+                    except Exception as error:
+                        failure = error
+                    else:
+                        self._lines[caller] = deque()
+                        self._waiting += 1
+                self._source = call.source
+                if not self._asked:
+                    self._look()
+        if failure is not None:  # not under the lock, since the answer is sent at once
+            self._refuse(call, failure)
+
+    def _refuse(self, call: Call, error: Exception) -> None:
+        if isinstance(error, (Closed, DeadlineExceeded)):
+            self._turns.refuse(call, error)
+        elif self._turns.begin(call):
+            self._turns.fail(call, error)
+
+    def _place(self, call: Call) -> _Batch:
+        """Stack a call into the newest batch of its layout; under the lock."""
+        payload = call.payload()
+        if self._check_payload is not None:
+            self._check_payload(payload)
+        layout, leaves = flatten(payload)
+        context = self._make_context(call) if self._make_context is not None else None
+        batch = self._newest.get(layout)
+        if batch is None or len(batch.calls) == self._max_size:
+            batch = _Batch(Stack(layout, self._max_size))
+            self._batches.append(batch)
+            self._newest[layout] = batch
+        batch.stack.write(len(batch.calls), leaves)
+        batch.calls.append(call)
+        if self._make_context is not None:
+            batch.contexts.append(context)
+        call.drop_payload()
+        return batch
+
+    def _look(self) -> None:
+        """Ask for a turn if one is due, or look again when it may be; under the lock."""
+        if not self._batches or self._closed:
+            return
+        if self._waiting < self._max_size:
+            due = self._batches[0].since + self._max_delay if self._max_delay else 0.0
+            if self._waiting < self._patience.wanted:
+                due = max(due, self._patience.until)
+            if due and (left := due - time.monotonic()) > 0:
+                if self._alarm is None or self._alarm_at > due:
+                    self._alarm_at = due
+                    self._alarm = self._turns.after(left, self._look_again)
+                return
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        self._asked = True
+        self._turns.ask(self._source)
+
+    def _look_again(self) -> None:
+        with self._lock:
+            self._alarm = None
+            if not self._asked:
+                self._look()
+
+    # A turn, in the handlers' thread -------------------------------------------------------
+
+    def run(self) -> None:
+        """See `Gatherer.run`."""
+        answered: list[Caller] = []
+        try:
+            with self._lock:
+                batch, refused = self._next()
+            for call, error in refused:
+                self._refuse(call, error)
+            if batch is not None:
+                answered = [call.caller for call in batch.calls]
+                batch.keep([i for i, call in enumerate(batch.calls) if self._turns.begin(call)])
+                if batch.calls:
+                    self._run(batch)
+        finally:
+            with self._lock:
+                self._asked = False
+                gone = [caller for caller in set(answered) if caller not in self._lines]
+                self._patience.decide(gone, self._waiting, self._max_size)
+                self._look()
+
+    def _next(self) -> tuple[_Batch | None, list[tuple[Call, Exception]]]:
+        """Take the oldest batch, with more calls of those who are in it while there is room."""
+        refused: list[tuple[Call, Exception]] = []
+        if not self._batches:
+            return None, refused
+        batch = self._batches.popleft()
+        callers = deque(call.caller for call in batch.calls)
+        while callers:
+            caller = callers.popleft()
+            line = self._lines[caller]
+            if not line:
+                del self._lines[caller]
+                continue
+            call = line.popleft()
+            try:
+                if call.expired:
+                    raise DeadlineExceeded("nobody waits for this call any more")
+                placed = self._place(call)
+            except Exception as error:
+                self._waiting -= 1
+                refused.append((call, error))
+                placed = batch
+            if placed is batch:
+                callers.append(caller)
+        if self._newest.get(batch.stack.layout) is batch:
+            del self._newest[batch.stack.layout]
+        self._waiting -= len(batch.calls)
+        return batch, refused
+
+    def _run(self, batch: _Batch) -> None:
+        layout = batch.stack.layout
+        costs = self._costs.setdefault(layout, Costs())
+        self._costs.move_to_end(layout)
+        if len(self._costs) > _MOST_LAYOUTS:
+            self._costs.popitem(last=False)
+        self._costs_now = costs
+        size = self._pad(len(batch.calls))
+        if costs.of(size) > _LONG:
+            with self._lock:
+                more = bool(self._batches) or self._patience.expects_more(time.monotonic())
+            if more:
+                self._turns.relieve()
+        function, version = self.function
+        began = time.monotonic()
+        for call in batch.calls:
+            call.began = began
+            call.batch_size = len(batch.calls)
+            call.version = version
+        try:
+            result = self._compute(function, batch, size)
+        except Exception as error:
+            self._find_culprits(function, batch, error)
+            return
+        except BaseException as error:  # Ctrl-C, which ends the server
+            self._fail(batch, error)
+            raise
+        ended = self._answer(batch, result, size)
+        costs.add(size, ended - began)
+
+    def _compute(self, function: Callable[..., Any], batch: _Batch, size: int) -> Any:
+        batch.stack.pad(len(batch.calls), size)
+        tree = batch.stack.tree(size)
+        return function(tree, batch.contexts) if self._make_context else function(tree)
+
+    def _fail(self, batch: _Batch, error: BaseException) -> None:
+        for call in batch.calls:
+            self._turns.fail(call, error)
+
+    def _answer(self, batch: _Batch, result: Any, size: int) -> float:
+        """Give each call its row; returns when the result was there, on the host."""
+        try:
+            rows = split(result, size, len(batch.calls))
+        except Exception as error:  # the function's fault and no call's, so nobody is looked for
+            self._fail(batch, error)
+            return time.monotonic()
+        ended = time.monotonic()
+        check = self._check_result
+        for call, row in zip(batch.calls, rows, strict=True):
+            call.ended = ended
+            try:
+                if check is not None:
+                    check(row)
+                call.answer(row)
+            except Exception as error:
+                self._turns.fail(call, error)
+        return ended
+
+    def _find_culprits(
+        self, function: Callable[..., Any], batch: _Batch, error: BaseException
+    ) -> None:
+        """Run the halves of a batch that failed, until those calls are found that make it fail."""
+        if len(batch.calls) == 1:
+            self._turns.fail(batch.calls[0], error)
+            return
+        middle = len(batch.calls) // 2
+        for rows in (range(middle), range(middle, len(batch.calls))):
+            half = batch.select(list(rows))
+            size = self._pad(len(half.calls))
+            try:
+                result = self._compute(function, half, size)
+            except Exception as again:
+                self._find_culprits(function, half, again)
+            else:
+                self._answer(half, result, size)
+
+    # Before and after ----------------------------------------------------------------------
+
+    def close(self) -> list[Call]:
+        """See `Gatherer.close`."""
+        with self._lock:
+            self._closed = True
+            waiting = [call for batch in self._batches for call in batch.calls]
+            waiting += [call for line in self._lines.values() for call in line]
+            self._batches.clear()
+            self._newest.clear()
+            self._lines.clear()
+            self._waiting = 0
+        return waiting
