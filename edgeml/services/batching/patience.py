@@ -121,8 +121,13 @@ class Patience:
         self.wanted, self.until = 0, now
         if not paces or waiting >= most:
             return
-        paces.sort()
-        others, cost = len(paces), self._cost
+        cost = self._cost
+        # Whoever comes later than two batches from now is no part of this.
+        late = 2 * cost(min(most, waiting + len(paces)))
+        paces = sorted(pace for pace in paces if pace < late)
+        if not paces:
+            return
+        others = len(paces)
         fewest = 0 if waiting else 1  # a batch has at least one
         none = best = (paces[0] if fewest else 0.0) + cost(waiting + fewest) + cost(others - fewest)
         chosen = fewest
