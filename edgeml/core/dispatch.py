@@ -146,7 +146,7 @@ class Call(ABC):
             Malformed: it can't be decoded.
         """
 
-    def drop_payload(self) -> None:
+    def drop_payload(self) -> None:  # noqa: B027 - most have nothing to let go of
         """Let go of the payload, which has been copied: it may lie in memory that others need."""
 
     @property
