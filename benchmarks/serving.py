@@ -173,7 +173,7 @@ def serve_raw(pipe: Connection, settings: Settings) -> None:
     router.bind("tcp://127.0.0.1:*")
     pipe.send(router.getsockopt_string(zmq.LAST_ENDPOINT))
     while True:
-        asked = []
+        asked: list[tuple[bytes, Any]] = []
         while len(asked) < settings["clients"] and (router.poll(200) or not asked):
             client, header, *frames = router.recv_multipart()
             value = codec.decode(Message(header, [memoryview(frame) for frame in frames]))
@@ -192,7 +192,7 @@ class RawClient:
         import zmq
 
         self._codec = load_codec("msgpack")
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: Any = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.connect(url)
 
     def call(self, name: str, payload: Any) -> Any:

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edgeml import core, data, services
+    from edgeml.core.client import Timing
     from edgeml.core.errors import (
         Closed,
         ConfigMismatch,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         EdgemlError,
         Malformed,
         NotEncodable,
+        NotReady,
         Overloaded,
         PermissionDenied,
         PluginError,
@@ -33,11 +35,14 @@ if TYPE_CHECKING:
         UnknownInterface,
         Unreachable,
     )
+    from edgeml.core.state import ServerState
     from edgeml.core.streams import Subscription
     from edgeml.services import (
         ActionClient,
         ActionConfig,
         ActionServer,
+        Batching,
+        Context,
         Feature,
         InferenceClient,
         InferenceServer,
@@ -60,6 +65,11 @@ __all__ = [
     "TrainerClient",
     "TrainerTunnel",
     "Subscription",
+    # how a server answers
+    "Batching",
+    "Context",
+    "ServerState",
+    "Timing",
     # what a policy takes and gives
     "Feature",
     "PolicyContract",
@@ -70,6 +80,7 @@ __all__ = [
     # errors
     "EdgemlError",
     "Unreachable",
+    "NotReady",
     "DeadlineExceeded",
     "Closed",
     "Overloaded",
@@ -84,9 +95,13 @@ __all__ = [
 
 # Of what is neither an error nor one of the pairs.
 _HOMES = {
+    "Batching": "services",
+    "Context": "services",
     "Feature": "services",
     "PolicyContract": "services",
+    "ServerState": "core.state",
     "Subscription": "core.streams",
+    "Timing": "core.client",
 }
 
 _PACKAGES = ("core", "data", "services", "testing")

@@ -21,24 +21,54 @@ from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
     EdgemlError,
+    NotReady,
     Overloaded,
     UnknownInterface,
     Unreachable,
 )
 from edgeml.core.message import Message
+from edgeml.core.ping import ping
 from edgeml.core.plugins import load_codec
 from edgeml.core.session import Session, SessionKeeper
+from edgeml.core.state import ServerState, state_of
 from edgeml.core.streams import Subscription
 from edgeml.core.transport import Credentials
 from edgeml.core.url import Url
 
-__all__ = ["Client"]
+__all__ = ["Client", "Timing"]
 
 _log = logging.getLogger(__name__)
 
 _LONGEST = 1e6  # seconds; of a timeout, as a transport may count milliseconds in 32 bits
 _NOTHING = Message(b"")
+_IMPATIENCE = 0.02  # seconds; the first pause between two looks whether a server is ready
+_PATIENCE = 0.5  # seconds; the longest
 _MOST_UNSENT = 1 << 12  # asynchronous calls that wait for a connection
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How a call was served, as the server tells; what is left of the round trip is the way.
+
+    Attributes:
+        version: of the function that answered: counts from 1, and rises when it is replaced.
+        batch_size: calls that were answered by the same run of it.
+        queue: seconds from the call's arrival at the server until its turn came.
+        compute: seconds that the function took.
+        round_trip: seconds from the call until its answer was here.
+    """
+
+    version: int
+    batch_size: int
+    queue: float
+    compute: float
+    round_trip: float
+
+
+def _tell_timing(reply: wire.Result, began: float) -> Timing:
+    served = reply.served or wire.Served(0, 1, 0.0, 0.0)
+    took = time.monotonic() - began
+    return Timing(served.version, served.batch_size, served.queue, served.compute, took)
 
 
 @dataclass(eq=False)
@@ -48,6 +78,7 @@ class _Asynchronous:
     future: Future[Any]
     name: str
     encoded: Message
+    began: float
     deadline: float
     alarm: Alarm
     request: Future[Message] | None = None  # under way
@@ -69,11 +100,12 @@ class Client:
         service: the kind of server wanted.
         urls: where it is; the first that answers is taken.
         config: what the server's configuration must equal, field by field.
+        extensions: what is said to parts of the server that it may not have, by name.
         client_id: an identity that outlives this object; random by default.
         label: for people to read in the server's list of clients.
         codec: the codec's name.
         timeout: seconds that a call, or the first connection, may take unless told otherwise.
-        wait: seconds to go on trying when nobody serves there yet.
+        wait: seconds to go on trying when nobody serves there yet, or the server is not ready.
         writable: whether received arrays are private copies rather than read-only views.
         credentials: given to the transport.
 
@@ -88,6 +120,7 @@ class Client:
         urls: Sequence[Url],
         *,
         config: dict[str, Any] | None = None,
+        extensions: dict[str, Any] | None = None,
         client_id: str | None = None,
         label: str = "",
         codec: str = "msgpack",
@@ -99,10 +132,19 @@ class Client:
         if not timeout > 0:
             raise ValueError(f"timeout must be positive, not {timeout}")
         self.client_id = client_id or secrets.token_hex(8)
+        began = time.monotonic()
         self.timeout = float(min(timeout, _LONGEST))
         self._codec = load_codec(codec)
         hello = wire.pack(
-            wire.Hello(wire.PROTOCOL, service, self.client_id, label, codec, config or {})
+            wire.Hello(
+                wire.PROTOCOL,
+                service,
+                self.client_id,
+                label,
+                codec,
+                config or {},
+                extensions or {},
+            )
         )
         self._writable = writable
         self._closed = False
@@ -125,6 +167,38 @@ class Client:
         except BaseException:
             self._alarms.close()
             raise
+        try:
+            if wait > 0:
+                self._wait_until_ready(began + wait)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        pause = _IMPATIENCE
+        while (now := self.state()).state != "ready":
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise NotReady(f"the server at {self.url} is {now}, after all the time to wait")
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _PATIENCE)
+
+    def state(self, timeout: float | None = None) -> ServerState:
+        """Ask the server what it is at; it answers while it loads, too.
+
+        Raises:
+            Unreachable, DeadlineExceeded: it doesn't answer.
+        """
+        limit = self._limit(timeout)
+        pong, _, _ = ping(self.sessions.connect(limit).requester, limit)
+        return ServerState(state_of(pong.state), pong.progress, pong.detail)
+
+    @property
+    def url(self) -> Url:
+        """Where the server is, of the session that there is or was last."""
+        session = self.sessions.current
+        assert session is not None  # there was one, or this would not have been made
+        return session.requester.url
 
     @property
     def epoch(self) -> int:
@@ -135,7 +209,14 @@ class Client:
     # Calls --------------------------------------------------------------------------------
 
     def call(self, name: str, payload: Any, timeout: float | None = None) -> Any:
-        """Call an interface of the server and return its result.
+        """Call an interface of the server and return its result; see `call_timed`."""
+        reply, message = self._ask(name, payload, timeout)
+        return self._value(reply, message)
+
+    def call_timed(
+        self, name: str, payload: Any, timeout: float | None = None
+    ) -> tuple[Any, Timing]:
+        """Call an interface of the server, and return its result and how it was served.
 
         The payload's arrays may be changed when this returns, and when it raises.
 
@@ -153,6 +234,12 @@ class Client:
             NotEncodable: the payload, before anything is sent.
             Closed: this client has been closed, or the server is stopping.
         """
+        began = time.monotonic()
+        reply, message = self._ask(name, payload, timeout)
+        timing = _tell_timing(reply, began)
+        return self._value(reply, message), timing
+
+    def _ask(self, name: str, payload: Any, timeout: float | None) -> tuple[wire.Result, Message]:
         left = limit = self._limit(timeout)
         deadline = time.monotonic() + limit
         encoded = self._codec.encode(payload)
@@ -169,9 +256,9 @@ class Client:
                 raise
             except Closed:
                 raise self.sessions.explain(session) from None
-            reply = wire.unpack(wire.Answer, message.header)
+            reply = wire.unpack(wire.Result, message.header)
             if reply.status != wire.NO_SESSION:
-                return self._value(reply, message)
+                return reply, message
             session.lose(wire.error_of(reply))  # not carried out, so it can be sent again
             left = deadline - time.monotonic()
             if left <= 0:
@@ -180,7 +267,7 @@ class Client:
     def _limit(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else float(max(0.0, min(timeout, _LONGEST)))
 
-    def _value(self, reply: wire.Answer, message: Message) -> Any:
+    def _value(self, reply: wire.Result, message: Message) -> Any:
         if reply.status != wire.OK:
             raise wire.error_of(reply)
         return self._codec.decode(Message(reply.body, message.buffers), writable=self._writable)
@@ -189,7 +276,8 @@ class Client:
         """Call an interface and return a future of its result, which raises what `call` does.
 
         The payload's arrays may be changed when this returns. Callbacks of the future run in the
-        transport's thread and should be quick.
+        transport's thread and should be quick. Once it has a result it has a `Timing`, too, as the
+        attribute ``timing``.
 
         Raises:
             NotEncodable: the payload.
@@ -206,7 +294,8 @@ class Client:
             _settle(future, DeadlineExceeded(f"no answer to {name!r} within {limit:g} s"))
 
         alarm = self._alarms.after(limit, expire)
-        call = _Asynchronous(future, name, encoded, time.monotonic() + limit, alarm)
+        now = time.monotonic()
+        call = _Asynchronous(future, name, encoded, now, now + limit, alarm)
         future.add_done_callback(call.settled)
         try:
             session = self.sessions.current
@@ -243,11 +332,12 @@ class Client:
             return
         try:
             message = done.result()
-            reply = wire.unpack(wire.Answer, message.header)
+            reply = wire.unpack(wire.Result, message.header)
             if reply.status == wire.NO_SESSION:
                 session.lose(wire.error_of(reply))  # not carried out, so it can be sent again
                 self._send_later(call)
             else:
+                call.future.timing = _tell_timing(reply, call.began)  # type: ignore[attr-defined]
                 _settle(call.future, self._value(reply, message))
         except Closed as error:
             _settle(call.future, self.sessions.explain(session) if done.exception() else error)

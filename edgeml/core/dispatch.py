@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
@@ -80,12 +80,32 @@ class Caller:
         client_id: the identity that the client gave; random unless its user chose one.
         label: what the client calls itself, for people to read.
         peer: who the transport says it is.
+        session: what handlers keep about it.
+        ends: called, the newest first, when nobody needs ``session`` any more.
+        episode: the id of the episode that it is in; empty before it has begun one.
     """
 
     client_id: str
     label: str
     peer: Peer
     turn: float = 0.0  # when the next call may start, under a rate limit
+    session: dict[Any, Any] = field(default_factory=dict)
+    ends: list[Callable[[], object]] = field(default_factory=list)
+    episode: str = ""
+
+    def begin_episode(self, episode: str) -> None:
+        """Forget what is kept; in the handlers' thread. Who has the old ``session`` may go on."""
+        self.session, self.episode = {}, episode
+        self.end_session()
+
+    def end_session(self) -> None:
+        """Call all `ends`, in the handlers' thread."""
+        ends, self.ends = self.ends, []
+        for function in reversed(ends):
+            try:
+                function()
+            except Exception:
+                _log.exception("what was to be done at the end of %s's session failed", self)
 
     def __str__(self) -> str:
         return f"{self.label or self.client_id} at {self.peer.address}"
@@ -106,19 +126,25 @@ class Call(ABC):
 
     Attributes:
         detail: what of the interface is meant, as a handler may say for the log: an action's key.
+        arrived: when it came, on the clock `time.monotonic`.
+        began: when its handler began.
+        ended: when there was a result, if that was before it was answered; else 0.
+        batch_size: calls that are answered together with this.
+        version: of what answers it; 0 for none.
     """
 
     __slots__ = (
         "_open",
+        "arrived",
+        "batch_size",
+        "began",
         "caller",
         "deadline",
         "detail",
+        "ended",
         "name",
         "nbytes",
         "source",
-        "began",
-        "ended",
-        "batch_size",
         "version",
     )
 
@@ -136,6 +162,10 @@ class Call(ABC):
         self.nbytes = nbytes
         self.source = source
         self.detail = ""
+        self.arrived = self.began = time.monotonic()
+        self.ended = 0.0
+        self.batch_size = 1
+        self.version = 0
         self._open = [True]  # until it is answered; to pop from it happens once
 
     @abstractmethod
@@ -269,7 +299,7 @@ class Gatherer(ABC):
 
 
 class _Turn(Call):
-    """Has a gatherer run; nobody waits for its answer."""
+    """Has a gatherer run; no client waits for an answer."""
 
     __slots__ = ()
 
@@ -279,8 +309,39 @@ class _Turn(Call):
     def _send(self, value: Any) -> None:
         pass
 
-    def _send_error(self, error: EdgemlError) -> None:
+    def _send_error(self, error: BaseException) -> None:
         pass
+
+    def report(self, error: BaseException) -> None:
+        """Tell somebody that this failed."""
+        _log.error("%r failed", self.name, exc_info=error)
+
+
+class _Job(_Turn):
+    """Has something done between two calls, which somebody in this process waits for."""
+
+    __slots__ = ("function", "future")
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__("job", _NOBODY, math.inf)
+        self.function = function
+        self.future: Future[Any] = Future()
+
+    def _send(self, value: Any) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(value)
+
+    def _send_error(self, error: BaseException) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+    def report(self, error: BaseException) -> None:
+        self._send_error(error)
+
+
+def _do_job(call: Call) -> None:
+    assert isinstance(call, _Job)
+    call.answer(call.function())
 
 
 class Turns:
@@ -400,6 +461,7 @@ class Dispatcher:
 
     Attributes:
         counts: calls handled, and refusals by the name of their error.
+        at_end: what `run` calls, in its thread, when it has handled the last call.
     """
 
     def __init__(
@@ -410,12 +472,14 @@ class Dispatcher:
         if rate_limit is not None and not rate_limit > 0:
             raise ValueError(f"rate_limit must be positive or None, not {rate_limit}")
         self.counts: Counter[str] = Counter()
+        self.at_end: Callable[[], object] = lambda: None
         self._service = service
         self._alarms = alarms
         self._interval = 1 / rate_limit if rate_limit else 0.0
         self._interfaces: dict[str, _Interface] = {}
         self._main = _Lane()
         self._lanes = {"": self._main}
+        self._jobs = _Interface("job", _do_job, self._main)
         self._parallel = workers > 1
         self._workers = workers
         self._threads: list[threading.Thread] = []
@@ -487,11 +551,23 @@ class Dispatcher:
                 return
         self._put(call, interface)
 
+    def do(self, function: Callable[[], Any]) -> Future[Any]:
+        """Call ``function()`` in the handlers' thread, after what waits already.
+
+        Returns:
+            A future of what it returns or raises, which is Closed where it comes to nothing.
+        """
+        job = _Job(function)
+        if self._closed:
+            job.fail(Closed("the server has been stopped"))
+        else:
+            self._put_turn(job, self._jobs)
+        return job.future
+
     def refuse(self, call: Call, error: EdgemlError) -> None:
         """Answer with an error, and count it."""
-        if type(call) is _Turn:
-            return
-        self.counts[type(error).__name__] += 1
+        if not isinstance(call, _Turn):
+            self.counts[type(error).__name__] += 1
         try:
             call.fail(error)
         except RuntimeError:
@@ -534,6 +610,8 @@ class Dispatcher:
         with lane.lock:
             if not self._closed:
                 self._queue(turn, interface)
+                return
+        self.refuse(turn, Closed("the server has been stopped"))
 
     def _leave_gatherer(self, call: Call, lane: _Lane) -> None:
         with lane.lock:
@@ -618,6 +696,7 @@ class Dispatcher:
                 self._carried.relieve()
             if self._at_hand is not None:
                 self.refuse(self._at_hand[0], Closed("the server has been stopped"))
+            self.at_end()
 
     def start(self) -> None:
         """Handle calls in a thread of its own; once."""
@@ -677,7 +756,7 @@ class Dispatcher:
                     self._in_rounds = False
                 self._looked = time.monotonic()
                 if (taken := self._at_hand) is not None:
-                    if type(taken[0]) is _Turn:
+                    if isinstance(taken[0], _Turn):
                         self._gather_more(carried)
                     self._at_hand = None
                     return taken
@@ -707,7 +786,7 @@ class Dispatcher:
         if self._closed:
             self.refuse(call, Closed("the server has been stopped"))
             return
-        if type(call) is not _Turn:
+        if not isinstance(call, _Turn):
             if call.expired:
                 self.refuse(call, DeadlineExceeded(_TOO_LATE))
                 return
@@ -720,7 +799,7 @@ class Dispatcher:
             elif not self._watched:
                 self._watched = True
                 self._alarms.after(_STUCK, self._watch)
-        self._running[me] = began
+        self._running[me] = call.began = began
         try:
             interface.handler(call)
         except BaseException as error:
@@ -752,8 +831,8 @@ class Dispatcher:
             _log.info(text, self._service, call.name, call.caller)
 
     def _fail(self, call: Call, interface: _Interface, error: BaseException) -> None:
-        if type(call) is _Turn:
-            _log.error("%s %r failed", self._service, interface.name, exc_info=error)
+        if isinstance(call, _Turn):
+            call.report(error)
         elif call.answered:
             _log.exception("%s %r failed after its answer", self._service, interface.name)
         elif isinstance(error, _PASSED_ON):
@@ -830,6 +909,11 @@ class Dispatcher:
         return sum(
             len(lane.waiting) + len(lane.early) + lane.gathered for lane in self._lanes.values()
         )
+
+    @property
+    def working(self) -> bool:
+        """Whether any call waits or is being handled."""
+        return bool(self.waiting or self._at_hand or self._running)
 
     @property
     def inside(self) -> bool:

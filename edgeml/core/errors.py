@@ -4,6 +4,7 @@
 
     EdgemlError
      ├── Unreachable(ConnectionError)       nobody answers there, or the connection was lost
+     │    └── NotReady                      the server is loading, or is about to stop
      ├── DeadlineExceeded(TimeoutError)     no answer within the time given
      ├── Closed(ConnectionError)            this end, or the server, has been stopped
      ├── Overloaded(ConnectionError)        too much is waiting already; try again later
@@ -27,6 +28,7 @@ __all__ = [
     "EdgemlError",
     "Malformed",
     "NotEncodable",
+    "NotReady",
     "Overloaded",
     "PermissionDenied",
     "PluginError",
@@ -50,6 +52,13 @@ class Unreachable(EdgemlError, ConnectionError):
     """Nobody answers at the address, or the connection was lost with requests under way.
 
     Whether a request that was under way has been carried out is not known.
+    """
+
+
+class NotReady(Unreachable):
+    """The server is loading, or answers what it has and then stops; this was not carried out.
+
+    The text has its state. ``wait_for_server=`` has a client wait until it is ready.
     """
 
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from edgeml.core import wire
@@ -19,11 +19,13 @@ from edgeml.core.errors import (
     ConfigMismatch,
     EdgemlError,
     Malformed,
+    NotReady,
     Overloaded,
     PermissionDenied,
 )
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_codec, load_transport
+from edgeml.core.state import ServerState
 from edgeml.core.streams import Topic
 from edgeml.core.transport import Credentials, Endpoint, Peer, Reply
 from edgeml.core.url import Url, is_loopback
@@ -32,7 +34,19 @@ __all__ = ["Server"]
 
 _log = logging.getLogger(__name__)
 
+Negotiate = Callable[[Any, Caller], Any]
+"""``negotiate(asked, caller)`` answers what a client's hello asks of an extension: plain values of
+MessagePack, both. It may raise ConfigMismatch, or Malformed for what is no question."""
+
+Load = Callable[[Callable[[float, str], None]], object]
+"""``load(report)`` makes a server able to answer; ``report(fraction, detail)`` tells how far it is.
+"""
+
 _TICK = 0.25  # seconds
+_LOOK = 0.005  # seconds between two looks whether all is answered
+_UNDER_WAY = 0.1  # seconds that a call may be on its way, or unread, when draining begins
+_DRAINING = "the server is draining: it answers what it has, and then stops; call another, or later"
+_LONGEST_DETAIL = 1000  # characters
 _NOTHING = Message(b"")
 _MOST_SESSIONS = 1 << 16
 _PORT_TRIES = 16  # to find a port that is free for all transports
@@ -69,6 +83,10 @@ class _EnvelopeCall(Call):
         self.nbytes = message.nbytes
         self.source = source
         self.detail = ""
+        self.arrived = session.seen
+        self.ended = 0.0
+        self.batch_size = 1
+        self.version = 0
         self._open = [True]
         self._codec = session.codec
         self._message = Message(request.body, message.buffers)
@@ -86,7 +104,10 @@ class _EnvelopeCall(Call):
 
     def _send(self, value: Any) -> None:
         encoded = self._codec.encode(value)
-        answer = wire.pack(wire.Answer(wire.OK, encoded.header))
+        began = self.began
+        compute = (self.ended or time.monotonic()) - began
+        served = wire.Served(self.version, self.batch_size, began - self.arrived, compute)
+        answer = wire.pack(wire.Result(wire.OK, encoded.header, 0, 0, served))
         self._reply(Message(answer, encoded.buffers))
 
     def _send_error(self, error: EdgemlError) -> None:
@@ -149,13 +170,22 @@ class Server:
             self._refuse_strangers(codec)
 
         self.counts: Counter[str] = Counter()
+        self._extensions: dict[str, Negotiate] = {}
         self._alarms = Alarms(f"edgeml {service} alarms")
         self.dispatcher = Dispatcher(service, self._alarms, workers, rate_limit)
+        self.dispatcher.at_end = self._end_sessions
         self._topics: dict[str, Topic] = {}
         self.topic(wire.HEARTBEAT)
         self._sessions: dict[bytes, _Session] = {}
         self._listeners: list[_Listener] = []
         self._lock = threading.Lock()
+        self.state = ServerState("starting", 0.0)
+        """What the server is at."""
+        self.failure: BaseException | None = None
+        """Why loading failed."""
+        self._loads: list[Load] = []
+        self._open_to_calls = False
+        self._draining = 0.0  # since when
         self._opened = False
         self._closed = False
         self._closer = 0  # the thread that closes
@@ -176,6 +206,10 @@ class Server:
     def register(self, name: str, handler: Handler | Gatherer, lane: str = "") -> None:
         """Serve calls of ``name`` by ``handler``; see `Dispatcher.register`."""
         self.dispatcher.register(name, handler, lane)
+
+    def extend(self, name: str, negotiate: Negotiate) -> None:
+        """Answer an extension in each hello that has it; before `open`."""
+        self._extensions[name] = negotiate
 
     def topic(self, name: str, keep: int = 1) -> Topic:
         """Make a stream that clients can subscribe to; see `Topic`."""
@@ -227,6 +261,12 @@ class Server:
                 done = "stopped" if self._closed else "started"
                 raise RuntimeError(f"the server was {done} before; make a new one")
             self._opened = True
+        if self._loads:
+            self.state = ServerState("loading", 0.0)
+            self.dispatcher.do(self._run_loads)
+        else:
+            self.state = ServerState("ready")
+            self._open_to_calls = True
         try:
             for tries in reversed(range(_PORT_TRIES)):
                 if self._listen(raising=not tries):
@@ -307,12 +347,95 @@ class Server:
             for topic in self._topics.values():
                 topic.tick()
             with self._lock:
-                for key, session in list(self._sessions.items()):
-                    if now - session.seen > _FORGET:
-                        del self._sessions[key]
-                        _log.info("%s: %s is lost: silent for %g s", self.service, session, _FORGET)
+                silent = [s for s in self._sessions.values() if now - s.seen > _FORGET]
+                for session in silent:
+                    del self._sessions[session.key]
+            for session in silent:
+                self._end_session(session)
+                _log.info("%s: %s is lost: silent for %g s", self.service, session, _FORGET)
         finally:
             self._alarms.after(_TICK, self._tick)
+
+    def _end_session(self, session: _Session) -> None:
+        if session.ends:
+            self.dispatcher.do(session.end_session)
+
+    def _end_sessions(self) -> None:
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            session.end_session()
+
+    # States -------------------------------------------------------------------------------
+
+    def load(self, function: Load) -> None:
+        """Call ``function(report)`` in the handlers' thread before any call is answered.
+
+        Raises:
+            RuntimeError: the server has been started.
+        """
+        if self._opened:
+            raise RuntimeError("the server was started before; load first")
+        self._loads.append(function)
+
+    def _run_loads(self) -> None:
+        """Run in the handlers' thread."""
+        loads, self._loads = self._loads, []
+        try:
+            for number, function in enumerate(loads):
+
+                def report(fraction: float, detail: str = "", number: int = number) -> None:
+                    done = (number + min(max(float(fraction), 0.0), 1.0)) / len(loads)
+                    if not self._closed and not self._draining:
+                        self.state = ServerState("loading", done, str(detail)[:_LONGEST_DETAIL])
+
+                report(0.0)
+                function(report)
+        except BaseException as error:
+            self.failure = error
+            _log.error("%s: loading failed, and the server stops", self.service, exc_info=error)
+            self.close()
+            return
+        with self._lock:
+            if not self._draining:
+                self.state = ServerState("ready")
+                self._open_to_calls = True
+        _log.info("%s is ready", self.service)
+
+    def _refuse_unready(self, now: float) -> None:
+        """Raise what refuses a call, unless it may have been under way when draining began."""
+        if not self._draining:
+            raise NotReady(
+                f"the server is {self.state}; wait_for_server= has a client wait until it is ready"
+            )
+        if now > self._draining + _UNDER_WAY:
+            raise NotReady(_DRAINING)
+
+    def drain(self, timeout: float) -> bool:
+        """Answer what is under way, take nothing new, and then close; whether all was answered.
+
+        In a handler this returns at once, with False, and the rest is done in the background.
+        """
+        with self._lock:
+            if not self._draining:
+                self._draining = time.monotonic()
+                self.state = ServerState("draining")
+                self._open_to_calls = False
+        if self.dispatcher.inside:
+            threading.Thread(
+                target=self._finish, args=(timeout,), name="edgeml drain", daemon=True
+            ).start()
+            return False
+        return self._finish(timeout)
+
+    def _finish(self, timeout: float) -> bool:
+        deadline = self._draining + timeout
+        time.sleep(max(0.0, min(_UNDER_WAY, timeout) - (time.monotonic() - self._draining)))
+        while (working := self.dispatcher.working) and time.monotonic() < deadline:
+            if self._ended.wait(_LOOK):
+                break
+        self.close()
+        return not working
 
     # Requests, in the transport's loop ----------------------------------------------------
 
@@ -325,7 +448,15 @@ class Server:
                 reply(Message(self._hello(request.body, reply.peer)))
                 return
             if request.kind == wire.PING:
-                pong = wire.Pong(wire.PROTOCOL, self.service, time.time())
+                now = self.state
+                pong = wire.Pong(
+                    wire.PROTOCOL,
+                    self.service,
+                    time.time(),
+                    now.state,
+                    now.progress,
+                    now.detail,
+                )
                 reply(Message(wire.pack(wire.Answer(wire.OK, wire.pack(pong)))))
                 return
             session = self._sessions.get(request.session)
@@ -334,6 +465,8 @@ class Server:
                 return
             session.seen = time.monotonic()
             if request.kind == wire.CALL:
+                if not self._open_to_calls:
+                    self._refuse_unready(session.seen)
                 call = _EnvelopeCall(request, session, message, reply, listener.endpoint)
                 self.dispatcher.submit(call)
             elif request.kind == wire.NEXT:
@@ -346,6 +479,7 @@ class Server:
                 with self._lock:
                     gone = self._sessions.pop(session.key, None)
                 if gone is not None:
+                    self._end_session(gone)
                     _log.info("%s: %s has left", self.service, session)
                 for topic in self._topics.values():
                     topic.forget(session.key)
@@ -360,6 +494,8 @@ class Server:
         reply(Message(wire.pack_error(error)))
 
     def _hello(self, body: bytes, peer: Peer) -> bytes:
+        if self._draining:
+            raise NotReady(_DRAINING)
         hello = wire.unpack(wire.Hello, body)
         differences = [
             f"{name}: the server has {ours!r}, the client has {theirs!r}"
@@ -378,6 +514,11 @@ class Server:
         if len(hello.client_id) > 200 or len(hello.label) > 200:
             raise Malformed("a client id or label of over 200 characters")
         session = _Session(hello, peer, self._codecs[hello.codec])
+        answers = {
+            name: self._extensions[name](asked, session)
+            for name, asked in hello.extensions.items()
+            if name in self._extensions
+        }
         with self._lock:
             if len(self._sessions) >= _MOST_SESSIONS:
                 raise Overloaded(f"the server has {_MOST_SESSIONS} clients already")
@@ -385,6 +526,5 @@ class Server:
         _log.info("%s: %s has come", self.service, session)
         topics = {topic.name: topic.keep for topic in self._topics.values()}
         ports = [url.port for url in self.urls]
-        return wire.pack(
-            wire.Answer(wire.OK, wire.pack(wire.Welcome(session.key, self.epoch, topics, ports)))
-        )
+        welcome = wire.Welcome(session.key, self.epoch, topics, ports, answers)
+        return wire.pack(wire.Answer(wire.OK, wire.pack(welcome)))

@@ -14,7 +14,8 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
@@ -53,6 +54,7 @@ class Session:
         codec: what both sides speak.
         topics: what can be subscribed to, and how many publications the server keeps of each.
         epoch: of this start of the server.
+        extensions: what the server answers to those of the hello.
         why_lost: None as long as it works.
     """
 
@@ -61,6 +63,7 @@ class Session:
     codec: Codec
     topics: dict[str, int]
     epoch: int
+    extensions: dict[str, Any] = field(default_factory=dict)
     why_lost: EdgemlError | None = None
     retired: bool = False
     counted: bool = False  # its figures are among those of the keeper
@@ -227,7 +230,14 @@ class SessionKeeper:
         if reply.status != wire.OK:
             raise wire.error_of(reply)
         welcome = wire.unpack(wire.Welcome, reply.body)
-        return Session(requester, welcome.session, self._codec, welcome.topics, welcome.epoch)
+        return Session(
+            requester,
+            welcome.session,
+            self._codec,
+            welcome.topics,
+            welcome.epoch,
+            welcome.extensions,
+        )
 
     def _keep(self) -> None:
         """Keep a heartbeat under way, and make a new session when one is lost."""

@@ -1,9 +1,9 @@
 """The envelope: what core writes into the header of every message, in front of the codec's part.
 
 A request's header is the MessagePack array ``[kind, session, name, timeout, body]``, a reply's
-``[status, body, epoch, number]``. The buffers are the codec's alone. Whatever arrives is decoded
-into these types or refused as `Malformed`; nothing else of a message is looked at before its
-session is known.
+``[status, body, epoch, number]``, and that of a call ``[status, body, 0, 0, served]``. The buffers
+are the codec's alone. Whatever arrives is decoded into these types or refused as `Malformed`;
+nothing else of a message is looked at before its session is known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from edgeml.core.errors import (
     DeadlineExceeded,
     EdgemlError,
     Malformed,
+    NotReady,
     Overloaded,
     PermissionDenied,
     RemoteError,
@@ -43,6 +44,8 @@ __all__ = [
     "Hello",
     "Pong",
     "Request",
+    "Result",
+    "Served",
     "Welcome",
     "error_of",
     "pack",
@@ -79,6 +82,7 @@ _ERRORS: dict[int, type[EdgemlError]] = {
     8: Closed,
     9: ConfigMismatch,
     10: PermissionDenied,
+    11: NotReady,
 }
 _STATUS: dict[type, int] = {error: status for status, error in _ERRORS.items()}
 
@@ -118,7 +122,34 @@ class Answer(msgspec.Struct, array_like=True, frozen=True, gc=False):
     number: int = 0
 
 
-class Hello(msgspec.Struct, frozen=True):
+class Served(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How a call was served.
+
+    Attributes:
+        version: of the function, which counts from 1 and rises when it is replaced; 0 for what
+            has none.
+        batch_size: calls that were answered by the same run of it.
+        queue: seconds from the call's arrival until its handler began.
+        compute: seconds from then until there was a result.
+    """
+
+    version: int
+    batch_size: int
+    queue: float
+    compute: float
+
+
+class Result(Answer, array_like=True, frozen=True, gc=False):
+    """The envelope of the reply to a call.
+
+    Attributes:
+        served: None where the server does not tell, and of an error.
+    """
+
+    served: Served | None = None
+
+
+class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
     """The first request on a connection.
 
     Attributes:
@@ -128,6 +159,7 @@ class Hello(msgspec.Struct, frozen=True):
         label: for people to read.
         codec: the name of the codec that the client speaks.
         config: what both sides' configurations must share.
+        extensions: what the client has to say to parts of the server that it may not have, by name.
     """
 
     protocol: int
@@ -136,9 +168,10 @@ class Hello(msgspec.Struct, frozen=True):
     label: str
     codec: str
     config: dict[str, Any]
+    extensions: dict[str, Any] = {}
 
 
-class Welcome(msgspec.Struct, frozen=True):
+class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """The answer to a `Hello`.
 
     Attributes:
@@ -146,12 +179,14 @@ class Welcome(msgspec.Struct, frozen=True):
         epoch: of this start of the server.
         topics: what can be subscribed to, and how many publications the server keeps of each.
         ports: every port on which the server answers.
+        extensions: what those parts answer, of the extensions that both have.
     """
 
     session: bytes
     epoch: int
     topics: dict[str, int]
     ports: list[int]
+    extensions: dict[str, Any] = {}
 
 
 class Pong(msgspec.Struct, frozen=True):
@@ -161,11 +196,17 @@ class Pong(msgspec.Struct, frozen=True):
         protocol: `PROTOCOL`.
         service: which kind of server this is.
         clock: its wall clock, in seconds since 1970.
+        state: ``"starting"``, ``"loading"``, ``"ready"`` or ``"draining"``.
+        progress: of loading, 0 to 1.
+        detail: what it is at, for people to read.
     """
 
     protocol: int
     service: str
     clock: float
+    state: str = "ready"
+    progress: float = 1.0
+    detail: str = ""
 
 
 class Credit(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -186,7 +227,8 @@ pack = msgspec.msgpack.Encoder().encode
 """Encode an envelope or a body."""
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (Request, Answer, Hello, Welcome, Pong, Credit)
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (Request, Answer, Result, Hello, Welcome, Pong, Credit)
 }
 _arguments = msgspec.msgpack.Decoder(list[str])
 

@@ -1,7 +1,9 @@
 """The three pairs that users call, written once, against `edgeml.core` alone."""
 
 from edgeml.services.action import ActionClient, ActionConfig, ActionServer
+from edgeml.services.batching import Batching
 from edgeml.services.contract import Feature, PolicyContract
+from edgeml.services.functions import Context
 from edgeml.services.inference import InferenceClient, InferenceServer
 from edgeml.services.trainer import TrainerClient, TrainerConfig, TrainerServer, TrainerTunnel
 
@@ -9,6 +11,8 @@ __all__ = [
     "ActionClient",
     "ActionConfig",
     "ActionServer",
+    "Batching",
+    "Context",
     "Feature",
     "InferenceClient",
     "InferenceServer",

@@ -13,7 +13,8 @@ from edgeml.core.client import Client
 from edgeml.core.errors import Closed
 from edgeml.core.message import empty
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
-from edgeml.core.server import Server
+from edgeml.core.server import Load, Server
+from edgeml.core.state import ServerState
 from edgeml.core.transport import Credentials, Peer
 from edgeml.core.url import Url, check_port, resolve
 
@@ -208,6 +209,7 @@ class ServiceServer(_Service):
             OSError: the port is taken.
             PluginError: the transport isn't installed, or is broken.
             RuntimeError: it was started before.
+            What a function that was given to `load` raises; with ``threaded`` it is logged.
         """
         self._server.open()
         self._disarm = close_when_dropped(self, self._server.close)
@@ -215,6 +217,8 @@ class ServiceServer(_Service):
             self._server.dispatcher.start()
         else:
             self._block(self._server.dispatcher.run)
+            if self._server.failure is not None:
+                raise self._server.failure
 
     def _block(self, serve: Callable[[], object]) -> None:
         try:
@@ -223,6 +227,43 @@ class ServiceServer(_Service):
             pass
         finally:
             self.stop()
+
+    def load(self, function: Load) -> None:
+        """Have something done before the first call is answered, such as reading weights.
+
+        It runs in the handlers' thread once the server listens. Until then the server is "loading":
+        clients can connect, ask for its `state`, and wait with ``wait_for_server=``; what they call
+        is refused with NotReady. If it raises, the server stops.
+
+        Args:
+            function: ``function(report)``, which may tell how far it is by
+                ``report(fraction, "what it is at")``. Several run one after another.
+
+        Raises:
+            RuntimeError: the server has been started.
+        """
+        self._server.load(function)
+
+    def state(self) -> ServerState:
+        """Return what this server is at."""
+        return self._server.state
+
+    def drain(self, timeout: float = 30.0) -> bool:
+        """Stop once everything under way is answered; new calls and clients are refused.
+
+        They get NotReady, and nothing of what they asked has been done. In one of the server's own
+        handlers this returns False at once, and the rest is done in the background.
+
+        Args:
+            timeout: seconds after which to stop all the same.
+
+        Returns:
+            Whether everything was answered.
+        """
+        self._disarm()
+        done = self._server.drain(timeout)
+        self._stopped.set()
+        return done
 
     def stop(self) -> None:
         """Tell the clients, stop serving and end every thread; quick and idempotent."""
@@ -363,6 +404,14 @@ class ServiceClient(_Service):
     def client_id(self) -> str:
         """This client's identity."""
         return self._client.client_id
+
+    def state(self, timeout: float | None = None) -> ServerState:
+        """Ask the server what it is at; it answers while it loads, too.
+
+        Raises:
+            Unreachable, DeadlineExceeded: it doesn't answer.
+        """
+        return self._client.state(timeout)
 
     def _allocate(self, nbytes: int) -> memoryview | None:
         return self._client.allocate(nbytes)

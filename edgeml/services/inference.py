@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import secrets
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from edgeml.core.dispatch import answer_with, require_plain
+from edgeml.core.client import Timing
+from edgeml.core.dispatch import Caller, answer_with, unknown
+from edgeml.core.errors import Malformed
 from edgeml.services.base import ClientSettings, ServerSettings, ServiceClient, ServiceServer
+from edgeml.services.batching import Batcher, Batching
+from edgeml.services.functions import Function, Single
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["InferenceClient", "InferenceServer"]
 
-_LIST = "/interfaces"  # users' own names do not start with a slash
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Users' own names do not start with a slash.
+_LIST = "/interfaces"
+_RESET = "/reset"
+_LONGEST_ID = 200  # characters
 
 
 class InferenceServer(ServiceServer):
@@ -37,14 +48,58 @@ class InferenceServer(ServiceServer):
         **settings: Unpack[ServerSettings],
     ) -> None:
         super().__init__("inference", host=host, port=port_num, transport=transport, **settings)
-        self._names = interfaces = list[str]()
+        self._swapping = threading.Lock()
+        self._interfaces = interfaces = dict[str, Single | Batcher]()
         self._server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
+        self._server.register(_RESET, answer_with(_reset))
 
-    def register_interface(self, name: str, function: Callable[[Any], Any]) -> None:
+    @overload
+    def register_interface(
+        self,
+        name: str,
+        function: None = None,
+        *,
+        batching: Batching | None = None,
+        with_context: bool | None = None,
+    ) -> Callable[[F], F]: ...
+
+    @overload
+    def register_interface(
+        self,
+        name: str,
+        function: F,
+        *,
+        batching: Batching | None = None,
+        with_context: bool | None = None,
+    ) -> F: ...
+
+    def register_interface(
+        self,
+        name: str,
+        function: F | None = None,
+        *,
+        batching: Batching | None = None,
+        with_context: bool | None = None,
+    ) -> F | Callable[[F], F]:
         """Serve ``function(payload) -> result`` under a name, before or after the start.
 
         The payload's arrays are read-only views; the result may be any value that the codec
-        carries, and may be changed once the function is called again.
+        carries, and may be changed once the function is called again. Without a function this is a
+        decorator.
+
+        Args:
+            name: of the interface.
+            function: what answers.
+            batching: answers the calls of all clients together: the function gets a payload built
+                as each of theirs, in which every array and number has one more axis in front, and
+                everything else is a list. It returns a result in which every array has that axis
+                too, or a list of results.
+            with_context: whether the function takes a `Context`, too, or with ``batching`` a list
+                of them, one for each call; by default where it needs two arguments, or its second
+                is called ``context``.
+
+        Returns:
+            The function.
 
         Raises:
             ValueError: the name is taken, empty, or starts with a slash.
@@ -52,11 +107,77 @@ class InferenceServer(ServiceServer):
         """
         if not isinstance(name, str) or not name or name.startswith("/"):
             raise ValueError(f"an interface can't be called {name!r}")
-        require_plain(f"interface {name!r}", function)
-        if name in self._names:
+        if function is None:
+            return lambda given: self.register_interface(
+                name, given, batching=batching, with_context=with_context
+            )
+        made = Function.make(f"interface {name!r}", function, 1, with_context)
+        if name in self._interfaces:
             raise ValueError(f"there is an interface {name!r} already")
-        self._server.register(name, answer_with(lambda payload, _: function(payload)))
-        self._names.append(name)
+        handler = Single(made) if batching is None else Batcher(made, batching)
+        self._server.register(name, handler)
+        self._interfaces[name] = handler
+        return function
+
+    def swap(
+        self, name: str, function: Callable[..., Any], *, with_context: bool | None = None
+    ) -> int:
+        """Replace the function of an interface, between two of its calls or batches.
+
+        No call is lost, and each is answered by one of the two; `Timing.version` tells which.
+
+        Returns:
+            The new version.
+
+        Raises:
+            UnknownInterface: there is no interface of that name.
+            TypeError: the function isn't callable, or is an ``async def``.
+        """
+        handler = self._find(name)
+        with self._swapping:
+            version = handler.function.version + 1
+            what = f"interface {name!r}"
+            handler.function = Function.make(what, function, version, with_context)
+        return version
+
+    def warmup(self, name: str, example: Any) -> None:
+        """Run a function on an example, in every size of batch where its calls are batched.
+
+        So what is compiled is compiled before the first call, and how long batches take is known.
+        Before the start this is done as the server loads, see `load`. Afterwards it is done between
+        two calls, and this waits for it.
+
+        Args:
+            name: of the interface.
+            example: a payload, as clients will send it.
+
+        Raises:
+            UnknownInterface: there is no interface of that name.
+            What the function raises, after the start.
+        """
+        handler = self._find(name)
+        if self._server.state.state == "starting":
+            self._server.load(lambda report: handler.warm_up(example, report))
+        elif self._server.dispatcher.inside:
+            handler.warm_up(example, _do_nothing)
+        else:
+            self._server.dispatcher.do(lambda: handler.warm_up(example, _do_nothing)).result()
+
+    def _find(self, name: str) -> Single | Batcher:
+        try:
+            return self._interfaces[name]
+        except KeyError:
+            raise unknown("interface", name, self._interfaces) from None
+
+
+def _do_nothing(fraction: float, detail: str) -> None:
+    """Stand in for a report that nobody reads."""
+
+
+def _reset(episode: Any, caller: Caller) -> None:
+    if not isinstance(episode, str) or len(episode) > _LONGEST_ID:
+        raise Malformed(f"an episode's id is a string of at most {_LONGEST_ID} characters")
+    caller.begin_episode(episode)
 
 
 class InferenceClient(ServiceClient):
@@ -101,7 +222,40 @@ class InferenceClient(ServiceClient):
         """The names that can be called, sorted."""
         return list(self._client.call(_LIST, None))
 
-    def call(self, name: str, payload: Any, timeout: float | None = None) -> Any:
+    def reset(self, episode: str | None = None, timeout: float | None = None) -> str:
+        """Begin an episode: the server forgets what its functions keep about this client.
+
+        Calls that were made before are answered as if this had come after them.
+
+        Args:
+            episode: its id, at most 200 characters; random by default.
+            timeout: seconds; the client's own by default.
+
+        Returns:
+            The id.
+        """
+        chosen = secrets.token_hex(8) if episode is None else episode
+        self._client.call(_RESET, chosen, timeout)
+        return chosen
+
+    @overload
+    def call(
+        self,
+        name: str,
+        payload: Any,
+        timeout: float | None = None,
+        *,
+        timing: Literal[False] = False,
+    ) -> Any: ...
+
+    @overload
+    def call(
+        self, name: str, payload: Any, timeout: float | None = None, *, timing: Literal[True]
+    ) -> tuple[Any, Timing]: ...
+
+    def call(
+        self, name: str, payload: Any, timeout: float | None = None, *, timing: bool = False
+    ) -> Any:
         """Call a function of the server and return its result.
 
         The payload's arrays may be changed when this returns, and when it raises.
@@ -110,6 +264,7 @@ class InferenceClient(ServiceClient):
             name: as registered.
             payload: any value that the codec carries.
             timeout: seconds; the client's own by default.
+            timing: whether to return the result and a `Timing`, which tells how it was served.
 
         Raises:
             RemoteError: the function raised; it carries the far side's traceback.
@@ -118,12 +273,15 @@ class InferenceClient(ServiceClient):
             DeadlineExceeded: no answer in time.
             Unreachable: nobody serves there, or the connection was lost under way.
         """
+        if timing:
+            return self._client.call_timed(name, payload, timeout)
         return self._client.call(name, payload, timeout)
 
     def call_async(self, name: str, payload: Any, timeout: float | None = None) -> Future[Any]:
         """Call a function and return a future, whose result or exception is what `call`'s is.
 
         The payload's arrays may be changed when this returns. The future's own callbacks run in
-        the transport's thread: keep them short.
+        the transport's thread: keep them short. Once it has a result, its attribute ``timing`` is
+        a `Timing`.
         """
         return self._client.call_async(name, payload, timeout)

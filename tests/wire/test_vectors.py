@@ -60,6 +60,7 @@ def test_the_vectors_are_what_their_script_makes():
 TYPES = {
     "request": wire.Request,
     "reply": wire.Answer,
+    "result": wire.Result,
     "hello": wire.Hello,
     "welcome": wire.Welcome,
     "credit": wire.Credit,
@@ -76,6 +77,8 @@ def struct_of(vector):
             fields[field.name] = bytes.fromhex(fields[field.name])
         elif isinstance(fields[field.name], str) and field.type in (int, "int"):
             fields[field.name] = int(fields[field.name])
+    if fields.get("served") is not None:
+        fields["served"] = wire.Served(*fields["served"])
     return kind(**fields)
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgeml.core.alarms import Alarm
-from edgeml.core.dispatch import Call, Caller, Gatherer, Turns
+from edgeml.core.dispatch import Call, Caller, Gatherer, LocalCall, Turns
 from edgeml.core.errors import Closed, DeadlineExceeded
 from edgeml.core.transport import Endpoint
 from edgeml.services.batching.patience import Costs, Patience
 from edgeml.services.batching.stack import Layout, Stack, flatten, split
+from edgeml.services.functions import Context, Function, context_of
 
 __all__ = ["Batcher", "Batching"]
 
@@ -81,14 +82,14 @@ class _Batch:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.calls: list[Call] = []
-        self.contexts: list[Any] = []
+        self.contexts: list[Context] = []
         self.since = time.monotonic()
 
     def select(self, rows: list[int]) -> _Batch:
         """Return copies of some rows, as a batch of its own."""
         other = _Batch(self.stack.select(rows))
         other.calls = [self.calls[row] for row in rows]
-        other.contexts = [self.contexts[row] for row in rows if self.contexts]
+        other.contexts = [self.contexts[row] for row in rows]
         return other
 
     def keep(self, rows: list[int]) -> None:
@@ -97,7 +98,7 @@ class _Batch:
             if target != source:
                 self.stack.copy_row(source, target)
         self.calls = [self.calls[row] for row in rows]
-        self.contexts = [self.contexts[row] for row in rows if self.contexts]
+        self.contexts = [self.contexts[row] for row in rows]
 
 
 class Batcher(Gatherer):
@@ -107,36 +108,31 @@ class Batcher(Gatherer):
     call at a time is stacked, and the rest is taken in turn with those of others as room is left.
 
     Args:
-        name: of the interface.
-        function: ``function(batch)``, or ``function(batch, contexts)`` with ``make_context``.
+        function: gets a batch, and where it is told of calls a list of their contexts, without any
+            for padding.
         batching: how calls are put together.
-        make_context: makes what the function is told of one call; None for nothing.
         check_payload: raises for a payload that is refused.
         check_result: raises for a row of a result that is not to be given.
 
     Attributes:
-        function: what runs, and its version; replaced as one.
+        function: the newest version; the next batch runs by it.
     """
 
     def __init__(
         self,
-        name: str,
-        function: Callable[..., Any],
+        function: Function,
         batching: Batching,
         *,
-        make_context: Callable[[Call], Any] | None = None,
         check_payload: Callable[[Any], None] | None = None,
         check_result: Callable[[Any], None] | None = None,
     ) -> None:
-        self.function: tuple[Callable[..., Any], int] = function, 1
-        self._name = name
+        self.function = function
         self._max_size = batching.max_size
         self._max_delay = batching.max_delay
         self._sizes = batching.all_sizes()
         self._size_of = [0]
         for size in self._sizes:  # of each number of calls, the size to which they are padded
             self._size_of += [size] * (size + 1 - len(self._size_of))
-        self._make_context = make_context
         self._check_payload = check_payload
         self._check_result = check_result
 
@@ -203,7 +199,6 @@ class Batcher(Gatherer):
         if self._check_payload is not None:
             self._check_payload(payload)
         layout, leaves = flatten(payload)
-        context = self._make_context(call) if self._make_context is not None else None
         batch = self._newest.get(layout)
         if batch is None or len(batch.calls) == self._max_size:
             batch = _Batch(Stack(layout, self._max_size))
@@ -211,8 +206,7 @@ class Batcher(Gatherer):
             self._newest[layout] = batch
         batch.stack.write(len(batch.calls), leaves)
         batch.calls.append(call)
-        if self._make_context is not None:
-            batch.contexts.append(context)
+        batch.contexts.append(context_of(call))
         call.drop_payload()
         return batch
 
@@ -305,12 +299,12 @@ class Batcher(Gatherer):
                 more = bool(self._batches) or self._patience.expects_more(time.monotonic())
             if more:
                 self._turns.relieve()
-        function, version = self.function
+        function = self.function
         began = time.monotonic()
         for call in batch.calls:
             call.began = began
             call.batch_size = len(batch.calls)
-            call.version = version
+            call.version = function.version
         try:
             result = self._compute(function, batch, size)
         except Exception as error:
@@ -322,10 +316,10 @@ class Batcher(Gatherer):
         ended = self._answer(batch, result, size)
         costs.add(size, ended - began)
 
-    def _compute(self, function: Callable[..., Any], batch: _Batch, size: int) -> Any:
+    def _compute(self, function: Function, batch: _Batch, size: int) -> Any:
         batch.stack.pad(len(batch.calls), size)
         tree = batch.stack.tree(size)
-        return function(tree, batch.contexts) if self._make_context else function(tree)
+        return function.run(tree, batch.contexts) if function.told else function.run(tree)
 
     def _fail(self, batch: _Batch, error: BaseException) -> None:
         for call in batch.calls:
@@ -350,9 +344,7 @@ class Batcher(Gatherer):
                 self._turns.fail(call, error)
         return ended
 
-    def _find_culprits(
-        self, function: Callable[..., Any], batch: _Batch, error: BaseException
-    ) -> None:
+    def _find_culprits(self, function: Function, batch: _Batch, error: BaseException) -> None:
         """Run the halves of a batch that failed, until those calls are found that make it fail."""
         if len(batch.calls) == 1:
             self._turns.fail(batch.calls[0], error)
@@ -369,6 +361,30 @@ class Batcher(Gatherer):
                 self._answer(half, result, size)
 
     # Before and after ----------------------------------------------------------------------
+
+    def warm_up(self, example: Any, report: Callable[[float, str], None]) -> None:
+        """Run the function on every size of batch, twice each: a first run may compile, and the
+        second tells what a batch costs.
+
+        Args:
+            example: a payload, as clients will send it.
+            report: told of the fraction done, and what is next.
+        """
+        layout, leaves = flatten(example)
+        stack = Stack(layout, self._max_size)
+        stack.write(0, leaves)
+        costs = self._costs.setdefault(layout, Costs())
+        call = LocalCall("warm-up", example)
+        function = self.function
+        for done, size in enumerate(self._sizes):
+            report(done / len(self._sizes), f"a batch of {size}")
+            batch = _Batch(stack)
+            batch.calls = [call]
+            batch.contexts = [context_of(call)]
+            for _ in range(2):
+                began = time.monotonic()
+                split(self._compute(function, batch, size), size, 1)
+                costs.add(size, time.monotonic() - began)
 
     def close(self) -> list[Call]:
         """See `Gatherer.close`."""

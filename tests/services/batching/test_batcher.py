@@ -22,6 +22,7 @@ from edgeml.core.errors import (
 )
 from edgeml.core.transport import Peer
 from edgeml.services.batching import Batcher, Batching
+from edgeml.services.functions import Function
 from pairs import took, wait_until
 
 PATIENCE = 10.0
@@ -52,13 +53,14 @@ class Policy:
 
 
 @contextmanager
-def batching(function, *, settings=None, workers=1, rate_limit=None, **more):
+def batching(function, *, settings=None, workers=1, rate_limit=None, told=False, **more):
     """A dispatcher that serves ``function`` as "policy", in batches."""
     alarms = Alarms("edgeml test alarms")
     dispatcher = Dispatcher("test", alarms, workers, rate_limit)
     dispatcher.register("echo", answer_with(lambda payload, caller: payload))
     settings = settings or Batching(max_size=8, sizes="any")
-    dispatcher.register("policy", Batcher("policy", function, settings, **more))
+    made = Function.make("policy", function, 1, told)
+    dispatcher.register("policy", Batcher(made, settings, **more))
     try:
         dispatcher.start()
         yield dispatcher
@@ -227,7 +229,7 @@ def test_clients_in_step_are_answered_together_where_a_batch_costs_the_same_at_a
 def test_a_function_is_told_of_each_call_and_not_of_padding():
     def answer(batch, contexts):
         return [
-            f"{n} of {who}, {len(contexts)} in {len(batch)}"
+            f"{n} of {who.client_id}, {len(contexts)} in {len(batch)}"
             for n, who in zip(batch, contexts, strict=False)
         ] + [None] * (len(batch) - len(contexts))
 
@@ -235,7 +237,7 @@ def test_a_function_is_told_of_each_call_and_not_of_padding():
     with batching(
         policy,
         settings=Batching(max_size=4, max_delay=0.2),
-        make_context=lambda call: call.caller.client_id,
+        told=True,
     ) as dispatcher:
         futures = [ask(dispatcher, n, caller=caller_named(f"c{n}")) for n in range(3)]
         assert results(futures) == [f"{n} of c{n}, 3 in 4" for n in range(3)]

@@ -72,12 +72,14 @@ def _shown_all(buffers: Sequence[memoryview]) -> list[Any]:
 def envelope(name: str, value: Any) -> Vector:
     fields = msgspec.structs.asdict(value)
     shown = {key: v.hex() if isinstance(v, bytes) else v for key, v in fields.items()}
+    if isinstance(fields.get("served"), wire.Served):
+        shown["served"] = list(msgspec.structs.astuple(fields["served"]))
     for key in ("epoch", "number"):  # more than the 53 bits of a double
         if key in shown:
             shown[key] = str(shown[key])
     return {
         "name": name,
-        "type": "reply" if isinstance(value, wire.Answer) else type(value).__name__.lower(),
+        "type": "reply" if type(value) is wire.Answer else type(value).__name__.lower(),
         "value": shown,
         "hex": wire.pack(value).hex(),
     }
@@ -87,8 +89,12 @@ def envelopes() -> Vector:
     hello = wire.Hello(1, "inference", "robot-7", "arm", "msgpack", {})
     config = {"version": "1", "action_keys": ["grip", "move"], "observation_keys": ["cam"]}
     welcome = wire.Welcome(SESSION, EPOCH, {"": 1, "observations": 1}, [5555])
+    served = wire.Served(3, 8, 0.5, 0.25)
+    asks = wire.Hello(1, "inference", "a", "", "msgpack", {}, {"x-greeting": ["hello"]})
+    answers = wire.Welcome(SESSION, EPOCH, {"": 1}, [5555], {"x-greeting": "welcome"})
     credit, first = wire.Credit(1, EPOCH, 41), wire.Credit(1, 0, 0)
     pong = wire.Pong(1, "inference", 1.7e9)
+    loading = wire.Pong(1, "inference", 1.7e9, "loading", 0.25, "weights")
     errors: dict[int, list[str]] = {
         3: ["KeyError", "'cam'", "Traceback ..."],
         4: ["there is no interface 'x'; known: echo"],
@@ -98,6 +104,7 @@ def envelopes() -> Vector:
         8: ["the server has been stopped"],
         9: ["service: the server has 'action', the client has 'inference'"],
         10: ["a newer client calls itself 'robot-7'"],
+        11: ["the server is loading, 25% done: weights"],
     }
     request, reply = wire.Request, wire.Answer
     made = [
@@ -106,10 +113,13 @@ def envelopes() -> Vector:
         envelope(
             "hello body of an action client", wire.Hello(1, "action", "a", "", "msgpack", config)
         ),
+        envelope("hello body with an extension", asks),
         envelope("welcome body", welcome),
+        envelope("welcome body with an extension", answers),
         envelope("welcome", reply(wire.OK, wire.pack(welcome))),
         envelope("call", request(wire.CALL, SESSION, "echo", 2.5, _pack([1, "a"]))),
-        envelope("result", reply(wire.OK, _pack([1, "a"]))),
+        envelope("result", wire.Result(wire.OK, _pack([1, "a"]), 0, 0, served)),
+        envelope("result of an older server", reply(wire.OK, _pack([1, "a"]))),
         envelope("first credit body", first),
         envelope(
             "first credit", request(wire.NEXT, SESSION, "observations", 10.0, wire.pack(first))
@@ -125,13 +135,14 @@ def envelopes() -> Vector:
         envelope("done", reply(wire.OK)),
         envelope("ping", request(wire.PING, b"", "", 1.0, b"")),
         envelope("pong body", pong),
+        envelope("pong body of a server that loads", loading),
         envelope("pong", reply(wire.OK, wire.pack(pong))),
         envelope("no session", reply(wire.NO_SESSION)),
     ]
     for status, arguments in errors.items():
         vector = envelope(f"error {status}", reply(status, _pack(arguments)))
         made.append(vector | {"arguments": arguments})
-    good = bytes.fromhex(made[5]["hex"])
+    good = bytes.fromhex(next(v["hex"] for v in made if v["name"] == "call"))
     invalid = {
         "nothing": ("request", b""),
         "cut off": ("request", good[:-1]),

@@ -126,7 +126,7 @@ class Client:
     def ask(self, kind: int, name: str, timeout: float, body: bytes, buffers: Buffers = []):  # noqa: B006
         request = msgpack.encode([kind, self._session, name, timeout, body])
         header, received = self._wire.exchange(request, buffers)
-        status, body, epoch, number = msgpack.decode(header)
+        status, body, epoch, number, *_ = msgpack.decode(header)
         return status, body, epoch, number, received
 
     def call(self, name: str, value: object) -> object:

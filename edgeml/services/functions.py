@@ -1,0 +1,128 @@
+"""Users' functions as servers run them: versions that may be replaced, and what they are told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from edgeml.core.dispatch import Call, LocalCall, require_plain
+
+__all__ = ["Context", "Function", "Single", "context_of"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a function is told of a call beside its payload.
+
+    Attributes:
+        name: of the interface.
+        client_id: the identity that the client gave; random unless its user chose one. Anybody may
+            claim any.
+        label: what the client calls itself, for people to read.
+        identity: who the client has proved to be; None where it had nothing to prove it with.
+        deadline: until when the caller waits, on the clock `time.monotonic`.
+        session: what you want to keep about this client: a dict that is empty at first, and goes
+            when the client leaves, resets, or is silent for half a minute. A client that comes back
+            after a restart of either side gets a new one.
+        episode: the id of the client's episode; empty before its first reset.
+    """
+
+    name: str
+    client_id: str
+    label: str
+    identity: str | None
+    deadline: float
+    session: dict[Any, Any]
+    episode: str
+    _ends: list[Callable[[], object]] = field(repr=False, compare=False)
+
+    def on_end(self, function: Callable[[], object]) -> None:
+        """Call ``function()`` in the handlers' thread once nobody needs ``session`` any more.
+
+        That is when the client leaves, resets, is silent for half a minute, or the server stops.
+        Several are called in reverse order. What they raise is logged.
+        """
+        self._ends.append(function)
+
+
+def context_of(call: Call) -> Context:
+    """Return the context of a call, with the session as it is now."""
+    caller = call.caller
+    return Context(
+        call.name,
+        caller.client_id,
+        caller.label,
+        None,
+        call.deadline,
+        caller.session,
+        caller.episode,
+        caller.ends,
+    )
+
+
+class Function(NamedTuple):
+    """One version of a function: read as one, and replaced as one.
+
+    Attributes:
+        run: what the user gave.
+        version: counts from 1.
+        told: whether it takes a context as well.
+    """
+
+    run: Callable[..., Any]
+    version: int
+    told: bool
+
+    @classmethod
+    def make(
+        cls, what: str, run: Callable[..., Any], version: int, told: bool | None = None
+    ) -> Function:
+        """Check a user's function.
+
+        Args:
+            what: it is, for errors.
+            run: the function.
+            version: its number.
+            told: whether it takes a context; None to go by its signature: it does where it needs
+                two arguments, or has one that is called ``context``.
+
+        Raises:
+            TypeError: it isn't callable, or is an ``async def``.
+        """
+        require_plain(what, run)
+        return cls(run, version, _takes_context(run) if told is None else told)
+
+
+def _takes_context(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of some that are written in C nobody knows
+        return False
+    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in by_position if p.default is p.empty]
+    return len(needed) == 2 or any(p.name == "context" for p in by_position[1:2])
+
+
+class Single:
+    """A `Handler` that answers each call by a run of a function of its own.
+
+    Attributes:
+        function: the newest version.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def __call__(self, call: Call) -> None:
+        """Answer a call."""
+        run, call.version, told = self.function
+        payload = call.payload()
+        call.answer(run(payload, context_of(call)) if told else run(payload))
+
+    def warm_up(self, example: Any, report: Callable[[float, str], None]) -> None:
+        """Run the function once on an example of a payload."""
+        report(0.0, "a call")
+        run, _, told = self.function
+        run(example, context_of(LocalCall("warm-up", example))) if told else run(example)
