@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["load_jax", "load_pillow"]
+__all__ = [
+    "has_pillow",
+    "has_simplejpeg",
+    "load_jax",
+    "load_pillow",
+    "load_simplejpeg",
+    "need_images",
+]
 
 
 def load_jax() -> Any:
@@ -31,6 +41,44 @@ def load_pillow() -> Any:
     except ImportError as error:
         raise _explain("images need Pillow", "images") from error
     return PIL.Image
+
+
+def load_simplejpeg() -> Any:
+    """Return the module `simplejpeg`.
+
+    Raises:
+        ImportError: it is not installed; the text says how to.
+    """
+    try:
+        import simplejpeg
+    except ImportError as error:
+        raise _explain("this needs simplejpeg", "images") from error
+    return simplejpeg
+
+
+def has_pillow() -> bool:
+    """Whether Pillow is installed, which importing it would take some time to tell."""
+    return _is_there("PIL")
+
+
+def has_simplejpeg() -> bool:
+    """Whether simplejpeg is installed."""
+    return _is_there("simplejpeg")
+
+
+def need_images(what: str) -> None:
+    """Raise the ImportError of whoever needs what is not installed for images."""
+    raise _explain(f"{what} need simplejpeg or Pillow", "images")
+
+
+def _is_there(module: str) -> bool:
+    loaded = sys.modules.get(module, False)
+    return _is_installed(module) if loaded is False else loaded is not None
+
+
+@lru_cache
+def _is_installed(module: str) -> bool:
+    return find_spec(module) is not None
 
 
 def _explain(need: str, extra: str) -> ImportError:

@@ -7,11 +7,11 @@ answers the hook ``edgeml_codec``, and hold it to `edgeml.testing.CodecTests` by
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from edgeml.core.message import Allocator, Message, own
 
-__all__ = ["Codec"]
+__all__ = ["Codec", "Spoken", "Wrapping"]
 
 
 class Codec(ABC):
@@ -62,3 +62,54 @@ class Codec(ABC):
         Raises:
             Malformed: on any bytes that `encode` could not have made.
         """
+
+
+class Spoken(NamedTuple):
+    """What is spoken in a session, each way.
+
+    Attributes:
+        encoder: encodes what this end sends.
+        decoder: decodes what it gets.
+    """
+
+    encoder: Codec
+    decoder: Codec
+
+
+class Wrapping(ABC):
+    """A codec around whichever two ends speak, where both agree on it when they greet each other.
+
+    It is an extension of the hello: the client says something, and the server answers.
+    """
+
+    name: ClassVar[str]
+    """Of the extension."""
+
+    @abstractmethod
+    def ask(self) -> Any:
+        """What a client says: a plain value."""
+
+    @abstractmethod
+    def answer(self, asked: Any, codec: Codec, client: object) -> tuple[Any, Spoken]:
+        """What a server answers, a plain value, and what it speaks with that client from now on.
+
+        The same codec is to be returned for all clients that are sent the same: what is published
+        is encoded once for them all.
+
+        Raises:
+            ConfigMismatch: the two don't fit.
+            Malformed: what the client said makes no sense.
+        """
+
+    @abstractmethod
+    def accept(self, answered: Any, codec: Codec, server: object) -> Spoken:
+        """What a client speaks from now on, by what the server answered: None if it knows of none.
+
+        Raises:
+            ConfigMismatch: the two don't fit.
+            Malformed: what the server said makes no sense.
+        """
+
+    @abstractmethod
+    def check(self, value: Any) -> None:
+        """Raise the NotEncodable that a server would raise if somebody got this value wrapped."""

@@ -3,6 +3,7 @@ import pytest
 from edgeml_json import JsonCodec
 
 from edgeml.core import Malformed, Message, NotEncodable
+from edgeml.images import ImageCodec, Jpeg, Plan
 from edgeml.testing import CodecTests
 
 
@@ -57,3 +58,15 @@ class TestJson(CodecTests):
     def test_forged_text_is_malformed(self, text: str) -> None:
         with pytest.raises(Malformed):
             self.codec.decode(Message(text.encode(), [memoryview(bytes(8))]))
+
+
+class TestJsonWithImages(CodecTests):
+    codec = ImageCodec(JsonCodec(), Plan({"photo*": Jpeg()}))
+
+    def test_an_image_travels_as_a_file(self) -> None:
+        photo = np.full((32, 48, 3), 120, np.uint8)
+        message = self.codec.encode({"photo": photo, "step": 1})
+        assert message.header.startswith(b"\xc1")
+        got = self.round_trip({"photo": photo, "step": 1})
+        assert got["step"] == 1
+        assert np.abs(got["photo"].astype(int) - photo).max() < 4
