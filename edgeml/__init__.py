@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from edgeml.core.state import ServerState
     from edgeml.core.streams import Subscription
+    from edgeml.images import Jpeg, Png
     from edgeml.services import (
         ActionClient,
         ActionConfig,
@@ -73,6 +74,9 @@ __all__ = [
     # what a policy takes and gives
     "Feature",
     "PolicyContract",
+    # how images travel
+    "Jpeg",
+    "Png",
     # packages
     "core",
     "data",
@@ -98,6 +102,8 @@ _HOMES = {
     "Batching": "services",
     "Context": "services",
     "Feature": "services",
+    "Jpeg": "images",
+    "Png": "images",
     "PolicyContract": "services",
     "ServerState": "core.state",
     "Subscription": "core.streams",
