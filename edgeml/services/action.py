@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,14 @@ def _unknown(what: str, key: str, known: list[str]) -> UnknownInterface:
     return UnknownInterface(f"there is no {what} {key!r}; known: {', '.join(known) or 'none'}")
 
 
+def _wanted(keys: Sequence[str] | None) -> list[str] | None:
+    return None if keys is None else names("keys", keys)
+
+
+def _action(key: str, payload: Any) -> list[Any]:
+    return [key, {} if payload is None else payload]
+
+
 class ActionClient(ServiceClient):
     """Reads a device's observations and sends it actions.
 
@@ -228,8 +237,16 @@ class ActionClient(ServiceClient):
             RemoteError: ``obs_callback`` raised.
             DeadlineExceeded, Unreachable: no answer.
         """
-        wanted = None if keys is None else names("keys", keys)
-        return self._client.call("obs", wanted, timeout)
+        return self._client.call("obs", _wanted(keys), timeout)
+
+    def obs_async(
+        self, keys: Sequence[str] | None = None, timeout: float | None = None
+    ) -> Future[Any]:
+        """Ask for observations, and return a future of what `obs` returns or raises.
+
+        The future's own callbacks run in the transport's thread: keep them short.
+        """
+        return self._client.call_async("obs", _wanted(keys), timeout)
 
     def act(self, key: str, payload: Any = None, timeout: float | None = None) -> Any:
         """Carry out an action and return what ``act_callback`` gives.
@@ -244,7 +261,16 @@ class ActionClient(ServiceClient):
             RemoteError: ``act_callback`` raised.
             DeadlineExceeded, Unreachable: no answer; whether the action was taken is not known.
         """
-        return self._client.call("act", [key, {} if payload is None else payload], timeout)
+        return self._client.call("act", _action(key, payload), timeout)
+
+    def act_async(self, key: str, payload: Any = None, timeout: float | None = None) -> Future[Any]:
+        """Send an action, and return a future of what `act` returns or raises.
+
+        Actions of one thread arrive in the order of the calls. The payload's arrays may be changed
+        when this returns. The future's own callbacks run in the transport's thread: keep them
+        short.
+        """
+        return self._client.call_async("act", _action(key, payload), timeout)
 
     def register_obs_callback(self, function: Callable[[Any], None]) -> Subscription:
         """Call ``function`` with what the server publishes, the current value at once.

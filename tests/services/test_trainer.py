@@ -672,6 +672,146 @@ def test_without_async_updates_stop_sends_nothing(transport):
         assert len(server.data_store("actor_env")) == 0
 
 
+def test_an_update_that_is_asked_for_is_sent_while_the_program_goes_on(transport):
+    hold = threading.Event()
+    with (
+        no_thread_left(),
+        learner(transport, data_callback=lambda name, batch: hold.wait(20)) as server,
+    ):
+        with actor(server, store := filled(5)) as client:
+            with took(at_most=1):
+                futures = [client.update_async() for _ in range(3)]
+            wait_until(lambda: len(server.data_store("actor_env")) == 5)
+            assert not futures[0].done()
+            store.insert(transition(5))  # goes with the next
+            hold.set()
+            assert [future.result(10) for future in futures] == [5, 1, 0]
+            assert client.update() == 0
+            with pytest.raises(ValueError, match="on_refused is one of"):
+                client.update_async(on_refused="ignore")
+        with pytest.raises(Closed):
+            client.update_async()
+        assert ids(server.data_store("actor_env")) == list(range(6))
+
+
+def test_updates_of_all_kinds_take_turns_and_each_item_arrives_once_and_in_order(transport):
+    with learner(transport) as server, actor(server, store := QueuedDataStore(100_000)) as client:
+        client.start_async_update(interval=0.002)
+        with ThreadPoolExecutor(2) as pool:
+            counts = []
+            for n in range(300):
+                store.insert(transition(n))
+                counts.append(client.update_async() if n % 2 else pool.submit(client.update))
+            told = [future.result(20) for future in counts]
+        wait_until(lambda: ids(server.data_store("actor_env")) == list(range(300)))
+        assert 0 <= sum(told) <= 300  # what went by itself is told to nobody
+
+
+def test_an_update_that_is_asked_for_raises_what_update_raises(transport):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(learner(transport))
+        client = stack.enter_context(actor(server, store := filled(5), timeout=2))
+        assert client.update_async().result(10) == 5
+        store.insert({"id": object()})
+        with pytest.raises(NotEncodable, match="item 6"):
+            client.update_async(on_refused="raise").result(10)
+        assert client.update_async().result(10) == 0
+        assert client.stats()["items_refused"] == 1
+        port = server.port
+        server.stop()
+        store.insert(transition(7))
+        with pytest.raises((Unreachable, Closed)):
+            client.update_async().result(10)
+        server = stack.enter_context(learner(transport, port))
+        assert client.update_async().result(10) == 1
+
+
+def test_an_update_that_is_cancelled_before_its_turn_is_left_out(transport):
+    hold = threading.Event()
+    with (
+        learner(transport, data_callback=lambda name, batch: hold.wait(20)) as server,
+        actor(server, store := filled(5)) as client,
+    ):
+        first = client.update_async()
+        wait_until(lambda: len(server.data_store("actor_env")) == 5)
+        assert not first.cancel()
+        second, third = client.update_async(), client.update_async()
+        assert second.cancel()
+        store.insert(transition(5))
+        hold.set()
+        assert [first.result(10), third.result(10)] == [5, 1]
+        assert second.cancelled()
+
+
+def test_stop_sends_what_updates_that_were_asked_for_wait_for(transport, caplog):
+    hold = threading.Event()
+    with (
+        no_thread_left(),
+        learner(transport, data_callback=lambda name, batch: hold.wait(0.5)) as server,
+    ):
+        with actor(server, store := filled(5)) as client:
+            first = client.update_async()
+            wait_until(lambda: len(server.data_store("actor_env")) == 5)
+            store.insert(transition(5))
+            rest = [client.update_async() for _ in range(3)]
+            rest[0].cancel()
+        assert first.result(0) == 5
+        assert [future.result(0) for future in rest[1:]] == [1, 0]
+        assert ids(server.data_store("actor_env")) == list(range(6))
+    assert "not sent" not in caplog.text
+
+
+def test_stop_does_not_wait_long_for_updates_that_were_asked_for(transport, caplog):
+    hold = threading.Event()
+    with (
+        no_thread_left(),
+        learner(transport, data_callback=lambda name, batch: hold.wait(20)) as server,
+    ):
+        client = actor(server, store := filled(5), timeout=20)
+        first = client.update_async()
+        wait_until(lambda: len(server.data_store("actor_env")) == 5)
+        store.insert(transition(5))
+        second = client.update_async()
+        with took(at_most=5):
+            client.stop()
+        for future in (first, second):
+            with pytest.raises(Closed):
+                future.result(1)
+        hold.set()
+    assert "were not sent" in caplog.text
+
+
+def test_a_client_may_be_stopped_by_what_an_update_tells(transport):
+    with no_thread_left(), learner(transport) as server:
+        client = actor(server, filled(5))
+        stopped = threading.Event()
+
+        def stop(future) -> None:
+            client.stop()
+            stopped.set()
+
+        client.update_async().add_done_callback(stop)
+        assert stopped.wait(10)
+        with pytest.raises(Closed):
+            client.update_async()
+
+
+def test_no_more_updates_wait_than_can_be_told(transport, monkeypatch):
+    monkeypatch.setattr("edgeml.services.trainer.updates._MOST_WAITING", 3)
+    hold = threading.Event()
+    with (
+        learner(transport, data_callback=lambda name, batch: hold.wait(20)) as server,
+        actor(server, filled(5)) as client,
+    ):
+        futures = [client.update_async()]
+        wait_until(lambda: len(server.data_store("actor_env")) == 5)
+        futures += [client.update_async() for _ in range(3)]
+        with pytest.raises(Overloaded, match="3 updates wait"):
+            client.update_async()
+        hold.set()
+        assert [future.result(10) for future in futures] == [5, 0, 0, 0]
+
+
 @pytest.mark.parametrize("interval", [0, -1])
 def test_an_interval_must_be_positive_and_updates_start_once(transport, interval):
     with learner(transport) as server, actor(server) as client:

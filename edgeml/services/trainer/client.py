@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, get_args
 
 from edgeml.core.streams import Subscription
@@ -103,9 +104,24 @@ class TrainerClient(ServiceClient):
             NotEncodable: an item that was not to be skipped can't be carried; the text says where
                 it is, and what to do.
         """
-        if on_refused not in get_args(OnRefused):
-            raise ValueError(f"on_refused is one of {get_args(OnRefused)}, got {on_refused!r}")
-        return self._updates.update(timeout, on_refused)
+        return self._updates.update(timeout, _checked(on_refused))
+
+    def update_async(
+        self, timeout: float | None = None, on_refused: OnRefused = "skip"
+    ) -> Future[int]:
+        """Send what the learner doesn't have yet, and return a future of what `update` returns.
+
+        Updates take turns, however they are asked for, and those that are asked for by this in the
+        order of the calls. What is inserted until its turn comes may go with it. `stop` sends what
+        those wait for that haven't had their turn. The future's own callbacks run in the thread
+        that sends: keep them short.
+
+        Raises:
+            ValueError: ``on_refused`` is neither.
+            Overloaded: too many wait for their turn.
+            Closed: this client has been stopped.
+        """
+        return self._updates.update_later(timeout, _checked(on_refused))
 
     def stats(self) -> dict[str, int]:
         """Counts since the start.
@@ -131,7 +147,17 @@ class TrainerClient(ServiceClient):
             RemoteError: ``request_callback`` raised.
             DeadlineExceeded, Unreachable: no answer.
         """
-        return self._client.call("request", [type, {} if payload is None else payload], timeout)
+        return self._client.call("request", _request(type, payload), timeout)
+
+    def request_async(
+        self, type: str, payload: Any = None, timeout: float | None = None
+    ) -> Future[Any]:
+        """Ask the learner something, and return a future of what `request` returns or raises.
+
+        The payload's arrays may be changed when this returns. The future's own callbacks run in
+        the transport's thread: keep them short.
+        """
+        return self._client.call_async("request", _request(type, payload), timeout)
 
     def recv_network_callback(self, function: Callable[[Any], None]) -> Subscription:
         """Call ``function`` with the weights that the learner publishes, the current at once.
@@ -164,3 +190,13 @@ class TrainerClient(ServiceClient):
         """
         self._updates.close()
         super().stop()
+
+
+def _checked(on_refused: OnRefused) -> OnRefused:
+    if on_refused not in get_args(OnRefused):
+        raise ValueError(f"on_refused is one of {get_args(OnRefused)}, got {on_refused!r}")
+    return on_refused
+
+
+def _request(type: str, payload: Any) -> list[Any]:
+    return [type, {} if payload is None else payload]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -46,12 +47,26 @@ class TrainerTunnel(TrainerServer):
         """Nothing to send: both sides have the same store."""
         return 0
 
+    def update_async(
+        self, timeout: float | None = None, on_refused: OnRefused = "skip"
+    ) -> Future[int]:
+        """Nothing to send: both sides have the same store."""
+        done: Future[int] = Future()
+        done.set_result(0)
+        return done
+
     def start_async_update(self, interval: float = 10) -> None:
         """Nothing to send: both sides have the same store."""
 
     def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
         """See `TrainerClient.request`."""
         return self._client.request(type, payload, timeout)
+
+    def request_async(
+        self, type: str, payload: Any = None, timeout: float | None = None
+    ) -> Future[Any]:
+        """See `TrainerClient.request_async`."""
+        return self._client.request_async(type, payload, timeout)
 
     def recv_network_callback(self, function: Callable[[Any], None]) -> Subscription:
         """See `TrainerClient.recv_network_callback`."""

@@ -6,11 +6,14 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import NamedTuple
 
 from edgeml.core.client import Client
 from edgeml.core.ending import run_at_end
-from edgeml.core.errors import EdgemlError, PermissionDenied
+from edgeml.core.errors import Closed, EdgemlError, Overloaded, PermissionDenied
 from edgeml.core.forks import watch_forks
 from edgeml.data import DataStoreBase
 from edgeml.services.trainer.uploader import OnRefused, Uploader
@@ -20,6 +23,15 @@ __all__ = ["Updates"]
 _log = logging.getLogger(__name__)
 
 _LAST_UPDATE = 2.0  # seconds that stopping may spend on what hasn't been sent
+_MOST_WAITING = 1 << 12  # asynchronous updates
+
+
+class _Asked(NamedTuple):
+    """An update that somebody has a future of."""
+
+    future: Future[int]
+    timeout: float | None
+    on_refused: OnRefused
 
 
 class Updates:
@@ -43,7 +55,10 @@ class Updates:
         self._closed = threading.Event()
         self._closer = 0  # the thread that closes
         self._beginning = threading.Lock()  # to close
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # of updates every so often
+        self._asked: deque[_Asked] = deque()  # that wait for their turn
+        self._asking = threading.Lock()  # for changes of these, and of their thread
+        self._answering: threading.Thread | None = None  # which ends when none wait
         self._forget_end: Callable[[], None] = lambda: None
         self._failure = ""  # of the last update, if it failed
         watch_forks(self)
@@ -62,6 +77,40 @@ class Updates:
         """See `TrainerClient.update`."""
         with self._turn:
             return self._update(timeout, on_refused)
+
+    def update_later(self, timeout: float | None, on_refused: OnRefused) -> Future[int]:
+        """See `TrainerClient.update_async`."""
+        asked = _Asked(Future(), timeout, on_refused)
+        with self._asking:
+            if self._stopping.is_set():
+                raise Closed("this client has been closed")
+            if len(self._asked) >= _MOST_WAITING:
+                raise Overloaded(f"{_MOST_WAITING} updates wait for their turn already")
+            self._asked.append(asked)
+            if self._answering is None:
+                thread = threading.Thread(
+                    target=self._answer_asked, name="edgeml updates asked for", daemon=True
+                )
+                thread.start()
+                self._answering = thread
+        return asked.future
+
+    def _answer_asked(self) -> None:
+        while True:
+            with self._asking:
+                if not self._asked:
+                    self._answering = None
+                    return
+                asked = self._asked.popleft()
+            if not asked.future.set_running_or_notify_cancel():
+                continue
+            try:
+                arrived = self.update(asked.timeout, asked.on_refused)
+            except BaseException as error:
+                asked.future.set_exception(error)
+            else:
+                asked.future.set_result(arrived)
+            del asked  # the future may refer to a lot
 
     def _update(
         self,
@@ -139,32 +188,49 @@ class Updates:
             self._closed.wait(2 * _LAST_UPDATE)
 
     def _finish(self, one_by_one: bool) -> None:
+        me = threading.current_thread()
+        with self._asking:
+            waiting = [each for each in self._asked if each.future.set_running_or_notify_cancel()]
+            self._asked.clear()
+            answering = self._answering
         thread = self._thread
-        if thread is threading.current_thread():  # by a store, or a handler of the log
+        if thread is me:  # by a store, or a handler of the log
             thread = None
         try:
-            if thread is not None:
-                self._update_at_last(one_by_one)
+            if thread is not None or waiting:
+                self._update_at_last(one_by_one, waiting)
         finally:
             self._tell_unsent()
             for uploader in self._uploaders:
                 uploader.close()
             self._client.close()
-            if thread is not None:
-                thread.join(_LAST_UPDATE)
+            for each in (thread, answering):
+                if each is not None and each is not me:
+                    each.join(_LAST_UPDATE)
             self._forget_end()  # only now, since the program may end meanwhile
 
-    def _update_at_last(self, one_by_one: bool) -> None:
+    def _update_at_last(self, one_by_one: bool, waiting: list[_Asked]) -> None:
+        """Send what is left; it is the update of those that wait for one."""
         deadline = time.monotonic() + _LAST_UPDATE
-        if not self._turn.acquire(timeout=_LAST_UPDATE):
-            return
-        try:
-            self._update(None, "skip", deadline, one_by_one)
-        except Exception as error:
-            if not isinstance(error, EdgemlError):
-                _log.warning("the last update of %r failed", self._name, exc_info=True)
-        finally:
-            self._turn.release()
+        arrived = 0
+        failure: Exception | None = None
+        if self._turn.acquire(timeout=_LAST_UPDATE):
+            try:
+                arrived = self._update(None, "skip", deadline, one_by_one)
+            except Exception as error:
+                failure = error
+                if not isinstance(error, EdgemlError):
+                    _log.warning("the last update of %r failed", self._name, exc_info=True)
+            finally:
+                self._turn.release()
+        else:
+            failure = Closed("this client has been closed")
+        for each in waiting:
+            if failure is None:
+                each.future.set_result(arrived)
+                arrived = 0  # all of it has been told
+            else:
+                each.future.set_exception(failure)
 
     def _tell_unsent(self) -> None:
         unsent = sum(uploader.unsent for uploader in self._uploaders)
@@ -178,10 +244,9 @@ class Updates:
 
     def abandon(self) -> None:
         """Leave all of it to the parent, in a forked child."""
-        self._turn, self._beginning = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # as nobody gives them back
-        self._thread = None
+        # As nobody gives them back.
+        self._turn, self._beginning, self._asking = (threading.Lock() for _ in range(3))
+        self._thread = self._answering = None
+        self._asked.clear()
         self._stopping.set()
         self._closed.set()
