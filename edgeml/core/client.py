@@ -135,16 +135,8 @@ class Client:
         began = time.monotonic()
         self.timeout = float(min(timeout, _LONGEST))
         self._codec = load_codec(codec)
-        hello = wire.pack(
-            wire.Hello(
-                wire.PROTOCOL,
-                service,
-                self.client_id,
-                label,
-                codec,
-                config or {},
-                extensions or {},
-            )
+        hello = wire.Hello(
+            wire.PROTOCOL, service, self.client_id, label, codec, config or {}, extensions or {}
         )
         self._writable = writable
         self._closed = False
@@ -175,11 +167,23 @@ class Client:
             raise
 
     def _wait_until_ready(self, deadline: float) -> None:
-        pause = _IMPATIENCE
-        while (now := self.state()).state != "ready":
+        pause, told = _IMPATIENCE, ""
+        while True:
+            now: ServerState | None = None
+            error: EdgemlError | None = None
+            try:
+                now = self.state()
+            except (Unreachable, Closed, DeadlineExceeded) as failure:
+                error = failure  # it failed to load, say; another may take its place
+            if now is not None and now.state == "ready":
+                return
             left = deadline - time.monotonic()
             if left <= 0:
-                raise NotReady(f"the server at {self.url} is {now}, after all the time to wait")
+                raise error or NotReady(
+                    f"the server at {self.url} is still {now}, and there is no time left to wait"
+                )
+            if told != (told := str(now or error)):
+                _log.info("waiting for the server at %s, which is %s", self.url, told)
             time.sleep(min(pause, left))
             pause = min(2 * pause, _PATIENCE)
 
@@ -190,7 +194,14 @@ class Client:
             Unreachable, DeadlineExceeded: it doesn't answer.
         """
         limit = self._limit(timeout)
-        pong, _, _ = ping(self.sessions.connect(limit).requester, limit)
+        session = self.sessions.connect(limit)
+        try:
+            pong, _, _ = ping(session.requester, limit)
+        except Unreachable as error:
+            session.lose(error)
+            raise
+        except Closed:
+            raise self.sessions.explain(session) from None
         return ServerState(state_of(pong.state), pong.progress, pong.detail)
 
     @property

@@ -31,6 +31,7 @@ from threading import get_ident
 from typing import Any
 
 from edgeml.core.alarms import Alarm, Alarms
+from edgeml.core.episode import Episode
 from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
@@ -80,32 +81,14 @@ class Caller:
         client_id: the identity that the client gave; random unless its user chose one.
         label: what the client calls itself, for people to read.
         peer: who the transport says it is.
-        session: what handlers keep about it.
-        ends: called, the newest first, when nobody needs ``session`` any more.
-        episode: the id of the episode that it is in; empty before it has begun one.
+        episode: what handlers keep about it.
     """
 
     client_id: str
     label: str
     peer: Peer
     turn: float = 0.0  # when the next call may start, under a rate limit
-    session: dict[Any, Any] = field(default_factory=dict)
-    ends: list[Callable[[], object]] = field(default_factory=list)
-    episode: str = ""
-
-    def begin_episode(self, episode: str) -> None:
-        """Forget what is kept; in the handlers' thread. Who has the old ``session`` may go on."""
-        self.session, self.episode = {}, episode
-        self.end_session()
-
-    def end_session(self) -> None:
-        """Call all `ends`, in the handlers' thread."""
-        ends, self.ends = self.ends, []
-        for function in reversed(ends):
-            try:
-                function()
-            except Exception:
-                _log.exception("what was to be done at the end of %s's session failed", self)
+    episode: Episode = field(default_factory=Episode)
 
     def __str__(self) -> str:
         return f"{self.label or self.client_id} at {self.peer.address}"
@@ -126,6 +109,7 @@ class Call(ABC):
 
     Attributes:
         detail: what of the interface is meant, as a handler may say for the log: an action's key.
+        episode: of the caller, when it came.
         arrived: when it came, on the clock `time.monotonic`.
         began: when its handler began.
         ended: when there was a result, if that was before it was answered; else 0.
@@ -142,6 +126,7 @@ class Call(ABC):
         "deadline",
         "detail",
         "ended",
+        "episode",
         "name",
         "nbytes",
         "source",
@@ -162,6 +147,7 @@ class Call(ABC):
         self.nbytes = nbytes
         self.source = source
         self.detail = ""
+        self.episode = caller.episode
         self.arrived = self.began = time.monotonic()
         self.ended = 0.0
         self.batch_size = 1
@@ -911,9 +897,9 @@ class Dispatcher:
         )
 
     @property
-    def working(self) -> bool:
-        """Whether any call waits or is being handled."""
-        return bool(self.waiting or self._at_hand or self._running)
+    def carries(self) -> bool:
+        """Whether the calling thread is the one that `run` was called in."""
+        return get_ident() == self._carrying
 
     @property
     def inside(self) -> bool:

@@ -6,7 +6,8 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgeml.core import wire
 from edgeml.core.alarms import Alarms
 from edgeml.core.codec import Codec
 from edgeml.core.dispatch import Call, Caller, Dispatcher, Gatherer, Handler, unknown
+from edgeml.core.episode import Episode
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
@@ -22,6 +24,7 @@ from edgeml.core.errors import (
     NotReady,
     Overloaded,
     PermissionDenied,
+    text_of,
 )
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_codec, load_transport
@@ -88,6 +91,13 @@ class _EnvelopeCall(Call):
         self.batch_size = 1
         self.version = 0
         self._open = [True]
+        self.episode = episode = session.episode
+        episode.calls.append(None)  # before the look, so that its end either waits for this or was
+        if episode.ended:
+            episode.calls.pop()
+            episode.settle()
+            self.episode = episode = session.episode
+            episode.calls.append(None)
         self._codec = session.codec
         self._message = Message(request.body, message.buffers)
         self._reply = reply
@@ -109,9 +119,16 @@ class _EnvelopeCall(Call):
         served = wire.Served(self.version, self.batch_size, began - self.arrived, compute)
         answer = wire.pack(wire.Result(wire.OK, encoded.header, 0, 0, served))
         self._reply(Message(answer, encoded.buffers))
+        episode = self.episode
+        episode.calls.pop()
+        if episode.ended:
+            episode.settle()
 
     def _send_error(self, error: EdgemlError) -> None:
         self._reply(Message(wire.pack_error(error)))
+        self.episode.calls.pop()
+        if self.episode.ended:
+            self.episode.settle()
 
 
 class _Listener:
@@ -173,10 +190,13 @@ class Server:
         self._extensions: dict[str, Negotiate] = {}
         self._alarms = Alarms(f"edgeml {service} alarms")
         self.dispatcher = Dispatcher(service, self._alarms, workers, rate_limit)
-        self.dispatcher.at_end = self._end_sessions
+        self.dispatcher.at_end = self._run_last
         self._topics: dict[str, Topic] = {}
         self.topic(wire.HEARTBEAT)
         self._sessions: dict[bytes, _Session] = {}
+        self._ended_episodes: weakref.WeakSet[Episode] = weakref.WeakSet()
+        self._due: deque[Callable[[], object]] = deque()  # in the handlers' thread, ...
+        self._over = False  # ... which ends
         self._listeners: list[_Listener] = []
         self._lock = threading.Lock()
         self.state = ServerState("starting", 0.0)
@@ -333,8 +353,15 @@ class Server:
             self._ended.wait(5.0)
 
     def _close(self) -> None:
+        told = "" if self.failure is None else f"loading failed: {text_of(self.failure)}"
+        with self._lock:
+            self._open_to_calls = False
+            self.state = ServerState("stopped", 0.0, told)
+            sessions = list(self._sessions.values())
         for topic in self._topics.values():
             topic.close()
+        for session in sessions:
+            self._end(session.episode)
         self.dispatcher.close()
         for listener in self._listeners:
             if listener.endpoint is not None:
@@ -351,20 +378,58 @@ class Server:
                 for session in silent:
                     del self._sessions[session.key]
             for session in silent:
-                self._end_session(session)
+                self._end(session.episode)
                 _log.info("%s: %s is lost: silent for %g s", self.service, session, _FORGET)
         finally:
             self._alarms.after(_TICK, self._tick)
 
-    def _end_session(self, session: _Session) -> None:
-        if session.ends:
-            self.dispatcher.do(session.end_session)
+    # Sessions -----------------------------------------------------------------------------
 
-    def _end_sessions(self) -> None:
+    def begin_episode(self, caller: Caller, name: str) -> None:
+        """Forget what is kept about a caller; calls that came before find it as it was."""
+        old, caller.episode = caller.episode, Episode(name)
+        self._end(old)
+
+    def _end(self, episode: Episode) -> None:
         with self._lock:
-            sessions = list(self._sessions.values())
-        for session in sessions:
-            session.end_session()
+            self._ended_episodes.add(episode)
+        episode.end(self._run_soon)
+
+    def _run_soon(self, function: Callable[[], object]) -> None:
+        """Run a function in the handlers' thread, also when that is just ending."""
+        with self._lock:
+            over = self._over
+            if not over:
+                self._due.append(function)
+        if over:
+            function()
+        else:
+            self.dispatcher.do(self._run_due)
+
+    def _run_due(self) -> None:
+        while self._due:
+            try:
+                function = self._due.popleft()
+            except IndexError:  # another worker has it
+                return
+            function()
+
+    def _run_last(self) -> None:
+        with self._lock:
+            self._over = True
+        self._run_due()
+
+    def _resume(self, key: Any, session: _Session) -> bool:
+        """Go on where a client's lost connection left off; nobody else knows that session's key."""
+        with self._lock:
+            old = self._sessions.get(key) if isinstance(key, bytes) else None
+            if old is None or old is session or old.client_id != session.client_id:
+                return False
+            del self._sessions[old.key]
+        session.episode, session.turn = old.episode, old.turn
+        for topic in self._topics.values():
+            topic.forget(old.key)
+        return True
 
     # States -------------------------------------------------------------------------------
 
@@ -374,9 +439,10 @@ class Server:
         Raises:
             RuntimeError: the server has been started.
         """
-        if self._opened:
-            raise RuntimeError("the server was started before; load first")
-        self._loads.append(function)
+        with self._lock:
+            if self._opened:
+                raise RuntimeError("the server was started before; say what it loads before that")
+            self._loads.append(function)
 
     def _run_loads(self) -> None:
         """Run in the handlers' thread."""
@@ -385,43 +451,55 @@ class Server:
             for number, function in enumerate(loads):
 
                 def report(fraction: float, detail: str = "", number: int = number) -> None:
+                    if self._closed:
+                        raise Closed("the server has been stopped")
                     done = (number + min(max(float(fraction), 0.0), 1.0)) / len(loads)
-                    if not self._closed and not self._draining:
-                        self.state = ServerState("loading", done, str(detail)[:_LONGEST_DETAIL])
+                    with self._lock:
+                        if self.state.state == "loading":
+                            self.state = ServerState("loading", done, str(detail)[:_LONGEST_DETAIL])
 
                 report(0.0)
                 function(report)
         except BaseException as error:
-            self.failure = error
-            _log.error("%s: loading failed, and the server stops", self.service, exc_info=error)
-            self.close()
+            if not self._closed:  # or it was interrupted by that
+                if not isinstance(error, KeyboardInterrupt):
+                    self.failure = error
+                    _log.exception("%s: loading failed, and the server stops", self.service)
+                self.close()
+            if not isinstance(error, Exception):
+                raise
             return
         with self._lock:
-            if not self._draining:
+            if self.state.state == "loading":  # and has not been stopped, and is not draining
                 self.state = ServerState("ready")
                 self._open_to_calls = True
         _log.info("%s is ready", self.service)
 
-    def _refuse_unready(self, now: float) -> None:
-        """Raise what refuses a call, unless it may have been under way when draining began."""
-        if not self._draining:
-            raise NotReady(
-                f"the server is {self.state}; wait_for_server= has a client wait until it is ready"
-            )
-        if now > self._draining + _UNDER_WAY:
-            raise NotReady(_DRAINING)
+    def _is_late(self, call: Call) -> bool:
+        """Whether a call may have been under way when draining began."""
+        return self._draining > 0.0 and call.arrived <= self._draining + _UNDER_WAY
+
+    def _not_ready(self) -> EdgemlError:
+        if self._closed:
+            return Closed("the server has been stopped")
+        if self._draining:
+            return NotReady(_DRAINING)
+        return NotReady(
+            f"the server is {self.state}; wait_for_server= has a client wait until it is ready"
+        )
 
     def drain(self, timeout: float) -> bool:
         """Answer what is under way, take nothing new, and then close; whether all was answered.
 
-        In a handler this returns at once, with False, and the rest is done in the background.
+        In the handlers' thread, a signal's handler among it, this returns at once, with False, and
+        the rest is done in the background.
         """
         with self._lock:
             if not self._draining:
                 self._draining = time.monotonic()
-                self.state = ServerState("draining")
+                self.state = ServerState("draining", 1.0, "it answers what it has, and stops")
                 self._open_to_calls = False
-        if self.dispatcher.inside:
+        if self.dispatcher.inside or self.dispatcher.carries:
             threading.Thread(
                 target=self._finish, args=(timeout,), name="edgeml drain", daemon=True
             ).start()
@@ -431,11 +509,19 @@ class Server:
     def _finish(self, timeout: float) -> bool:
         deadline = self._draining + timeout
         time.sleep(max(0.0, min(_UNDER_WAY, timeout) - (time.monotonic() - self._draining)))
-        while (working := self.dispatcher.working) and time.monotonic() < deadline:
-            if self._ended.wait(_LOOK):
+        while (owing := self._owes_answers()) and time.monotonic() < deadline:
+            if self._closed:
                 break
+            self._ended.wait(_LOOK)
         self.close()
-        return not working
+        return not owing
+
+    def _owes_answers(self) -> bool:
+        """Whether any call that was taken has no answer yet."""
+        with self._lock:
+            episodes = [session.episode for session in self._sessions.values()]
+            episodes += self._ended_episodes
+        return any(episode.calls for episode in episodes)
 
     # Requests, in the transport's loop ----------------------------------------------------
 
@@ -465,10 +551,12 @@ class Server:
                 return
             session.seen = time.monotonic()
             if request.kind == wire.CALL:
-                if not self._open_to_calls:
-                    self._refuse_unready(session.seen)
                 call = _EnvelopeCall(request, session, message, reply, listener.endpoint)
-                self.dispatcher.submit(call)
+                # Only now, since a server that drains waits for calls that there are.
+                if self._open_to_calls or self._is_late(call):
+                    self.dispatcher.submit(call)
+                else:
+                    self.dispatcher.refuse(call, self._not_ready())
             elif request.kind == wire.NEXT:
                 credit = wire.unpack(wire.Credit, request.body)
                 topic = self._topics.get(request.name)
@@ -479,7 +567,7 @@ class Server:
                 with self._lock:
                     gone = self._sessions.pop(session.key, None)
                 if gone is not None:
-                    self._end_session(gone)
+                    self._end(gone.episode)
                     _log.info("%s: %s has left", self.service, session)
                 for topic in self._topics.values():
                     topic.forget(session.key)
@@ -515,7 +603,7 @@ class Server:
             raise Malformed("a client id or label of over 200 characters")
         session = _Session(hello, peer, self._codecs[hello.codec])
         answers = {
-            name: self._extensions[name](asked, session)
+            name: self._negotiate(name, asked, session)
             for name, asked in hello.extensions.items()
             if name in self._extensions
         }
@@ -523,8 +611,19 @@ class Server:
             if len(self._sessions) >= _MOST_SESSIONS:
                 raise Overloaded(f"the server has {_MOST_SESSIONS} clients already")
             self._sessions[session.key] = session
+        if wire.RESUME in hello.extensions:
+            answers[wire.RESUME] = self._resume(hello.extensions[wire.RESUME], session)
         _log.info("%s: %s has come", self.service, session)
         topics = {topic.name: topic.keep for topic in self._topics.values()}
         ports = [url.port for url in self.urls]
         welcome = wire.Welcome(session.key, self.epoch, topics, ports, answers)
         return wire.pack(wire.Answer(wire.OK, wire.pack(welcome)))
+
+    def _negotiate(self, name: str, asked: Any, session: _Session) -> Any:
+        try:
+            return self._extensions[name](asked, session)
+        except EdgemlError:
+            raise
+        except Exception as error:  # the client is to be told, whatever it sent
+            _log.exception("%s: %r could not be agreed with %s", self.service, name, session)
+            raise Malformed(f"what was asked of {name!r} could not be agreed: {error}") from error

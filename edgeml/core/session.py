@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
 from edgeml.core.codec import Codec
@@ -25,6 +27,7 @@ from edgeml.core.errors import (
     ConfigMismatch,
     DeadlineExceeded,
     EdgemlError,
+    NotReady,
     Overloaded,
     PermissionDenied,
     Unreachable,
@@ -86,7 +89,7 @@ class SessionKeeper:
 
     Args:
         urls: where the server is; the first that answers is taken.
-        hello: what it is greeted with, packed.
+        hello: what it is greeted with.
         codec: what the hello says is spoken.
         alarms: does things later.
         timeout: seconds that making a session in the background may take.
@@ -101,7 +104,7 @@ class SessionKeeper:
     def __init__(
         self,
         urls: Sequence[Url],
-        hello: bytes,
+        hello: wire.Hello,
         codec: Codec,
         alarms: Alarms,
         *,
@@ -208,6 +211,9 @@ class SessionKeeper:
                 if closed:
                     raise Closed("this client has been closed")
                 return self._greet(requester, time.monotonic() + left)
+            except NotReady as error:  # it is draining
+                requester.close()
+                failures.append(error)
             except (DeadlineExceeded, Unreachable) as error:
                 requester.close()
                 told = f"no handshake with {url}: {error}"
@@ -221,10 +227,15 @@ class SessionKeeper:
                 self._attempt = None
         if len(failures) == 1:
             raise failures[0]
-        raise Unreachable("; ".join(map(str, failures)))
+        kind = NotReady if any(isinstance(each, NotReady) for each in failures) else Unreachable
+        raise kind("; ".join(map(str, failures)))
 
     def _greet(self, requester: Requester, deadline: float) -> Session:
-        header = wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, self._hello))
+        hello = self._hello
+        if self.current is not None:
+            extensions = hello.extensions | {wire.RESUME: self.current.key}
+            hello = msgspec.structs.replace(hello, extensions=extensions)
+        header = wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, wire.pack(hello)))
         left = max(0.01, deadline - time.monotonic())
         reply = wire.unpack(wire.Answer, requester.call(Message(header), left).header)
         if reply.status != wire.OK:

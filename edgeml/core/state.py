@@ -7,7 +7,7 @@ from typing import Literal, cast, get_args
 
 __all__ = ["ServerState", "State", "state_of"]
 
-State = Literal["starting", "loading", "ready", "draining"]
+State = Literal["starting", "loading", "ready", "draining", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class ServerState:
     """What a server is at.
 
     Attributes:
-        state: "starting" until it listens, "loading" until it can answer calls, "ready", and
-            "draining" once it answers what it has and takes nothing new.
+        state: "starting" until it listens, "loading" until it can answer calls, "ready",
+            "draining" once it answers what it has and takes nothing new, and "stopped".
         progress: of loading, 0 to 1; 1 once it is ready.
         detail: what it is at, for people to read.
     """
@@ -26,9 +26,8 @@ class ServerState:
     detail: str = ""
 
     def __str__(self) -> str:
-        if self.state != "loading":
-            return self.state
-        return f"loading, {self.progress:.0%} done" + (f": {self.detail}" if self.detail else "")
+        far = f", {self.progress:.0%} done" if self.state == "loading" else ""
+        return f"{self.state}{far}" + (f": {self.detail}" if self.detail else "")
 
 
 def state_of(name: str) -> State:

@@ -38,6 +38,7 @@ __all__ = [
     "OK",
     "PING",
     "PROTOCOL",
+    "RESUME",
     "SILENCE",
     "Answer",
     "Credit",
@@ -65,6 +66,9 @@ twice `HOLD`, for it is asked twice, with time to spare for the way."""
 
 HEARTBEAT = ""
 """The topic on which nothing is ever published: its credits are the heartbeat."""
+
+RESUME = "resume"
+"""The extension by which a client that lost its connection goes on with its session."""
 
 # Kinds of request.
 HELLO, CALL, NEXT, GOODBYE, PING = range(5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["ClientSettings", "ServerSettings", "ServiceClient", "ServiceServer"]
+
+F = TypeVar("F", bound=Load)
 
 _THIS_MACHINE = "127.0.0.1"
 _WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
@@ -228,21 +230,26 @@ class ServiceServer(_Service):
         finally:
             self.stop()
 
-    def load(self, function: Load) -> None:
+    def load(self, function: F) -> F:
         """Have something done before the first call is answered, such as reading weights.
 
         It runs in the handlers' thread once the server listens. Until then the server is "loading":
         clients can connect, ask for its `state`, and wait with ``wait_for_server=``; what they call
-        is refused with NotReady. If it raises, the server stops.
+        is refused with NotReady. If it raises, the server stops. A decorator, too.
 
         Args:
             function: ``function(report)``, which may tell how far it is by
-                ``report(fraction, "what it is at")``. Several run one after another.
+                ``report(fraction, "what it is at")``; that raises Closed once the server has been
+                stopped. Several run one after another.
+
+        Returns:
+            The function.
 
         Raises:
             RuntimeError: the server has been started.
         """
         self._server.load(function)
+        return function
 
     def state(self) -> ServerState:
         """Return what this server is at."""
@@ -251,8 +258,9 @@ class ServiceServer(_Service):
     def drain(self, timeout: float = 30.0) -> bool:
         """Stop once everything under way is answered; new calls and clients are refused.
 
-        They get NotReady, and nothing of what they asked has been done. In one of the server's own
-        handlers this returns False at once, and the rest is done in the background.
+        They get NotReady, and nothing of what they asked has been done. In the handlers' thread,
+        which would wait for itself, this returns False at once, and the rest is done in the
+        background: so a signal's handler may call it.
 
         Args:
             timeout: seconds after which to stop all the same.
@@ -336,8 +344,8 @@ class ServiceClient(_Service):
         transport: a transport's name, or a URL; None for what the configuration says, and else
             ``$EDGEML_TRANSPORT``, which defaults to ``"zmq"``.
         timeout: seconds that connecting, or a call, may take unless told otherwise.
-        wait_for_server: go on trying, for 600 s or the number of seconds given, when no server
-            answers yet.
+        wait_for_server: wait until a server answers and is ready, for 600 s or the number of
+            seconds given.
         client_id: this client's identity; random by default.
         codec: the codec's name.
         writable: whether received arrays are private copies rather than read-only views.

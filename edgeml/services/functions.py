@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from edgeml.core.dispatch import Call, LocalCall, require_plain
+from edgeml.core.episode import Episode
 
-__all__ = ["Context", "Function", "Single", "context_of"]
+__all__ = ["Context", "Function", "Single", "context_of", "rehearsed"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Context:
         deadline: until when the caller waits, on the clock `time.monotonic`.
         session: what you want to keep about this client: a dict that is empty at first, and goes
             when the client leaves, resets, or is silent for half a minute. A client that comes back
-            after a restart of either side gets a new one.
+            within that, since its connection was lost, finds it as it was; after a restart of
+            either side it is a new one.
         episode: the id of the client's episode; empty before its first reset.
     """
 
@@ -36,30 +39,41 @@ class Context:
     deadline: float
     session: dict[Any, Any]
     episode: str
-    _ends: list[Callable[[], object]] = field(repr=False, compare=False)
+    _episode: Episode = field(repr=False, compare=False)
 
     def on_end(self, function: Callable[[], object]) -> None:
         """Call ``function()`` in the handlers' thread once nobody needs ``session`` any more.
 
-        That is when the client leaves, resets, is silent for half a minute, or the server stops.
-        Several are called in reverse order. What they raise is logged.
+        That is when the client has left, was reset, is silent for half a minute, or the server
+        stops, and the calls that came before have been answered. Of several the newest is called
+        first. What they raise is logged.
         """
-        self._ends.append(function)
+        self._episode.on_end(function)
 
 
 def context_of(call: Call) -> Context:
-    """Return the context of a call, with the session as it is now."""
-    caller = call.caller
+    """Return the context of a call, with the session that it had when the call came."""
+    caller, episode = call.caller, call.episode
     return Context(
         call.name,
         caller.client_id,
         caller.label,
         None,
         call.deadline,
-        caller.session,
-        caller.episode,
-        caller.ends,
+        episode.session,
+        episode.id,
+        episode,
     )
+
+
+@contextmanager
+def rehearsed(example: Any) -> Iterator[Call]:
+    """A call that nobody made, to warm up with; its session ends with it, in this thread."""
+    call = LocalCall("warm-up", example)
+    try:
+        yield call
+    finally:
+        call.episode.end(lambda function: function())
 
 
 class Function(NamedTuple):
@@ -125,4 +139,5 @@ class Single:
         """Run the function once on an example of a payload."""
         report(0.0, "a call")
         run, _, told = self.function
-        run(example, context_of(LocalCall("warm-up", example))) if told else run(example)
+        with rehearsed(example) as call:
+            run(example, context_of(call)) if told else run(example)

@@ -6,11 +6,13 @@ import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from edgeml.core.client import Timing
 from edgeml.core.dispatch import Caller, answer_with, unknown
 from edgeml.core.errors import Malformed
+from edgeml.core.server import Server
 from edgeml.services.base import ClientSettings, ServerSettings, ServiceClient, ServiceServer
 from edgeml.services.batching import Batcher, Batching
 from edgeml.services.functions import Function, Single
@@ -51,7 +53,7 @@ class InferenceServer(ServiceServer):
         self._swapping = threading.Lock()
         self._interfaces = interfaces = dict[str, Single | Batcher]()
         self._server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
-        self._server.register(_RESET, answer_with(_reset))
+        self._server.register(_RESET, answer_with(partial(_reset, self._server)))
 
     @overload
     def register_interface(
@@ -174,10 +176,10 @@ def _do_nothing(fraction: float, detail: str) -> None:
     """Stand in for a report that nobody reads."""
 
 
-def _reset(episode: Any, caller: Caller) -> None:
+def _reset(server: Server, episode: Any, caller: Caller) -> None:
     if not isinstance(episode, str) or len(episode) > _LONGEST_ID:
         raise Malformed(f"an episode's id is a string of at most {_LONGEST_ID} characters")
-    caller.begin_episode(episode)
+    server.begin_episode(caller, episode)
 
 
 class InferenceClient(ServiceClient):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgeml.core.alarms import Alarm
-from edgeml.core.dispatch import Call, Caller, Gatherer, LocalCall, Turns
+from edgeml.core.dispatch import Call, Caller, Gatherer, Turns
 from edgeml.core.errors import Closed, DeadlineExceeded
 from edgeml.core.transport import Endpoint
 from edgeml.services.batching.patience import Costs, Patience
 from edgeml.services.batching.stack import Layout, Stack, flatten, split
-from edgeml.services.functions import Context, Function, context_of
+from edgeml.services.functions import Context, Function, context_of, rehearsed
 
 __all__ = ["Batcher", "Batching"]
 
@@ -374,17 +374,17 @@ class Batcher(Gatherer):
         stack = Stack(layout, self._max_size)
         stack.write(0, leaves)
         costs = self._costs.setdefault(layout, Costs())
-        call = LocalCall("warm-up", example)
         function = self.function
         for done, size in enumerate(self._sizes):
             report(done / len(self._sizes), f"a batch of {size}")
             batch = _Batch(stack)
-            batch.calls = [call]
-            batch.contexts = [context_of(call)]
-            for _ in range(2):
-                began = time.monotonic()
-                split(self._compute(function, batch, size), size, 1)
-                costs.add(size, time.monotonic() - began)
+            with rehearsed(example) as call:
+                batch.calls = [call]
+                batch.contexts = [context_of(call)]
+                for _ in range(2):
+                    began = time.monotonic()
+                    split(self._compute(function, batch, size), size, 1)
+                    costs.add(size, time.monotonic() - began)
 
     def close(self) -> list[Call]:
         """See `Gatherer.close`."""
