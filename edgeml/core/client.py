@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -101,6 +101,7 @@ class Client:
         urls: where it is; the first that answers is taken.
         config: what the server's configuration must equal, field by field.
         extensions: what is said to parts of the server that it may not have, by name.
+        needed: names of those that it must have.
         client_id: an identity that outlives this object; random by default.
         label: for people to read in the server's list of clients.
         codec: the codec's name.
@@ -121,6 +122,7 @@ class Client:
         *,
         config: dict[str, Any] | None = None,
         extensions: dict[str, Any] | None = None,
+        needed: Collection[str] = (),
         client_id: str | None = None,
         label: str = "",
         codec: str = "msgpack",
@@ -152,6 +154,7 @@ class Client:
                 hello,
                 self._codec,
                 self._alarms,
+                needed=needed,
                 timeout=self.timeout,
                 wait=wait,
                 credentials=credentials,

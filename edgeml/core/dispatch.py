@@ -34,6 +34,7 @@ from edgeml.core.alarms import Alarm, Alarms
 from edgeml.core.episode import Episode
 from edgeml.core.errors import (
     Closed,
+    ConfigMismatch,
     DeadlineExceeded,
     EdgemlError,
     Malformed,
@@ -70,7 +71,7 @@ _TOO_LATE = "nobody waits for this call any more"
 _GRACE = 2.0  # seconds that handlers have to return when the dispatcher is closed
 
 # Raised by a handler, these reach the caller as they are; all else is a RemoteError.
-_PASSED_ON = (UnknownInterface, Malformed, PermissionDenied, Overloaded)
+_PASSED_ON = (UnknownInterface, Malformed, ConfigMismatch, PermissionDenied, Overloaded)
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,7 @@ class SessionKeeper:
         hello: what it is greeted with.
         codec: what the hello says is spoken.
         alarms: does things later.
+        needed: extensions of the hello that the server must answer.
         timeout: seconds that making a session in the background may take.
         wait: seconds to go on trying when nobody serves there yet.
         credentials: given to the transport.
@@ -108,6 +109,7 @@ class SessionKeeper:
         codec: Codec,
         alarms: Alarms,
         *,
+        needed: Collection[str] = (),
         timeout: float,
         wait: float = 0.0,
         credentials: Credentials = None,
@@ -117,6 +119,7 @@ class SessionKeeper:
         """The newest session, which may be lost."""
         self._urls = list(urls)
         self._hello = hello
+        self._needed = needed
         self._codec = codec
         self._alarms = alarms
         self._timeout = timeout
@@ -241,6 +244,11 @@ class SessionKeeper:
         if reply.status != wire.OK:
             raise wire.error_of(reply)
         welcome = wire.unpack(wire.Welcome, reply.body)
+        if unknown := [name for name in self._needed if name not in welcome.extensions]:
+            raise ConfigMismatch(
+                f"the server at {requester.url} knows nothing of {' and '.join(unknown)}, which "
+                "this client relies on: bring the server's edgeml to this one's version"
+            )
         return Session(
             requester,
             welcome.session,

@@ -364,6 +364,7 @@ class ServiceClient(_Service):
         config: _Config | None = None,
         *,
         label: str = "",
+        needs: dict[str, Any] | None = None,  # extensions that the server must have
         url: str | None = None,
         host: str | None = None,
         server_ip: str | None = None,
@@ -390,6 +391,8 @@ class ServiceClient(_Service):
             service,
             urls,
             config=None if config is None else config.shared(),
+            extensions=needs,
+            needed=needs or (),
             label=label,
             client_id=client_id,
             codec=codec,

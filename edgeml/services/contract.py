@@ -19,7 +19,7 @@ import numpy as np
 from edgeml.core.errors import Malformed
 from edgeml.data.tree import describe
 
-__all__ = ["Feature", "Features", "PolicyContract", "differences"]
+__all__ = ["Feature", "Features", "PolicyContract", "differences", "join_findings"]
 
 _NUMBERS = frozenset(
     (
@@ -499,7 +499,7 @@ def _fits_quickly(leaves: list[_Leaf], tree: Any) -> bool:
 def _require(features: Features | None, value: Any, path: str) -> None:
     faults = [] if features is None else list(_faults(features, value, path))
     if faults:
-        raise ValueError(_listed(faults))
+        raise ValueError(join_findings(faults))
 
 
 def _faults(features: Features, value: Any, path: str) -> Iterator[str]:
@@ -524,7 +524,8 @@ def _outline(features: Features) -> str:
     return str(features) if isinstance(features, Feature) else f"a dict of {sorted(features)}"
 
 
-def _listed(found: Sequence[str]) -> str:
+def join_findings(found: Sequence[str]) -> str:
+    """Return what was found, as one text; of many the first ones."""
     more = len(found) - _MOST_SHOWN
     return "; ".join(found[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 

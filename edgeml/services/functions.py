@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from edgeml.core.dispatch import Call, LocalCall, require_plain
 from edgeml.core.episode import Episode
+from edgeml.services.checks import Checks
 
 __all__ = ["Context", "Function", "Single", "context_of", "rehearsed"]
 
@@ -83,15 +84,22 @@ class Function(NamedTuple):
         run: what the user gave.
         version: counts from 1.
         told: whether it takes a context as well.
+        checks: what its calls are checked by.
     """
 
     run: Callable[..., Any]
     version: int
     told: bool
+    checks: Checks | None = None
 
     @classmethod
     def make(
-        cls, what: str, run: Callable[..., Any], version: int, told: bool | None = None
+        cls,
+        what: str,
+        run: Callable[..., Any],
+        version: int,
+        told: bool | None = None,
+        checks: Checks | None = None,
     ) -> Function:
         """Check a user's function.
 
@@ -101,12 +109,13 @@ class Function(NamedTuple):
             version: its number.
             told: whether it takes a context; None to go by its signature: it does where it needs
                 two arguments, or has one that is called ``context``.
+            checks: what its calls are checked by; None for nothing.
 
         Raises:
             TypeError: it isn't callable, or is an ``async def``.
         """
         require_plain(what, run)
-        return cls(run, version, _takes_context(run) if told is None else told)
+        return cls(run, version, _takes_context(run) if told is None else told, checks)
 
 
 def _takes_context(function: Callable[..., Any]) -> bool:
@@ -131,13 +140,18 @@ class Single:
 
     def __call__(self, call: Call) -> None:
         """Answer a call."""
-        run, call.version, told = self.function
+        run, call.version, told, checks = self.function
         payload = call.payload()
-        call.answer(run(payload, context_of(call)) if told else run(payload))
+        if checks is not None:
+            checks.check_payload(call, payload)
+        result = run(payload, context_of(call)) if told else run(payload)
+        if checks is not None:
+            checks.check_result(call, result)
+        call.answer(result)
 
     def warm_up(self, example: Any, report: Callable[[float, str], None]) -> None:
         """Run the function once on an example of a payload."""
         report(0.0, "a call")
-        run, _, told = self.function
+        run, _, told, _ = self.function
         with rehearsed(example) as call:
             run(example, context_of(call)) if told else run(example)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -15,6 +14,8 @@ from edgeml.core.errors import Malformed
 from edgeml.core.server import Server
 from edgeml.services.base import ClientSettings, ServerSettings, ServiceClient, ServiceServer
 from edgeml.services.batching import Batcher, Batching
+from edgeml.services.checks import EXTENSION, Check, Contracts
+from edgeml.services.contract import PolicyContract
 from edgeml.services.functions import Function, Single
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Users' own names do not start with a slash.
 _LIST = "/interfaces"
+_CONTRACT = "/contract"
 _RESET = "/reset"
 _LONGEST_ID = 200  # characters
 
@@ -50,9 +52,11 @@ class InferenceServer(ServiceServer):
         **settings: Unpack[ServerSettings],
     ) -> None:
         super().__init__("inference", host=host, port=port_num, transport=transport, **settings)
-        self._swapping = threading.Lock()
         self._interfaces = interfaces = dict[str, Single | Batcher]()
+        self._contracts = contracts = Contracts(interfaces)
+        self._server.extend(EXTENSION, contracts.negotiate)
         self._server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
+        self._server.register(_CONTRACT, answer_with(lambda name, _: contracts.tell(name)))
         self._server.register(_RESET, answer_with(partial(_reset, self._server)))
 
     @overload
@@ -63,6 +67,8 @@ class InferenceServer(ServiceServer):
         *,
         batching: Batching | None = None,
         with_context: bool | None = None,
+        contract: PolicyContract | None = None,
+        check: Check = "first",
     ) -> Callable[[F], F]: ...
 
     @overload
@@ -73,6 +79,8 @@ class InferenceServer(ServiceServer):
         *,
         batching: Batching | None = None,
         with_context: bool | None = None,
+        contract: PolicyContract | None = None,
+        check: Check = "first",
     ) -> F: ...
 
     def register_interface(
@@ -82,6 +90,8 @@ class InferenceServer(ServiceServer):
         *,
         batching: Batching | None = None,
         with_context: bool | None = None,
+        contract: PolicyContract | None = None,
+        check: Check = "first",
     ) -> F | Callable[[F], F]:
         """Serve ``function(payload) -> result`` under a name, before or after the start.
 
@@ -99,6 +109,11 @@ class InferenceServer(ServiceServer):
             with_context: whether the function takes a `Context`, too, or with ``batching`` a list
                 of them, one for each call; by default where it needs two arguments, or its second
                 is called ``context``.
+            contract: what a payload and a result are like. Clients can ask for it, and one that
+                expects something else is refused. What does not fit is refused, too: a payload is
+                Malformed, a result a RemoteError.
+            check: which calls are checked: ``"first"`` for those of each client until one has
+                passed, ``"all"``, or ``"none"``.
 
         Returns:
             The function.
@@ -111,22 +126,41 @@ class InferenceServer(ServiceServer):
             raise ValueError(f"an interface can't be called {name!r}")
         if function is None:
             return lambda given: self.register_interface(
-                name, given, batching=batching, with_context=with_context
+                name,
+                given,
+                batching=batching,
+                with_context=with_context,
+                contract=contract,
+                check=check,
             )
-        made = Function.make(f"interface {name!r}", function, 1, with_context)
-        if name in self._interfaces:
-            raise ValueError(f"there is an interface {name!r} already")
-        handler = Single(made) if batching is None else Batcher(made, batching)
-        self._server.register(name, handler)
-        self._interfaces[name] = handler
+        with self._contracts.changing:
+            if name in self._interfaces:
+                raise ValueError(f"there is an interface {name!r} already")
+            made = Function.make(f"interface {name!r}", function, 1, with_context)
+            made = made._replace(checks=self._contracts.offer(name, contract, check))
+            handler = Single(made) if batching is None else Batcher(made, batching)
+            self._server.register(name, handler)
+            self._interfaces[name] = handler
         return function
 
     def swap(
-        self, name: str, function: Callable[..., Any], *, with_context: bool | None = None
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        with_context: bool | None = None,
+        contract: PolicyContract | None = None,
     ) -> int:
         """Replace the function of an interface, between two of its calls or batches.
 
         No call is lost, and each is answered by one of the two; `Timing.version` tells which.
+
+        Args:
+            name: of the interface.
+            function: what answers from now on.
+            with_context: as for `register_interface`.
+            contract: the interface's new one; by default it keeps the one that it has. Calls of
+                clients that expect another are refused with ConfigMismatch from now on.
 
         Returns:
             The new version.
@@ -136,10 +170,10 @@ class InferenceServer(ServiceServer):
             TypeError: the function isn't callable, or is an ``async def``.
         """
         handler = self._find(name)
-        with self._swapping:
+        with self._contracts.changing:
             version = handler.function.version + 1
-            what = f"interface {name!r}"
-            handler.function = Function.make(what, function, version, with_context)
+            made = Function.make(f"interface {name!r}", function, version, with_context)
+            handler.function = made._replace(checks=self._contracts.offer(name, contract))
         return version
 
     def warmup(self, name: str, example: Any) -> None:
@@ -155,9 +189,13 @@ class InferenceServer(ServiceServer):
 
         Raises:
             UnknownInterface: there is no interface of that name.
+            ValueError: the example doesn't fit the interface's contract.
             What the function raises, after the start.
         """
         handler = self._find(name)
+        contract = self._contracts.find(name)
+        if contract is not None:
+            contract.check_observation(example)
         if self._server.state.state == "starting":
             self._server.load(lambda report: handler.warm_up(example, report))
         elif self._server.dispatcher.inside:
@@ -176,6 +214,17 @@ def _do_nothing(fraction: float, detail: str) -> None:
     """Stand in for a report that nobody reads."""
 
 
+def _plain(expect: Mapping[str, PolicyContract]) -> dict[str, Any]:
+    if not isinstance(expect, Mapping) or not all(
+        isinstance(name, str) and isinstance(contract, PolicyContract)
+        for name, contract in expect.items()
+    ):
+        raise TypeError(
+            f"expect has a PolicyContract for each interface that it names, not {expect!r:.200}"
+        )
+    return {name: contract.to_plain() for name, contract in expect.items()}
+
+
 def _reset(server: Server, episode: Any, caller: Caller) -> None:
     if not isinstance(episode, str) or len(episode) > _LONGEST_ID:
         raise Malformed(f"an episode's id is a string of at most {_LONGEST_ID} characters")
@@ -192,12 +241,16 @@ class InferenceClient(ServiceClient):
         timeout: seconds that connecting, or a call, may take unless told otherwise.
         wait_for_server: go on trying, for 600 s or the number of seconds given, when no server
             answers yet.
+        expect: what the policies are like that this client was made for, by their interfaces'
+            names. It is compared whenever the client connects, after a restart of the server too,
+            and what differs is refused before anything is called.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
             see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.
-        ConfigMismatch: what serves there is no inference server.
+        ConfigMismatch: what serves there is no inference server, or differs from what is expected;
+            the text names all that does.
     """
 
     def __init__(
@@ -208,6 +261,7 @@ class InferenceClient(ServiceClient):
         *,
         timeout: float = 10.0,
         wait_for_server: bool | float = False,
+        expect: Mapping[str, PolicyContract] | None = None,
         **settings: Unpack[ClientSettings],
     ) -> None:
         super().__init__(
@@ -217,12 +271,22 @@ class InferenceClient(ServiceClient):
             transport=transport,
             timeout=timeout,
             wait_for_server=wait_for_server,
+            needs=None if expect is None else {EXTENSION: _plain(expect)},
             **settings,
         )
 
     def interfaces(self) -> list[str]:
         """The names that can be called, sorted."""
         return list(self._client.call(_LIST, None))
+
+    def contract(self, name: str) -> PolicyContract | None:
+        """Return what an interface takes and gives; None if the server doesn't state it.
+
+        Raises:
+            UnknownInterface: no function of that name.
+        """
+        plain = self._client.call(_CONTRACT, name)
+        return None if plain is None else PolicyContract.from_plain(plain)
 
     def reset(self, episode: str | None = None, timeout: float | None = None) -> str:
         """Begin an episode: the server forgets what its functions keep about this client.

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from edgeml.core.alarms import Alarm
 from edgeml.core.dispatch import Call, Caller, Gatherer, Turns
-from edgeml.core.errors import Closed, DeadlineExceeded
+from edgeml.core.errors import Closed, DeadlineExceeded, EdgemlError
 from edgeml.core.transport import Endpoint
 from edgeml.services.batching.patience import Costs, Patience
 from edgeml.services.batching.stack import Layout, Stack, flatten, split
+from edgeml.services.checks import Checks
 from edgeml.services.functions import Context, Function, context_of, rehearsed
 
 __all__ = ["Batcher", "Batching"]
@@ -79,15 +80,16 @@ class Batching:
 class _Batch:
     """Calls that are stacked, and wait for the others or for their turn."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, checks: Checks | None = None) -> None:
         self.stack = stack
+        self.checks = checks  # by which its payloads were checked
         self.calls: list[Call] = []
         self.contexts: list[Context] = []
         self.since = time.monotonic()
 
     def select(self, rows: list[int]) -> _Batch:
         """Return copies of some rows, as a batch of its own."""
-        other = _Batch(self.stack.select(rows))
+        other = _Batch(self.stack.select(rows), self.checks)
         other.calls = [self.calls[row] for row in rows]
         other.contexts = [self.contexts[row] for row in rows]
         return other
@@ -111,21 +113,12 @@ class Batcher(Gatherer):
         function: gets a batch, and where it is told of calls a list of their contexts, without any
             for padding.
         batching: how calls are put together.
-        check_payload: raises for a payload that is refused.
-        check_result: raises for a row of a result that is not to be given.
 
     Attributes:
         function: the newest version; the next batch runs by it.
     """
 
-    def __init__(
-        self,
-        function: Function,
-        batching: Batching,
-        *,
-        check_payload: Callable[[Any], None] | None = None,
-        check_result: Callable[[Any], None] | None = None,
-    ) -> None:
+    def __init__(self, function: Function, batching: Batching) -> None:
         self.function = function
         self._max_size = batching.max_size
         self._max_delay = batching.max_delay
@@ -133,8 +126,6 @@ class Batcher(Gatherer):
         self._size_of = [0]
         for size in self._sizes:  # of each number of calls, the size to which they are padded
             self._size_of += [size] * (size + 1 - len(self._size_of))
-        self._check_payload = check_payload
-        self._check_result = check_result
 
         self._turns: Turns
         self._lock = threading.Lock()
@@ -196,12 +187,13 @@ class Batcher(Gatherer):
     def _place(self, call: Call) -> _Batch:
         """Stack a call into the newest batch of its layout; under the lock."""
         payload = call.payload()
-        if self._check_payload is not None:
-            self._check_payload(payload)
+        checks = self.function.checks
+        if checks is not None:
+            checks.check_payload(call, payload)
         layout, leaves = flatten(payload)
         batch = self._newest.get(layout)
-        if batch is None or len(batch.calls) == self._max_size:
-            batch = _Batch(Stack(layout, self._max_size))
+        if batch is None or len(batch.calls) == self._max_size or batch.checks is not checks:
+            batch = _Batch(Stack(layout, self._max_size), checks)
             self._batches.append(batch)
             self._newest[layout] = batch
         batch.stack.write(len(batch.calls), leaves)
@@ -287,6 +279,9 @@ class Batcher(Gatherer):
         return batch, refused
 
     def _run(self, batch: _Batch) -> None:
+        function = self.function
+        if function.checks is not batch.checks and not self._check_again(function, batch):
+            return
         layout = batch.stack.layout
         costs = self._costs.setdefault(layout, Costs())
         self._costs.move_to_end(layout)
@@ -299,7 +294,6 @@ class Batcher(Gatherer):
                 more = bool(self._batches) or self._patience.expects_more(time.monotonic())
             if more:
                 self._turns.relieve()
-        function = self.function
         began = time.monotonic()
         for call in batch.calls:
             call.began = began
@@ -313,8 +307,21 @@ class Batcher(Gatherer):
         except BaseException as error:  # Ctrl-C, which ends the server
             self._fail(batch, error)
             raise
-        ended = self._answer(batch, result, size)
+        ended = self._answer(function, batch, result, size)
         costs.add(size, ended - began)
+
+    def _check_again(self, function: Function, batch: _Batch) -> bool:
+        """Whether calls are left that the function takes which has come while they waited."""
+        kept = []
+        for row, call in enumerate(batch.calls):
+            try:
+                if function.checks is not None:
+                    function.checks.check_again(call, batch.checks)
+                kept.append(row)
+            except EdgemlError as error:
+                self._turns.fail(call, error)
+        batch.keep(kept)
+        return bool(kept)
 
     def _compute(self, function: Function, batch: _Batch, size: int) -> Any:
         batch.stack.pad(len(batch.calls), size)
@@ -325,7 +332,7 @@ class Batcher(Gatherer):
         for call in batch.calls:
             self._turns.fail(call, error)
 
-    def _answer(self, batch: _Batch, result: Any, size: int) -> float:
+    def _answer(self, function: Function, batch: _Batch, result: Any, size: int) -> float:
         """Give each call its row; returns when the result was there, on the host."""
         try:
             rows = split(result, size, len(batch.calls))
@@ -333,12 +340,12 @@ class Batcher(Gatherer):
             self._fail(batch, error)
             return time.monotonic()
         ended = time.monotonic()
-        check = self._check_result
+        checks = function.checks
         for call, row in zip(batch.calls, rows, strict=True):
             call.ended = ended
             try:
-                if check is not None:
-                    check(row)
+                if checks is not None:
+                    checks.check_result(call, row)
                 call.answer(row)
             except Exception as error:
                 self._turns.fail(call, error)
@@ -358,7 +365,7 @@ class Batcher(Gatherer):
             except Exception as again:
                 self._find_culprits(function, half, again)
             else:
-                self._answer(half, result, size)
+                self._answer(function, half, result, size)
 
     # Before and after ----------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from edgeml.core.errors import (
 )
 from edgeml.core.transport import Peer
 from edgeml.services.batching import Batcher, Batching
+from edgeml.services.checks import Checks
+from edgeml.services.contract import PolicyContract
 from edgeml.services.functions import Function
 from pairs import took, wait_until
 
@@ -53,14 +56,14 @@ class Policy:
 
 
 @contextmanager
-def batching(function, *, settings=None, workers=1, rate_limit=None, told=False, **more):
+def batching(function, *, settings=None, workers=1, rate_limit=None, told=False, checks=None):
     """A dispatcher that serves ``function`` as "policy", in batches."""
     alarms = Alarms("edgeml test alarms")
     dispatcher = Dispatcher("test", alarms, workers, rate_limit)
     dispatcher.register("echo", answer_with(lambda payload, caller: payload))
     settings = settings or Batching(max_size=8, sizes="any")
-    made = Function.make("policy", function, 1, told)
-    dispatcher.register("policy", Batcher(made, settings, **more))
+    made = Function.make("policy", function, 1, told, checks)
+    dispatcher.register("policy", Batcher(made, settings))
     try:
         dispatcher.start()
         yield dispatcher
@@ -243,13 +246,24 @@ def test_a_function_is_told_of_each_call_and_not_of_padding():
         assert results(futures) == [f"{n} of c{n}, 3 in 4" for n in range(3)]
 
 
-def test_a_payload_that_is_refused_is_its_callers_alone():
-    def check(payload):
+class Superstitious(Checks):
+    """Refuses 13, and what comes of 11."""
+
+    def __init__(self):
+        super().__init__("policy", PolicyContract(), "all", WeakKeyDictionary())
+
+    def check_payload(self, call, payload):
         if payload == 13:
             raise Malformed("13 is no observation")
 
+    def check_result(self, call, result):
+        if result == 22:
+            raise ValueError("22 is no action")
+
+
+def test_a_payload_that_is_refused_is_its_callers_alone():
     policy = Policy()
-    with batching(policy, check_payload=check) as dispatcher:
+    with batching(policy, checks=Superstitious()) as dispatcher:
         with busy(dispatcher, policy):
             futures = [ask(dispatcher, n) for n in (12, 13, 14)]
         assert futures[0].result(PATIENCE) == 24
@@ -261,16 +275,13 @@ def test_a_payload_that_is_refused_is_its_callers_alone():
 
 
 def test_a_row_of_a_result_that_does_not_fit_is_its_callers_alone():
-    def check(row):
-        if row == 26:
-            raise ValueError("26 is no action")
-
     policy = Policy()
-    with batching(policy, check_result=check) as dispatcher:
+    with batching(policy, checks=Superstitious()) as dispatcher:
         with busy(dispatcher, policy):
-            futures = [ask(dispatcher, n) for n in (12, 13, 14)]
-        assert futures[0].result(PATIENCE) == 24
-        with pytest.raises(RemoteError, match="26 is no action"):
+            futures = [ask(dispatcher, n) for n in (10, 11, 12)]
+        assert futures[0].result(PATIENCE) == 20
+        assert futures[2].result(PATIENCE) == 24
+        with pytest.raises(RemoteError, match="22 is no action"):
             futures[1].result(PATIENCE)
 
 
