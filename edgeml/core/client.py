@@ -17,6 +17,7 @@ from typing import Any
 
 from edgeml.core import wire
 from edgeml.core.alarms import Alarm, Alarms
+from edgeml.core.codec import Codec, Wrapping
 from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
@@ -77,6 +78,7 @@ class _Asynchronous:
 
     future: Future[Any]
     name: str
+    encoder: Codec
     encoded: Message
     began: float
     deadline: float
@@ -105,6 +107,7 @@ class Client:
         client_id: an identity that outlives this object; random by default.
         label: for people to read in the server's list of clients.
         codec: the codec's name.
+        wrapping: what is to be around that codec, where the server knows of it.
         timeout: seconds that a call, or the first connection, may take unless told otherwise.
         wait: seconds to go on trying when nobody serves there yet, or the server is not ready.
         writable: whether received arrays are private copies rather than read-only views.
@@ -126,6 +129,7 @@ class Client:
         client_id: str | None = None,
         label: str = "",
         codec: str = "msgpack",
+        wrapping: Wrapping | None = None,
         timeout: float = 10.0,
         wait: float = 0.0,
         writable: bool = False,
@@ -136,9 +140,15 @@ class Client:
         self.client_id = client_id or secrets.token_hex(8)
         began = time.monotonic()
         self.timeout = float(min(timeout, _LONGEST))
-        self._codec = load_codec(codec)
+        asked = {} if wrapping is None else {wrapping.name: wrapping.ask()}
         hello = wire.Hello(
-            wire.PROTOCOL, service, self.client_id, label, codec, config or {}, extensions or {}
+            wire.PROTOCOL,
+            service,
+            self.client_id,
+            label,
+            codec,
+            config or {},
+            {**(extensions or {}), **asked},
         )
         self._writable = writable
         self._closed = False
@@ -152,9 +162,10 @@ class Client:
             self.sessions = SessionKeeper(
                 urls,
                 hello,
-                self._codec,
+                load_codec(codec),
                 self._alarms,
                 needed=needed,
+                wrapping=wrapping,
                 timeout=self.timeout,
                 wait=wait,
                 credentials=credentials,
@@ -224,8 +235,8 @@ class Client:
 
     def call(self, name: str, payload: Any, timeout: float | None = None) -> Any:
         """Call an interface of the server and return its result; see `call_timed`."""
-        reply, message = self._ask(name, payload, timeout)
-        return self._value(reply, message)
+        session, reply, message = self._ask(name, payload, timeout)
+        return self._value(session, reply, message)
 
     def call_timed(
         self, name: str, payload: Any, timeout: float | None = None
@@ -249,19 +260,24 @@ class Client:
             Closed: this client has been closed, or the server is stopping.
         """
         began = time.monotonic()
-        reply, message = self._ask(name, payload, timeout)
+        session, reply, message = self._ask(name, payload, timeout)
         timing = _tell_timing(reply, began)
-        return self._value(reply, message), timing
+        return self._value(session, reply, message), timing
 
-    def _ask(self, name: str, payload: Any, timeout: float | None) -> tuple[wire.Result, Message]:
+    def _ask(
+        self, name: str, payload: Any, timeout: float | None
+    ) -> tuple[Session, wire.Result, Message]:
         left = limit = self._limit(timeout)
         deadline = time.monotonic() + limit
-        encoded = self._codec.encode(payload)
+        encoder: Codec | None = None
         while True:
             session = self.sessions.current
             if session is None or session.lost:
                 session = self.sessions.connect(left)
                 left = max(0.01, deadline - time.monotonic())
+            if encoder is not session.spoken.encoder:
+                encoder = session.spoken.encoder
+                encoded = encoder.encode(payload)
             header = wire.pack(wire.Request(wire.CALL, session.key, name, left, encoded.header))
             try:
                 message = session.requester.call(Message(header, encoded.buffers), left)
@@ -272,7 +288,7 @@ class Client:
                 raise self.sessions.explain(session) from None
             reply = wire.unpack(wire.Result, message.header)
             if reply.status != wire.NO_SESSION:
-                return reply, message
+                return session, reply, message
             session.lose(wire.error_of(reply))  # not carried out, so it can be sent again
             left = deadline - time.monotonic()
             if left <= 0:
@@ -281,10 +297,11 @@ class Client:
     def _limit(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else float(max(0.0, min(timeout, _LONGEST)))
 
-    def _value(self, reply: wire.Result, message: Message) -> Any:
+    def _value(self, session: Session, reply: wire.Result, message: Message) -> Any:
         if reply.status != wire.OK:
             raise wire.error_of(reply)
-        return self._codec.decode(Message(reply.body, message.buffers), writable=self._writable)
+        body = Message(reply.body, message.buffers)
+        return session.spoken.decoder.decode(body, writable=self._writable)
 
     def call_async(self, name: str, payload: Any, timeout: float | None = None) -> Future[Any]:
         """Call an interface and return a future of its result, which raises what `call` does.
@@ -299,7 +316,10 @@ class Client:
             Closed: this client has been closed.
         """
         limit = self._limit(timeout)
-        encoded = self._codec.encode_owned(payload, self.allocate)
+        session = self.sessions.current
+        assert session is not None  # there was one, or this would not have been made
+        encoder = session.spoken.encoder
+        encoded = encoder.encode_owned(payload, self.allocate)
         if self._closed:
             raise Closed("this client has been closed")
         future: Future[Any] = Future()
@@ -309,7 +329,7 @@ class Client:
 
         alarm = self._alarms.after(limit, expire)
         now = time.monotonic()
-        call = _Asynchronous(future, name, encoded, now, now + limit, alarm)
+        call = _Asynchronous(future, name, encoder, encoded, now, now + limit, alarm)
         future.add_done_callback(call.settled)
         try:
             session = self.sessions.current
@@ -325,6 +345,11 @@ class Client:
 
     def _send(self, call: _Asynchronous, session: Session) -> None:
         """Send it, or raise what shows that it was not sent."""
+        encoder = session.spoken.encoder
+        if encoder is not call.encoder:  # another server, or the same one started differently
+            value = call.encoder.decode(call.encoded)
+            call.encoded = encoder.encode_owned(value, self.allocate)
+            call.encoder = encoder
         left = max(0.01, call.deadline - time.monotonic())
         header = wire.pack(
             wire.Request(wire.CALL, session.key, call.name, left, call.encoded.header)
@@ -352,7 +377,7 @@ class Client:
                 self._send_later(call)
             else:
                 call.future.timing = _tell_timing(reply, call.began)  # type: ignore[attr-defined]
-                _settle(call.future, self._value(reply, message))
+                _settle(call.future, self._value(session, reply, message))
         except Closed as error:
             _settle(call.future, self.sessions.explain(session) if done.exception() else error)
         except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from edgeml.core.message import Allocator, Message, own
 
-__all__ = ["Codec", "Spoken", "Wrapping"]
+__all__ = ["Codec", "Spoken", "Wrapped", "Wrapping"]
 
 
 class Codec(ABC):
@@ -62,6 +62,13 @@ class Codec(ABC):
         Raises:
             Malformed: on any bytes that `encode` could not have made.
         """
+
+
+class Wrapped(Codec):
+    """A codec around another one, whose messages say which of the two encoded them."""
+
+    inner: Codec
+    """The other one."""
 
 
 class Spoken(NamedTuple):

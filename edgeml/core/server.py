@@ -13,7 +13,7 @@ from typing import Any
 
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
-from edgeml.core.codec import Codec
+from edgeml.core.codec import Codec, Spoken, Wrapping
 from edgeml.core.dispatch import Call, Caller, Dispatcher, Gatherer, Handler, unknown
 from edgeml.core.episode import Episode
 from edgeml.core.errors import (
@@ -63,13 +63,14 @@ class _Session(Caller):
         super().__init__(hello.client_id, hello.label, peer)
         self.key = secrets.token_bytes(16)
         self.codec = codec
+        self.spoken = Spoken(codec, codec)
         self.seen = time.monotonic()
 
 
 class _EnvelopeCall(Call):
     """A call that came in an envelope."""
 
-    __slots__ = ("_codec", "_message", "_reply")
+    __slots__ = ("_message", "_reply", "_spoken")
 
     def __init__(
         self,
@@ -98,12 +99,12 @@ class _EnvelopeCall(Call):
             episode.settle()
             self.episode = episode = session.episode
             episode.calls.append(None)
-        self._codec = session.codec
+        self._spoken = session.spoken
         self._message = Message(request.body, message.buffers)
         self._reply = reply
 
     def payload(self) -> Any:
-        return self._codec.decode(self._message)
+        return self._spoken.decoder.decode(self._message)
 
     def drop_payload(self) -> None:
         self._message = _NOTHING
@@ -113,7 +114,7 @@ class _EnvelopeCall(Call):
         return time.monotonic() > self.deadline or self._reply.expired
 
     def _send(self, value: Any) -> None:
-        encoded = self._codec.encode(value)
+        encoded = self._spoken.encoder.encode(value)
         began = self.began
         compute = (self.ended or time.monotonic()) - began
         served = wire.Served(self.version, self.batch_size, began - self.arrived, compute)
@@ -158,6 +159,7 @@ class Server:
         spare: where to listen as well; an address that is taken is done without, with a warning.
         config: what the client's configuration must equal, field by field.
         codecs: names of the codecs that clients may speak.
+        wrapping: what clients may have around these.
         workers: how many handlers may run at a time; see `Dispatcher` for where they do.
         rate_limit: calls per second and client; None for any number.
         credentials: given to the transports.
@@ -171,6 +173,7 @@ class Server:
         *,
         config: dict[str, Any] | None = None,
         codecs: Sequence[str] = ("msgpack",),
+        wrapping: Wrapping | None = None,
         workers: int = 1,
         rate_limit: float | None = None,
         credentials: Credentials = None,
@@ -188,6 +191,9 @@ class Server:
 
         self.counts: Counter[str] = Counter()
         self._extensions: dict[str, Negotiate] = {}
+        self._wrapping = wrapping
+        if wrapping is not None:
+            self.extend(wrapping.name, self._wrap)
         self._alarms = Alarms(f"edgeml {service} alarms")
         self.dispatcher = Dispatcher(service, self._alarms, workers, rate_limit)
         self.dispatcher.at_end = self._run_last
@@ -235,7 +241,9 @@ class Server:
         """Make a stream that clients can subscribe to; see `Topic`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        made = Topic(name, self._codecs.values() if name else (), self.epoch, keep, self.allocate)
+        codecs = self._codecs.values() if name else ()
+        check = None if self._wrapping is None else self._wrapping.check
+        made = Topic(name, codecs, self.epoch, keep, self.allocate, check)
         self._topics[name] = made
         return made
 
@@ -562,7 +570,7 @@ class Server:
                 topic = self._topics.get(request.name)
                 if topic is None:
                     raise unknown("topic", request.name, self._topics)
-                topic.park(session.key, session.codec.name, credit, reply, listener.answer)
+                topic.park(session.key, session.spoken.encoder, credit, reply, listener.answer)
             elif request.kind == wire.GOODBYE:
                 with self._lock:
                     gone = self._sessions.pop(session.key, None)
@@ -580,6 +588,13 @@ class Server:
     def _fail(self, reply: Reply, error: EdgemlError) -> None:
         self.counts[type(error).__name__] += 1
         reply(Message(wire.pack_error(error)))
+
+    def _wrap(self, asked: Any, caller: Caller) -> Any:
+        """Agree with a client on what is around its codec."""
+        assert self._wrapping is not None
+        assert isinstance(caller, _Session)
+        answer, caller.spoken = self._wrapping.answer(asked, caller.codec, caller)
+        return answer
 
     def _hello(self, body: bytes, peer: Peer) -> bytes:
         if self._draining:

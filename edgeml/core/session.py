@@ -21,7 +21,7 @@ import msgspec
 
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
-from edgeml.core.codec import Codec
+from edgeml.core.codec import Codec, Spoken, Wrapping
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
@@ -54,7 +54,7 @@ class Session:
     Attributes:
         requester: the connection.
         key: what the server knows the session by.
-        codec: what both sides speak.
+        spoken: what encodes and decodes.
         topics: what can be subscribed to, and how many publications the server keeps of each.
         epoch: of this start of the server.
         extensions: what the server answers to those of the hello.
@@ -63,7 +63,7 @@ class Session:
 
     requester: Requester
     key: bytes
-    codec: Codec
+    spoken: Spoken
     topics: dict[str, int]
     epoch: int
     extensions: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +91,7 @@ class SessionKeeper:
         urls: where the server is; the first that answers is taken.
         hello: what it is greeted with.
         codec: what the hello says is spoken.
+        wrapping: what the hello asks to have around it.
         alarms: does things later.
         needed: extensions of the hello that the server must answer.
         timeout: seconds that making a session in the background may take.
@@ -110,6 +111,7 @@ class SessionKeeper:
         alarms: Alarms,
         *,
         needed: Collection[str] = (),
+        wrapping: Wrapping | None = None,
         timeout: float,
         wait: float = 0.0,
         credentials: Credentials = None,
@@ -121,6 +123,7 @@ class SessionKeeper:
         self._hello = hello
         self._needed = needed
         self._codec = codec
+        self._wrapping = wrapping
         self._alarms = alarms
         self._timeout = timeout
         self._credentials = credentials
@@ -249,10 +252,14 @@ class SessionKeeper:
                 f"the server at {requester.url} knows nothing of {' and '.join(unknown)}, which "
                 "this client relies on: bring the server's edgeml to this one's version"
             )
+        spoken = Spoken(self._codec, self._codec)
+        if self._wrapping is not None:
+            answered = welcome.extensions.get(self._wrapping.name)
+            spoken = self._wrapping.accept(answered, self._codec, requester.url)
         return Session(
             requester,
             welcome.session,
-            self._codec,
+            spoken,
             welcome.topics,
             welcome.epoch,
             welcome.extensions,

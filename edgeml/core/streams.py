@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from edgeml.core.codec import Codec
+from edgeml.core.codec import Codec, Wrapped
 from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
 from edgeml.core.message import Allocator, Message
 from edgeml.core.session import Session
@@ -59,7 +59,7 @@ Answerer = Callable[[Iterable[Reply], Message], None]
 @dataclass(slots=True)
 class _Parked:
     since: float
-    codec: str
+    codec: Codec
     answerer: Answerer
     reply: Reply
 
@@ -67,8 +67,38 @@ class _Parked:
 @dataclass(slots=True)
 class _Subscriber:
     cursor: int  # the number of the newest publication that was sent to it; 0 for none
+    codec: Codec
     seen: float
     parked: deque[_Parked] = field(default_factory=deque)
+
+
+class _Publication:
+    """What was published, as it is sent to those who speak one codec or another.
+
+    Each codec that clients may ask for encodes it at once, so that it is there for whoever comes
+    late. What is around one of these costs more, so it encodes only for those who are there; for
+    one who comes later, the first time.
+    """
+
+    def __init__(self, number: int, messages: dict[str, Message]) -> None:
+        self.number = number
+        self._messages = messages  # by the names of the codecs
+
+    def message(self, codec: Codec) -> Message:
+        found = self._messages.get(codec.name)
+        if found is None:
+            assert isinstance(codec, Wrapped)
+            inner = self._messages[codec.inner.name]
+            answer = unpack(Answer, inner.header)
+            value = codec.inner.decode(Message(answer.body, inner.buffers))
+            body = codec.encode_owned(value)
+            found = _publish(body, answer.epoch, answer.number)
+            self._messages[codec.name] = found
+        return found
+
+
+def _publish(body: Message, epoch: int, number: int) -> Message:
+    return Message(pack(Answer(OK, body.header, epoch, number)), body.buffers)
 
 
 class Topic:
@@ -80,6 +110,7 @@ class Topic:
         epoch: of this start of the server.
         keep: how many publications are kept for subscribers that are behind.
         allocate: gives memory to keep them in, from which they are sent without another copy.
+        check: raises the NotEncodable of those to which a value can't be sent, if they come later.
     """
 
     def __init__(
@@ -89,6 +120,7 @@ class Topic:
         epoch: int,
         keep: int = 1,
         allocate: Allocator | None = None,
+        check: Callable[[Any], None] | None = None,
     ) -> None:
         self.name = name
         self.keep = keep
@@ -97,7 +129,8 @@ class Topic:
         self._codecs = list(codecs)
         self._epoch = epoch
         self._allocate = allocate
-        self._ring: deque[dict[str, Message]] = deque(maxlen=keep)
+        self._check = check
+        self._ring: deque[_Publication] = deque(maxlen=keep)
         self._subscribers: dict[tuple[Hashable, int], _Subscriber] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -107,29 +140,30 @@ class Topic:
 
         The value is encoded and copied before this returns, so it may be changed afterwards.
         """
-        bodies = {codec.name: codec.encode_owned(value, self._allocate) for codec in self._codecs}
+        with self._lock:
+            spoken = {
+                subscriber.codec.name: subscriber.codec for subscriber in self._subscribers.values()
+            }
+        spoken.update((codec.name, codec) for codec in self._codecs)
+        if self._check is not None:
+            self._check(value)
+        bodies = {name: codec.encode_owned(value, self._allocate) for name, codec in spoken.items()}
         with self._lock:
             if self._closed:
                 raise Closed(f"the server of {self.name!r} has been stopped")
             self.number += 1
-            self._ring.append(
-                {
-                    name: Message(
-                        pack(Answer(OK, body.header, self._epoch, self.number)), body.buffers
-                    )
-                    for name, body in bodies.items()
-                }
-            )
+            number, epoch = self.number, self._epoch
+            messages = {name: _publish(body, epoch, number) for name, body in bodies.items()}
+            self._ring.append(_Publication(number, messages))
             due = [
                 (subscriber.parked.popleft(), self._next(subscriber))
                 for subscriber in self._subscribers.values()
                 if subscriber.parked
             ]
-            number = self.number
-        self._answer((parked, publication[parked.codec]) for parked, publication in due)
+        self._answer((parked, publication.message(parked.codec)) for parked, publication in due)
         return number
 
-    def _next(self, subscriber: _Subscriber) -> dict[str, Message]:
+    def _next(self, subscriber: _Subscriber) -> _Publication:
         """The oldest publication past the cursor, which moves there."""
         oldest = self.number - len(self._ring) + 1
         subscriber.cursor = max(subscriber.cursor + 1, oldest)
@@ -145,7 +179,7 @@ class Topic:
             answerer(replies, message)
 
     def park(
-        self, who: Hashable, codec: str, credit: Credit, reply: Reply, answerer: Answerer
+        self, who: Hashable, codec: Codec, credit: Credit, reply: Reply, answerer: Answerer
     ) -> None:
         """Take a credit: answer it at once if there is something past the cursor."""
         now = time.monotonic()
@@ -157,7 +191,7 @@ class Topic:
             if not 0 <= cursor <= self.number:
                 raise Malformed(f"a cursor of {cursor} in {self.name!r}, which is at {self.number}")
             key = (who, credit.subscription)
-            subscriber = self._subscribers.setdefault(key, _Subscriber(cursor, now))
+            subscriber = self._subscribers.setdefault(key, _Subscriber(cursor, codec, now))
             subscriber.seen = now
             subscriber.cursor = max(subscriber.cursor, cursor)
             if subscriber.cursor == self.number:
@@ -166,7 +200,7 @@ class Topic:
                 subscriber.parked.append(parked)
                 return
             publication = self._next(subscriber)
-        reply(publication[codec])
+        reply(publication.message(codec))
 
     def forget(self, who: Hashable) -> None:
         """Somebody has left, who waits for no answers."""
@@ -370,7 +404,8 @@ class Subscription:
             ahead = (self._credits + 1) * message.nbytes
             if self._credits < _MOST_CREDITS and ahead <= _BYTES_AHEAD:
                 self._credits += 1
-        value = session.codec.decode(Message(answer.body, message.buffers), writable=self._writable)
+        body = Message(answer.body, message.buffers)
+        value = session.spoken.decoder.decode(body, writable=self._writable)
         self.received += 1
         began = time.monotonic()
         try:

@@ -47,7 +47,8 @@ class Images(Wrapping):
         if any(format.size for format in self._images.values()):
             load_pillow()
         self._plan = Plan(self._images)
-        self._codecs: dict[Codec, ImageCodec] = {}  # one for each that is wrapped
+        self._codecs: dict[str, ImageCodec] = {}  # by the names of what they are around
+        self._accepted: tuple[dict[str, Format], Spoken] | None = None  # what was wanted last
 
     def ask(self) -> Any:
         """See `Wrapping.ask`."""
@@ -69,7 +70,7 @@ class Images(Wrapping):
                 for pattern, format in self._wanted.items()
             },
         }
-        wrapped = self._codecs.setdefault(codec, ImageCodec(codec, self._plan))
+        wrapped = self._codecs.setdefault(codec.name, ImageCodec(codec, self._plan))
         if not self._images:
             return answer, Spoken(codec, wrapped)
         if missing := set(self._formats) - decodes:
@@ -91,7 +92,10 @@ class Images(Wrapping):
                 *(server, _list(missing), _INSTALL),
             )
         wanted = _wanted(answered, server)
-        return Spoken(*[ImageCodec(codec, Plan(self._images, wanted))] * 2)
+        if self._accepted is None or self._accepted[0] != wanted:
+            wrapped = ImageCodec(codec, Plan(self._images, wanted))
+            self._accepted = wanted, Spoken(wrapped, wrapped)
+        return self._accepted[1]
 
     def check(self, value: Any) -> None:
         """See `Wrapping.check`."""

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
-from edgeml.core.codec import Codec
+from edgeml.core.codec import Codec, Wrapped
 from edgeml.core.errors import Malformed, NotEncodable
 from edgeml.core.message import Allocator, Message, empty, pooled, private, together
 from edgeml.images.formats import Format, Pixels, check, decode_into, readable, resize
@@ -111,7 +111,7 @@ def _first(patterns: list[tuple[list[str], Format]], keys: list[str]) -> Format 
     return None
 
 
-class ImageCodec(Codec):
+class ImageCodec(Wrapped):
     """Encodes images as files, and leaves all else to another codec.
 
     Args:
@@ -121,7 +121,7 @@ class ImageCodec(Codec):
 
     def __init__(self, inner: Codec, plan: Plan | None = None) -> None:
         self.inner = inner
-        self.name = inner.name  # type: ignore[misc]
+        self.name = f"{inner.name}+images"  # type: ignore[misc]
         self.executes = inner.executes  # type: ignore[misc]
         self._plan = plan or Plan({})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
@@ -17,6 +17,7 @@ from edgeml.core.server import Load, Server
 from edgeml.core.state import ServerState
 from edgeml.core.transport import Credentials, Peer
 from edgeml.core.url import Url, check_port, resolve
+from edgeml.images import Format, Images
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +46,8 @@ class ServerSettings(TypedDict, total=False):
     url: str | None
     workers: int
     codecs: Sequence[str]
+    images: Mapping[str, Format] | None
+    wants_images: Mapping[str, Format] | None
     rate_limit: float | None
     advertise: str | None
     credentials: Credentials
@@ -57,6 +60,7 @@ class ClientSettings(TypedDict, total=False):
     server_ip: str | None
     client_id: str | None
     codec: str
+    images: Mapping[str, Format] | None
     writable: bool
     credentials: Credentials
 
@@ -151,6 +155,12 @@ class ServiceServer(_Service):
             ``$EDGEML_TRANSPORT``, which defaults to ``"zmq"``.
         workers: how many functions may run at a time; see `start` for the threads.
         codecs: names of the codecs that clients may speak.
+        images: which arrays that the server sends are images, and how they travel:
+            ``{"image*": Jpeg(90)}``, by the names of their keys. A client that can't decode them
+            gets arrays, with a warning at both ends.
+        wants_images: the same, of those that clients send, sizes included. A client that can't do
+            it is refused with ConfigMismatch; one that has no ``images=`` of its own for a key
+            does as is said here.
         rate_limit: calls per second and client; those beyond wait their turn within their
             deadline. None for any number.
         advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
@@ -172,6 +182,8 @@ class ServiceServer(_Service):
         transport: str | None = None,
         workers: int = 1,
         codecs: Sequence[str] = ("msgpack",),
+        images: Mapping[str, Format] | None = None,
+        wants_images: Mapping[str, Format] | None = None,
         rate_limit: float | None = None,
         advertise: str | None = None,
         credentials: Credentials = None,
@@ -181,6 +193,7 @@ class ServiceServer(_Service):
             *_listening(config, url, transport, host, port),
             config=None if config is None else config.shared(),
             codecs=codecs,
+            wrapping=Images(images, wants_images),
             workers=workers,
             rate_limit=rate_limit,
             credentials=credentials,
@@ -348,6 +361,8 @@ class ServiceClient(_Service):
             seconds given.
         client_id: this client's identity; random by default.
         codec: the codec's name.
+        images: which arrays that this client sends are images, and how they travel:
+            ``{"image*": Jpeg(90)}``, by the names of their keys.
         writable: whether received arrays are private copies rather than read-only views.
         credentials: the transport's keys.
 
@@ -374,6 +389,7 @@ class ServiceClient(_Service):
         wait_for_server: bool | float = False,
         client_id: str | None = None,
         codec: str = "msgpack",
+        images: Mapping[str, Format] | None = None,
         writable: bool = False,
         credentials: Credentials = None,
     ) -> None:
@@ -396,6 +412,7 @@ class ServiceClient(_Service):
             label=label,
             client_id=client_id,
             codec=codec,
+            wrapping=Images(images),
             timeout=timeout,
             wait=_WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server),
             writable=writable,
