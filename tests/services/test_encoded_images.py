@@ -29,7 +29,7 @@ from edgeml.codecs.msgpack import MsgpackCodec
 from edgeml.core import Message, Url, wire
 from edgeml.core.server import Server
 from edgeml.data import QueuedDataStore
-from edgeml.images import codec as codec_module
+from edgeml.images import ImageCodec, Images, Plan
 from pairs import TRANSPORTS, plain_client, started, wait_until
 
 JPEGS = {"image*": Jpeg(90)}
@@ -235,9 +235,11 @@ def test_publications_are_encoded_once_for_those_who_are_there_and_for_nobody_el
 
 def test_what_is_no_image_is_refused_before_anybody_subscribes():
     config = ActionConfig(0, **CONFIG, transport="inproc")
-    with started(ActionServer(config, None, None, images=JPEGS)) as server:
-        with pytest.raises(NotEncodable, match=r"value\['image'\] has dtype float64"):
-            server.publish_obs({"image": np.zeros((4, 4))})
+    with (
+        started(ActionServer(config, None, None, images=JPEGS)) as server,
+        pytest.raises(NotEncodable, match=r"value\['image'\] has dtype float64"),
+    ):
+        server.publish_obs({"image": np.zeros((4, 4))})
 
 
 def test_a_result_that_is_no_image_hurts_its_caller_alone(server):
@@ -245,9 +247,11 @@ def test_a_result_that_is_no_image_hurts_its_caller_alone(server):
         with pytest.raises(RemoteError, match=r"value\['image'\] is 5, not an image"):
             client.call("echo", {"image": 5})
         assert client.call("echo", 5) == 5
-    with InferenceClient(url=server.url, images=JPEGS) as client:
-        with pytest.raises(NotEncodable, match=r"value\['image'\] is 5, not an image"):
-            client.call("echo", {"image": 5})
+    with (
+        InferenceClient(url=server.url, images=JPEGS) as client,
+        pytest.raises(NotEncodable, match=r"value\['image'\] is 5, not an image"),
+    ):
+        client.call("echo", {"image": 5})
 
 
 # What is wanted -----------------------------------------------------------------------------
@@ -260,7 +264,7 @@ def test_a_client_sends_what_the_server_wants(transport, encoded):
         with InferenceClient(url=server.url) as client:
             got = client.call("echo", {"image": photo(), "raw": photo(), "other": photo()})
             assert got["image"].shape == (64, 64, 3)
-            assert (got["image"][:7] < 10).all()  # 96x128 becomes 48x64, in the middle
+            assert got["image"][:7].mean() < 5  # 96x128 becomes 48x64, in the middle
             assert not was_jpeg(got["raw"], photo())
             assert len(encoded) == 1
         with InferenceClient(url=server.url, images={"image": Png()}) as client:
@@ -305,8 +309,6 @@ def test_a_client_that_cannot_decode_gets_arrays_and_both_are_told(server, caplo
 
 
 def test_a_client_is_told_that_it_cannot_decode(server, caplog, monkeypatch):
-    from edgeml.images.agreement import Images
-
     monkeypatch.setattr(Images, "ask", lambda self: {"decodes": [], "encodes": []})
     monkeypatch.setattr(
         Images,
@@ -322,9 +324,11 @@ def test_a_client_is_told_that_it_cannot_decode(server, caplog, monkeypatch):
 
 def test_a_client_whose_images_the_server_cannot_decode_is_refused(server):
     hello = {"images": {"decodes": ["jpeg"], "encodes": ["webp"]}}
-    with pytest.raises(ConfigMismatch, match="the client sends webp, which the server can't"):
-        with plain_client(server, extensions=hello):
-            pass
+    with (
+        pytest.raises(ConfigMismatch, match="the client sends webp, which the server can't"),
+        plain_client(server, extensions=hello),
+    ):
+        pass
     core = Server("inference", [Url.parse("inproc://127.0.0.1:0")])  # knows nothing of images
     core.open()
     try:
@@ -337,9 +341,11 @@ def test_a_client_whose_images_the_server_cannot_decode_is_refused(server):
 
 @pytest.mark.parametrize("asked", [5, None, {"decodes": 5}, {"decodes": [5]}, {"encodes": {}}])
 def test_an_extension_that_makes_no_sense_is_malformed(server, asked):
-    with pytest.raises(Malformed, match="images: "):
-        with plain_client(server, extensions={"images": asked}):
-            pass
+    with (
+        pytest.raises(Malformed, match="images: "),
+        plain_client(server, extensions={"images": asked}),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -391,7 +397,6 @@ def test_images_is_a_dict_of_formats(given):
 
 
 def test_off_the_bytes_are_as_before(transport):
-    server = Server("inference", [Url.parse(f"{transport}://127.0.0.1:0")])
     seen: list[Message] = []
     value = {"image": photo(), "step": 5}
     with started(InferenceServer(0, transport=transport)) as server:
@@ -430,9 +435,7 @@ def test_forged_images_hurt_their_sender_alone(server):
 def test_one_who_did_not_agree_on_images_can_not_send_them(server):
     with plain_client(server) as client:
         session = client.sessions.current
-        body = codec_module.ImageCodec(MsgpackCodec(), codec_module.Plan({"*": Png()})).encode(
-            photo()
-        )
+        body = ImageCodec(MsgpackCodec(), Plan({"*": Png()})).encode(photo())
         request = wire.Request(wire.CALL, session.key, "echo", 5.0, body.header)
         message = Message(wire.pack(request), body.buffers)
         answer = wire.unpack(wire.Answer, session.requester.call(message, 5.0).header)
