@@ -24,7 +24,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -162,7 +162,8 @@ def serve(pipe: Connection, settings: Settings, transport: str, batching: Batchi
     with server:
         server.start(threaded=True)
         pipe.send(server.url)
-        pipe.recv()
+        with suppress(EOFError):
+            pipe.recv()
 
 
 def serve_raw(pipe: Connection, settings: Settings) -> None:

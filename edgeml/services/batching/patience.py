@@ -1,14 +1,16 @@
 """When it pays to wait for clients that were just answered, learned from what has been seen.
 
-Clients in a closed loop come back soon after their answer. If those of one batch came back just too
-late for the next, there would be two groups taking turns; where a batch costs the same at any size,
-that halves the rate. So what a batch of each size costs is measured, and how soon each client comes
-back, and the next batch waits for just as many as make the whole end sooner:
+Clients in a closed loop come back soon after their answer. Those of one batch come back just too
+late for the next, so there are two groups that take turns; where a batch costs the same at any
+size, that halves the rate. But where it costs more for each row, the way there and back of one
+group is hidden behind the batch of the other. So what a batch of each size costs is measured, and
+how soon each client comes back. Of n calls, those that wait and those that are about to come back:
 
-    minimise over j:  pace(j) + cost(waiting + j) + cost(others - j)
+- all in one batch take ``cost(n) + pace``, the slowest one's time from answer to next call,
+- two groups of a and n - a take ``cost(a) + cost(n - a)``.
 
-where pace(j) is how long after its answer the j-th of the others comes back. A lone client waits
-for nobody by this, and neither does one beside clients that come now and then.
+The next batch waits for the others where the first is less. A lone client waits for nobody by this,
+and neither does one beside clients that come now and then.
 """
 
 from __future__ import annotations
@@ -124,18 +126,21 @@ class Patience:
         cost = self._cost
         # Whoever comes later than two batches from now is no part of this.
         late = 2 * cost(min(most, waiting + len(paces)))
-        paces = sorted(pace for pace in paces if pace < late)
-        if not paces:
+        paces = sorted(pace for pace in paces if pace < late)[: most - waiting]
+        together = waiting + len(paces)
+        if not paces or together < 2:
             return
-        others = len(paces)
-        fewest = 0 if waiting else 1  # a batch has at least one
-        none = best = (paces[0] if fewest else 0.0) + cost(waiting + fewest) + cost(others - fewest)
-        chosen = fewest
-        for j in range(fewest + 1, min(others, most - waiting) + 1):
-            total = paces[j - 1] + cost(waiting + j) + cost(others - j)
-            if total < best:
-                best, chosen = total, j
-        if chosen > fewest:
-            self.wanted = waiting + chosen
+        all_at_once = cost(together) + paces[-1]
+        first, in_turns = min(
+            ((a, cost(a) + cost(together - a)) for a in range(1, together)),
+            # Of those that cost the same, groups that are most alike.
+            key=lambda split: (split[1], abs(2 * split[0] - together)),
+        )
+        if all_at_once < in_turns:
+            self.wanted = together
             # Somebody may be late, which is still worth some of what there is to win.
-            self.until = now + paces[chosen - 1] + (none - best) / 2
+            gain = min(in_turns - all_at_once, cost(together))
+            self.until = now + paces[-1] + gain / 2
+        elif not waiting:
+            self.wanted = first
+            self.until = now + paces[first - 1]

@@ -90,6 +90,8 @@ def _leaf_layouts(layout: Any) -> Iterator[Any]:
 class Stack:
     """Rows of one layout, in memory that is used again once nobody looks at it any more.
 
+    A single row is not copied, and stays where it came.
+
     Args:
         layout: of each payload.
         capacity: rows that there is room for. Memory that no row is written to isn't touched.
@@ -98,15 +100,29 @@ class Stack:
     def __init__(self, layout: Layout, capacity: int) -> None:
         self.layout = layout
         self.capacity = capacity
-        self._columns: list[Any] = [
-            empty(private, (capacity, *leaf[2]), leaf[1])
-            if leaf[0] == "array"
-            else [None] * capacity
-            for leaf in _leaf_layouts(layout)
-        ]
+        self._single: list[Any] | None = None  # the leaves of row 0, as long as it is alone
+        self._made: list[Any] = []
+
+    @property
+    def _columns(self) -> list[Any]:
+        """The memory, from the first time that it is needed."""
+        if not self._made:
+            self._made = [
+                empty(private, (self.capacity, *leaf[2]), leaf[1])
+                if leaf[0] == "array"
+                else [None] * self.capacity
+                for leaf in _leaf_layouts(self.layout)
+            ]
+        if self._single is not None:
+            alone, self._single = self._single, None
+            self.write(0, alone)
+        return self._made
 
     def write(self, row: int, leaves: list[Any]) -> None:
         """Put a payload's leaves into a row."""
+        if row == 0 and not self._made:
+            self._single = leaves
+            return
         for column, leaf in zip(self._columns, leaves, strict=True):
             column[row] = leaf
 
@@ -127,14 +143,30 @@ class Stack:
     def select(self, rows: list[int]) -> Stack:
         """Return another one with copies of these rows, and as much room."""
         other = Stack(self.layout, self.capacity)
-        for theirs, ours in zip(other._columns, self._columns, strict=True):
-            for target, source in enumerate(rows):
-                theirs[target] = ours[source]
+        for target, source in enumerate(rows):
+            other.write(target, [column[source] for column in self._columns])
         return other
 
     def tree(self, size: int) -> Any:
-        """Return the first ``size`` rows as one value, built as a payload is."""
-        return _build(self.layout, (column[:size] for column in self._columns))
+        """Return the first ``size`` rows as one value, built as a payload is; read-only arrays."""
+        columns = self._columns if self._single is None else None
+        if columns is not None:
+            return _build(self.layout, (_show(column[:size]) for column in columns))
+        assert self._single is not None
+        return _build(self.layout, map(_add_axis, _leaf_layouts(self.layout), self._single))
+
+
+def _show(column: Any) -> Any:
+    """Return a column as functions see it, whether it is one row or many."""
+    if not isinstance(column, list):
+        column.flags.writeable = False
+    return column
+
+
+def _add_axis(layout: Any, leaf: Any) -> Any:
+    if layout[0] == "list":
+        return [leaf]
+    return _show(np.asarray(leaf, layout[1])[None])
 
 
 def split(result: Any, size: int, rows: int) -> list[Any]:
