@@ -34,7 +34,7 @@ def _sizes() -> tuple[int, int]:
 
     codec = load_codec("msgpack")
     body, answer = codec.encode(1).header, codec.encode(_REPLY).header
-    request = wire.pack(wire.Request(wire.CALL, bytes(16), "env/step", 59.9, body))
+    request = wire.pack(wire.Request(wire.CALL, bytes(16), "/env/step", 59.9, body))
     return len(request), len(wire.pack(wire.Answer(wire.OK, answer)))
 
 

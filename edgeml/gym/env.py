@@ -18,6 +18,7 @@ from edgeml.core import (
     NotEncodable,
     Overloaded,
     RemoteError,
+    UnknownInterface,
 )
 from edgeml.core.transport import Credentials
 from edgeml.gym.spaces import packer, space_from_plain, unpacker
@@ -71,6 +72,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
 
     Raises:
         Unreachable: nobody serves there.
+        ConfigMismatch: what serves there is no `EnvServer`.
         Overloaded: the server has one environment, and another client uses it.
         RemoteError: the environment can't be made.
     """
@@ -112,7 +114,12 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         self._unpack = unpacker(self.observation_space)
 
     def _open(self) -> dict[str, Any]:
-        told = self.client.call("env/open", {"render_mode": self._asked})
+        try:
+            told = self.client.call("/env/open", {"render_mode": self._asked})
+        except UnknownInterface as error:
+            raise ConfigMismatch(
+                "what serves there has no environment; start an edgeml.gym.EnvServer"
+            ) from error
         if not isinstance(told, dict):
             raise Malformed(f"the server told nothing of its environment, but {told!r:.100}")
         return told
@@ -133,10 +140,10 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         """
         super().reset(seed=seed)
         self._why = "its reset failed"
-        answer = self.client.call("env/reset", [seed, options])
+        answer = self.client.call("/env/reset", [seed, options])
         if answer is None:
             self._open_anew()
-            answer = self.client.call("env/reset", [seed, options])
+            answer = self.client.call("/env/reset", [seed, options])
         return self._began(answer)
 
     def _open_anew(self) -> None:
@@ -175,7 +182,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         try:
             if self._pack is not None:
                 action = self._pack(action)
-            answer = self.client.call("env/step", action)
+            answer = self.client.call("/env/step", action)
         except _STANDING:
             raise
         except BaseException as error:
@@ -214,7 +221,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
             ResetNeeded: gymnasium's; the environment is gone because the server was started anew.
             RemoteError: the environment raised.
         """
-        return self._rendered(self.client.call("env/render", None))
+        return self._rendered(self.client.call("/env/render", None))
 
     def _rendered(self, answer: Any) -> Any:
         if answer is None:
@@ -230,7 +237,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         """
         try:
             with suppress(Closed):
-                self.client.call("env/close", None, _CLOSING)
+                self.client.call("/env/close", None, _CLOSING)
         except RemoteError:
             raise
         except EdgemlError as error:
@@ -245,14 +252,14 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
     def _reset_later(self, seed: int | None, options: dict[str, Any] | None) -> Future[Any]:
         super().reset(seed=seed)
         self._why = "its reset failed"
-        return self.client.call_async("env/reset", [seed, options])
+        return self.client.call_async("/env/reset", [seed, options])
 
     def _step_later(self, action: Any) -> Future[Any]:
         if self._why:
             raise self._cannot()
         return self.client.call_async(
-            "env/step", action if self._pack is None else self._pack(action)
+            "/env/step", action if self._pack is None else self._pack(action)
         )
 
     def _render_later(self) -> Future[Any]:
-        return self.client.call_async("env/render", None)
+        return self.client.call_async("/env/render", None)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 from edgeml.core import Malformed, Overloaded
+from edgeml.core.dispatch import Call, Handler
 from edgeml.gym.spaces import action_reader, packer, space_to_plain
-from edgeml.services.functions import Context
 from edgeml.services.inference import InferenceServer
 
 if TYPE_CHECKING:
@@ -74,32 +74,33 @@ class EnvServer(InferenceServer):
         self._env = env
         self._holder: _Seat | None = None  # of the shared environment
         super().__init__(port_num, host, transport, **settings)
+        function: Callable[[Any, Call], Any]
         for name, function in (
-            ("env/open", self._open_env),
-            ("env/reset", _reset),
-            ("env/step", _step),
-            ("env/render", _render),
-            ("env/close", self._close_env),
+            ("/env/open", self._open_env),
+            ("/env/reset", _reset),
+            ("/env/step", _step),
+            ("/env/render", _render),
+            ("/env/close", self._close_env),
         ):
-            self.register_interface(name, function, with_context=True)
+            self._server.register(name, _handler(function))
 
-    def _open_env(self, payload: Any, context: Context) -> dict[str, Any]:
+    def _open_env(self, payload: Any, call: Call) -> dict[str, Any]:
         mode = payload.get("render_mode") if isinstance(payload, dict) else payload
         if mode is not None and not isinstance(mode, str):
             raise Malformed(f"a render mode is a name, not {mode!r:.100}")
-        self._close_env(None, context)
-        env = self._make_env(mode) if self._shared is None else self._lend(mode, context)
+        self._close_env(None, call)
+        env = self._make_env(mode) if self._shared is None else self._lend(mode, call)
         try:
             described = _describe(env)
-            seat = _Seat(env, context.client_id, context.label)
+            seat = _Seat(env, call.caller.client_id, call.caller.label)
         except BaseException:
             if self._shared is None:
                 env.close()
             raise
         if self._shared is not None:
             self._holder = seat
-        context.session[_SEAT] = seat
-        context.on_end(lambda: self._vacate(seat))
+        call.episode.session[_SEAT] = seat
+        call.episode.on_end(lambda: self._vacate(seat))
         return described
 
     def _make_env(self, mode: str | None) -> gymnasium.Env[Any, Any]:
@@ -109,11 +110,11 @@ class EnvServer(InferenceServer):
             raise TypeError(f"the server's function made no environment, but {made!r:.100}")
         return made
 
-    def _lend(self, mode: str | None, context: Context) -> gymnasium.Env[Any, Any]:
+    def _lend(self, mode: str | None, call: Call) -> gymnasium.Env[Any, Any]:
         assert self._shared is not None
         holder = self._holder
         # A client that lost its connection comes back before its old session has ended.
-        if holder is not None and holder.client_id != context.client_id:
+        if holder is not None and holder.client_id != call.caller.client_id:
             raise Overloaded(
                 f"the environment is in use by {holder.label or holder.client_id}, and there is "
                 "one: wait until that client has closed it, or serve a function that makes one "
@@ -128,8 +129,8 @@ class EnvServer(InferenceServer):
             holder.left = True
         return self._shared
 
-    def _close_env(self, payload: Any, context: Context) -> None:
-        seat = context.session.pop(_SEAT, None)
+    def _close_env(self, payload: Any, call: Call) -> None:
+        seat = call.episode.session.pop(_SEAT, None)
         if seat is not None:
             self._vacate(seat)
 
@@ -142,6 +143,13 @@ class EnvServer(InferenceServer):
             seat.env.close()
         elif self._holder is seat:
             self._holder = None
+
+
+def _handler(function: Callable[[Any, Call], Any]) -> Handler:
+    def handle(call: Call) -> None:
+        call.answer(function(call.payload(), call))
+
+    return handle
 
 
 class _Seat:
@@ -164,8 +172,8 @@ class _Seat:
 # the client knows what to do. Observations come first, so that what is usual is all there is.
 
 
-def _reset(payload: Any, context: Context) -> list[Any] | None:
-    seat = context.session.get(_SEAT)
+def _reset(payload: Any, call: Call) -> list[Any] | None:
+    seat = call.episode.session.get(_SEAT)
     if seat is None or seat.left:
         return None
     seed, options = payload if isinstance(payload, list) and len(payload) == 2 else (payload, "")
@@ -179,8 +187,8 @@ def _reset(payload: Any, context: Context) -> list[Any] | None:
     return [observation if seat.pack is None else seat.pack(observation), info]
 
 
-def _step(payload: Any, context: Context) -> list[Any] | None:
-    seat = context.session.get(_SEAT)
+def _step(payload: Any, call: Call) -> list[Any] | None:
+    seat = call.episode.session.get(_SEAT)
     if seat is None or not seat.begun or seat.left:
         return None
     observation, reward, terminated, truncated, info = seat.step(seat.read(payload))
@@ -191,8 +199,8 @@ def _step(payload: Any, context: Context) -> list[Any] | None:
     return [observation, reward, terminated, truncated]
 
 
-def _render(payload: Any, context: Context) -> list[Any] | None:
-    seat = context.session.get(_SEAT)
+def _render(payload: Any, call: Call) -> list[Any] | None:
+    seat = call.episode.session.get(_SEAT)
     if seat is None or seat.left:
         return None
     frame = seat.env.render()

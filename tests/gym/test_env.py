@@ -135,12 +135,12 @@ def test_seeds_are_known_at_both_ends():
         made.reset(seed=123)
         assert made.unwrapped.np_random_seed == 123
         with pytest.raises(edgeml.Malformed, match="a seed is a whole number"):
-            made.unwrapped.client.call("env/reset", ["x", None])
+            made.unwrapped.client.call("/env/reset", ["x", None])
         with pytest.raises(edgeml.Malformed, match="options are a dict"):
-            made.unwrapped.client.call("env/reset", [None, 3])
+            made.unwrapped.client.call("/env/reset", [None, 3])
         for garbage in (None, 3, [], [1, 2, 3], {"seed": 1}):
             with pytest.raises(edgeml.Malformed):
-                made.unwrapped.client.call("env/reset", garbage)
+                made.unwrapped.client.call("/env/reset", garbage)
         made.reset()
 
 
@@ -191,14 +191,14 @@ def test_it_needs_a_reset_first():
             with pytest.raises(ResetNeeded, match=r"reset"):
                 env.step(1)
         # And whoever doesn't ask its own end learns it from the server.
-        assert made.unwrapped.client.call("env/step", 1) is None
+        assert made.unwrapped.client.call("/env/step", 1) is None
 
 
 def test_what_runs_there_must_be_an_environment():
     with serving(lambda: 7) as server, pytest.raises(edgeml.RemoteError, match="no environment"):
         RemoteEnv(server.url)
     other = edgeml.InferenceServer(0)
-    with started(other), pytest.raises(edgeml.UnknownInterface, match="env/open"):
+    with started(other), pytest.raises(edgeml.ConfigMismatch, match="no environment"):
         RemoteEnv(other.url)
 
 
