@@ -124,6 +124,17 @@ ALONE = {
     ("docs/guides/transports.md", "transport_both.py"): ["shm\nzmq\ngrpc"],
     ("docs/guides/transports.md", "transport_url.py"): ["zmq://robot.local:"],
     ("docs/guides/delivery.md", "refused.py"): ["99 arrived, 1 refused"],
+    ("docs/guides/serving.md", "serving_load.py"): ["early: loading, ", "\nready (7,)"],
+    ("docs/guides/serving.md", "serving_session.py"): [
+        "[1. 1. 1.] [1.5 1.5 1.5]\n[1. 1. 1.]\n",
+        "end of left \n",
+        "end of right \n",
+        "end of left episode 2\n",
+    ],
+    ("docs/guides/serving.md", "serving_swap.py"): [
+        "1\nbold of version 2\nbold waited True, ran True",
+    ],
+    ("docs/guides/serving.md", "serving_drain.py"): ["answered: [0, 1, 2]", "ended"],
     ("docs/guides/handlers.md", "handler_thread.py"): ["20 calls, one database"],
     ("docs/guides/handlers.md", "handler_log.py"): [
         "serving action on zmq://",
