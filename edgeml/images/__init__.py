@@ -7,8 +7,18 @@ Needs simplejpeg or Pillow for JPEG, and Pillow for the rest, imported when they
 """
 
 from edgeml.images.agreement import Images
-from edgeml.images.codec import ImageCodec, Plan
+from edgeml.images.codec import MARK, ImageCodec, Plan
 from edgeml.images.files import decode_image, encode_image
 from edgeml.images.formats import Format, Jpeg, Png
 
-__all__ = ["Format", "ImageCodec", "Images", "Jpeg", "Plan", "Png", "decode_image", "encode_image"]
+__all__ = [
+    "MARK",
+    "Format",
+    "ImageCodec",
+    "Images",
+    "Jpeg",
+    "Plan",
+    "Png",
+    "decode_image",
+    "encode_image",
+]

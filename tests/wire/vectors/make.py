@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from edgeml.core import Message, load_codec, wire
 from edgeml.core.frames import frame
+from edgeml.images import MARK
 
 Vector = dict[str, Any]
 
@@ -463,6 +465,90 @@ def grpc_pieces() -> Vector:
     }
 
 
+def png(height: int, width: int, channels: int, pixels: bytes) -> bytes:
+    """A PNG that isn't compressed, so that its bytes are everywhere the same."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checked = name + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    step = width * channels
+    rows = b"".join(b"\0" + pixels[at : at + step] for at in range(0, height * step, step))
+    color = {1: 0, 3: 2, 4: 6}[channels]
+    head = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
+    # One block as it is, of any length up to 65,535, in zlib's own frame.
+    size = struct.pack("<HH", len(rows), len(rows) ^ 0xFFFF)
+    body = b"\x78\x01\x01" + size + rows + struct.pack(">I", zlib.adler32(rows))
+    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def images() -> Vector:
+    color = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    gray = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    stack = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    files = [png(2, 2, 3, each.tobytes()) for each in (color, *stack)]
+    gray_file = png(2, 2, 1, gray.tobytes())
+
+    def message(inner: Any, entries: list[Any], *buffers: bytes) -> Message:
+        header = MARK + _pack([_pack(inner), entries])
+        return Message(header, list(map(memoryview, buffers)))
+
+    def entry(*path: str | int, shape: list[int], format: str = "png") -> list[Any]:
+        return [list(path), format, shape]
+
+    one = {"image": None}
+    color_shape = [2, 2, 3]
+    valid = {
+        "an image": (
+            {"step": 7, "image": color},
+            message({"step": 7, "image": None}, [entry("image", shape=color_shape)], files[0]),
+        ),
+        "an image in a list, and a gray one": (
+            {"views": [gray, color]},
+            message(
+                {"views": [None, None]},
+                [entry("views", 0, shape=[2, 2]), entry("views", 1, shape=color_shape)],
+                *(gray_file, files[0]),
+            ),
+        ),
+        "a stack": (
+            {"image": stack},
+            message(one, [entry("image", shape=[2, 2, 2, 3])], *files[1:]),
+        ),
+        "nothing but an image": (color, message(None, [entry(shape=color_shape)], files[0])),
+    }
+    good = entry("image", shape=color_shape)
+    invalid = {
+        "no file": message(one, [good]),
+        "a file too many": message(one, [good], files[0], files[0]),
+        "a stack with a file too few": message(one, [entry("image", shape=[2, 2, 2, 3])], files[0]),
+        "a place that isn't there": message(one, [entry("other", shape=color_shape)], files[0]),
+        "a place that is taken": message({"image": 1}, [good], files[0]),
+        "two in one place": message(one, [good, good], files[0], files[0]),
+        "an index from the end": message([None], [entry(-1, shape=color_shape)], files[0]),
+        "another size than the file's": message(one, [entry("image", shape=[2, 3, 3])], files[0]),
+        "two channels": message(one, [entry("image", shape=[2, 2, 2])], files[0]),
+        "an unknown format": message(
+            one, [entry("image", shape=color_shape, format="x")], files[0]
+        ),
+        "another format": message(
+            one, [entry("image", shape=color_shape, format="jpeg")], files[0]
+        ),
+        "half a file": message(one, [good], files[0][:40]),
+        "something after the array": Message(
+            message(one, [good], files[0]).header + b"\0", [memoryview(files[0])]
+        ),
+    }
+    return {
+        "valid": [
+            {"name": name, "value": tagged(value), **parts(message)}
+            for name, (value, message) in valid.items()
+        ],
+        "invalid": [{"name": name, **parts(message)} for name, message in invalid.items()],
+    }
+
+
 def build() -> dict[str, Vector]:
     return {
         "envelope": envelopes(),
@@ -470,6 +556,7 @@ def build() -> dict[str, Vector]:
         "frame": frames(),
         "zmq": zmq_parts(),
         "grpc": grpc_pieces(),
+        "images": images(),
     }
 
 

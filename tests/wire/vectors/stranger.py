@@ -8,6 +8,7 @@ import itertools
 import struct
 import sys
 import time
+import zlib
 
 import grpc
 import zmq
@@ -30,6 +31,20 @@ def large_array() -> tuple[bytes, Buffers]:
     """A codec's header and buffers: an array of 5 MB, out of band."""
     head = msgpack.Ext(1, descriptor("uint8", LARGE) + struct.pack("<I", 0))
     return msgpack.encode(head), [b"\x07" * LARGE]
+
+
+def picture() -> tuple[bytes, Buffers]:
+    """A message of the extension "images": {"image": a PNG of 3 x 2 pixels of one color}."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        end = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + end
+
+    size = struct.pack(">IIBBBBB", 2, 3, 8, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes([200, 100, 50]) * 2) * 3)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    inner = msgpack.encode({"image": None})
+    return b"\xc1" + msgpack.encode([inner, [[["image"], "png", [3, 2, 3]]]]), [file]
 
 
 def frame(header: bytes, buffers: Buffers) -> bytes:
@@ -117,6 +132,7 @@ class Client:
             "label": "",
             "codec": "msgpack",
             "config": config,
+            "extensions": {"images": {"decodes": [], "encodes": ["png"]}},
         }
         status, body, *_ = self.ask(HELLO, "", 0.0, msgpack.encode(hello))
         assert status == OK, msgpack.decode(body)
@@ -148,7 +164,7 @@ class Client:
 
 def inference(wire: Zmq | Grpc) -> None:
     client = Client(wire, "inference", {})
-    assert client.call("/interfaces", None) == ["echo", "fail", "zeros"]
+    assert client.call("/interfaces", None) == ["echo", "fail", "picture", "zeros"]
     assert client.call("echo", {"a": [1, 2.5, None]}) == {"a": [1, 2.5, None]}
     header, buffers = large_array()
     status, body, _, _, received = client.ask(CALL, "echo", 10.0, header, buffers)
@@ -164,6 +180,12 @@ def inference(wire: Zmq | Grpc) -> None:
     pong = msgpack.decode(body)
     assert (status, pong["protocol"], pong["service"]) == (OK, 1, "inference")
     assert abs(pong["clock"] - time.time()) < 60
+    assert "png" in client.welcome["extensions"]["images"]["decodes"]
+    header, buffers = picture()
+    status, body, *_ = client.ask(CALL, "picture", 10.0, header, buffers)
+    assert (status, msgpack.decode(body)) == (OK, [200, 100, 50])
+    status, *_ = client.ask(CALL, "picture", 10.0, header, [buffers[0][:-40]])
+    assert status == 5
     client.heartbeat()
     client.goodbye()
 
