@@ -27,6 +27,7 @@ from edgeml import (
 )
 from edgeml.codecs.msgpack import MsgpackCodec
 from edgeml.core import Message, Url, wire
+from edgeml.core.client import Client
 from edgeml.core.server import Server
 from edgeml.data import QueuedDataStore
 from edgeml.images import ImageCodec, Images, Plan
@@ -398,19 +399,31 @@ def test_images_is_a_dict_of_formats(given):
 
 def test_off_the_bytes_are_as_before(transport):
     seen: list[Message] = []
+
+    def look(call):
+        seen.append(call._message)
+        call.answer(call.payload())
+
     value = {"image": photo(), "step": 5}
-    with started(InferenceServer(0, transport=transport)) as server:
-        server._server.register(
-            "look", lambda call: (seen.append(call._message), call.answer(call.payload()))
-        )
-        with InferenceClient(url=server.url) as client:
-            got = client.call("look", value)
-            spoken = client._client.sessions.current.spoken
-        expected = MsgpackCodec().encode(value)
+    expected = MsgpackCodec().encode(value)
+    server = Server("inference", [Url.parse(f"{transport}://127.0.0.1:0")], wrapping=Images())
+    server.register("look", look)
+    server.open()
+    server.dispatcher.start()
+    client = Client("inference", server.urls, wrapping=Images())
+    try:
+        assert np.array_equal(client.call("look", value)["image"], photo())
         assert seen[0].header == expected.header
         assert [*map(bytes, seen[0].buffers)] == [*map(bytes, expected.buffers)]
-        assert np.array_equal(got["image"], photo())
-        assert spoken.encoder.encode(value) == expected
+        session = client.sessions.current
+        request = wire.Request(wire.CALL, session.key, "look", 5.0, expected.header)
+        message = Message(wire.pack(request), expected.buffers)
+        reply = session.requester.call(message, 5.0)
+        assert wire.unpack(wire.Answer, reply.header).body == expected.header
+        assert [*map(bytes, reply.buffers)] == [*map(bytes, expected.buffers)]
+    finally:
+        client.close()
+        server.close()
 
 
 def test_forged_images_hurt_their_sender_alone(server):
