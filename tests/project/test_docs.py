@@ -136,6 +136,10 @@ ALONE = {
     ],
     ("docs/guides/serving.md", "serving_drain.py"): ["answered: [0, 1, 2]", "ended"],
     ("docs/guides/handlers.md", "handler_thread.py"): ["20 calls, one database"],
+    ("docs/guides/batching.md", "batch_policy.py"): [
+        "robot 0: 0, STACK; answered with ",
+        "robot 7: 14, STACK; answered with ",
+    ],
     ("docs/guides/handlers.md", "handler_log.py"): [
         "serving action on zmq://",
         "viewer at zmq://127.0.0.1 has come",
