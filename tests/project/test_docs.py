@@ -86,6 +86,10 @@ PAIRS = [
     ),
     Pair(*("docs/tutorials/trainer.md", "trainer", 5555), ["got weights of step 2"], ends=True),
     Pair(
+        *("docs/guides/gym.md", "gym", 5557),
+        ["(4,) Discrete(2)", "an episode of "],
+    ),
+    Pair(
         *("docs/guides/shared-memory.md", "camera", 6380),
         ["frames (480, 640, 3) copied on the way: 0"],
         ends=True,
@@ -146,6 +150,8 @@ ALONE = {
         "'obs' is called for the first time, by viewer",
         "viewer at zmq://127.0.0.1 has left",
     ],
+    ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
+    ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],
     ("docs/guides/processes.md", "processes.py"): ["robot 1 got 2", "robot 2 got 4"],
     ("docs/guides/security.md", "codec_cloudpickle.py"): ["42"],
 }
@@ -473,6 +479,16 @@ def test_tox_runs_every_python_that_the_package_says_it_runs_on() -> None:
 # The site -----------------------------------------------------------------------------------
 
 
+PUBLIC = [
+    "edgeml",
+    "edgeml.core",
+    "edgeml.data",
+    "edgeml.data.rlds",
+    "edgeml.gym",
+    "edgeml.testing",
+]
+
+
 def test_the_site_is_made_without_a_warning_and_has_every_public_name(tmp_path: Path) -> None:
     assert "sphinx-build -W docs site" in PAGES["CONTRIBUTING.md"]
     done = subprocess.run(
@@ -491,11 +507,7 @@ def test_the_site_is_made_without_a_warning_and_has_every_public_name(tmp_path: 
         for line in zlib.decompress(inventory).decode().splitlines()
         if line.startswith("edgeml.")
     }
-    public = {
-        name
-        for module in ("edgeml", "edgeml.data", "edgeml.data.rlds", "edgeml.testing", "edgeml.core")
-        for name in importlib.import_module(module).__all__
-    }
+    public = {name for module in PUBLIC for name in importlib.import_module(module).__all__}
     packages = {"core", "data", "services"}
     no_classes = {"Credentials", "OnRequest"}
     assert public - there == packages | no_classes
