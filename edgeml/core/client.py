@@ -112,8 +112,10 @@ class Client:
         wait: seconds to go on trying when nobody serves there yet, or the server is not ready.
         writable: whether received arrays are private copies rather than read-only views.
         credentials: given to the transport.
+        on_connecting: is given, before it connects, what gives that up, from any thread.
 
     Raises:
+        Closed: connecting was given up.
         Unreachable: nobody answers there.
         ConfigMismatch: the server is of another kind, or configured differently.
     """
@@ -134,6 +136,7 @@ class Client:
         wait: float = 0.0,
         writable: bool = False,
         credentials: Credentials = None,
+        on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if not timeout > 0:
             raise ValueError(f"timeout must be positive, not {timeout}")
@@ -158,22 +161,20 @@ class Client:
         self._unsent: deque[_Asynchronous] = deque()
         self._sender: threading.Thread | None = None
         self._alarms = Alarms("edgeml client alarms")
+        self.sessions = SessionKeeper(
+            urls,
+            hello,
+            load_codec(codec),
+            self._alarms,
+            needed=needed,
+            wrapping=wrapping,
+            timeout=self.timeout,
+            credentials=credentials,
+        )
         try:
-            self.sessions = SessionKeeper(
-                urls,
-                hello,
-                load_codec(codec),
-                self._alarms,
-                needed=needed,
-                wrapping=wrapping,
-                timeout=self.timeout,
-                wait=wait,
-                credentials=credentials,
-            )
-        except BaseException:
-            self._alarms.close()
-            raise
-        try:
+            if on_connecting is not None:
+                on_connecting(self.close)
+            self.sessions.begin(wait)
             if wait > 0:
                 self._wait_until_ready(began + wait)
         except BaseException:
@@ -198,7 +199,9 @@ class Client:
                 )
             if told != (told := str(now or error)):
                 _log.info("waiting for the server at %s, which is %s", self.url, told)
-            time.sleep(min(pause, left))
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed, min(pause, left)):
+                    raise Closed("this client has been closed")
             pause = min(2 * pause, _PATIENCE)
 
     def state(self, timeout: float | None = None) -> ServerState:

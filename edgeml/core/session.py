@@ -95,12 +95,7 @@ class SessionKeeper:
         alarms: does things later.
         needed: extensions of the hello that the server must answer.
         timeout: seconds that making a session in the background may take.
-        wait: seconds to go on trying when nobody serves there yet.
         credentials: given to the transport.
-
-    Raises:
-        Unreachable: nobody answers there.
-        ConfigMismatch: the server is of another kind, or configured differently.
     """
 
     def __init__(
@@ -113,7 +108,6 @@ class SessionKeeper:
         needed: Collection[str] = (),
         wrapping: Wrapping | None = None,
         timeout: float,
-        wait: float = 0.0,
         credentials: Credentials = None,
     ) -> None:
         self.closed = False
@@ -132,9 +126,7 @@ class SessionKeeper:
         self._connecting = threading.Lock()
         self._changed = threading.Condition()  # of the session, and of being closed
         self._copied = 0  # on the connections before this one
-        self._connect_first(wait)
-        self._thread = threading.Thread(target=self._keep, name="edgeml keeper", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     @property
     def copied(self) -> int:
@@ -142,6 +134,24 @@ class SessionKeeper:
         session = self.current
         now = session.requester.copied if session is not None and not session.counted else 0
         return self._copied + now
+
+    def begin(self, wait: float = 0.0) -> None:
+        """Make the first session, and keep one from now on.
+
+        Args:
+            wait: seconds to go on trying when nobody serves there yet.
+
+        Raises:
+            Unreachable: nobody answers there.
+            ConfigMismatch: the server is of another kind, or configured differently.
+            Closed: this was closed meanwhile.
+        """
+        self._connect_first(wait)
+        with self._changed:
+            if self.closed:
+                raise Closed("this client has been closed")
+            self._thread = threading.Thread(target=self._keep, name="edgeml keeper", daemon=True)
+            self._thread.start()
 
     def _connect_first(self, wait: float) -> None:
         deadline = time.monotonic() + wait
@@ -152,11 +162,12 @@ class SessionKeeper:
                 return
             except (Unreachable, Closed):  # or one that is just stopping
                 left = deadline - time.monotonic()
-                if left <= 0:
+                if left <= 0 or self.closed:
                     raise
                 if pause == _IMPATIENCE:
                     _log.warning("waiting for a server at %s", self._urls[0])
-            time.sleep(min(pause, left))
+            with self._changed:
+                self._changed.wait_for(lambda: self.closed, min(pause, left))
             pause = min(2 * pause, _PATIENCE)
 
     def connect(self, timeout: float) -> Session:
@@ -348,7 +359,7 @@ class SessionKeeper:
 
     def join(self) -> None:
         """Wait for the end of the thread, unless this is it."""
-        if self._thread is not threading.current_thread():
+        if self._thread not in (None, threading.current_thread()):
             self._thread.join(2.0)
 
     def explain(self, session: Session) -> EdgemlError:

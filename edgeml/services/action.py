@@ -188,8 +188,8 @@ class ActionClient(ServiceClient):
         task_id: what this client calls itself in the server's `ActionServer.clients()`.
         transport: in place of the configuration's.
         timeout: seconds that connecting, or a call, may take unless told otherwise.
-        wait_for_server: go on trying, for 600 s or the number of seconds given, when no device
-            answers yet.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, until a device
+            answers and is ready.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
             see `ServiceClient`.
 

@@ -392,6 +392,7 @@ class ServiceClient(_Service):
         images: Mapping[str, Format] | None = None,
         writable: bool = False,
         credentials: Credentials = None,
+        on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if server_ip is not None:
             if host is not None:
@@ -417,6 +418,7 @@ class ServiceClient(_Service):
             wait=_WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server),
             writable=writable,
             credentials=credentials,
+            on_connecting=on_connecting,
         )
         self._close: Callable[[], object] = lambda: None
         self._disarm: Callable[[], object] = lambda: None

@@ -239,8 +239,8 @@ class InferenceClient(ServiceClient):
         port_num: its port.
         transport: as for the server.
         timeout: seconds that connecting, or a call, may take unless told otherwise.
-        wait_for_server: go on trying, for 600 s or the number of seconds given, when no server
-            answers yet.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, until a server
+            answers and is ready.
         expect: what the policies are like that this client was made for, by their interfaces'
             names. It is compared whenever the client connects, after a restart of the server too,
             and what differs is refused before anything is called.

@@ -29,8 +29,8 @@ class TrainerClient(ServiceClient):
         config: see `TrainerConfig`.
         data_store: what is uploaded to the store of that name.
         data_stores: further stores, by name.
-        wait_for_server: go on trying, for 600 s or the number of seconds given, when no learner
-            answers yet.
+        wait_for_server: go on trying, for 600 s or the number of seconds given, until a learner
+            answers and is ready.
         timeout: seconds that connecting, or a call, may take unless told otherwise.
         transport: in place of the configuration's.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
