@@ -143,6 +143,7 @@ class Client:
         self.client_id = client_id or secrets.token_hex(8)
         began = time.monotonic()
         self.timeout = float(min(timeout, _LONGEST))
+        spoken = load_codec(codec)
         asked = {} if wrapping is None else {wrapping.name: wrapping.ask()}
         hello = wire.Hello(
             wire.PROTOCOL,
@@ -164,7 +165,7 @@ class Client:
         self.sessions = SessionKeeper(
             urls,
             hello,
-            load_codec(codec),
+            spoken,
             self._alarms,
             needed=needed,
             wrapping=wrapping,

@@ -225,10 +225,15 @@ def _plain(expect: Mapping[str, PolicyContract]) -> dict[str, Any]:
     return {name: contract.to_plain() for name, contract in expect.items()}
 
 
-def _reset(server: Server, episode: Any, caller: Caller) -> None:
+def _reset(server: Server, episode: Any, caller: Caller) -> str:
     if not isinstance(episode, str) or len(episode) > _LONGEST_ID:
         raise Malformed(f"an episode's id is a string of at most {_LONGEST_ID} characters")
     server.begin_episode(caller, episode)
+    return episode
+
+
+def _chosen(episode: str | None) -> str:
+    return secrets.token_hex(8) if episode is None else episode
 
 
 class InferenceClient(ServiceClient):
@@ -300,9 +305,11 @@ class InferenceClient(ServiceClient):
         Returns:
             The id.
         """
-        chosen = secrets.token_hex(8) if episode is None else episode
-        self._client.call(_RESET, chosen, timeout)
-        return chosen
+        return str(self._client.call(_RESET, _chosen(episode), timeout))
+
+    def reset_async(self, episode: str | None = None, timeout: float | None = None) -> Future[str]:
+        """Begin an episode, and return a future of what `reset` returns or raises."""
+        return self._client.call_async(_RESET, _chosen(episode), timeout)
 
     @overload
     def call(
