@@ -4,6 +4,7 @@
 - **Inference**: the GPU machine is the server. `InferenceServer`, `InferenceClient`.
 - **Trainer**: the learner is the server. `TrainerServer`, `TrainerClient`, `TrainerConfig`, and
   `TrainerTunnel` for both in one process.
+- `edgeml.aio`: the three clients for asyncio.
 - `edgeml.data`: the stores that stand at either end of a trainer pair.
 - `edgeml.core`: the seam, for those who write transports and codecs.
 - `edgeml.testing`: the conformance suites for what they write.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edgeml import core, data, services
+    from edgeml import aio, core, data, services
     from edgeml.core.client import Timing
     from edgeml.core.errors import (
         Closed,
@@ -78,6 +79,7 @@ __all__ = [
     "Jpeg",
     "Png",
     # packages
+    "aio",
     "core",
     "data",
     "services",
@@ -110,7 +112,7 @@ _HOMES = {
     "Timing": "core.client",
 }
 
-_PACKAGES = ("core", "data", "services", "testing")
+_PACKAGES = ("aio", "core", "data", "services", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -418,6 +418,11 @@ class InferenceClient(_Client[services.InferenceClient]):
         """The names that can be called, sorted."""
         return await _result(_in_thread(self._sync.interfaces))
 
+    async def contract(self, name: str) -> services.PolicyContract | None:
+        """Return what an interface takes and gives; see `edgeml.InferenceClient.contract`."""
+        sync = self._sync
+        return await _result(_in_thread(lambda: sync.contract(name)))
+
     async def reset(self, episode: str | None = None, timeout: float | None = None) -> str:
         """Begin an episode; see `edgeml.InferenceClient.reset`."""
         return await _result(self._sync.reset_async(episode, timeout))

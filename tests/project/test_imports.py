@@ -33,7 +33,18 @@ def test_importing_edgeml_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "name",
-    ["core", "extras", "images", "services", "data", "codecs", "transports", "cli", "__main__"],
+    [
+        "core",
+        "extras",
+        "images",
+        "services",
+        "data",
+        "codecs",
+        "transports",
+        "cli",
+        "__main__",
+        "aio",
+    ],
 )
 def test_no_package_loads_an_optional_or_networking_library(name):
     assert heavy_after(f"import edgeml.{name}") == []
@@ -178,6 +189,15 @@ def test_a_copy_keeps_the_rules_too(copy):
         ("gym/env.py", "import edgeml.cli"),
         ("gym/server.py", "import zmq"),
         ("gym/server.py", "import jax"),
+        ("services/base.py", "import edgeml.aio"),
+        ("gym/env.py", "import edgeml.aio"),
+        ("testing/stores.py", "import edgeml.aio"),
+        ("aio.py", "import edgeml.gym"),
+        ("aio.py", "import edgeml.testing"),
+        ("aio.py", "import edgeml.transports.zmq"),
+        ("aio.py", "import grpc"),
+        ("aio.py", "import jax"),
+        ("aio.py", "import gymnasium"),
         ("core/url.py", "import edgeml.images"),
         ("core/url.py", "import edgeml.extras"),
         ("extras.py", "import edgeml.core.errors"),
