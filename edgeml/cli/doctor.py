@@ -154,11 +154,32 @@ def _ask_server(url: Url, timeout: float) -> bool:
             f"and edgeml {__version__} here speaks {PROTOCOL}: bring both to one version"
         )
         return False
-    print(f"  {url}  ok, {answer.service} server, protocol {answer.protocol}")
+    state = _escape(str(answer.state))
+    print(f"  {url}  ok, {answer.service} server, protocol {answer.protocol}, {state}")
     print(f"      round trip {_show(answer.typical)} (median), {_show(answer.best)} (best)")
     off = f"{_show(abs(answer.ahead))} {'ahead of' if answer.ahead >= 0 else 'behind'} ours"
     print(f"      its clock is {off}, give or take {_show(answer.best / 2)}")
+    if answer.service == "inference" and answer.state.state == "ready":
+        _tell_contracts(url, timeout)
     return True
+
+
+def _tell_contracts(url: Url, timeout: float) -> None:
+    """Print what the server's policies take and give; whoever isn't let in sees why."""
+    try:
+        with InferenceClient(url=str(url), timeout=timeout) as client:
+            for name in client.interfaces():
+                contract = client.contract(name)
+                print(f"      interface {name!r}{'' if contract else ', without a contract'}")
+                for line in contract.describe() if contract else ():
+                    print(f"          {line}")
+    except Exception as error:  # as above
+        print(f"      its contracts can't be had: {_escape(one_line(error))}")
+
+
+def _escape(text: str) -> str:
+    """A text of a server's that moves no terminal."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _show(seconds: float) -> str:

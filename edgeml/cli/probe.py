@@ -17,6 +17,7 @@ from typing import Any
 from edgeml.core import DeadlineExceeded, EdgemlError, Url, load_transport
 from edgeml.core.errors import text_of
 from edgeml.core.ping import ping
+from edgeml.core.state import ServerState, state_of
 from edgeml.core.wire import Pong
 from edgeml.services import InferenceServer
 
@@ -50,6 +51,7 @@ class Answer:
     Attributes:
         service: which kind of server it is.
         protocol: what it speaks; `edgeml.core.wire.PROTOCOL` is what we do.
+        state: what it is at.
         typical: the median round trip in seconds.
         best: the fastest, in seconds.
         ahead: seconds that its clock is ahead of ours by the fastest, give or take half of that.
@@ -57,6 +59,7 @@ class Answer:
 
     service: str
     protocol: int
+    state: ServerState
     typical: float
     best: float
     ahead: float
@@ -85,7 +88,8 @@ def ask(url: Url, timeout: float) -> Answer:
                     raise
     times = [took for _, took, _ in pongs]
     pong, best, ahead = min(pongs, key=lambda answer: answer[1])
-    return Answer(pong.service, pong.protocol, median(times), best, ahead)
+    state = ServerState(state_of(pong.state), pong.progress, pong.detail)
+    return Answer(pong.service, pong.protocol, state, median(times), best, ahead)
 
 
 def one_line(error: BaseException) -> str:

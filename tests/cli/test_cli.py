@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from edgeml import InferenceServer, TrainerConfig, TrainerServer
+from edgeml import Feature, InferenceServer, PolicyContract, TrainerConfig, TrainerServer
 from edgeml.cli import _size, main
 from edgeml.cli.probe import ACK
 from edgeml.core import Message, Url, load_transport, wire
@@ -234,6 +234,52 @@ def test_doctor_asks_a_server():
     clock = re.search(r"its clock is ([\d.]+) ms .* ours, give or take ([\d.]+) ms", done.stdout)
     assert clock is not None
     assert float(clock[1]) <= float(clock[2]) + 0.001  # it is the same clock; and the rounding
+
+
+def test_doctor_shows_the_contracts_of_a_server():
+    with started(InferenceServer(0, transport="zmq")) as server:
+        server.register_interface("free", lambda payload: payload)
+        server.register_interface(
+            "policy\x1b[2J",
+            lambda payload: payload,
+            contract=PolicyContract(
+                {"state": Feature(2, "float32", names=("a", "b\x1b[2J"), units="rad")}, rate=50
+            ),
+        )
+        done = edgeml("doctor", "--transport", "inproc", "--url", server.url)
+    assert done.returncode == 0, done.stdout
+    assert "protocol 1, ready\n" in done.stdout
+    assert "interface 'free', without a contract" in done.stdout
+    told = r"interface 'policy\x1b[2J'" + "\n          50 Hz\n          observation['state']: shape"
+    assert told in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_doctor_shows_what_a_server_is_at():
+    report, go_on = threading.Event(), threading.Event()
+
+    def load(tell):
+        tell(0.25, "weights\x1b[2J")
+        report.set()
+        assert go_on.wait(60)
+
+    server = InferenceServer(0, transport="zmq")
+    server.load(load)
+    server.register_interface("policy", lambda payload: payload)
+    with started(server):
+        assert report.wait(10)
+        done = edgeml("doctor", "--transport", "inproc", "--url", server.url)
+        go_on.set()
+    assert done.returncode == 0, done.stdout
+    assert r"protocol 1, 'loading, 25% done: weights\x1b[2J'" in done.stdout
+    assert "interface" not in done.stdout
+
+
+def test_doctor_says_why_contracts_cannot_be_had():
+    with started(InferenceServer(0, transport="zmq", codecs=("cloudpickle",))) as server:
+        done = edgeml("doctor", "--transport", "inproc", "--url", server.url)
+    assert done.returncode == 0, done.stdout
+    assert "its contracts can't be had: codec: the server offers cloudpickle" in done.stdout
 
 
 def test_doctor_says_of_each_server_what_is_wrong():
