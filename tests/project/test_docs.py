@@ -157,6 +157,15 @@ ALONE = {
     ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],
     ("docs/guides/processes.md", "processes.py"): ["robot 1 got 2", "robot 2 got 4"],
     ("docs/guides/security.md", "codec_cloudpickle.py"): ["42"],
+    ("docs/guides/contracts.md", "contract.py"): [
+        "50.0 Hz",
+        "action: the order of names: at 0 expected 'elbow', the server has 'shoulder'",
+        "(50, 3)",
+    ],
+    ("docs/guides/contracts.md", "contract_swap.py"): [
+        "[0. 0.] at 50.0 Hz",
+        "rate: expected 20.0, the server has 50.0",
+    ],
 }
 
 PACKAGES = {  # which test_contributing.py installs and holds to the suites

@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 import edgeml
-from edgeml import Malformed
+from edgeml import Malformed, PolicyContract
 from edgeml.core import Message, Url, load_codec, load_transport, unframe, wire
 from edgeml.core.client import Client
 from edgeml.core.frames import frame
@@ -273,6 +273,13 @@ def test_a_stream_for_grpc_is_refused(vector):
 
 
 # The page ---------------------------------------------------------------------------------
+
+
+def test_the_contract_is_one() -> None:
+    """The vector that the page shows is a plain form, and the only one of that contract."""
+    header = bytes.fromhex(_header(CODEC["valid"], "contract"))
+    plain = load_codec("msgpack").decode(Message(header))
+    assert PolicyContract.from_plain(plain).to_plain() == plain
 
 
 def examples() -> list[tuple[str, str]]:

@@ -93,6 +93,9 @@ def envelopes() -> Vector:
     welcome = wire.Welcome(SESSION, EPOCH, {"": 1, "observations": 1}, [5555])
     served = wire.Served(3, 8, 0.5, 0.25)
     asks = wire.Hello(1, "inference", "a", "", "msgpack", {}, {"x-greeting": ["hello"]})
+    expects = wire.Hello(
+        1, "inference", "a", "", "msgpack", {}, {"contracts": {"policy": {"rate": 50.0}}}
+    )
     answers = wire.Welcome(SESSION, EPOCH, {"": 1}, [5555], {"x-greeting": "welcome"})
     credit, first = wire.Credit(1, EPOCH, 41), wire.Credit(1, 0, 0)
     pong = wire.Pong(1, "inference", 1.7e9)
@@ -116,6 +119,7 @@ def envelopes() -> Vector:
             "hello body of an action client", wire.Hello(1, "action", "a", "", "msgpack", config)
         ),
         envelope("hello body with an extension", asks),
+        envelope("hello body that expects a contract", expects),
         envelope("welcome body", welcome),
         envelope("welcome body with an extension", answers),
         envelope("welcome", reply(wire.OK, wire.pack(welcome))),
@@ -262,6 +266,11 @@ def codecs() -> Vector:
         },
         "act": ["move", {"x": 0.25}],
         "observations wanted": ["cam"],
+        "contract": {
+            "observation": {"x": {"shape": [None, 2], "dtype": "uint8", "kind": "depth"}},
+            "action": {"shape": [2], "dtype": "float32", "names": ["a", "b"], "units": "rad"},
+            "rate": 50.0,
+        },
         "upload": {
             "store": "demos",
             "incarnation": 12345,
