@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from edgeml import InferenceServer, cli
+from edgeml import Feature, InferenceServer, PolicyContract, cli
 from pairs import ROOT, started, wait_until
 
 if sys.version_info >= (3, 11):
@@ -41,7 +41,7 @@ PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 TODAY = [name for name in NAMES if name not in ("CHANGELOG.md", "docs/wire.md")]
 
 FLAGS = re.DOTALL | re.MULTILINE
-BLOCK = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", FLAGS)
+BLOCK = re.compile(r"^```([^`\n]*)\n(.*?)^```$", FLAGS)
 
 
 def blocks_of(page: str, *languages: str) -> list[str]:
@@ -474,7 +474,17 @@ def test_the_command_line_prints_what_its_page_shows() -> None:
     plugins, doctor, bench = blocks_of("docs/command-line.md", "text")
     shown = "\n".join(line for line in plugins.splitlines() if "lidar" not in line)
     assert shapes_of(shown) <= shapes_of(prints("plugins"))
-    with started(InferenceServer(0)) as server:
+    joints = ("shoulder", "elbow", "wrist")
+    contract = PolicyContract(
+        {"state": Feature(3, "float32", joints, "rad", "state")},
+        Feature((50, 3), "float32", joints, "rad", "action"),
+        rate=50,
+        horizon=50,
+        identity="sha256:4ad7",
+    )
+    server = InferenceServer(0)
+    server.register_interface("policy", lambda payload: payload, contract=contract)
+    with started(server):
         printed = prints("doctor", "--transport", "shm", "zmq", "--url", server.url)
     shown = re.sub(r"(lent to one peer: )\d+", r"\1 1", doctor)
     assert shapes_of(shown) <= shapes_of(re.sub(r"(lent to one peer: )\d+", r"\1 1", printed))
