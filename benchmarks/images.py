@@ -144,7 +144,7 @@ def main() -> None:
     if _INSIDE not in os.environ:
         inside = ["unshare", "--map-root-user", "--net", sys.executable, *sys.argv]
         sys.exit(subprocess.call(inside, env={**os.environ, _INSIDE: "1"}))
-    shape = f"rate {args.rate:g}mbit burst 8kb limit 4mb"
+    shape = f"rate {args.rate:g}mbit burst 8kb limit 256kb"
     for command in (
         "ip link set lo mtu 1500 up",  # as Ethernet's: a bucket takes whole packets
         f"tc qdisc add dev lo root tbf {shape}",

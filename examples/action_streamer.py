@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeml import ActionClient, ActionConfig, ActionServer, EdgemlError
-from edgeml.images import decode_image, encode_image
-from frames import Frame, Source, add_source_options, open_sink, open_source
+from edgeml import ActionClient, ActionConfig, ActionServer, EdgemlError, Jpeg
+from frames import Source, add_source_options, open_sink, open_source
 from terminal import (
     CtrlC,
     StatusLines,
@@ -59,10 +58,9 @@ def frame_rate(given: str | float) -> float:
 class Streamer:
     """Publishes what a source gives."""
 
-    def __init__(self, source: Source, jpeg: int | None) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
         self.fps = source.fps
-        self.jpeg = jpeg
         self.paused = threading.Event()
         self.newest: Obs = {}
 
@@ -83,20 +81,20 @@ class Streamer:
 
     def frame(self, number: int) -> Obs:
         """Return the next frame as it is published."""
-        frame = self.source.read()
-        obs: Obs = {"seq": number, "time": time.monotonic()}
-        if self.jpeg is None:
-            obs["frame"] = np.ascontiguousarray(frame)
-        else:
-            obs["jpeg"] = np.frombuffer(encode_image(frame, "jpeg", self.jpeg), np.uint8)
-        return obs
+        frame = np.ascontiguousarray(self.source.read())
+        return {"seq": number, "time": time.monotonic(), "frame": frame}
 
 
 def serve(args: argparse.Namespace) -> None:
     with closing(open_source(args, args.fps)) as source:
-        streamer = Streamer(source, args.jpeg)
+        streamer = Streamer(source)
+        config = make_config(args)
+        # Frames leave as JPEG files, and are arrays again where they arrive.
+        images = {"frame": Jpeg(args.jpeg)} if args.jpeg else None
         with (
-            ActionServer(make_config(args), streamer.obs, streamer.act, host=args.host) as server,
+            ActionServer(
+                config, streamer.obs, streamer.act, host=args.host, images=images
+            ) as server,
             StatusLines() as status,
             CtrlC() as ctrl_c,
         ):
@@ -111,7 +109,7 @@ def serve(args: argparse.Namespace) -> None:
                 number += 1
                 streamer.newest = streamer.frame(number)
                 server.publish_obs(streamer.newest)
-                meter.add(time.monotonic(), number, size_of(streamer.newest))
+                meter.add(time.monotonic(), number, streamer.newest["frame"].nbytes)
                 status.show(f"{number} frames, {meter.rates()}, clients: {len(server.clients())}")
                 # A source that is slower than the rate isn't made to catch up in a burst.
                 due = max(due + 1 / streamer.fps, time.monotonic())
@@ -162,7 +160,7 @@ class RemoteClock:
 
 
 class Meter:
-    """Frame rate and bandwidth of late, and what is told at the end."""
+    """Frame rate and pixels of late, and what is told at the end."""
 
     WINDOW = 2.0  # seconds
 
@@ -194,7 +192,7 @@ class Meter:
         return time.monotonic() - self._last
 
     def rates(self) -> str:
-        """Frame rate and bandwidth of the last seconds."""
+        """Frame rate and pixels of the last seconds."""
         return _rates(
             len(self._recent),
             sum(size for _, size in self._recent),
@@ -221,18 +219,7 @@ def _rates(frames: int, size: int, seconds: float) -> str:
         return "no rate yet"
     # n frames are n - 1 intervals.
     rate = (frames - 1) / seconds
-    return f"{rate:.1f} fps, {rate * size / frames / 1e6:.2f} MB/s"
-
-
-def size_of(obs: Obs) -> int:
-    """Return the bytes of a frame as it travels."""
-    return int(obs["jpeg"].nbytes if "jpeg" in obs else obs["frame"].nbytes)
-
-
-def frame_of(obs: Obs) -> Frame:
-    """Return the frame that was published, uncompressed."""
-    frame: Frame = decode_image(obs["jpeg"], (None, None, 3)) if "jpeg" in obs else obs["frame"]
-    return frame
+    return f"{rate:.1f} fps, {rate * size / frames / 1e6:.2f} MB/s of pixels"
 
 
 def watch(args: argparse.Namespace) -> None:
@@ -279,9 +266,10 @@ def watch(args: argparse.Namespace) -> None:
                         status.show(f"no frames for {meter.silence():.0f} s{trouble}")
                     continue
                 trouble = ""
-                meter.add(arrived, obs["seq"], size_of(obs), clock.age(obs["time"], arrived))
+                age = clock.age(obs["time"], arrived)
+                meter.add(arrived, obs["seq"], obs["frame"].nbytes, age)
                 if args.output != "none":
-                    sink.write(obs["seq"], frame_of(obs))
+                    sink.write(obs["seq"], obs["frame"])
                 status.show(
                     f"{meter.frames} frames, {meter.rates()}, latency {meter.latency()}, "
                     f"round trip {1e3 * clock.round_trip:.1f} ms, {meter.dropped} dropped"

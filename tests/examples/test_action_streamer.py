@@ -20,7 +20,7 @@ from pairs import started, wait_until
 NAME = "action_streamer.py"
 PATTERN = ("--pattern", "--size", "160x120", "--fps", 60)
 SUMMARY = (
-    r"(\d+) frames in [\d.]+ s: [\d.]+ fps, [\d.]+ MB/s, latency (-?[\d.]+) ms "
+    r"(\d+) frames in [\d.]+ s: [\d.]+ fps, [\d.]+ MB/s of pixels, latency (-?[\d.]+) ms "
     r"\(p95 -?[\d.]+ ms\), \d+ dropped; written to "
 )
 
