@@ -144,10 +144,10 @@ ALONE = {
     ("docs/guides/serving.md", "serving_drain.py"): ["answered: [0, 1, 2]", "ended"],
     ("docs/guides/images.md", "images_robot.py"): ["(480, 640, 3) uint8 off by "],
     ("docs/guides/images.md", "images_refused.py"): [
-        "[480, 640, 3]",
+        "(480, 640, 3)",
         "value['image'] has dtype float32, so it is no image",
     ],
-    ("docs/guides/images.md", "images_wanted.py"): ["[224, 224, 3]"],
+    ("docs/guides/images.md", "images_wanted.py"): ["(224, 224, 3)"],
     ("docs/guides/handlers.md", "handler_thread.py"): ["20 calls, one database"],
     ("docs/guides/batching.md", "batch_policy.py"): [
         "robot 0: 0, STACK; answered with ",
