@@ -477,7 +477,7 @@ def _leaves_of(features: Features | None) -> list[_Leaf]:
 def _fits_quickly(leaves: list[_Leaf], tree: Any) -> bool:
     """Whether all is there as it is stated; where it isn't, `_require` tells what is wrong.
 
-    Half a microsecond for each array, so that every call can be checked.
+    A third of a microsecond for each array, so that every call can be checked.
     """
     try:
         for first, more, shape, dtype, feature in leaves:

@@ -331,7 +331,7 @@ def test_an_error_lists_no_more_than_people_read():
 def test_a_check_that_succeeds_takes_microseconds():
     made, sent = contract(), payload(other=1)
     took = min(timeit.repeat(lambda: made.check_observation(sent), number=2000, repeat=20)) / 2000
-    assert took < 20e-6  # it is about 1 µs; each call of a server may pay it
+    assert took < 20e-6  # it is 1 µs; each call of a server may pay it
 
 
 # The plain form -------------------------------------------------------------------------------
