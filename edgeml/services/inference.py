@@ -342,6 +342,8 @@ class InferenceClient(ServiceClient):
         Raises:
             RemoteError: the function raised; it carries the far side's traceback.
             UnknownInterface: no function of that name; the text lists those known.
+            Malformed: the payload doesn't fit the interface's contract; the text says where.
+            ConfigMismatch: the contract is no longer what this client expects; nothing was run.
             NotEncodable: the payload can't be carried; the text gives the path to what can't.
             DeadlineExceeded: no answer in time.
             Unreachable: nobody serves there, or the connection was lost under way.
