@@ -72,8 +72,8 @@ class ActionServer(ServiceServer):
         act_in_own_thread: whether ``act_callback`` runs in a thread of its own, so that neither
             callback waits for the other.
         transport: in place of the configuration's.
-        settings: ``url``, ``workers``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``:
-            see `ServiceServer`.
+        settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
+            ``advertise``, ``credentials``: see `ServiceServer`.
 
     A callback that raises hurts only the call that it was for, whose client gets a `RemoteError`.
     """
@@ -190,8 +190,8 @@ class ActionClient(ServiceClient):
         timeout: seconds that connecting, or a call, may take unless told otherwise.
         wait_for_server: go on trying, for 600 s or the number of seconds given, until a device
             answers and is ready.
-        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
-            see `ServiceClient`.
+        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
+            ``credentials``: see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.

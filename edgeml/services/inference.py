@@ -40,8 +40,8 @@ class InferenceServer(ServiceServer):
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
             ``"zmq"``.
-        settings: ``url``, ``workers``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``:
-            see `ServiceServer`.
+        settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
+            ``advertise``, ``credentials``: see `ServiceServer`.
     """
 
     def __init__(
@@ -249,8 +249,8 @@ class InferenceClient(ServiceClient):
         expect: what the policies are like that this client was made for, by their interfaces'
             names. It is compared whenever the client connects, after a restart of the server too,
             and what differs is refused before anything is called.
-        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
-            see `ServiceClient`.
+        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
+            ``credentials``: see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.

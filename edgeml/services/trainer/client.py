@@ -33,9 +33,9 @@ class TrainerClient(ServiceClient):
             answers and is ready.
         timeout: seconds that connecting, or a call, may take unless told otherwise.
         transport: in place of the configuration's.
-        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``writable``, ``credentials``:
-            see `ServiceClient`. Of two clients with the same ``client_id``, the newer shuts the
-            older out.
+        settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
+            ``credentials``: see `ServiceClient`. Of two clients with the same ``client_id``, the
+            newer shuts the older out.
 
     Raises:
         Unreachable: no learner answers.

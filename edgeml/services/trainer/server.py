@@ -36,8 +36,8 @@ class TrainerServer(ServiceServer):
         request_callback: ``request_callback(type, payload)``; what it returns is the answer.
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: in place of the configuration's.
-        settings: ``url``, ``workers``, ``codecs``, ``rate_limit`` in place of the configuration's,
-            ``advertise``, ``credentials``: see `ServiceServer`.
+        settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit`` in
+            place of the configuration's, ``advertise``, ``credentials``: see `ServiceServer`.
 
     Raises:
         TypeError: a callback that is an ``async def``.
