@@ -48,7 +48,7 @@ class Images(Wrapping):
             load_pillow()
         self._plan = Plan(self._images)
         self._codecs: dict[str, ImageCodec] = {}  # by the names of what they are around
-        self._accepted: tuple[dict[str, Format], Spoken] | None = None  # what was wanted last
+        self._accepted: tuple[object, Spoken] | None = None  # what the server said last
 
     def ask(self) -> Any:
         """See `Wrapping.ask`."""
@@ -71,12 +71,14 @@ class Images(Wrapping):
             },
         }
         wrapped = self._codecs.setdefault(codec.name, ImageCodec(codec, self._plan))
+        # Looking for images costs time, so it is done where some may come or go.
+        decoder = wrapped if encodes or self._wanted else codec
         if not self._images:
-            return answer, Spoken(codec, wrapped)
+            return answer, Spoken(codec, decoder)
         if missing := set(self._formats) - decodes:
             _log.warning("%s can't decode %s: it gets images as arrays", client, _list(missing))
-            return answer, Spoken(codec, wrapped)
-        return answer, Spoken(wrapped, wrapped)
+            return answer, Spoken(codec, decoder)
+        return answer, Spoken(wrapped, decoder)
 
     def accept(self, answered: Any, codec: Codec, server: object) -> Spoken:
         """See `Wrapping.accept`."""
@@ -86,15 +88,18 @@ class Images(Wrapping):
             return Spoken(codec, codec)
         if missing := set(self._formats) - _names(answered, "decodes"):
             raise ConfigMismatch(f"images: {server} can't decode {_list(missing)}")
-        if missing := _names(answered, "encodes") - set(readable()):
+        encodes = _names(answered, "encodes")
+        if missing := encodes - set(readable()):
             _log.warning(
                 "images of %s come as arrays, since %s can't be decoded here: %s",
                 *(server, _list(missing), _INSTALL),
             )
         wanted = _wanted(answered, server)
-        if self._accepted is None or self._accepted[0] != wanted:
-            wrapped = ImageCodec(codec, Plan(self._images, wanted))
-            self._accepted = wanted, Spoken(wrapped, wrapped)
+        if self._accepted is None or self._accepted[0] != (wanted, encodes):
+            plan = Plan(self._images, wanted)
+            wrapped = ImageCodec(codec, plan)
+            spoken = Spoken(wrapped if plan else codec, wrapped if encodes else codec)
+            self._accepted = (wanted, encodes), spoken
         return self._accepted[1]
 
     def check(self, value: Any) -> None:
