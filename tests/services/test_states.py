@@ -26,6 +26,7 @@ from edgeml import (
     UnknownInterface,
     Unreachable,
 )
+from edgeml.data import QueuedDataStore
 from edgeml.services.batching import Batching
 from pairs import no_thread_left, process, started, took, wait_until
 
@@ -115,10 +116,17 @@ def test_every_pair_tells_that_it_is_loading(transport):
     learner = TrainerServer(TrainerConfig(0, broadcast_port=None, transport=transport))
     with loading(learner) as load:
         settings = TrainerConfig(learner.port, broadcast_port=None, transport=transport)
-        with TrainerClient("actor", "127.0.0.1", settings) as client:
+        store, kept = QueuedDataStore(10), QueuedDataStore(10)
+        learner.register_data_store("actor", kept)
+        with TrainerClient("actor", "127.0.0.1", settings, store) as client:
             assert client.state().state == "loading"
+            store.insert({"step": 1})
+            with pytest.raises(NotReady):
+                client.update()
             load.go_on.set()
             wait_until(lambda: client.state().state == "ready")
+            client.update()  # nothing was lost
+            assert kept.latest_data_id() == 1
 
 
 def test_several_loads_run_one_after_the_other_and_share_the_progress(transport):

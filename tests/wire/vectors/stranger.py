@@ -122,6 +122,8 @@ class Grpc:
 
 
 class Client:
+    version = 0  # of what it calls
+
     def __init__(self, wire: Zmq | Grpc, service: str, config: dict[str, object]) -> None:
         self._wire = wire
         self._session = b""
@@ -132,22 +134,32 @@ class Client:
             "label": "",
             "codec": "msgpack",
             "config": config,
-            "extensions": {"images": {"decodes": [], "encodes": ["png"]}},
+            "extensions": {
+                "images": {"decodes": [], "encodes": ["png"]},
+                "only a stranger knows": [1],
+            },
         }
         status, body, *_ = self.ask(HELLO, "", 0.0, msgpack.encode(hello))
         assert status == OK, msgpack.decode(body)
         self.welcome = msgpack.decode(body)
         self._session = self.welcome["session"]
+        assert "only a stranger knows" not in self.welcome.get("extensions", {})
 
     def ask(self, kind: int, name: str, timeout: float, body: bytes, buffers: Buffers = []):  # noqa: B006
         request = msgpack.encode([kind, self._session, name, timeout, body])
         header, received = self._wire.exchange(request, buffers)
-        status, body, epoch, number, *_ = msgpack.decode(header)
+        status, body, epoch, number, *more = msgpack.decode(header)
+        self.served = more[0] if more else None
         return status, body, epoch, number, received
 
     def call(self, name: str, value: object) -> object:
         status, body, *_ = self.ask(CALL, name, 10.0, msgpack.encode(value))
         assert status == OK, msgpack.decode(body)
+        version, batch_size, queue, compute, *_ = self.served
+        assert version == (0 if name[0] == "/" else self.version)
+        assert batch_size == 1
+        assert 0 <= queue < 10
+        assert 0 <= compute < 10
         return msgpack.decode(body)
 
     def next(self, topic: str, epoch: int, number: int):
@@ -164,6 +176,7 @@ class Client:
 
 def inference(wire: Zmq | Grpc) -> None:
     client = Client(wire, "inference", {})
+    client.version = 1
     assert client.call("/interfaces", None) == ["echo", "fail", "picture", "zeros"]
     assert client.call("echo", {"a": [1, 2.5, None]}) == {"a": [1, 2.5, None]}
     header, buffers = large_array()
@@ -179,6 +192,7 @@ def inference(wire: Zmq | Grpc) -> None:
     status, body, *_ = client.ask(PING, "", 1.0, b"")
     pong = msgpack.decode(body)
     assert (status, pong["protocol"], pong["service"]) == (OK, 1, "inference")
+    assert (pong.get("state", "ready"), client.served) == ("ready", None)
     assert abs(pong["clock"] - time.time()) < 60
     assert "png" in client.welcome["extensions"]["images"]["decodes"]
     header, buffers = picture()
