@@ -434,7 +434,7 @@ class Server:
             if old is None or old is session or old.client_id != session.client_id:
                 return False
             del self._sessions[old.key]
-        session.episode, session.turn = old.episode, old.turn
+            session.episode, session.turn = old.episode, old.turn
         for topic in self._topics.values():
             topic.forget(old.key)
         return True
@@ -503,7 +503,7 @@ class Server:
         the rest is done in the background.
         """
         with self._lock:
-            if not self._draining:
+            if not self._draining and not self._closed:
                 self._draining = time.monotonic()
                 self.state = ServerState("draining", 1.0, "it answers what it has, and stops")
                 self._open_to_calls = False
@@ -515,8 +515,8 @@ class Server:
         return self._finish(timeout)
 
     def _finish(self, timeout: float) -> bool:
-        deadline = self._draining + timeout
-        time.sleep(max(0.0, min(_UNDER_WAY, timeout) - (time.monotonic() - self._draining)))
+        deadline = time.monotonic() + timeout
+        self._ended.wait(max(0.0, min(self._draining + _UNDER_WAY, deadline) - time.monotonic()))
         while (owing := self._owes_answers()) and time.monotonic() < deadline:
             if self._closed:
                 break

@@ -18,6 +18,7 @@ from edgeml.services.batching import Batching
 from pairs import plain_client, process, started, took, wait_until
 
 PATIENCE = 10.0
+NETWORKS = ["grpc", "shm", "ws", "zmq"]  # which lead to other processes
 
 
 class Counter:
@@ -173,6 +174,7 @@ def test_the_ends_of_sessions_come_when_the_server_stops(transport):
     assert len(counter.threads) == 1
 
 
+@pytest.mark.parametrize("transport", NETWORKS)
 def test_the_ends_of_sessions_come_in_the_main_thread_where_that_serves(transport):
     program = """
 import sys, threading
@@ -190,8 +192,6 @@ def load(report):
 
 server.start()
 """
-    if transport == "inproc":
-        pytest.skip("it is within one process")
     with process(program, transport) as child, client_of_process(child) as client:
         client.call("policy", None)
         child.signal(signal.SIGINT)
@@ -203,9 +203,8 @@ def client_of_process(child) -> InferenceClient:
     return InferenceClient(url=child.line(), wait_for_server=PATIENCE)
 
 
+@pytest.mark.parametrize("transport", NETWORKS)
 def test_a_client_that_dies_is_forgotten_after_a_silence(transport, monkeypatch):
-    if transport == "inproc":
-        pytest.skip("it is within one process")
     monkeypatch.setattr(edgeml.core.server, "_FORGET", 1.0)
     counter = Counter()
     server = InferenceServer(0, transport=transport)

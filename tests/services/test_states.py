@@ -31,6 +31,7 @@ from edgeml.services.batching import Batching
 from pairs import no_thread_left, process, started, took, wait_until
 
 PATIENCE = 10.0
+NETWORKS = ["grpc", "shm", "ws", "zmq"]  # which lead to other processes
 
 
 class Load:
@@ -388,6 +389,28 @@ def test_draining_gives_up_at_its_time_and_is_ended_by_a_stop(transport, end):
             futures[1].result(PATIENCE)
 
 
+def test_who_waits_for_a_server_while_one_drains_gets_the_next(transport):
+    gate = Gate()
+    first = InferenceServer(0, transport=transport)
+    first.register_interface("gate", gate)
+    with started(first), client_of(first, transport) as client, ThreadPoolExecutor(2) as pool:
+        under_way = client.call_async("gate", "first")
+        assert gate.entered.acquire(timeout=PATIENCE)
+        port = first.port
+        drained = pool.submit(first.drain, PATIENCE)
+        wait_until(lambda: first.state().state == "draining")
+        made = pool.submit(client_of, first, transport, wait_for_server=PATIENCE)
+        wait_until(lambda: first.stats().get("NotReady"))
+        gate.go_on.set()
+        assert under_way.result(PATIENCE) == "first"
+        assert drained.result(PATIENCE)
+        second = InferenceServer(port, transport=transport)
+        second.register_interface("which", lambda _: "second")
+        with started(second), made.result(PATIENCE) as waited:
+            assert waited.call("which", None) == "second"
+            assert client.call("which", None) == "second"
+
+
 def test_draining_may_begin_in_a_handler_and_its_call_is_answered(transport):
     server = InferenceServer(0, transport=transport)
     server.register_interface("drain", lambda _: server.drain(PATIENCE))
@@ -402,9 +425,11 @@ def test_draining_an_idle_server_is_quick_and_stops_it_once_and_for_all(transpor
         with took(at_most=2.0):
             assert server.drain()
         assert server.drain()
+        assert server.state().state == "stopped"
     assert InferenceServer(0, transport=transport).drain()  # which was never started
 
 
+@pytest.mark.parametrize("transport", NETWORKS)
 def test_a_signals_handler_may_drain_a_server_that_blocks_the_main_thread(transport):
     source = f"""
         import signal
@@ -426,8 +451,6 @@ def test_a_signals_handler_may_drain_a_server_that_blocks_the_main_thread(transp
         server.start()
         print("ended", flush=True)
     """
-    if transport == "inproc":
-        pytest.skip("it is within one process")
     with process(textwrap.dedent(source)) as child:
         with InferenceClient(url=child.line(), wait_for_server=PATIENCE) as client:
             futures = [client.call_async("slow", n) for n in range(3)]
