@@ -190,11 +190,12 @@ def policy(payload, context):
 def load(report):
     print(server.url, flush=True)
 
+server.register_interface("drain", lambda _: server.drain())
 server.start()
 """
     with process(program, transport) as child, client_of_process(child) as client:
         client.call("policy", None)
-        child.signal(signal.SIGINT)
+        assert client.call("drain", None) is False
         assert child.line() == "ended MainThread"
         assert child.end() == (0, "")
 
