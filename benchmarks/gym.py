@@ -5,8 +5,10 @@
 For each transport a server's process runs the environment, and beside it an endpoint of the bare
 transport, which answers at once with as many bytes as a step's reply has; a client's process takes
 rounds of each in turn. What is printed are medians over rounds, of times in microseconds, and their
-ratios to the raw round trip. `local` is the environment in this process, whose step is part of what
-the remote one takes; `call` is a call of a function that returns such a reply at once.
+ratios to the raw round trip. `call` is a call of a function that returns such a reply at once,
+`by hand` one that steps the environment and does nothing else; `local` is the environment in this
+process, whose step is part of what the remote one takes (and takes longer there, where the client
+polls on a core's other half meanwhile).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from common import Child, Row, Table, interleaved, medians, parser, save, transp
 
 _STEPS = 2000  # in a round
 _REPLY = [np.zeros(4, np.float32), 1.0, False, False]
-_KINDS = ("raw", "call", "remote", "local")
+_KINDS = ("raw", "call", "by hand", "remote", "local")
 
 
 def _sizes() -> tuple[int, int]:
@@ -49,9 +51,22 @@ def serve(pipe: Connection, name: str) -> None:
     make = functools.partial(gymnasium.make, "CartPole-v1")
     with endpoint, EnvServer(make, 0, transport=name) as server:
         server.register_interface("reply", lambda _: _REPLY)
+        server.register_interface("by hand", _by_hand(make()))
         server.start(threaded=True)
         pipe.send((str(endpoint.url), server.url))
         pipe.poll(None)
+
+
+def _by_hand(env: Any) -> Callable[[Any], Any]:
+    env.reset(seed=0)
+
+    def step(action: Any) -> list[Any]:
+        observation, reward, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            env.reset()
+        return [observation, reward, terminated, truncated]
+
+    return step
 
 
 def client(pipe: Connection, name: str, raw_url: str, url: str) -> None:
@@ -67,6 +82,7 @@ def client(pipe: Connection, name: str, raw_url: str, url: str) -> None:
     rounds: dict[str, Callable[[], list[float]]] = {
         "raw": lambda: _times(lambda: requester.call(request, 10.0)),
         "call": lambda: _times(lambda: call("reply", 1)),
+        "by hand": lambda: _times(lambda: call("by hand", 1)),
         "remote": lambda: _steps(remote),
         "local": lambda: _steps(local),
     }
@@ -125,7 +141,7 @@ def measure(name: str, rounds: int) -> dict[str, Row]:
 
 def main() -> None:
     options = parser(__doc__, transports(), rounds=9).parse_args()
-    table = Table(6, 7, p50_us="9.1", p50_us_ratio="6.2", per_s="9.0", per_s_ratio="6.2")
+    table = Table(6, 8, p50_us="9.1", p50_us_ratio="6.2", per_s="9.0", per_s_ratio="6.2")
     results = {}
     for name in options.peers:
         results[name] = measure(name, options.rounds)

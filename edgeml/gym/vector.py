@@ -58,6 +58,7 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
         codec: str = "msgpack",
         credentials: Credentials = None,
     ) -> None:
+        self.envs: list[RemoteEnv] = []  # first, since one that isn't made is closed as well
         urls = [url] if isinstance(url, str) else list(url)
         self.num_envs = len(urls) if num_envs is None else num_envs
         if self.num_envs < max(1, len(urls)) or not urls:
@@ -65,7 +66,6 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
                 f"num_envs={self.num_envs} for {len(urls)} urls: give at least one for each url"
             )
         self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.envs: list[RemoteEnv] = []
         try:
             for number in range(self.num_envs):
                 self.envs.append(

@@ -444,6 +444,40 @@ def test_another_environment_in_its_place_is_refused():
         made.close()
 
 
+def test_one_whose_session_is_ended_is_closed_and_needs_a_reset():
+    closed = []
+    with (
+        serving(lambda: Faulty(closed=lambda: closed.append(1))) as server,
+        remote(server) as made,
+    ):
+        made.reset()
+        made.unwrapped.client.reset()
+        with pytest.raises(ResetNeeded, match="ended this client's session"):
+            made.step(np.zeros(2, np.float32))
+        wait_until(lambda: closed)
+        made.reset()
+        assert made.step(np.zeros(2, np.float32))[0] == 1
+
+
+def test_one_that_is_dropped_frees_its_environment():
+    closed = []
+    with serving(lambda: Faulty(closed=lambda: closed.append(1))) as server:
+        held = [RemoteEnv(server.url)]
+        held[0].reset()
+        with pytest.warns(ResourceWarning):
+            held.clear()
+        wait_until(lambda: closed)
+
+
+def test_it_goes_on_while_the_server_has_other_functions():
+    with serving(Faulty) as server, remote(server) as made:
+        server.register_interface("score", lambda payload: 2 * payload)
+        made.reset()
+        assert made.unwrapped.client.interfaces() == ["score"]
+        assert made.unwrapped.client.call("score", 4) == 8
+        assert made.step(np.zeros(2, np.float32))[0] == 1
+
+
 def test_a_step_whose_answer_is_lost_needs_a_reset():
     going = threading.Event()
 

@@ -86,11 +86,12 @@ WRAPPERS = {
     "max-and-skip": lambda env: wrappers.MaxAndSkipObservation(flat(env), 2),
     "clipped": wrappers.ClipAction,
     "rescaled-action": lambda env: wrappers.RescaleAction(env, np.float32(-1), np.float32(1)),
-    "discretized": lambda env: wrappers.DiscretizeAction(env, 5),
     "normalized-reward": wrappers.NormalizeReward,
     "clipped-reward": lambda env: wrappers.ClipReward(env, -1, 1),
     "transformed-reward": lambda env: wrappers.TransformReward(env, lambda reward: 2 * reward),
 }
+if hasattr(wrappers, "DiscretizeAction"):  # gymnasium 1.2
+    WRAPPERS["discretized"] = lambda env: wrappers.DiscretizeAction(env, 5)
 SEEING = {
     "rendered": wrappers.AddRenderObservation,
     "rendered-beside": functools.partial(wrappers.AddRenderObservation, render_only=False),
