@@ -7,8 +7,7 @@ transport, which answers at once with as many bytes as a step's reply has; a cli
 rounds of each in turn. What is printed are medians over rounds, of times in microseconds, and their
 ratios to the raw round trip. `call` is a call of a function that returns such a reply at once,
 `by hand` one that steps the environment and does nothing else; `local` is the environment in this
-process, whose step is part of what the remote one takes (and takes longer there, where the client
-polls on a core's other half meanwhile).
+process, whose step is part of what the remote one takes.
 """
 
 from __future__ import annotations
