@@ -44,6 +44,7 @@ from edgeml.core.errors import (
     UnknownInterface,
     text_of,
 )
+from edgeml.core.interrupts import insisting
 from edgeml.core.transport import Endpoint, Peer
 
 __all__ = [
@@ -675,9 +676,10 @@ class Dispatcher:
             if lane is not self._main:
                 self._start(self._work, lane, f"edgeml {self._service} {name}")
         try:
-            while (taken := self._next()) is not None:
-                self._handle(*taken)
-                del taken  # or the buffers live until the next call
+            with insisting(lambda: self._in_rounds):
+                while (taken := self._next()) is not None:
+                    self._handle(*taken)
+                    del taken  # or the buffers live until the next call
         finally:
             if self._carried is not None:
                 self._carried.relieve()

@@ -241,6 +241,38 @@ def test_ctrl_c_while_a_server_loads_ends_it_quietly(transport):
         assert child.end() == (0, "")
 
 
+@pytest.mark.parametrize("transport", NETWORKS)
+def test_ctrl_c_ends_a_server_also_where_python_drops_the_exception(transport):
+    """As where pyzmq frees a frame, and looks for signals."""
+    source = f"""
+        import signal
+        import edgeml
+
+        class Lost:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+
+        server = edgeml.InferenceServer(0, transport={transport!r})
+
+        @server.register_interface("lose")
+        def lose(payload):
+            Lost()
+            return payload
+
+        server.load(lambda report: print(server.url, flush=True))
+        server.start()
+        print("ended", flush=True)
+    """
+    with process(textwrap.dedent(source)) as child:
+        with InferenceClient(url=child.line(), wait_for_server=PATIENCE) as client:
+            assert client.call("lose", 1) == 1
+            wait_until(lambda: child.popen.poll() is not None)
+        assert child.line() == "ended"
+        code, err = child.end()
+        assert code == 0
+        assert "Exception ignored in" in err
+
+
 # Warm-up ----------------------------------------------------------------------------------
 
 
