@@ -165,6 +165,10 @@ def test_who_comes_calls_and_leaves_is_told_once_each(transport, pair, said):
     )
 
 
+def refuse(timeout):
+    raise Unreachable("cut for a test")
+
+
 def test_a_client_that_is_lost_is_told(transport, said, monkeypatch):
     monkeypatch.setattr("edgeml.core.server._FORGET", 0.6)
     monkeypatch.setattr("edgeml.core.server._TICK", 0.05)
@@ -176,10 +180,16 @@ def test_a_client_that_is_lost_is_told(transport, said, monkeypatch):
     ):
         arm = next(f"{peer.address}" for peer in server.clients() if peer.id == client.client_id)
         assert f"inference: {arm} has come" in said()
+        # It comes back by itself, to the session that it had, and so nobody is lost.
+        client.sessions.current.lose(Unreachable("cut for a test"))
+        wait_until(lambda: sum("arm at" in each and "has come" in each for each in said()) == 2)
+        other.call("policy", None)
+        assert not any("is lost" in each for each in said())
+        arm = next(f"{peer.address}" for peer in server.clients() if peer.id == client.client_id)
+        # Now it can't.
+        monkeypatch.setattr(client.sessions, "connect", refuse)
         client.sessions.current.lose(Unreachable("cut for a test"))
         wait_until(lambda: f"inference: {arm} is lost: silent for 0.6 s" in said())
-        # It came back by itself; nobody else is thought lost.
-        assert sum("arm at" in each and "has come" in each for each in said()) == 2
         assert sum("is lost" in each for each in said()) == 1
         other.call("policy", None)
     assert said(logging.WARNING) == []
