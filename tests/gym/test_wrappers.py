@@ -14,7 +14,7 @@ from gymnasium.wrappers import vector
 from edgeml.gym import RemoteVectorEnv
 from served import remote, serving
 from test_env import same_episodes
-from test_vector import same_steps
+from test_remote_vector import same_steps
 
 
 class Dish(gymnasium.Env):
