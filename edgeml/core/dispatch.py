@@ -289,7 +289,8 @@ class Gatherer(ABC):
 class _Turn(Call):
     """Has a gatherer run; no client waits for an answer."""
 
-    __slots__ = ()
+    __slots__ = ("more",)
+    more: bool
 
     def payload(self) -> Any:
         return None
@@ -341,13 +342,15 @@ class Turns:
         self._turn = _Interface(interface.name, lambda _: gatherer.run(), interface.lane)
         self._turn.fresh = False
 
-    def ask(self, source: Endpoint | None) -> None:
+    def ask(self, source: Endpoint | None, *, more: bool) -> None:
         """Have `Gatherer.run` called, after what waits already; once for each time asked.
 
         Args:
             source: the endpoint that brought the newest of the calls, if one did.
+            more: whether others may have come with them, so that it is worth a look.
         """
         turn = _Turn(self._interface.name, _NOBODY, math.inf, source=source)
+        turn.more = more
         self._dispatcher._put_turn(turn, self._turn)
 
     def after(self, delay: float, action: Callable[[], None]) -> Alarm:
@@ -745,7 +748,7 @@ class Dispatcher:
                     self._in_rounds = False
                 self._looked = time.monotonic()
                 if (taken := self._at_hand) is not None:
-                    if isinstance(taken[0], _Turn):
+                    if type(taken[0]) is _Turn and taken[0].more:
                         self._gather_more(carried)
                     self._at_hand = None
                     return taken

@@ -16,7 +16,7 @@ from edgeml.core.transport import Endpoint
 from edgeml.services.batching.patience import Costs, Patience
 from edgeml.services.batching.stack import Layout, Stack, flatten, split
 from edgeml.services.checks import Checks
-from edgeml.services.functions import Context, Function, context_of, rehearsed
+from edgeml.services.functions import Function, context_of, rehearsed
 
 __all__ = ["Batcher", "Batching"]
 
@@ -84,23 +84,22 @@ class _Batch:
         self.stack = stack
         self.checks = checks  # by which its payloads were checked
         self.calls: list[Call] = []
-        self.contexts: list[Context] = []
         self.since = time.monotonic()
 
     def select(self, rows: list[int]) -> _Batch:
         """Return copies of some rows, as a batch of its own."""
         other = _Batch(self.stack.select(rows), self.checks)
         other.calls = [self.calls[row] for row in rows]
-        other.contexts = [self.contexts[row] for row in rows]
         return other
 
     def keep(self, rows: list[int]) -> None:
         """Let go of all rows but these."""
+        if len(rows) == len(self.calls):
+            return
         for target, source in enumerate(rows):
             if target != source:
                 self.stack.copy_row(source, target)
         self.calls = [self.calls[row] for row in rows]
-        self.contexts = [self.contexts[row] for row in rows]
 
 
 class Batcher(Gatherer):
@@ -198,7 +197,6 @@ class Batcher(Gatherer):
             self._newest[layout] = batch
         batch.stack.write(len(batch.calls), leaves)
         batch.calls.append(call)
-        batch.contexts.append(context_of(call))
         call.drop_payload()
         return batch
 
@@ -219,7 +217,7 @@ class Batcher(Gatherer):
             self._alarm.cancel()
             self._alarm = None
         self._asked = True
-        self._turns.ask(self._source)
+        self._turns.ask(self._source, more=self._patience.expects_more(time.monotonic()))
 
     def _look_again(self) -> None:
         with self._lock:
@@ -326,7 +324,9 @@ class Batcher(Gatherer):
     def _compute(self, function: Function, batch: _Batch, size: int) -> Any:
         batch.stack.pad(len(batch.calls), size)
         tree = batch.stack.tree(size)
-        return function.run(tree, batch.contexts) if function.told else function.run(tree)
+        if not function.told:
+            return function.run(tree)
+        return function.run(tree, [context_of(call) for call in batch.calls])
 
     def _fail(self, batch: _Batch, error: BaseException) -> None:
         for call in batch.calls:
@@ -387,7 +387,6 @@ class Batcher(Gatherer):
             batch = _Batch(stack)
             with rehearsed(example) as call:
                 batch.calls = [call]
-                batch.contexts = [context_of(call)]
                 for _ in range(2):
                     began = time.monotonic()
                     split(self._compute(function, batch, size), size, 1)
