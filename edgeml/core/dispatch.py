@@ -65,6 +65,7 @@ _SHORT = 0.5e-3  # seconds; to have another thread carry a loop costs a good par
 _ROUND = 1e-3  # seconds of handlers after which a loop gets a round, though more calls wait
 _STUCK = 0.02  # seconds that a handler may take before the loop goes on elsewhere
 _STREAK = 4  # calls that another endpoint brings in a row, after which its loop is carried
+_MOST_ROUNDS = 64  # that are made for more calls of a batch
 _QUIET = 5  # looks of the watch without a call, after which it rests
 _MOST_WAITING = 1 << 12  # calls
 _MOST_WAITING_BYTES = 1 << 30
@@ -289,8 +290,7 @@ class Gatherer(ABC):
 class _Turn(Call):
     """Has a gatherer run; no client waits for an answer."""
 
-    __slots__ = ("more",)
-    more: bool
+    __slots__ = ()
 
     def payload(self) -> Any:
         return None
@@ -342,15 +342,13 @@ class Turns:
         self._turn = _Interface(interface.name, lambda _: gatherer.run(), interface.lane)
         self._turn.fresh = False
 
-    def ask(self, source: Endpoint | None, *, more: bool) -> None:
+    def ask(self, source: Endpoint | None) -> None:
         """Have `Gatherer.run` called, after what waits already; once for each time asked.
 
         Args:
             source: the endpoint that brought the newest of the calls, if one did.
-            more: whether others may have come with them, so that it is worth a look.
         """
         turn = _Turn(self._interface.name, _NOBODY, math.inf, source=source)
-        turn.more = more
         self._dispatcher._put_turn(turn, self._turn)
 
     def after(self, delay: float, action: Callable[[], None]) -> Alarm:
@@ -748,7 +746,7 @@ class Dispatcher:
                     self._in_rounds = False
                 self._looked = time.monotonic()
                 if (taken := self._at_hand) is not None:
-                    if type(taken[0]) is _Turn and taken[0].more:
+                    if type(taken[0]) is _Turn:
                         self._gather_more(carried)
                     self._at_hand = None
                     return taken
@@ -760,10 +758,15 @@ class Dispatcher:
         return None
 
     def _gather_more(self, carried: Endpoint) -> None:
-        """Make a round more, for calls that came with the one that was at hand."""
+        """Make rounds for calls that came with the one that was at hand, until there are none."""
+        lane = self._main
         self._in_rounds = True
         try:
-            carried.carry(_never)
+            for _ in range(_MOST_ROUNDS):  # of some loops each brings one call of a client
+                before = lane.gathered
+                carried.carry(_never)
+                if lane.gathered == before:
+                    break
         finally:
             self._in_rounds = False
 

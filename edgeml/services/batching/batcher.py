@@ -48,7 +48,7 @@ class Batching:
     sizes: Literal["pow2", "any"] | Sequence[int] = "pow2"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_size, int) or not 1 <= self.max_size <= _MOST_SIZE:
+        if type(self.max_size) is not int or not 1 <= self.max_size <= _MOST_SIZE:
             raise ValueError(f"max_size must be 1 to {_MOST_SIZE}, not {self.max_size!r}")
         if not 0 <= self.max_delay < float("inf"):
             raise ValueError(f"max_delay must be 0 or more seconds, not {self.max_delay!r}")
@@ -57,7 +57,7 @@ class Batching:
                 raise ValueError(f'sizes is "pow2", "any" or a list of sizes, not {self.sizes!r}')
         else:
             given = tuple(self.sizes)
-            if not all(isinstance(size, int) and 1 <= size <= self.max_size for size in given):
+            if not all(type(size) is int and 1 <= size <= self.max_size for size in given):
                 raise ValueError(f"sizes must be 1 to max_size, {self.max_size}, not {given!r}")
             if self.max_size not in given:
                 raise ValueError(
@@ -217,7 +217,7 @@ class Batcher(Gatherer):
             self._alarm.cancel()
             self._alarm = None
         self._asked = True
-        self._turns.ask(self._source, more=self._patience.expects_more(time.monotonic()))
+        self._turns.ask(self._source)
 
     def _look_again(self) -> None:
         with self._lock:
@@ -288,8 +288,11 @@ class Batcher(Gatherer):
         self._costs_now = costs
         size = self._pad(len(batch.calls))
         if costs.of(size) > _LONG:
+            # Whoever has several calls in a batch doesn't wait for one before it makes the next.
+            more = len({call.caller for call in batch.calls}) < len(batch.calls)
             with self._lock:
-                more = bool(self._batches) or self._patience.expects_more(time.monotonic())
+                more = more or bool(self._batches)
+                more = more or self._patience.expects_more(time.monotonic())
             if more:
                 self._turns.relieve()
         began = time.monotonic()

@@ -174,7 +174,8 @@ def split(result: Any, size: int, rows: int) -> list[Any]:
 
     Args:
         result: a tree of dicts, tuples and dataclasses. Its leaves are arrays, of numpy or of
-            a device, whose first axis has the length ``size``, and lists of so many values.
+            a device, whose first axis has the length ``size``, and lists of so many values without
+            arrays in them: nobody could tell whether those are a row's, or part of all rows'.
         size: of the batch, padding included.
         rows: how many of them are wanted.
 
@@ -212,9 +213,23 @@ def _flatten_result(value: Any, columns: list[Any], path: str) -> Layout:
     return _OTHER
 
 
+def _has_arrays(value: Any) -> bool:
+    """Whether a value is an array, or holds one; what can't be told is for the codec."""
+    if isinstance(value, Mapping):
+        return any(map(_has_arrays, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_arrays, value))
+    return bool(getattr(value, "shape", ()))
+
+
 def _check(column: Any, path: str, size: int) -> Any:
     """Return a leaf of a result as something to be indexed by row."""
     if isinstance(column, list):
+        if any(map(_has_arrays, column)):
+            raise TypeError(
+                f"result{path} is a list with arrays in it: give one array whose first axis is the "
+                "batch, or where they are parts of a row a tuple or a dict of such arrays"
+            )
         if len(column) != size:
             raise ValueError(
                 f"result{path} is a list of {len(column)} for a batch of {size} rows: it needs "

@@ -279,3 +279,13 @@ def test_garbage_and_other_builds_of_payloads_hurt_nobody(serve):
             assert client.call("policy", {"x": 2.0}) == 2.0
         assert client.call("policy", {"x": "text"}) == "text"
         assert client.call("policy", {"x": np.zeros((0, 3))}).shape == (0, 3)
+
+
+def test_a_client_that_asks_ahead_gets_full_batches_time_after_time(serve):
+    server = serve(lambda batch: time.sleep(0.005) or batch["x"], Batching(max_size=16))
+    with InferenceClient(url=server.url) as client:
+        for _ in range(4):
+            futures = [client.call_async("policy", {"x": float(n)}) for n in range(160)]
+            assert [future.result(30) for future in futures] == list(range(160))
+        sizes = [future.timing.batch_size for future in futures]
+    assert np.mean(sizes) > 6

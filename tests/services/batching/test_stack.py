@@ -199,6 +199,10 @@ def test_arrays_of_a_device_are_fetched():
         (None, TypeError, "result is None, for a batch of 4 rows: give an array"),
         (17, TypeError, "result is 17"),
         ({"a": "abcd"}, TypeError, r"result\['a'\] is 'abcd'"),
+        # Rows, or parts of a row? Never by chance, as when there are four of them.
+        ([np.zeros(4)] * 4, TypeError, "result is a list with arrays in it: give one array"),
+        ([np.zeros(2)] * 3, TypeError, "result is a list with arrays in it"),
+        ({"a": [{"b": np.zeros(2)}] * 4}, TypeError, r"result\['a'\] is a list with arrays"),
     ],
 )
 def test_what_is_no_batch_is_refused_with_its_place(result, error, text):
