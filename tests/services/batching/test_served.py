@@ -131,6 +131,8 @@ def test_late_calls_cost_nothing(serve):
         assert held.entered.wait(10)
         with pytest.raises(DeadlineExceeded):
             client.call("policy", {"x": 1.0}, timeout=0.05)
+        wait_until(lambda: server.stats()["waiting"] == 1)
+        time.sleep(0.1)  # until it is late at the server, too
         held.go_on.set()
         first.result(10)
         assert client.call("policy", {"x": 2.0}) == {"x": 4.0}
