@@ -283,6 +283,10 @@ class Gatherer(ABC):
         """Answer some of the calls; runs in the handlers' thread, one turn at a time."""
 
     @abstractmethod
+    def has_enough(self) -> bool:
+        """Whether the next turn is full, so that nobody needs to look for more calls."""
+
+    @abstractmethod
     def close(self) -> list[Call]:
         """Give back all calls that wait, which will be refused, and take no more."""
 
@@ -339,7 +343,7 @@ class Turns:
     def __init__(self, dispatcher: Dispatcher, interface: _Interface, gatherer: Gatherer) -> None:
         self._dispatcher = dispatcher
         self._interface = interface
-        self._turn = _Interface(interface.name, lambda _: gatherer.run(), interface.lane)
+        self._turn = _Interface(interface.name, lambda _: gatherer.run(), interface.lane, gatherer)
         self._turn.fresh = False
 
     def ask(self, source: Endpoint | None) -> None:
@@ -746,8 +750,8 @@ class Dispatcher:
                     self._in_rounds = False
                 self._looked = time.monotonic()
                 if (taken := self._at_hand) is not None:
-                    if type(taken[0]) is _Turn:
-                        self._gather_more(carried)
+                    if taken[1].gatherer is not None:
+                        self._gather_more(carried, taken[1].gatherer)
                     self._at_hand = None
                     return taken
                 continue
@@ -757,13 +761,15 @@ class Dispatcher:
                     lane.changed.wait()
         return None
 
-    def _gather_more(self, carried: Endpoint) -> None:
+    def _gather_more(self, carried: Endpoint, gatherer: Gatherer) -> None:
         """Make rounds for calls that came with the one that was at hand, until there are none."""
         lane = self._main
         self._in_rounds = True
         try:
             for _ in range(_MOST_ROUNDS):  # of some loops each brings one call of a client
                 before = lane.gathered
+                if gatherer.has_enough():
+                    break
                 carried.carry(_never)
                 if lane.gathered == before:
                     break

@@ -200,6 +200,10 @@ class Batcher(Gatherer):
         call.drop_payload()
         return batch
 
+    def has_enough(self) -> bool:
+        """See `Gatherer.has_enough`."""
+        return self._waiting >= self._max_size
+
     def _look(self) -> None:
         """Ask for a turn if one is due, or look again when it may be; under the lock."""
         if not self._batches or self._closed:
