@@ -25,6 +25,7 @@ from edgeml.core import (
     load_transport,
     wire,
 )
+from edgeml.core.session import SessionKeeper
 from edgeml.testing import TransportTests
 from edgeml.transports.shm import channel, memory, segments, sockets
 from edgeml.transports.shm.waiting import Waiter
@@ -341,14 +342,24 @@ def test_memory_beyond_the_limit_is_ordinary_memory():
         assert serving.endpoint.allocate(3 * MB) is not None
 
 
-def test_clients_that_leave_are_no_dropped_replies():
+def test_clients_that_leave_are_no_dropped_replies(monkeypatch):
+    # A goodbye in time, on a busy machine; and not just before the client's own first heartbeat,
+    # which would be answered to nobody.
+    monkeypatch.setattr("edgeml.core.session._FAREWELL", 5.0)
+    beats, ask = [], SessionKeeper._ask
+    monkeypatch.setattr(SessionKeeper, "_ask", lambda *given: beats.append(given) or ask(*given))
     with new_server("shm") as server:
         with plain_client(server) as client:
+            wait_until(lambda: beats)
+            time.sleep(0.05)
             client.call("echo", 1)
         wait_until(lambda: not server.clients())
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
+            beats.clear()
             with plain_client(server) as client:
+                wait_until(lambda: beats)
+                time.sleep(0.05)  # for it to be there: it goes by a socket of its own
                 session = client.sessions.current
                 heartbeat = wire.Request(
                     wire.NEXT, session.key, wire.HEARTBEAT, 10.0, wire.pack(wire.Credit(0, 0, 0))
