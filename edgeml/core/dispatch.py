@@ -581,9 +581,7 @@ class Dispatcher:
             else:
                 interface.gatherer.take(call)
             return
-        mine = self._in_rounds and get_ident() == self._carrying
-        if mine and lane is self._main and call.source is self._wanted and self._is_idle():
-            self._at_hand = call, interface  # which this thread takes when the round is over
+        if self._put_at_hand(call, interface):
             return
         with lane.lock:
             refused = self._check_room(lane, call)
@@ -593,14 +591,20 @@ class Dispatcher:
         if refused is not None:
             self.refuse(call, refused)
 
+    def _put_at_hand(self, call: Call, interface: _Interface) -> bool:
+        """Leave a call to this very thread, which takes it when its round is over, if it may."""
+        mine = self._in_rounds and get_ident() == self._carrying
+        free = mine and interface.lane is self._main and call.source is self._wanted
+        if free and self._is_idle():
+            self._at_hand = call, interface
+            return True
+        return False
+
     def _put_turn(self, turn: _Turn, interface: _Interface) -> None:
         """Have a gatherer run, in its turn; there is always room for that."""
-        lane = interface.lane
-        mine = self._in_rounds and get_ident() == self._carrying
-        if mine and lane is self._main and turn.source is self._wanted and self._is_idle():
-            self._at_hand = turn, interface
+        if self._put_at_hand(turn, interface):
             return
-        with lane.lock:
+        with interface.lane.lock:
             if not self._closed:
                 self._queue(turn, interface)
                 return

@@ -15,6 +15,7 @@ from edgeml.services.base import (
     ServerSettings,
     ServiceClient,
     ServiceServer,
+    named,
     names,
 )
 
@@ -174,10 +175,6 @@ def _wanted(keys: Sequence[str] | None) -> list[str] | None:
     return None if keys is None else names("keys", keys)
 
 
-def _action(key: str, payload: Any) -> list[Any]:
-    return [key, {} if payload is None else payload]
-
-
 class ActionClient(ServiceClient):
     """Reads a device's observations and sends it actions.
 
@@ -261,7 +258,7 @@ class ActionClient(ServiceClient):
             RemoteError: ``act_callback`` raised.
             DeadlineExceeded, Unreachable: no answer; whether the action was taken is not known.
         """
-        return self._client.call("act", _action(key, payload), timeout)
+        return self._client.call("act", named(key, payload), timeout)
 
     def act_async(self, key: str, payload: Any = None, timeout: float | None = None) -> Future[Any]:
         """Send an action, and return a future of what `act` returns or raises.
@@ -270,7 +267,7 @@ class ActionClient(ServiceClient):
         when this returns. The future's own callbacks run in the transport's thread: keep them
         short.
         """
-        return self._client.call_async("act", _action(key, payload), timeout)
+        return self._client.call_async("act", named(key, payload), timeout)
 
     def register_obs_callback(self, function: Callable[[Any], None]) -> Subscription:
         """Call ``function`` with what the server publishes, the current value at once.

@@ -463,3 +463,8 @@ def names(what: str, given: Sequence[Any]) -> list[str]:
     if isinstance(given, str) or not all(isinstance(name, str) and name for name in given):
         raise ValueError(f"{what} must be a list of names, not {given!r}")
     return list(given)
+
+
+def named(name: str, payload: Any) -> list[Any]:
+    """Return what an action or a request is sent as; an empty dict stands for no payload."""
+    return [name, {} if payload is None else payload]

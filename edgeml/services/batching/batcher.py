@@ -178,9 +178,9 @@ class Batcher(Gatherer):
             self._refuse(call, failure)
 
     def _refuse(self, call: Call, error: Exception) -> None:
-        if isinstance(error, (Closed, DeadlineExceeded)):
+        if isinstance(error, Closed):
             self._turns.refuse(call, error)
-        elif self._turns.begin(call):
+        elif self._turns.begin(call):  # or it is too late, of which it has been told
             self._turns.fail(call, error)
 
     def _place(self, call: Call) -> _Batch:
@@ -267,7 +267,7 @@ class Batcher(Gatherer):
             call = line.popleft()
             try:
                 if call.expired:
-                    raise DeadlineExceeded("nobody waits for this call any more")
+                    raise DeadlineExceeded
                 placed = self._place(call)
             except Exception as error:
                 self._waiting -= 1

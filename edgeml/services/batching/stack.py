@@ -149,11 +149,9 @@ class Stack:
 
     def tree(self, size: int) -> Any:
         """Return the first ``size`` rows as one value, built as a payload is; read-only arrays."""
-        columns = self._columns if self._single is None else None
-        if columns is not None:
-            return _build(self.layout, (_show(column[:size]) for column in columns))
-        assert self._single is not None
-        return _build(self.layout, map(_add_axis, _leaf_layouts(self.layout), self._single))
+        if self._single is not None:  # and so it has one row, as `pad` makes others of it
+            return _build(self.layout, map(_add_axis, _leaf_layouts(self.layout), self._single))
+        return _build(self.layout, (_show(column[:size]) for column in self._columns))
 
 
 def _show(column: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from edgeml.core.streams import Subscription
 from edgeml.data import DataStoreBase
-from edgeml.services.base import ClientSettings, ServiceClient
+from edgeml.services.base import ClientSettings, ServiceClient, named
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
 from edgeml.services.trainer.updates import Updates
 from edgeml.services.trainer.uploader import OnRefused
@@ -147,7 +147,7 @@ class TrainerClient(ServiceClient):
             RemoteError: ``request_callback`` raised.
             DeadlineExceeded, Unreachable: no answer.
         """
-        return self._client.call("request", _request(type, payload), timeout)
+        return self._client.call("request", named(type, payload), timeout)
 
     def request_async(
         self, type: str, payload: Any = None, timeout: float | None = None
@@ -157,7 +157,7 @@ class TrainerClient(ServiceClient):
         The payload's arrays may be changed when this returns. The future's own callbacks run in
         the transport's thread: keep them short.
         """
-        return self._client.call_async("request", _request(type, payload), timeout)
+        return self._client.call_async("request", named(type, payload), timeout)
 
     def recv_network_callback(self, function: Callable[[Any], None]) -> Subscription:
         """Call ``function`` with the weights that the learner publishes, the current at once.
@@ -196,7 +196,3 @@ def _checked(on_refused: OnRefused) -> OnRefused:
     if on_refused not in get_args(OnRefused):
         raise ValueError(f"on_refused is one of {get_args(OnRefused)}, got {on_refused!r}")
     return on_refused
-
-
-def _request(type: str, payload: Any) -> list[Any]:
-    return [type, {} if payload is None else payload]

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -237,7 +238,9 @@ def test_an_example_that_the_function_refuses_is_told_where_the_warm_up_is_asked
         assert client.call("policy", {"x": 2.0}) == 2.0
 
 
-def test_what_waits_is_refused_when_the_server_stops(serve):
+@contextmanager
+def twenty_waiting(serve):
+    """A server, its function, a call that this holds, and twenty that wait meanwhile."""
     held = Held()
     server = serve(held)
     with InferenceClient(url=server.url) as client:
@@ -245,6 +248,11 @@ def test_what_waits_is_refused_when_the_server_stops(serve):
         assert held.entered.wait(10)
         waiting = [client.call_async("policy", {"x": float(n)}) for n in range(20)]
         wait_until(lambda: server.stats()["waiting"] == 20)
+        yield server, held, first, waiting
+
+
+def test_what_waits_is_refused_when_the_server_stops(serve):
+    with twenty_waiting(serve) as (server, held, first, waiting):
         stopping = threading.Thread(target=server.stop)
         stopping.start()
         for future in waiting:
@@ -256,20 +264,13 @@ def test_what_waits_is_refused_when_the_server_stops(serve):
 
 
 def test_a_server_that_drains_answers_all_that_it_has(serve):
-    held = Held()
-    server = serve(held)
-    with InferenceClient(url=server.url) as client:
-        first = client.call_async("policy", {"x": 0.0})
-        assert held.entered.wait(10)
-        waiting = [client.call_async("policy", {"x": float(n)}) for n in range(20)]
-        wait_until(lambda: server.stats()["waiting"] == 20)
-        with ThreadPoolExecutor(1) as pool:
-            draining = pool.submit(server.drain)
-            wait_until(lambda: server.state().state == "draining")
-            held.go_on.set()
-            assert first.result(10) == {"x": 0.0}
-            assert [future.result(10)["x"] for future in waiting] == [2 * n for n in range(20)]
-            assert draining.result(10)
+    with twenty_waiting(serve) as (server, held, first, waiting), ThreadPoolExecutor(1) as pool:
+        draining = pool.submit(server.drain)
+        wait_until(lambda: server.state().state == "draining")
+        held.go_on.set()
+        assert first.result(10) == {"x": 0.0}
+        assert [future.result(10)["x"] for future in waiting] == [2 * n for n in range(20)]
+        assert draining.result(10)
 
 
 def test_garbage_and_other_builds_of_payloads_hurt_nobody(serve):
