@@ -13,6 +13,7 @@ __all__ = [
     "load_jax",
     "load_pillow",
     "load_simplejpeg",
+    "need_cryptography",
     "need_images",
 ]
 
@@ -64,6 +65,11 @@ def has_pillow() -> bool:
 def has_simplejpeg() -> bool:
     """Whether simplejpeg is installed."""
     return _is_there("simplejpeg")
+
+
+def need_cryptography(what: str) -> ImportError:
+    """Return the ImportError of whoever needs `cryptography`, which is not installed."""
+    return _explain(f"{what} needs cryptography", "keys")
 
 
 def need_images(what: str) -> None:

@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from edgeml import __version__
 from edgeml.core.errors import EdgemlError
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("edgeml").addHandler(logging.NullHandler())
     try:
         code: int = options.run(options)
-    except (EdgemlError, OSError, ValueError) as error:
+    except (EdgemlError, ImportError, OSError, ValueError) as error:
         print(f"edgeml: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -76,6 +77,30 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds that connecting, and then an answer, may take (default: %(default)g)",
     )
     doctor.set_defaults(run=_doctor)
+
+    keygen = commands.add_parser(
+        "keygen",
+        help="make the keys of a server and its clients, or revoke them",
+        description="Make a server's keys in DIR, and those of a client with --client. With keys "
+        "there, DIR alone renews the server's certificate.",
+    )
+    keygen.add_argument("directory", type=Path, metavar="DIR", help="of the server's keys")
+    who = keygen.add_mutually_exclusive_group()
+    who.add_argument("--client", metavar="NAME", help="make the keys of this client, and let it in")
+    who.add_argument("--revoke", metavar="NAME", help="let this client in no more")
+    keygen.add_argument(
+        "--role",
+        default="all",
+        help="what the client may do, as in observe or act:grip*,call (default: %(default)s)",
+    )
+    keygen.add_argument(
+        "--days",
+        type=_days,
+        metavar="N",
+        help="how long what is made is valid (default: a client's keys 365, a server's "
+        "certificate 3650)",
+    )
+    keygen.set_defaults(run=_keygen)
 
     bench = commands.add_parser(
         "bench",
@@ -156,6 +181,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.run(options.transport, options.url, options.timeout)
 
 
+def _keygen(options: argparse.Namespace) -> int:
+    from edgeml.cli import keygen
+
+    return keygen.run(options.directory, options.client, options.role, options.days, options.revoke)
+
+
 def _bench(options: argparse.Namespace) -> int:
     from edgeml.cli import bench
 
@@ -189,6 +220,16 @@ def _seconds(text: str) -> float:
     if not 0 < seconds <= 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
     return seconds
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = 0.0
+    if not 0 < days <= 36500:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days, up to 36500")
+    return days
 
 
 def _size(text: str) -> int:
