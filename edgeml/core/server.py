@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import threading
@@ -308,8 +309,13 @@ class Server:
     def _listen(self, *, raising: bool) -> bool:
         """Open every address. Where the system picks the port, all transports get the same one, so
         that a client can choose among them; False if it was not free for one of them.
+
+        An address that another user has taken is done without, with a warning, if there are others:
+        on this machine anybody may take a name first, and nobody is to stop a server by that.
         """
         picked: dict[bool, int] = {}  # the port, of those needed and of those spare
+        taken: PermissionDenied | None = None  # by another user
+        served = False  # at an address that is needed
         for url, needed in self._requested:
             pick = not url.port and not url.path
             listener = _Listener(self)
@@ -321,6 +327,10 @@ class Server:
                     credentials=self._credentials,
                 )
             except OSError as error:
+                if isinstance(error, PermissionDenied) and error.errno == errno.EADDRINUSE:
+                    _log.warning("%s; the server does without %s", error, url.scheme)
+                    taken = error
+                    continue
                 if needed and (raising or needed not in picked or not pick):
                     raise
                 if needed:
@@ -334,10 +344,13 @@ class Server:
             if pick:
                 picked.setdefault(needed, made.url.port)
             listener.endpoint = made
+            served = served or needed
             self._listeners.append(listener)
             if self._closed:
                 listener.endpoint.close()
                 raise Closed("the server has been stopped")
+        if taken is not None and not served:
+            raise taken
         return True
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -596,6 +597,71 @@ def test_another_users_server_is_not_talked_to():
         with pytest.raises(PermissionError):
             InferenceClient("", port, "shm")
         done.stdin.close()
+
+
+@pytest.fixture
+def squatter():
+    """Takes shm's name of a port as another user, and serves there whoever comes, or does not."""
+    program = (
+        "import signal, socket, sys\n"
+        f"{AS_NOBODY}"
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "s.bind(f'\\0edgeml/{sys.argv[1]}')\n"
+        "if sys.argv[2] == 'listens': s.listen()\n"
+        "print('taken')\n"
+        "signal.pause()\n"
+    )
+    with ExitStack() as stack:
+
+        def take(port, listens=True):
+            said = "listens" if listens else "is silent"
+            assert stack.enter_context(process(program, port, said)).line() == "taken"
+
+        yield take
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@root_only
+@pytest.mark.parametrize("listens", [True, False])
+def test_who_takes_the_name_first_stops_no_server_that_has_another_address(
+    squatter, caplog, listens
+):
+    port = free_port()
+    squatter(port, listens)
+    with InferenceServer(port, transport="auto") as server:
+        server.register_interface("echo", lambda payload: payload)
+        server.start(threaded=True)
+        assert "does without shm" in caplog.text
+        assert not listens or "user 65534" in caplog.text
+        with InferenceClient("localhost", port, "auto") as client:
+            assert client.call("echo", 1) == 1
+            assert carrier(server) == "zmq"
+
+
+@root_only
+def test_who_takes_the_name_first_is_named_where_there_is_no_other_address(squatter):
+    port = free_port()
+    squatter(port)
+    with (
+        pytest.raises(PermissionDenied, match="taken by a process of user 65534"),
+        InferenceServer(port, transport="shm") as server,
+    ):
+        server.start(threaded=True)
+
+
+def test_no_server_does_without_a_name_that_another_of_the_same_user_has():
+    with SHM.serve(ANY, echo) as endpoint:
+        with (
+            pytest.raises(OSError, match="cannot serve shm://") as raised,
+            InferenceServer(endpoint.url.port, transport="auto") as server,
+        ):
+            server.start(threaded=True)
+        assert not isinstance(raised.value, PermissionDenied)
 
 
 # Garbage ----------------------------------------------------------------------------------

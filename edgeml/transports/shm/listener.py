@@ -171,19 +171,16 @@ class Listener(Endpoint):
 
 def _listen(url: Url) -> tuple[socket.socket, Url]:
     check_address(url)
-    if url.path or url.port:
+    chosen = bool(url.path or url.port)
+    for _ in range(1 if chosen else 100):
+        port = url.port if chosen else 49152 + secrets.randbelow(65536 - 49152)
         try:
-            return listen(url.port, url.path), url
-        except OSError as error:
-            reason = f"cannot serve {url}: {error}; another address may be free"
-            raise OSError(error.errno, reason) from error
-    for _ in range(100):
-        port = 49152 + secrets.randbelow(65536 - 49152)
-        try:
-            return listen(port, ""), url.with_port(port)
+            return listen(port, url.path), url.with_port(port)
         except OSError as error:
             last = error
-    raise OSError(last.errno, f"cannot serve {url}: no free port: {last}")
+    kind = PermissionDenied if isinstance(last, PermissionDenied) else OSError
+    hint = "another address may be free" if chosen else "no port is free"
+    raise kind(last.errno, f"cannot serve {url}: {last.strerror or last}; {hint}") from last
 
 
 def check_address(url: Url) -> None:

@@ -7,6 +7,7 @@ connects. Elsewhere (macOS) records have a length in front of them, and a socket
 from __future__ import annotations
 
 import array
+import errno
 import math
 import os
 import select
@@ -256,6 +257,7 @@ def listen(port: int, path: str) -> socket.socket:
     """Listen by a number, or at a path.
 
     Raises:
+        PermissionDenied: another user has taken the address; its ``errno`` is ``EADDRINUSE``.
         OSError: somebody listens there.
     """
     sock = _open_socket()
@@ -263,8 +265,13 @@ def listen(port: int, path: str) -> socket.socket:
     try:
         try:
             sock.bind(address)
-        except OSError:
-            if address.startswith("\0") or not _is_abandoned(address):
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            abstract = address.startswith("\0")
+            if abstract or not _is_abandoned(address):
+                if abstract and (whose := _find_squatter(address)):
+                    raise PermissionDenied(errno.EADDRINUSE, whose) from None
                 raise
             os.unlink(address)
             sock.bind(address)
@@ -290,6 +297,22 @@ def _is_abandoned(address: str) -> bool:
         except OSError:
             return False
     return False
+
+
+def _find_squatter(address: str) -> str:
+    """Who has taken a name, where that is not a process of this user which listens there.
+
+    Abstract names are anybody's to take, and such a one may belong to a user who wants this one's
+    server not to start. Ours listen as soon as they have the name.
+    """
+    with _open_socket() as probe:
+        try:
+            probe.setblocking(False)
+            probe.connect(address)
+            _, user = _identify(probe)
+        except OSError as error:
+            return f"taken by somebody who does not listen there ({error.strerror})"
+    return f"taken by a process of user {user}" if user != os.geteuid() else ""
 
 
 def unlink(port: int, path: str) -> None:
@@ -349,17 +372,23 @@ def connect(url: Url, timeout: float) -> Records:
         raise
 
 
-def _check_user(sock: socket.socket) -> int:
-    """The id of the process on the other side, if it is this user's, as the system tells."""
+def _identify(sock: socket.socket) -> tuple[int, int]:
+    """The process and the user on the other side, as the system tells; process 0 if it doesn't."""
     if LINUX:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        pid, user = struct.unpack("iII", credentials)[:2]
-    else:  # LOCAL_PEERCRED of unix(4): a struct xucred
-        _, user = struct.unpack_from("II", sock.getsockopt(0, 1, 76))
-        pid = 0
+        process, user, _ = struct.unpack("iII", credentials)
+        return process, user
+    # LOCAL_PEERCRED of unix(4): a struct xucred
+    _, user = struct.unpack_from("II", sock.getsockopt(0, 1, 76))
+    return 0, user
+
+
+def _check_user(sock: socket.socket) -> int:
+    """The id of the process on the other side, if it is this user's, as the system tells."""
+    process, user = _identify(sock)
     if user != os.geteuid():
         raise PermissionDenied(
             f"the process on the other side is run by user {user}, this one by {os.geteuid()}; "
             "shm connects the processes of one user"
         )
-    return int(pid)
+    return process
