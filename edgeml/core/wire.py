@@ -25,6 +25,7 @@ from edgeml.core.errors import (
     UnknownInterface,
     text_of,
 )
+from edgeml.core.tokens import TEXT, check
 
 __all__ = [
     "CALL",
@@ -51,6 +52,7 @@ __all__ = [
     "error_of",
     "pack",
     "pack_error",
+    "plain",
     "unpack",
 ]
 
@@ -245,6 +247,30 @@ def unpack(kind: type[T], data: bytes) -> T:
         return _decoders[kind].decode(data)  # type: ignore[no-any-return]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not an edgeml {kind.__name__.lower()}: {error}") from None
+
+
+_MOST_NESTING = 32
+
+
+def plain(data: bytes, most: int = 4096) -> Any:
+    """Decode a value of MessagePack's own types, such as may come before there is a session.
+
+    That is nil, bool, int, float, str, bin, array, and map with keys of str. It takes time in
+    proportion to the size, whoever made the bytes.
+
+    Args:
+        data: one MessagePack object.
+        most: how much it may be, as `edgeml.core.tokens.check` counts: each value and each key is
+            one, an array or map four.
+
+    Raises:
+        Malformed: it is something else, larger, or nested more than 32 deep.
+    """
+    try:
+        check(data, nodes=most, nesting=_MOST_NESTING, keys=TEXT)
+        return msgspec.msgpack.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Malformed(f"not a plain value of MessagePack: {error}") from None
 
 
 def pack_error(error: EdgemlError) -> bytes:
