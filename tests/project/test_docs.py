@@ -32,6 +32,7 @@ NAMES = [
     "CONTRIBUTING.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
+    "SECURITY.md",
     "benchmarks/README.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "plugins").glob("*/README.md")),
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
