@@ -6,7 +6,7 @@ TRANSPORT = """
     class Mine(Transport):
         name = {name!r}
 
-        def serve(self, url, on_request, *, credentials=None):
+        def serve(self, url, on_request, *, credentials=None, limits=None):
             raise NotImplementedError
 
         def connect(self, url, timeout, *, credentials=None):

@@ -16,11 +16,12 @@ from edgeml.core.errors import (
     Unreachable,
 )
 from edgeml.core.frames import frame, unframe
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message, Owned, copy, is_owned, own, pooled, root_of
 from edgeml.core.pending import Pending
 from edgeml.core.plugins import hookimpl, load_codec, load_transport
+from edgeml.core.security import Credentials
 from edgeml.core.transport import (
-    Credentials,
     Endpoint,
     OnRequest,
     Peer,
@@ -39,6 +40,8 @@ __all__ = [
     "Peer",
     "OnRequest",
     "Credentials",
+    "Limits",
+    "DEFAULT_LIMITS",
     "Codec",
     "Message",
     "Url",

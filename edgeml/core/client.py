@@ -30,10 +30,10 @@ from edgeml.core.errors import (
 from edgeml.core.message import Message
 from edgeml.core.ping import ping
 from edgeml.core.plugins import load_codec
+from edgeml.core.security import CredentialsLike
 from edgeml.core.session import Session, SessionKeeper
 from edgeml.core.state import ServerState, state_of
 from edgeml.core.streams import Subscription
-from edgeml.core.transport import Credentials
 from edgeml.core.url import Url
 
 __all__ = ["Client", "Timing"]
@@ -135,7 +135,7 @@ class Client:
         timeout: float = 10.0,
         wait: float = 0.0,
         writable: bool = False,
-        credentials: Credentials = None,
+        credentials: CredentialsLike = None,
         on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if not timeout > 0:

@@ -1,50 +1,69 @@
-"""What the system allows a process, for errors that say what to do; and the commonest of them."""
+"""What one peer, and all of them together, may make a server keep or do: every bound in one place.
+
+What exceeds one is refused with `Malformed` or `Overloaded`, or cut off where it can't be told, and
+counted by its kind in ``stats()``.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
-import resource
+from dataclasses import dataclass, fields
 
-from edgeml.core.errors import Unreachable
-
-__all__ = ["explain_no_connection", "if_out_of_files", "what_to_do"]
+__all__ = ["DEFAULT_LIMITS", "Limits"]
 
 
-def what_to_do(number: int | None) -> str:
-    """What to add to the text of an error with this errno; nothing if there is nothing to say."""
-    if number not in (errno.EMFILE, errno.ENFILE):
-        return ""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        f"; this process may have {soft} files and sockets open, and `ulimit -n` in its shell "
-        f"raises that to {hard} at most: `edgeml doctor` tells what a client takes"
-    )
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a server; give it others by ``limits=Limits(...)``.
 
+    Those in bytes or counts per client mean one connection; what honest clients do stays far below.
 
-def if_out_of_files() -> str:
-    """The same for an error whose cause a library hides: not empty if no file can be opened."""
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError as error:
-        return what_to_do(error.errno)
-    return ""
-
-
-def explain_no_connection(
-    url: object,
-    why: object,
-    number: int | None = None,
-    hint: str = "is the server started, and does its host= let this machine in?",
-) -> Unreachable:
-    """Return the error of whoever found nobody at ``url``.
-
-    Args:
-        url: where.
-        why: what the system said.
-        number: the errno, if one is known; it may tell that this process is at its own limit.
-        hint: what to look at otherwise.
+    Attributes:
+        hello_bytes: of what comes before there is a session.
+        message_bytes: of one message, all its buffers included.
+        buffers: of one message.
+        nesting: of containers in one message.
+        nodes: values and containers in the header of one message; arrays count once, whatever
+            their size.
+        calls_per_client: calls of one client that wait or are parked.
+        bytes_per_client: what these take up; one call is always taken, however large.
+        calls: calls of all clients that wait.
+        bytes: what these take up.
+        replies_per_client: bytes of replies that one client has not read.
+        credits_per_client: publications that one client asks for ahead.
+        sessions: of all clients.
+        sessions_per_connection: of one connection.
+        sessions_per_address: of one machine's address.
+        connections_per_address: of one machine's address; a client takes up to three, and one
+            more for each thread that calls.
+        handshake: seconds until a connection has said who it is.
+        stall: seconds without a further byte of a message that is half read.
     """
-    if advice := what_to_do(number):
-        return Unreachable(f"no connection to {url}: {why}{advice}")
-    return Unreachable(f"nobody answers at {url}: {why}; {hint}")
+
+    hello_bytes: int = 1 << 16
+    message_bytes: int = 1 << 31
+    buffers: int = 1 << 14
+    nesting: int = 32
+    nodes: int = 1 << 19
+    calls_per_client: int = 1 << 12
+    bytes_per_client: int = 1 << 28
+    calls: int = 1 << 14
+    bytes: int = 1 << 30
+    replies_per_client: int = 1 << 28
+    credits_per_client: int = 1 << 10
+    sessions: int = 1 << 16
+    sessions_per_connection: int = 16
+    sessions_per_address: int = 1 << 13
+    connections_per_address: int = 1 << 13
+    handshake: float = 10.0
+    stall: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Refuse what would let nobody in."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not value > 0:
+                raise ValueError(f"the limit {each.name} must be positive, not {value!r}")
+
+
+DEFAULT_LIMITS = Limits()
+"""Those of a server that is given no others."""

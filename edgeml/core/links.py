@@ -16,15 +16,17 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, ClassVar, Protocol
 
+from edgeml.core.advice import explain_no_connection
 from edgeml.core.carrier import Stay
 from edgeml.core.errors import Closed, EdgemlError, Overloaded, Unreachable, copy_error
 from edgeml.core.frames import parts, unframe
-from edgeml.core.limits import explain_no_connection
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.loops import Loop
 from edgeml.core.message import Message
 from edgeml.core.pending import Pending
+from edgeml.core.security import Credentials
 from edgeml.core.strangers import find_stranger
-from edgeml.core.transport import Credentials, Endpoint, OnRequest, Peer, Requester, Transport
+from edgeml.core.transport import Endpoint, OnRequest, Peer, Requester, Transport
 from edgeml.core.url import Url
 
 __all__ = ["Accept", "Link", "LinkTransport", "Listening"]
@@ -84,15 +86,20 @@ class LinkTransport(Transport):
         """
 
     def serve(
-        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+        self,
+        url: Url,
+        on_request: OnRequest,
+        *,
+        credentials: Credentials | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """See `Transport.serve`."""
-        self.refuse(credentials)
         return _Listener(url, on_request, self.listen)
 
-    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+    def connect(
+        self, url: Url, timeout: float, *, credentials: Credentials | None = None
+    ) -> Requester:
         """See `Transport.connect`."""
-        self.refuse(credentials)
         return _Connection(url, timeout, self.dial, self.greeting)
 
 

@@ -29,9 +29,10 @@ from edgeml.core.errors import (
 )
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_codec, load_transport
+from edgeml.core.security import CredentialsLike
 from edgeml.core.state import ServerState
 from edgeml.core.streams import Topic
-from edgeml.core.transport import Credentials, Endpoint, Peer, Reply
+from edgeml.core.transport import Endpoint, Peer, Reply
 from edgeml.core.url import Url, is_loopback
 
 __all__ = ["Server"]
@@ -177,7 +178,7 @@ class Server:
         wrapping: Wrapping | None = None,
         workers: int = 1,
         rate_limit: float | None = None,
-        credentials: Credentials = None,
+        credentials: CredentialsLike = None,
     ) -> None:
         self.service = service
         self.epoch = time.time_ns()

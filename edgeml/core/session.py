@@ -34,7 +34,8 @@ from edgeml.core.errors import (
 )
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
-from edgeml.core.transport import Credentials, Requester
+from edgeml.core.security import Credentials
+from edgeml.core.transport import Requester
 from edgeml.core.url import Url
 
 __all__ = ["Session", "SessionKeeper"]
@@ -108,7 +109,7 @@ class SessionKeeper:
         needed: Collection[str] = (),
         wrapping: Wrapping | None = None,
         timeout: float,
-        credentials: Credentials = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.closed = False
         self.current: Session | None = None

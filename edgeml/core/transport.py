@@ -10,24 +10,22 @@ subclassing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from functools import cached_property
+from typing import ClassVar, Protocol
 
 from edgeml.core.errors import DeadlineExceeded
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message
 from edgeml.core.owned import ClosedAtExit, Unpicklable
+from edgeml.core.security import Credentials
 from edgeml.core.url import Url
 
-__all__ = ["Credentials", "Endpoint", "OnRequest", "Peer", "Reply", "Requester", "Transport"]
-
-Credentials = Any
-"""The place for keys and certificates, passed through to the transport as given; None for none.
-
-A transport that can't honour what it is given refuses it: see `Transport.refuse`.
-"""
+__all__ = ["Endpoint", "OnRequest", "Peer", "Reply", "Requester", "Transport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +35,16 @@ class Peer:
     Attributes:
         id: the same for all requests over one connection of the transport.
         address: for people to read.
+        host: the same for all connections from one machine, or one user of this machine; empty
+            where that isn't known.
+        identity: the name of the key that it has proved to have (`edgeml.core.security.ClientKey`);
+            None where the transport asks for no proof.
     """
 
     id: str
     address: str
+    host: str = ""
+    identity: str | None = None
 
 
 class Reply(Protocol):
@@ -78,6 +82,19 @@ class Endpoint(ClosedAtExit, Unpicklable, ABC):
 
     dropped: int = 0
     """Messages that could not be delivered because the peer had gone or would not read."""
+
+    local: bool = False
+    """Whether only processes of this machine can be on the other side: by loopback, a Unix socket,
+    or within the process."""
+
+    secured: bool = False
+    """Whether nobody else can read or change what passes, and each side has proved to the other who
+    it is: by the credentials given, or as the system itself vouches for it."""
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """What this end refused or cut off by itself, by kind: ``"PermissionDenied"``, say."""
+        return Counter()
 
     @property
     def copied(self) -> int:
@@ -207,20 +224,14 @@ class Transport(ABC):
         """
         return {}
 
-    def refuse(self, credentials: Credentials) -> None:
-        """Raise a ValueError for any credentials but None; for a transport that knows none.
-
-        What is accepted and ignored would let its user believe that a connection is protected.
-        """
-        if credentials is not None:
-            raise ValueError(
-                f"{self.name} can't honour credentials= yet, and would talk in clear text: leave "
-                "them out, and stay on a network that you trust"
-            )
-
     @abstractmethod
     def serve(
-        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+        self,
+        url: Url,
+        on_request: OnRequest,
+        *,
+        credentials: Credentials | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """Listen at ``url`` and give every request to ``on_request``, from the endpoint's own
         thread or the one that carries its loop.
@@ -229,19 +240,33 @@ class Transport(ABC):
             url: where to listen; port 0 lets the system pick one.
             on_request: is given the message and the right to reply, one request at a time. It
                 returns quickly. An exception from it is logged, and the endpoint lives.
-            credentials: see `Credentials`.
+            credentials: a server's keys. A transport that secures its channel by them says so
+                (`Endpoint.secured`); one that can't leaves them alone, and is then used with keys
+                only where the endpoint is `Endpoint.local`.
+            limits: what peers may make this end keep or do.
 
         Raises:
             OSError: the address is taken, or isn't this machine's.
-            ValueError: the transport can't honour these credentials.
+            ValueError: the credentials lack what this transport needs, or the URL says more than it
+                understands.
         """
 
     @abstractmethod
-    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+    def connect(
+        self, url: Url, timeout: float, *, credentials: Credentials | None = None
+    ) -> Requester:
         """Open a connection to the endpoint at ``url``.
 
+        Args:
+            url: where it is.
+            timeout: seconds.
+            credentials: a client's keys; see `serve`.
+
         Raises:
-            ValueError: the transport can't honour these credentials.
+            ValueError: the credentials lack what this transport needs, or the URL says more than it
+                understands.
+            PermissionDenied: one side doesn't accept the other's keys, or has none; within two
+                seconds.
             Unreachable: nobody listens there, or nobody answered within ``timeout`` seconds. A
                 transport that can't tell may leave this to the first request.
         """

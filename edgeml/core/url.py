@@ -20,6 +20,7 @@ __all__ = [
     "is_loopback",
     "format_host",
     "tell_url",
+    "require_no_path",
     "require_this_machine",
     "resolve",
 ]
@@ -90,8 +91,17 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     return False
+
+
+def require_no_path(url: Url) -> None:
+    """Raise a ValueError for a URL with a path, for a transport whose addresses have none."""
+    if url.path:
+        raise ValueError(
+            f"{url} has the path {url.path!r}, and {url.scheme} is reached by a host and a port: "
+            f"write {url.scheme}://host:port"
+        )
 
 
 def require_this_machine(host: str) -> None:

@@ -20,7 +20,7 @@ from edgeml.core import (
     RemoteError,
     UnknownInterface,
 )
-from edgeml.core.transport import Credentials
+from edgeml.core.security import CredentialsLike
 from edgeml.gym.spaces import packer, space_from_plain, unpacker
 from edgeml.services.inference import InferenceClient
 
@@ -68,7 +68,8 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
             answers yet.
         client_id: this client's identity; random by default.
         codec: the codec's name.
-        credentials: the transport's keys.
+        credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
+            ``$EDGEML_CREDENTIALS`` by default. See ``docs/security.md``.
 
     Raises:
         Unreachable: nobody serves there.
@@ -86,7 +87,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         wait_for_server: bool | float = False,
         client_id: str | None = None,
         codec: str = "msgpack",
-        credentials: Credentials = None,
+        credentials: CredentialsLike = None,
     ) -> None:
         self.client = InferenceClient(
             url=url,

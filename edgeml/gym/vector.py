@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
-from edgeml.core.transport import Credentials
+from edgeml.core.security import CredentialsLike
 from edgeml.gym.env import RemoteEnv
 
 __all__ = ["RemoteVectorEnv"]
@@ -39,7 +39,8 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
         timeout: as for `RemoteEnv`.
         wait_for_server: as for `RemoteEnv`.
         codec: the codec's name.
-        credentials: the transport's keys.
+        credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
+            ``$EDGEML_CREDENTIALS`` by default. See ``docs/security.md``.
 
     Raises:
         ValueError: there are fewer environments than urls, or their spaces differ.
@@ -56,7 +57,7 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
         timeout: float = 60.0,
         wait_for_server: bool | float = False,
         codec: str = "msgpack",
-        credentials: Credentials = None,
+        credentials: CredentialsLike = None,
     ) -> None:
         self.envs: list[RemoteEnv] = []  # first, since one that isn't made is closed as well
         urls = [url] if isinstance(url, str) else list(url)

@@ -13,9 +13,10 @@ from edgeml.core.client import Client
 from edgeml.core.errors import Closed
 from edgeml.core.message import empty
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
+from edgeml.core.security import CredentialsLike
 from edgeml.core.server import Load, Server
 from edgeml.core.state import ServerState
-from edgeml.core.transport import Credentials, Peer
+from edgeml.core.transport import Peer
 from edgeml.core.url import Url, check_port, resolve
 from edgeml.images import Format, Images
 
@@ -50,7 +51,7 @@ class ServerSettings(TypedDict, total=False):
     wants_images: Mapping[str, Format] | None
     rate_limit: float | None
     advertise: str | None
-    credentials: Credentials
+    credentials: CredentialsLike
 
 
 class ClientSettings(TypedDict, total=False):
@@ -62,7 +63,7 @@ class ClientSettings(TypedDict, total=False):
     codec: str
     images: Mapping[str, Format] | None
     writable: bool
-    credentials: Credentials
+    credentials: CredentialsLike
 
 
 def _addresses(
@@ -165,7 +166,8 @@ class ServiceServer(_Service):
             deadline. None for any number.
         advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
             None for where it listens.
-        credentials: the transport's keys.
+        credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
+            ``$EDGEML_CREDENTIALS`` by default. See ``docs/security.md``.
 
     Raises:
         ValueError: the address is said in two ways, or is none.
@@ -186,7 +188,7 @@ class ServiceServer(_Service):
         wants_images: Mapping[str, Format] | None = None,
         rate_limit: float | None = None,
         advertise: str | None = None,
-        credentials: Credentials = None,
+        credentials: CredentialsLike = None,
     ) -> None:
         self._server = Server(
             service,
@@ -364,7 +366,8 @@ class ServiceClient(_Service):
         images: which arrays that this client sends are images, and how they travel:
             ``{"image*": Jpeg(90)}``, by the names of their keys.
         writable: whether received arrays are private copies rather than read-only views.
-        credentials: the transport's keys.
+        credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
+            ``$EDGEML_CREDENTIALS`` by default. See ``docs/security.md``.
 
     Raises:
         ValueError: the address is said in two ways, or is none.
@@ -391,7 +394,7 @@ class ServiceClient(_Service):
         codec: str = "msgpack",
         images: Mapping[str, Format] | None = None,
         writable: bool = False,
-        credentials: Credentials = None,
+        credentials: CredentialsLike = None,
         on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if server_ip is not None:

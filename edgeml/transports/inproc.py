@@ -19,9 +19,11 @@ from concurrent.futures import Future
 from typing import ClassVar
 
 from edgeml.core import (
+    DEFAULT_LIMITS,
     Closed,
     Credentials,
     Endpoint,
+    Limits,
     Message,
     OnRequest,
     Overloaded,
@@ -84,6 +86,8 @@ _ports = _Ports()
 
 
 class _Listener(Endpoint):
+    local = secured = True
+
     def __init__(self, url: Url, on_request: OnRequest) -> None:
         self._on_request = on_request
         self._lock = threading.Lock()
@@ -188,6 +192,8 @@ class _Reply:
 
 
 class _Connection(Requester):
+    local = secured = True
+
     def __init__(self, url: Url) -> None:
         listener = _ports.find(url.port)
         if listener is None:
@@ -270,15 +276,20 @@ class InprocTransport(Transport):
     name: ClassVar[str] = "inproc"
 
     def serve(
-        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+        self,
+        url: Url,
+        on_request: OnRequest,
+        *,
+        credentials: Credentials | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """See `Transport.serve`."""
-        self.refuse(credentials)
         return _Listener(url, on_request)
 
-    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+    def connect(
+        self, url: Url, timeout: float, *, credentials: Credentials | None = None
+    ) -> Requester:
         """See `Transport.connect`; returns or raises at once."""
-        self.refuse(credentials)
         return _Connection(url)
 
 

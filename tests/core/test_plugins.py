@@ -244,7 +244,7 @@ STRANGER = """
     class Stranger(Transport):
         name = "stranger"
 
-        def serve(self, url, on_request, *, credentials=None):
+        def serve(self, url, on_request, *, credentials=None, limits=None):
             url = dataclasses.replace(url, scheme="zmq")
             endpoint = load_transport("zmq").serve(url, on_request)
             endpoint.url = dataclasses.replace(endpoint.url, scheme="stranger")

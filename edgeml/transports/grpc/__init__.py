@@ -27,7 +27,17 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # which gRPC reads as it
 
 import grpc
 
-from edgeml.core import Credentials, Endpoint, OnRequest, Requester, Transport, Url, hookimpl
+from edgeml.core import (
+    DEFAULT_LIMITS,
+    Credentials,
+    Endpoint,
+    Limits,
+    OnRequest,
+    Requester,
+    Transport,
+    Url,
+    hookimpl,
+)
 from edgeml.transports.grpc.connection import Connection
 from edgeml.transports.grpc.listener import Listener
 from edgeml.transports.grpc.processes import enter_process
@@ -56,7 +66,12 @@ class GrpcTransport(Transport):
         }
 
     def serve(
-        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+        self,
+        url: Url,
+        on_request: OnRequest,
+        *,
+        credentials: Credentials | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """See `Transport.serve`.
 
@@ -64,10 +79,11 @@ class GrpcTransport(Transport):
             PermissionDenied: this process was forked from one that uses gRPC.
         """
         enter_process()
-        self.refuse(credentials)
         return Listener(url, on_request)
 
-    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+    def connect(
+        self, url: Url, timeout: float, *, credentials: Credentials | None = None
+    ) -> Requester:
         """See `Transport.connect`.
 
         Raises:
@@ -75,7 +91,6 @@ class GrpcTransport(Transport):
                 gRPC, which would crash it now and then.
         """
         enter_process()
-        self.refuse(credentials)
         return Connection(url, timeout)
 
 

@@ -8,7 +8,7 @@ import os
 import grpc
 
 from edgeml.core import EdgemlError, PermissionDenied, Unreachable, Url
-from edgeml.core.limits import explain_no_connection
+from edgeml.core.advice import explain_no_connection
 from edgeml.core.strangers import HTTP2, find_stranger
 from edgeml.core.url import require_this_machine
 from edgeml.transports.grpc.protocol import ERRORS

@@ -30,6 +30,7 @@ from edgeml.core import (
 from edgeml.core.carrier import Stay
 from edgeml.core.forks import drop_sockets, watch_forks
 from edgeml.core.loops import Loop
+from edgeml.core.url import is_loopback
 from edgeml.transports.grpc.health import Health
 from edgeml.transports.grpc.order import Turns
 from edgeml.transports.grpc.protocol import (
@@ -111,6 +112,7 @@ class Listener(Endpoint):
     async def _open(self, url: Url) -> tuple[aio.Server, Url]:
         _keep_poller()
         address = find_address(url)
+        self.local = is_loopback(address)
         server = aio.server(options=_OPTIONS)
         handlers = {
             "Connect": grpc.unary_unary_rpc_method_handler(self._connect),

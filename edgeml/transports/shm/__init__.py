@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from edgeml.core import (
+    DEFAULT_LIMITS,
     Credentials,
     DeadlineExceeded,
     Endpoint,
+    Limits,
     OnRequest,
     Requester,
     Transport,
@@ -60,23 +62,28 @@ class ShmTransport(Transport):
         }
 
     def serve(
-        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+        self,
+        url: Url,
+        on_request: OnRequest,
+        *,
+        credentials: Credentials | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """See `Transport.serve`; the system itself tells who connects, so there are no credentials.
 
         ``$EDGEML_SHM_LIMIT_MB`` is how much memory may be lent to one peer at a time, in MiB; by
         default a quarter of the machine's, and 2048 at most.
         """
-        self.refuse(credentials)
         return Listener(url, on_request)
 
-    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+    def connect(
+        self, url: Url, timeout: float, *, credentials: Credentials | None = None
+    ) -> Requester:
         """See `Transport.connect`.
 
         Raises:
             PermissionDenied: another user's process serves there.
         """
-        self.refuse(credentials)
         try:
             check_address(url)
         except OSError as error:

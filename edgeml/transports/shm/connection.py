@@ -111,6 +111,8 @@ class _Line:
 class Connection(Requester):
     """One connection, over several sockets; see `Requester`."""
 
+    local = secured = True
+
     def __init__(self, url: Url, timeout: float) -> None:
         self.url = url
         self.orphans: deque[tuple[Channel, int]] = deque()

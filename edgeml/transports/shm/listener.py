@@ -68,6 +68,8 @@ class _Reply:
 class Listener(Endpoint):
     """Serves at one address; see `Endpoint`."""
 
+    local = secured = True
+
     def __init__(self, url: Url, on_request: OnRequest) -> None:
         self._on_request = on_request
         self._pool = Pool(limit_of_environment())

@@ -19,7 +19,7 @@ import tempfile
 from contextlib import suppress
 
 from edgeml.core import PermissionDenied, Url
-from edgeml.core.limits import explain_no_connection
+from edgeml.core.advice import explain_no_connection
 
 __all__ = [
     "LARGEST_RECORD",

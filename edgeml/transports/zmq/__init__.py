@@ -27,15 +27,17 @@ from typing import ClassVar
 import zmq
 
 from edgeml.core import (
+    DEFAULT_LIMITS,
     Credentials,
     Endpoint,
+    Limits,
     OnRequest,
     Requester,
     Transport,
     Url,
     hookimpl,
 )
-from edgeml.core.limits import explain_no_connection
+from edgeml.core.advice import explain_no_connection
 from edgeml.core.url import format_host
 from edgeml.transports.zmq.connection import Connection
 from edgeml.transports.zmq.listener import Listener
@@ -58,15 +60,20 @@ class ZmqTransport(Transport):
         }
 
     def serve(
-        self, url: Url, on_request: OnRequest, *, credentials: Credentials = None
+        self,
+        url: Url,
+        on_request: OnRequest,
+        *,
+        credentials: Credentials | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """See `Transport.serve`."""
-        self.refuse(credentials)
         return Listener(url, on_request)
 
-    def connect(self, url: Url, timeout: float, *, credentials: Credentials = None) -> Requester:
+    def connect(
+        self, url: Url, timeout: float, *, credentials: Credentials | None = None
+    ) -> Requester:
         """See `Transport.connect`. ZeroMQ itself never tells that nobody listens, so ask TCP."""
-        self.refuse(credentials)
         try:
             with socket.create_connection((url.host, url.port), timeout) as probe:
                 host = format_host(probe.getpeername())

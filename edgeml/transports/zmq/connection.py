@@ -30,10 +30,11 @@ from edgeml.core import (
     Url,
     own,
 )
+from edgeml.core.advice import if_out_of_files, what_to_do
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
-from edgeml.core.limits import if_out_of_files, what_to_do
 from edgeml.core.strangers import ZMTP, find_stranger
+from edgeml.core.url import is_loopback
 from edgeml.transports.zmq.sockets import (
     MOST_PENDING,
     NUMBER,
@@ -162,6 +163,7 @@ class Connection(Requester):
     def __init__(self, url: Url, address: Url) -> None:
         self.url = url
         self._address = address
+        self.local = is_loopback(address.host)
         self._who = secrets.token_hex(8)
         self._context = share_context()
         self._lock = threading.Lock()

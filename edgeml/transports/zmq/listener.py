@@ -15,6 +15,7 @@ import zmq
 from edgeml.core import Endpoint, Message, OnRequest, Peer, Reply, Url, find_address, own, tell_url
 from edgeml.core.carrier import Carrier, Stay
 from edgeml.core.forks import drop_sockets, leave_to_parent, watch_forks
+from edgeml.core.url import is_loopback
 from edgeml.transports.zmq.sockets import (
     MOST_PENDING,
     NUMBER,
@@ -98,6 +99,7 @@ class Listener(Endpoint):
 
     def _bind(self, url: Url) -> Url:
         address = find_address(url)
+        self.local = is_loopback(address)
         self._router.ipv6 = "[" in address
         try:
             self._router.bind(f"tcp://{address}:{url.port or '*'}")
