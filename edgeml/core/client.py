@@ -30,7 +30,7 @@ from edgeml.core.errors import (
 from edgeml.core.message import Message
 from edgeml.core.ping import ping
 from edgeml.core.plugins import load_codec
-from edgeml.core.security import CredentialsLike
+from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.session import Session, SessionKeeper
 from edgeml.core.state import ServerState, state_of
 from edgeml.core.streams import Subscription
@@ -111,7 +111,7 @@ class Client:
         timeout: seconds that a call, or the first connection, may take unless told otherwise.
         wait: seconds to go on trying when nobody serves there yet, or the server is not ready.
         writable: whether received arrays are private copies rather than read-only views.
-        credentials: given to the transport.
+        credentials: see `Credentials.resolve`; a client's.
         on_connecting: is given, before it connects, what gives that up, from any thread.
 
     Raises:
@@ -154,6 +154,7 @@ class Client:
             config or {},
             {**(extensions or {}), **asked},
         )
+        given = Credentials.resolve(credentials)
         self._writable = writable
         self._closed = False
         self._changed = threading.Condition()  # of what is unsent, and of being closed
@@ -170,7 +171,7 @@ class Client:
             needed=needed,
             wrapping=wrapping,
             timeout=self.timeout,
-            credentials=credentials,
+            credentials=None if given is None else given.for_client(),
         )
         try:
             if on_connecting is not None:

@@ -29,7 +29,7 @@ from edgeml.core.errors import (
 )
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_codec, load_transport
-from edgeml.core.security import CredentialsLike
+from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.state import ServerState
 from edgeml.core.streams import Topic
 from edgeml.core.transport import Endpoint, Peer, Reply
@@ -164,7 +164,7 @@ class Server:
         wrapping: what clients may have around these.
         workers: how many handlers may run at a time; see `Dispatcher` for where they do.
         rate_limit: calls per second and client; None for any number.
-        credentials: given to the transports.
+        credentials: see `Credentials.resolve`; a server's.
     """
 
     def __init__(
@@ -187,7 +187,8 @@ class Server:
         if isinstance(codecs, str):
             raise ValueError(f"codecs must be a list of names, not {codecs!r}")
         self._codecs = {name: load_codec(name) for name in codecs}
-        self._credentials = credentials
+        given = Credentials.resolve(credentials)
+        self._credentials = None if given is None else given.for_server()
         for codec in self._codecs.values():
             self._refuse_strangers(codec)
 
