@@ -15,8 +15,6 @@ The certificates' keys are of the curve P-256, which both OpenSSL and gRPC's Bor
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import secrets
@@ -27,7 +25,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from edgeml.core.errors import PermissionDenied
+from edgeml.core.security import SERVER_NAME, ClientKey, Role, check_private, digest
 from edgeml.extras import need_cryptography
 
 try:
@@ -46,7 +44,6 @@ SERVER_DAYS = 3650
 CLIENT_DAYS = 365
 """For how long a client's keys are valid by default."""
 
-_SERVER_NAME = "edgeml"
 _AUTHORITY_DAYS = 36500  # it lies beside the server's key, so that its end would protect nothing
 _EARLIER = timedelta(days=1)  # that keys are valid before they are made, for clocks that are behind
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # is a file's name and a certificate's
@@ -115,9 +112,12 @@ def make_server_keys(directory: str | Path, days: float = SERVER_DAYS) -> Path:
     """
     directory = Path(directory)
     if (directory / "ca.key").exists():
-        _check_private(directory)
+        check_private(directory)
         key = _read_key(directory / "key.pem")
-        _replace(directory / "cert.pem", _sign_server(directory, key.public_key(), days))
+        draft = directory / f".cert.pem.{os.getpid()}"
+        draft.unlink(missing_ok=True)
+        _write(draft, _sign_server(directory, key.public_key(), days))
+        draft.replace(directory / "cert.pem")  # whoever reads it sees all of one of them
         return directory
     if directory.is_dir() and any(directory.iterdir()):
         raise FileExistsError(
@@ -165,6 +165,7 @@ def make_client_keys(
             f"{name!r} is no client's name; take up to 64 of A-Z a-z 0-9 . _ - and begin with "
             "a letter or a digit"
         )
+    known = Role.parse(role)
     _check_server(directory)
     allowed, theirs = directory / "allowed" / f"{name}.json", directory / "clients" / name
     if allowed.exists() or theirs.exists():
@@ -186,15 +187,14 @@ def make_client_keys(
         public = _write_curve(made)
         _write(made / "server.public", (directory / "curve.public").read_text())
         _write(made / "token", token)
-    known = {
-        "name": name,
-        "role": role,
-        "curve": public,
-        "certificate": certificate.fingerprint(hashes.SHA256()).hex(),
-        "token": hashlib.sha256(token.encode()).hexdigest(),
-        "expires": _expiry_of(certificate).timestamp(),
-    }
-    _replace(allowed, json.dumps(known, indent=1))
+    ClientKey(
+        name,
+        known,
+        curve=public,
+        certificate=certificate.fingerprint(hashes.SHA256()).hex(),
+        token=digest(token),
+        expires=_expiry_of(certificate).timestamp(),
+    ).write(allowed)
     return theirs
 
 
@@ -238,7 +238,7 @@ def _make_authority(key: ec.EllipticCurvePrivateKey) -> str:
 
 def _sign_server(directory: Path, key: ec.EllipticCurvePublicKey, days: float) -> str:
     return _pem_of(
-        _sign(directory, _SERVER_NAME, key, days, ExtendedKeyUsageOID.SERVER_AUTH, _SERVER_NAME)
+        _sign(directory, SERVER_NAME, key, days, ExtendedKeyUsageOID.SERVER_AUTH, SERVER_NAME)
     )
 
 
@@ -373,26 +373,9 @@ def _write(path: Path, text: str) -> None:
         file.write(text if text.endswith("\n") else f"{text}\n")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file, or another in its place: whoever reads it sees all of one of them."""
-    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        _write(made, text)
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
-
-
 def _check_server(directory: Path) -> None:
     if not (directory / "ca.key").exists():
         raise FileNotFoundError(
             f"{directory} has no server's keys; make them with: edgeml keygen {directory}"
         )
-    _check_private(directory)
-
-
-def _check_private(directory: Path) -> None:
-    if directory.stat().st_mode & 0o077:
-        raise PermissionDenied(
-            f"others than its owner may use {directory}; say chmod 700 {directory}"
-        )
+    check_private(directory)

@@ -17,6 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from edgeml import cli
 from edgeml.cli.keygen import make_client_keys, make_server_keys, revoke
 from edgeml.core.errors import PermissionDenied
+from edgeml.core.security import Credentials
 from pairs import run_fresh
 
 SERVER_FILES = {"ca.pem", "ca.key", "cert.pem", "key.pem", "curve.public", "curve.secret"}
@@ -163,6 +164,34 @@ def test_no_two_clients_share_anything_but_the_server(keys):
     robot, other = make_client_keys(keys, "robot"), make_client_keys(keys, "other")
     same = {n for n in CLIENT_FILES if (robot / n).read_bytes() == (other / n).read_bytes()}
     assert same == {"ca.pem", "server.public"}
+
+
+def test_what_is_made_is_what_servers_and_clients_take(keys):
+    robot = make_client_keys(keys, "robot", role="observe,act:grip*")
+    server, client = Credentials.load(keys), Credentials.load(robot)
+    assert server.clients is not None
+    known = server.clients.by_name("robot")
+    assert str(known.role) == "observe,act:grip*"
+    assert client.name == "robot"
+    assert client.curve is not None
+    assert client.curve.secret == text_of(robot / "curve.secret")
+    assert client.token is not None
+    assert server.clients.by_curve(client.curve.public) == known
+    assert server.clients.by_token(client.token) == known
+    assert server.clients.by_certificate(shake_hands(keys, robot)) == known
+    assert server.curve is not None
+    assert server.curve.public == client.curve_server
+    revoke(keys, "robot")
+    server.clients.refresh()
+    with pytest.raises(PermissionDenied):
+        server.clients.by_name("robot")
+
+
+def test_a_role_is_one_that_there_is(keys):
+    before = everything_in(keys)
+    with pytest.raises(ValueError, match="'fly' is no permission"):
+        make_client_keys(keys, "robot", role="observe,fly")
+    assert everything_in(keys) == before
 
 
 # What stays -------------------------------------------------------------------------------
