@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds that connecting, and then an answer, may take (default: %(default)g)",
     )
+    _add_credentials(doctor, "keys to look at; a client's are for the servers")
     doctor.set_defaults(run=_doctor)
 
     keygen = commands.add_parser(
@@ -106,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure this machine, or the link between two",
         usage="edgeml bench [-h] [--transport NAME ... | --url URL] [--size SIZE ...]\n"
-        "                    [--seconds S] [--timeout S]\n"
-        "       edgeml bench serve [-h] [--host HOST] [--port PORT] [--transport NAME]",
+        "                    [--seconds S] [--timeout S] [--credentials DIR]\n"
+        "       edgeml bench serve [-h] [--host HOST] [--port PORT] [--transport NAME]\n"
+        "                          [--credentials DIR]",
         description="Measure round trips and throughput to a server in another process, for each "
         "transport. Between two machines: run `edgeml bench serve --host 0.0.0.0` on one, and "
         "`edgeml bench --url` with what it prints on the other.",
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds that connecting, or a call, may take (default: %(default)g)",
     )
+    _add_credentials(bench, "a client's keys, for --url")
     bench.set_defaults(run=_bench)
 
     serve = bench.add_subparsers(
@@ -156,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--transport", metavar="NAME", help="as for any server (default: $EDGEML_TRANSPORT, or zmq)"
     )
+    _add_credentials(serve, "a server's keys", default=argparse.SUPPRESS)  # what bench was given
     serve.set_defaults(run=_serve)
     return parser
 
@@ -163,6 +167,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_transports(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--transport", nargs="+", metavar="NAME", help="only these (default: all installed)"
+    )
+
+
+def _add_credentials(
+    parser: argparse.ArgumentParser, what: str, default: str | None = None
+) -> None:
+    parser.add_argument(
+        "--credentials",
+        metavar="DIR",
+        default=default,
+        help=f"{what} (default: $EDGEML_CREDENTIALS, or none)",
     )
 
 
@@ -178,7 +193,7 @@ def _plugins(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from edgeml.cli import doctor
 
-    return doctor.run(options.transport, options.url, options.timeout)
+    return doctor.run(options.transport, options.url, options.timeout, options.credentials)
 
 
 def _keygen(options: argparse.Namespace) -> int:
@@ -190,13 +205,22 @@ def _keygen(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from edgeml.cli import bench
 
-    return bench.run(options.transport, options.url, options.size, options.seconds, options.timeout)
+    if options.credentials and options.url is None:
+        raise ValueError("--credentials is for --url: what is measured here alone has no keys")
+    return bench.run(
+        options.transport,
+        options.url,
+        options.size,
+        options.seconds,
+        options.timeout,
+        options.credentials,
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
     from edgeml.cli import bench
 
-    return bench.serve(options.transport, options.host, options.port)
+    return bench.serve(options.transport, options.host, options.port, options.credentials)
 
 
 # What arguments mean ----------------------------------------------------------------------

@@ -12,9 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.cli.probe import ACK, ask, make_server, one_line, serve_elsewhere, serve_here
+from edgeml.cli.probe import (
+    ACK,
+    NO_KEYS,
+    ask,
+    make_server,
+    one_line,
+    serve_elsewhere,
+    serve_here,
+)
 from edgeml.core import ConfigMismatch, EdgemlError, UnknownInterface, Unreachable, Url
 from edgeml.core.plugins import find
+from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.url import resolve
 from edgeml.services import InferenceClient
 
@@ -31,6 +40,7 @@ def run(
     sizes: Sequence[int],
     seconds: float,
     timeout: float,
+    credentials: CredentialsLike = None,
 ) -> int:
     """Measure and print a table; 1 if something could not be measured.
 
@@ -40,13 +50,14 @@ def run(
         sizes: of the payloads, in bytes.
         seconds: how long to measure each size.
         timeout: seconds that connecting, or a call, may take.
+        credentials: a client's, for `url`; those of the environment by default.
     """
     print(
         f"{'transport':<10}{'payload':>9}{'p50 ms':>10}{'p99 ms':>10}{'calls/s':>10}{'MB/s':>9}",
         flush=True,
     )
     if url is not None:
-        works = _measure_sizes(url, sizes, seconds, timeout)
+        works = _measure_sizes(url, sizes, seconds, timeout, credentials)
     else:
         works = True
         for name in transports or sorted({each.name for each in find("transport")}):
@@ -65,13 +76,13 @@ def _local(
     try:
         with serve_elsewhere(name) as (url, _):
             try:
-                InferenceClient("", 0, str(url), timeout=timeout).stop()
+                InferenceClient(url=str(url), timeout=timeout, credentials=NO_KEYS).stop()
             except Unreachable:
                 if not _works_here(name):
                     raise
                 print(f"{name:<10}left out: it works within one process only")
                 return not asked_for
-            return _measure_sizes(url, sizes, seconds, timeout)
+            return _measure_sizes(url, sizes, seconds, timeout, NO_KEYS)
     except Exception as error:  # a transport may be anybody's
         print(f"{name:<10}FAILED: {one_line(error)}")
         return False
@@ -86,11 +97,13 @@ def _works_here(name: str) -> bool:
     return True
 
 
-def _measure_sizes(url: Url, sizes: Sequence[int], seconds: float, timeout: float) -> bool:
+def _measure_sizes(
+    url: Url, sizes: Sequence[int], seconds: float, timeout: float, credentials: CredentialsLike
+) -> bool:
     """Print a row for each size; whether all could be measured."""
     works = True
     try:
-        with InferenceClient("", 0, str(url), timeout=timeout) as client:
+        with InferenceClient(url=str(url), timeout=timeout, credentials=credentials) as client:
             for size in sizes:
                 try:
                     row = _row(client, size, seconds)
@@ -144,19 +157,21 @@ def _size(size: int) -> str:
     return f"{size} B"
 
 
-def serve(transport: str | None, host: str, port: int) -> int:
+def serve(transport: str | None, host: str, port: int, credentials: CredentialsLike = None) -> int:
     """Serve what `run` measures, until Ctrl-C; 0 then.
 
     Args:
         transport: as for any server.
         host: where to listen.
         port: 0 lets the system pick one.
+        credentials: a server's; those of the environment by default.
 
     Raises:
         OSError: the port is taken.
         PluginError: the transport isn't installed, or is broken.
     """
-    with make_server(transport, host, port) as server:
+    keys = Credentials.resolve(credentials)
+    with make_server(transport, host, port, keys or NO_KEYS) as server:
         try:
             server.start(threaded=True)
             first = Url.parse(server.url)
@@ -165,6 +180,8 @@ def serve(transport: str | None, host: str, port: int) -> int:
                 print(f"serving; measure it with: edgeml bench --url {at}")
             if host in ("127.0.0.1", "localhost"):
                 print("only this machine can reach it; --host 0.0.0.0 lets others in")
+            elif keys is None:
+                print("without keys: whoever reaches the port may call it; see `edgeml keygen`")
             print("Ctrl-C stops it", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:

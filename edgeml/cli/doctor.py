@@ -8,13 +8,30 @@ import resource
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime
 
 import numpy as np
 
 from edgeml import __version__
-from edgeml.cli.probe import ACK, DESCRIPTORS, ask, one_line, serve_elsewhere, serve_here
-from edgeml.core import Malformed, Unreachable, Url, load_transport
+from edgeml.cli.probe import (
+    ACK,
+    DESCRIPTORS,
+    NO_KEYS,
+    ask,
+    one_line,
+    serve_elsewhere,
+    serve_here,
+)
+from edgeml.core import (
+    EdgemlError,
+    Malformed,
+    PermissionDenied,
+    Unreachable,
+    Url,
+    load_transport,
+)
 from edgeml.core.plugins import find
+from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.url import resolve
 from edgeml.core.wire import PROTOCOL
 from edgeml.services import InferenceClient
@@ -28,13 +45,20 @@ _FEW = 4096  # open files; less is soon used up by a server
 _PLENTY = 65536  # open files to advise where the system sets no bound
 
 
-def run(transports: Sequence[str] | None, urls: Sequence[Url], timeout: float) -> int:
+def run(
+    transports: Sequence[str] | None,
+    urls: Sequence[Url],
+    timeout: float,
+    credentials: CredentialsLike = None,
+) -> int:
     """Look at everything and print it; 1 if something doesn't work.
 
     Args:
         transports: names; all that are installed by default.
         urls: servers to ask.
         timeout: seconds that connecting, and then an answer, may take.
+        credentials: to look at, and for the servers if they are a client's; those of the
+            environment by default.
     """
     print(f"edgeml {__version__}, protocol {PROTOCOL}")
     print(f"Python {platform.python_version()}, numpy {np.__version__}")
@@ -50,10 +74,11 @@ def run(transports: Sequence[str] | None, urls: Sequence[Url], timeout: float) -
             needs[name] = need
     print("\nOpen files")
     _tell_open_files(needs)
+    works &= _tell_keys(credentials)
     if urls:
         print("\nServers")
     for url in itertools.chain.from_iterable(resolve(str(url), "", 0) for url in urls):
-        works &= _ask_server(url, timeout)
+        works &= _ask_server(url, timeout, credentials)
     if not works:
         print("\nNot everything works; see FAILED above")
     return 0 if works else 1
@@ -91,7 +116,9 @@ def _count_descriptors(url: Url, base: int, timeout: float) -> tuple[int, int] |
     """How many a server has open without clients, and how many more each client takes there."""
     with ExitStack() as stack:
         clients = [
-            stack.enter_context(InferenceClient("", 0, str(url), timeout=timeout))
+            stack.enter_context(
+                InferenceClient("", 0, str(url), timeout=timeout, credentials=NO_KEYS)
+            )
             for _ in range(_CLIENTS)
         ]
         for client in clients:  # memory that is shared has a descriptor too
@@ -136,12 +163,44 @@ def _round_down(number: int) -> int:
     return max(0, number // scale) * scale
 
 
+# Keys -------------------------------------------------------------------------------------
+
+
+def _tell_keys(credentials: CredentialsLike) -> bool:
+    """Print whose keys there are, if any; whether they can be used."""
+    try:
+        keys = Credentials.resolve(credentials)
+    except (EdgemlError, OSError, ValueError) as error:
+        print(f"\nKeys\n  FAILED: {one_line(error)}")
+        return False
+    if keys is None:
+        return True
+    parts = {"CURVE": keys.curve, "certificate": keys.tls, "token": keys.token}
+    has = ", ".join(name for name, part in parts.items() if part is not None)
+    print("\nKeys")
+    if keys.clients is None:
+        print(f"  those of the client {_escape(keys.name)}: {has}")
+        return True
+    print(f"  those of a server: {has}; it lets in {len(keys.clients.names()) or 'nobody yet'}")
+    for name in keys.clients.names():
+        try:
+            key = keys.clients.by_name(name)
+        except PermissionDenied as error:
+            print(f"  {_escape(name)}: {one_line(error)}")
+        else:
+            until = (
+                "" if key.expires is None else f", until {datetime.fromtimestamp(key.expires):%F}"
+            )
+            print(f"  {_escape(name)}: may do {_escape(str(key.role))}{until}")
+    return True
+
+
 # Servers ----------------------------------------------------------------------------------
 
 
-def _ask_server(url: Url, timeout: float) -> bool:
+def _ask_server(url: Url, timeout: float, credentials: CredentialsLike) -> bool:
     try:
-        answer = ask(url, timeout)
+        answer = ask(url, timeout, credentials)
     except Malformed as error:
         print(f"  {url}  FAILED: what answers is no edgeml server, or an old one ({error})")
         return False
@@ -160,14 +219,14 @@ def _ask_server(url: Url, timeout: float) -> bool:
     off = f"{_show(abs(answer.ahead))} {'ahead of' if answer.ahead >= 0 else 'behind'} ours"
     print(f"      its clock is {off}, give or take {_show(answer.best / 2)}")
     if answer.service == "inference" and answer.state.state == "ready":
-        _tell_contracts(url, timeout)
+        _tell_contracts(url, timeout, credentials)
     return True
 
 
-def _tell_contracts(url: Url, timeout: float) -> None:
+def _tell_contracts(url: Url, timeout: float, credentials: CredentialsLike) -> None:
     """Print what the server's policies take and give; whoever isn't let in sees why."""
     try:
-        with InferenceClient(url=str(url), timeout=timeout) as client:
+        with InferenceClient(url=str(url), timeout=timeout, credentials=credentials) as client:
             for name in client.interfaces():
                 contract = client.contract(name)
                 print(f"      interface {name!r}{'' if contract else ', without a contract'}")

@@ -17,6 +17,7 @@ from typing import Any
 from edgeml.core import DeadlineExceeded, EdgemlError, Url, load_transport
 from edgeml.core.errors import text_of
 from edgeml.core.ping import ping
+from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.state import ServerState, state_of
 from edgeml.core.wire import Pong
 from edgeml.services import InferenceServer
@@ -24,6 +25,7 @@ from edgeml.services import InferenceServer
 __all__ = [
     "ACK",
     "DESCRIPTORS",
+    "NO_KEYS",
     "Answer",
     "ask",
     "make_server",
@@ -37,6 +39,9 @@ ACK = "bench_ack"
 
 DESCRIPTORS = "bench_descriptors"
 """The interface that tells how many file descriptors the server's process has open."""
+
+NO_KEYS = Credentials()
+"""For servers and clients that are tried on this machine, whatever the environment says."""
 
 _PAGE = 4096  # bytes
 _START = 60.0  # seconds that a process may take to start, on a small machine
@@ -65,20 +70,24 @@ class Answer:
     ahead: float
 
 
-def ask(url: Url, timeout: float) -> Answer:
+def ask(url: Url, timeout: float, credentials: CredentialsLike = NO_KEYS) -> Answer:
     """Ask a server several times who it is.
 
     Args:
         url: where it is.
         timeout: seconds that connecting may take, and then the answers.
+        credentials: a client's, for a server that asks for them.
 
     Raises:
         Unreachable, DeadlineExceeded: nobody answers there.
         Malformed: what answers is no edgeml server.
         PluginError: there is no such transport.
+        PermissionDenied: the server asks for other keys than these.
     """
+    given = Credentials.resolve(credentials)
+    keys = None if given is None else given.for_client()
     pongs: list[tuple[Pong, float, float]] = []
-    with load_transport(url.scheme).connect(url, timeout) as requester:
+    with load_transport(url.scheme).connect(url, timeout, credentials=keys) as requester:
         deadline = time.monotonic() + timeout
         while len(pongs) < _ASKED and (left := deadline - time.monotonic()) > 0:
             try:
@@ -98,9 +107,14 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, EdgemlError) else f"{type(error).__name__}: {text}"
 
 
-def make_server(transport: str | None, host: str = "127.0.0.1", port: int = 0) -> InferenceServer:
+def make_server(
+    transport: str | None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    credentials: CredentialsLike = NO_KEYS,
+) -> InferenceServer:
     """A server of `ACK` and `DESCRIPTORS`, not yet started."""
-    server = InferenceServer(port, host, transport)
+    server = InferenceServer(port, host, transport, credentials=credentials)
     server.register_interface(ACK, lambda payload: int(payload[::_PAGE].sum()))
     server.register_interface(DESCRIPTORS, lambda _: _descriptors())
     return server

@@ -20,11 +20,13 @@ else:
 
 from edgeml import Feature, InferenceServer, PolicyContract, TrainerConfig, TrainerServer
 from edgeml.cli import _size, main
+from edgeml.cli.keygen import make_client_keys, make_server_keys
 from edgeml.cli.probe import ACK
 from edgeml.core import Message, Url, load_transport, wire
 from pairs import ROOT, TRANSPORTS, process, started
 from strangers import TRANSPORT
 
+SECURED = ("shm", "zmq", "grpc", "ws")
 BETWEEN = sorted(set(TRANSPORTS) - {"inproc"})
 PROGRAM = "import sys; from edgeml.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -76,7 +78,7 @@ def installed(tmp_path):
 def test_help_names_the_commands_and_each_has_its_own():
     done = edgeml("--help")
     assert done.returncode == 0
-    for command in ("plugins", "doctor", "bench"):
+    for command in ("plugins", "doctor", "keygen", "bench"):
         assert command in done.stdout
         assert edgeml(command, "--help").returncode == 0
     assert "--host" in edgeml("bench", "serve", "--help").stdout
@@ -327,6 +329,88 @@ def test_doctor_goes_on_after_a_transport_that_fails(installed):
     assert "two 1.5 failed to load: SystemExit" in line_of(done, "  quits ", "FAILED")
     assert "there is no transport 'unknown'" in line_of(done, "  unknown ", "FAILED")
     assert line_of(done, "  inproc ", "ok")
+
+
+# Keys -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path):
+    return make_server_keys(tmp_path / "keys")
+
+
+def with_keys(directory) -> dict[str, str]:
+    return {**os.environ, "EDGEML_CREDENTIALS": str(directory)}
+
+
+def test_doctor_looks_at_a_servers_keys(keys):
+    make_client_keys(keys, "robot", role="observe,act:grip*")
+    make_client_keys(keys, "former", days=-1)
+    done = edgeml("doctor", "--transport", "inproc", "--credentials", keys)
+    assert done.returncode == 0, done.stdout
+    assert "CURVE, certificate; it lets in 2" in line_of(done, "those of a server")
+    assert "may do observe,act:grip*, until 20" in line_of(done, "  robot: ")
+    assert "has expired" in line_of(done, "  former: ")
+
+
+def test_doctor_looks_at_the_environments_keys(keys):
+    robot = make_client_keys(keys, "robot")
+    done = edgeml("doctor", "--transport", "zmq", env=with_keys(robot))
+    assert done.returncode == 0, done.stdout  # and what is tried here has none
+    assert line_of(done, "those of the client robot: CURVE, certificate, token")
+
+
+def test_doctor_says_of_keys_what_is_wrong(keys, tmp_path):
+    keys.chmod(0o755)
+    done = edgeml("doctor", "--transport", "inproc", "--credentials", keys)
+    assert done.returncode == 1
+    assert f"chmod 700 {keys}" in line_of(done, "  FAILED: others can read")
+    done = edgeml("doctor", "--transport", "inproc", "--credentials", tmp_path / "none")
+    assert done.returncode == 1
+    assert "make keys with `edgeml keygen`" in line_of(done, "  FAILED: ")
+
+
+@pytest.mark.parametrize("transport", SECURED)
+def test_doctor_asks_a_server_with_keys(keys, transport):
+    robot = make_client_keys(keys, "robot")
+    with started(InferenceServer(0, transport=transport, credentials=keys)) as server:
+        server.register_interface("policy", lambda payload: payload)
+        asking = ("doctor", "--transport", "inproc", "--url", server.url)
+        done = edgeml(*asking, "--credentials", robot)
+        assert done.returncode == 0, done.stdout
+        assert "interface 'policy', without a contract" in done.stdout
+        done = edgeml(*asking, "--credentials", keys)
+        assert done.returncode == 1
+        assert "these are the keys of a server" in line_of(done, f"{server.url}  FAILED")
+
+
+@pytest.mark.parametrize("transport", SECURED)
+def test_bench_measures_a_server_with_keys(keys, transport):
+    robot = make_client_keys(keys, "robot")
+    serving = ("bench", "serve", "--transport", transport)
+    with process(PROGRAM, *serving, "--credentials", keys) as server:
+        url = re.findall(r"edgeml bench --url (\S+)", server.line())[0]
+        measuring = ("bench", "--url", url, "--seconds", 0.02, "--size", 56)
+        done = edgeml(*measuring, "--credentials", robot)
+        assert done.returncode == 0, done.stdout
+        done = edgeml(*measuring, env=with_keys(robot))
+        assert done.returncode == 0, done.stdout
+
+
+def test_bench_says_that_whoever_reaches_it_may_call_it(keys):
+    with process(PROGRAM, "bench", "serve", "--transport", "zmq", "--host", "0.0.0.0") as server:
+        server.line()
+        assert "edgeml keygen" in server.line()
+    before = ("bench", "--credentials", keys, "serve")  # as good as after it
+    with process(PROGRAM, *before, "--transport", "zmq", "--host", "0.0.0.0") as server:
+        server.line()
+        assert "Ctrl-C stops it" in server.line()
+
+
+def test_bench_takes_keys_for_another_machine_alone(keys):
+    done = edgeml("bench", "--credentials", keys)
+    assert done.returncode == 1
+    assert "--credentials is for --url" in done.stderr
 
 
 # bench ------------------------------------------------------------------------------------
