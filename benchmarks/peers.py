@@ -100,22 +100,30 @@ class Edgeml(Peer):
     patience = 2.0
 
     @staticmethod
-    def serve_over(transport: str, pipe: Connection) -> None:
+    def serve_over(transport: str, pipe: Connection, keys: str | None = None) -> None:
         import edgeml
 
-        with edgeml.InferenceServer(0, transport=transport) as server:
+        with edgeml.InferenceServer(0, transport=transport, credentials=keys) as server:
             server.register_interface("policy", lambda payload: policy(payload["observation"]))
             server.start(threaded=True)
             pipe.send(server.url)
             pipe.poll(None)
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, keys: str | None = None) -> None:
         import edgeml
 
-        self._client = edgeml.InferenceClient("", 0, transport=address, timeout=30)
+        self._client = edgeml.InferenceClient(url=address, timeout=30, credentials=keys)
 
     def call(self, observation: Array) -> Array:
         chunk: Array = self._client.call("policy", {"observation": observation})
+        return chunk
+
+    def begin(self, observation: Array) -> Any:
+        """Ask, and don't wait for the answer, which `end` gives."""
+        return self._client.call_async("policy", {"observation": observation})
+
+    def end(self, begun: Any) -> Array:
+        chunk: Array = begun.result(30)
         return chunk
 
     def close(self) -> None:
@@ -150,10 +158,12 @@ class RawZmq(Peer):
     """A ROUTER and a DEALER, multipart, and no copy where that pays: the least pyzmq can do."""
 
     @staticmethod
-    def serve_at(url: str, pipe: Connection) -> None:
+    def serve_at(url: str, pipe: Connection, prepare: Callable[[Any], None] | None = None) -> None:
         import zmq
 
         router = zmq.Context().socket(zmq.ROUTER)
+        if prepare is not None:
+            prepare(router)
         router.bind(url)
         pipe.send(router.getsockopt_string(zmq.LAST_ENDPOINT))
         while True:
@@ -167,10 +177,20 @@ class RawZmq(Peer):
         # Below the threshold a copy is cheaper, as measured.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._socket = context.socket(zmq.DEALER, copy_threshold=512 << 10)
+        self.prepare(self._socket)
         self._socket.connect(address)
 
+    def prepare(self, socket: Any) -> None:
+        """Set what a socket needs before it connects."""
+
     def call(self, observation: Array) -> Array:
+        self.begin(observation)
+        return self.end()
+
+    def begin(self, observation: Array) -> None:
         self._socket.send_multipart([b"a header of 16 B", observation.data], copy=False)
+
+    def end(self, begun: None = None) -> Array:
         _, frame = self._socket.recv_multipart(copy=False)
         return _chunk(frame.buffer)
 
@@ -207,25 +227,33 @@ class RawGrpc(Peer):
         return policy(np.frombuffer(request, np.uint8)).tobytes()
 
     @staticmethod
-    def add_to(server: Any, answer: Callable[[bytes, Any], Any]) -> int:
+    def add_to(server: Any, answer: Callable[[bytes, Any], Any], credentials: Any = None) -> int:
         """Have a server give answers; returns its port."""
         grpc = importlib.import_module("grpc")
         methods = {"call": grpc.unary_unary_rpc_method_handler(answer)}
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("policy", methods)])
-        port: int = server.add_insecure_port("127.0.0.1:0")
+        port: int = (
+            server.add_insecure_port("127.0.0.1:0")
+            if credentials is None
+            else server.add_secure_port("127.0.0.1:0", credentials)
+        )
         return port
 
     @staticmethod
-    def serve_sync(pipe: Connection, answer: Callable[[bytes], bytes]) -> None:
+    def serve_sync(
+        pipe: Connection, answer: Callable[[bytes], bytes], credentials: Any = None
+    ) -> None:
         grpc = importlib.import_module("grpc")
         server = grpc.server(ThreadPoolExecutor(), options=RawGrpc._unlimited)
-        port = RawGrpc.add_to(server, lambda request, context: answer(request))
+        port = RawGrpc.add_to(server, lambda request, context: answer(request), credentials)
         server.start()
         pipe.send(port)
         server.wait_for_termination()
 
     @staticmethod
-    def serve_aio(pipe: Connection, answer: Callable[[bytes], bytes]) -> None:
+    def serve_aio(
+        pipe: Connection, answer: Callable[[bytes], bytes], credentials: Any = None
+    ) -> None:
         aio = importlib.import_module("grpc.aio")
 
         async def answer_soon(request: bytes, context: Any) -> bytes:
@@ -233,7 +261,7 @@ class RawGrpc(Peer):
 
         async def run() -> None:
             server = aio.server(options=RawGrpc._unlimited)
-            port = RawGrpc.add_to(server, answer_soon)
+            port = RawGrpc.add_to(server, answer_soon, credentials)
             await server.start()
             pipe.send(port)
             await server.wait_for_termination()
@@ -241,14 +269,23 @@ class RawGrpc(Peer):
         asyncio.run(run())
 
     def __init__(self, address: int) -> None:
-        grpc = importlib.import_module("grpc")
         # Without the last, all channels of a process share one connection.
         options = [*self._unlimited, ("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.insecure_channel(f"127.0.0.1:{address}", options)
+        self._channel = self.connect(f"127.0.0.1:{address}", options)
         self._ask = self._channel.unary_unary("/policy/call")
+
+    def connect(self, target: str, options: list[tuple[str, Any]]) -> Any:
+        """Make a channel."""
+        return importlib.import_module("grpc").insecure_channel(target, options)
 
     def call(self, observation: Array) -> Array:
         return _chunk(self._ask(observation.tobytes(), timeout=30))
+
+    def begin(self, observation: Array) -> Any:
+        return self._ask.future(observation.tobytes(), timeout=30)
+
+    def end(self, begun: Any) -> Array:
+        return _chunk(begun.result())
 
     def close(self) -> None:
         self._channel.close()
