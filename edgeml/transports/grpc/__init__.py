@@ -25,6 +25,8 @@ from typing import ClassVar
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # which gRPC reads as it is imported
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # or each stranger's handshake is told on stderr
+
 import grpc
 
 from edgeml.core import (
@@ -46,7 +48,7 @@ __all__ = ["GrpcTransport", "edgeml_transport"]
 
 
 class GrpcTransport(Transport):
-    """``grpc://host:port``: gRPC, in clear text."""
+    """``grpc://host:port``: gRPC, over TLS where there are keys, else in clear text."""
 
     name: ClassVar[str] = "grpc"
 
@@ -79,7 +81,7 @@ class GrpcTransport(Transport):
             PermissionDenied: this process was forked from one that uses gRPC.
         """
         enter_process()
-        return Listener(url, on_request)
+        return Listener(url, on_request, credentials, limits)
 
     def connect(
         self, url: Url, timeout: float, *, credentials: Credentials | None = None
@@ -91,7 +93,7 @@ class GrpcTransport(Transport):
                 gRPC, which would crash it now and then.
         """
         enter_process()
-        return Connection(url, timeout)
+        return Connection(url, timeout, credentials)
 
 
 @hookimpl

@@ -14,6 +14,7 @@ import grpc
 
 from edgeml.core import (
     Closed,
+    Credentials,
     DeadlineExceeded,
     EdgemlError,
     Malformed,
@@ -27,19 +28,14 @@ from edgeml.core import (
 )
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
+from edgeml.core.pieces import PREFIX, Assembly, Parts, cut, flatten
+from edgeml.core.tls import client_keys
+from edgeml.core.url import is_loopback, require_no_path
 from edgeml.transports.grpc.failures import explain_failure, find_proxy
 from edgeml.transports.grpc.order import Lane
 from edgeml.transports.grpc.processes import NO_FORKS
-from edgeml.transports.grpc.protocol import (
-    ERRORS,
-    LARGEST_FRAME,
-    PREFIX,
-    SERVICE,
-    Assembly,
-    Parts,
-    cut,
-    flatten,
-)
+from edgeml.transports.grpc.protocol import ERRORS, LARGEST_FRAME, SERVICE, STREAMED
+from edgeml.transports.grpc.tls import CHANNEL_OPTIONS, channel_credentials
 
 # Retries stay as gRPC has them, with nothing but a request that no server has seen sent again:
 # without its code for them, no deadline fires behind a stream that the server has stopped reading.
@@ -53,8 +49,11 @@ _MOMENT = 0.4  # seconds that closing waits for gRPC, which now and then takes a
 class Connection(Requester):
     """See `edgeml.core.Requester`."""
 
-    def __init__(self, url: Url, timeout: float) -> None:
+    def __init__(self, url: Url, timeout: float, credentials: Credentials | None) -> None:
         deadline = time.monotonic() + timeout
+        require_no_path(url)
+        keys = client_keys(url, credentials)
+        self.secured = keys is not None
         self.url = url
         self._why: EdgemlError | None = None  # set once, when it is over
         self._pending = Pending()
@@ -65,7 +64,12 @@ class Connection(Requester):
         proxy = find_proxy(host)
         options = [*_OPTIONS, ("grpc.enable_http_proxy", int(bool(proxy)))]
         host = f"[{host}]" if ":" in host else host
-        self._channel = grpc.insecure_channel(f"{host}:{url.port}", options)
+        if keys is None:
+            self._channel = grpc.insecure_channel(f"{host}:{url.port}", options)
+        else:
+            self._channel = grpc.secure_channel(
+                f"{host}:{url.port}", channel_credentials(keys), [*options, *CHANNEL_OPTIONS]
+            )
         self._request = self._channel.unary_unary(f"/{SERVICE}/Request")
         self._stream = self._channel.stream_stream(f"/{SERVICE}/Stream")
         self._fetch = self._channel.unary_stream(f"/{SERVICE}/Fetch")
@@ -76,7 +80,8 @@ class Connection(Requester):
             self._number = PREFIX.unpack(welcome)[0]
         except grpc.RpcError as error:
             self._channel.close()
-            raise explain_failure(url, error, proxy, deadline - time.monotonic()) from None
+            left = deadline - time.monotonic()
+            raise explain_failure(url, error, keys, proxy, left) from None
         except BaseException:
             self._channel.close()
             raise
@@ -84,6 +89,7 @@ class Connection(Requester):
         with suppress(OSError):  # a proxy's connection has another end
             found = socket.getaddrinfo(host.strip("[]"), url.port, type=socket.SOCK_STREAM)
             self._peers = {(str(address[0]), int(address[1])) for *_, address in found}
+        self.local = bool(self._peers) and not proxy and all(is_loopback(a) for a, _ in self._peers)
         watch_forks(self)
 
     @property
@@ -157,7 +163,7 @@ class Connection(Requester):
         try:
             if size > LARGEST_FRAME:
                 _, parts = flatten(own(message))
-                calls.append(self._stream(cut([prefix, *parts]), metadata=metadata))
+                calls.append(self._stream(cut([prefix, *parts], STREAMED), metadata=metadata))
             else:
                 calls.append(self._request.future(b"".join([prefix, *parts]), metadata=metadata))
         except ValueError as error:
@@ -255,7 +261,7 @@ class _Sending(Iterator[bytes]):
     """A stream that gRPC's thread takes from the caller's memory, as long as the caller waits."""
 
     def __init__(self, content: Parts) -> None:
-        self._pieces = cut(content)
+        self._pieces = cut(content, STREAMED)
         self._lock = threading.Lock()
 
     def __next__(self) -> bytes:

@@ -9,7 +9,9 @@ import grpc
 
 from edgeml.core import EdgemlError, PermissionDenied, Unreachable, Url
 from edgeml.core.advice import explain_no_connection
+from edgeml.core.security import TlsKeys
 from edgeml.core.strangers import HTTP2, find_stranger
+from edgeml.core.tls import explain_refusal
 from edgeml.core.url import require_this_machine
 from edgeml.transports.grpc.protocol import ERRORS
 
@@ -36,12 +38,15 @@ def find_proxy(host: str) -> str:
     return ""
 
 
-def explain_failure(url: Url, error: grpc.RpcError, proxy: str, left: float) -> EdgemlError:
+def explain_failure(
+    url: Url, error: grpc.RpcError, keys: TlsKeys | None, proxy: str, left: float
+) -> EdgemlError:
     """Return the error for one of gRPC's, of the first call.
 
     Args:
         url: where to.
         error: what gRPC says.
+        keys: those that the connection was to be secured by; None for none.
         proxy: what `find_proxy` says.
         left: seconds that there are to find out who listens.
     """
@@ -56,9 +61,10 @@ def explain_failure(url: Url, error: grpc.RpcError, proxy: str, left: float) -> 
             "to $no_proxy",
         )
     if "resolution" not in details:  # of the host's name; it would fail again, and take its time
-        stranger = find_stranger(url, HTTP2, max(0.1, min(0.4, left)))
-        if stranger is not None:
-            return stranger
+        found = explain_refusal(url, keys, HTTP2, max(0.1, min(1.0, left)))
+        found = found or find_stranger(url, HTTP2, max(0.1, min(0.4, left)))
+        if found is not None:
+            return found
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return Unreachable(f"what answers at {url} is no edgeml server: {details}")
     number = errno.EMFILE if os.strerror(errno.EMFILE) in details else None

@@ -7,17 +7,22 @@ import functools
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from grpc import aio
 
 from edgeml.core import (
     Closed,
+    Credentials,
+    DeadlineExceeded,
     EdgemlError,
     Endpoint,
+    Limits,
     Malformed,
     Message,
     OnRequest,
+    Overloaded,
     Peer,
     Reply,
     Unreachable,
@@ -30,21 +35,20 @@ from edgeml.core import (
 from edgeml.core.carrier import Stay
 from edgeml.core.forks import drop_sockets, watch_forks
 from edgeml.core.loops import Loop
-from edgeml.core.url import is_loopback
+from edgeml.core.pieces import PREFIX, Assembly, cut_message, flatten
+from edgeml.core.quota import Held, Quota
+from edgeml.core.refusals import Refusals
+from edgeml.core.security import TlsKeys
+from edgeml.core.tls import server_keys
+from edgeml.core.url import is_loopback, require_no_path
 from edgeml.transports.grpc.health import Health
 from edgeml.transports.grpc.order import Turns
-from edgeml.transports.grpc.protocol import (
-    ERRORS,
-    LARGEST_FRAME,
-    PREFIX,
-    SERVICE,
-    Assembly,
-    cut_message,
-    flatten,
-)
+from edgeml.transports.grpc.protocol import ERRORS, LARGEST_FRAME, SERVICE, STREAMED
+from edgeml.transports.grpc.tls import Clients, server_credentials
 
 _GRACE = 0.3  # seconds that an endpoint which closes gives to what is still to be sent
 _KEPT = 30.0  # seconds that a large reply waits to be fetched
+_COUNTED = 1 << 16  # bytes; smaller replies are held down by how many calls one connection may have
 _MOST_STREAMS = 1 << 13  # under way on one connection; more than an honest client has
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # or a taken port would be shared
@@ -70,18 +74,30 @@ def _keep_poller() -> None:
     aio.init_grpc_aio()
 
 
-class _Reply:
-    __slots__ = ("_context", "_listener", "answer")
+def _peer_of(context: _Context, identity: str | None) -> Peer:
+    address = context.peer()
+    return Peer(address, address, _host_of(address), identity)
 
-    def __init__(self, listener: Listener, context: _Context) -> None:
+
+@functools.lru_cache(maxsize=4096)
+def _host_of(address: str) -> str:
+    """Of what gRPC says: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234"."""
+    family, _, rest = unquote(address).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if family in ("ipv4", "ipv6") else address
+
+
+class _Reply:
+    __slots__ = ("_context", "_listener", "answer", "identity")
+
+    def __init__(self, listener: Listener, context: _Context, identity: str | None) -> None:
         self._listener = listener
         self._context = context
+        self.identity = identity
         self.answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
 
     @property
     def peer(self) -> Peer:
-        address = self._context.peer()
-        return Peer(address, address)
+        return _peer_of(self._context, self.identity)
 
     @property
     def expired(self) -> bool:
@@ -94,26 +110,41 @@ class _Reply:
 class Listener(Endpoint):
     """See `edgeml.core.Endpoint`."""
 
-    def __init__(self, url: Url, on_request: OnRequest) -> None:
+    def __init__(
+        self, url: Url, on_request: OnRequest, credentials: Credentials | None, limits: Limits
+    ) -> None:
+        require_no_path(url)
+        keys = server_keys(url, credentials)
+        self.secured = keys is not None
+        self._clients = None if keys is None else Clients(keys[1])
+        self._limits = limits
+        self._refusals = Refusals(url, self.counts)
+        self._incoming = Quota(limits.bytes_per_client, limits.bytes, "are on their way")
+        self._unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
         self._on_request = on_request
         self._number = secrets.randbits(64) | 1  # of this server; 0 stands for any
         self._waiting: set[asyncio.Future[_Answer]] = set()
-        self._kept: dict[int, Message] = {}  # replies that are to be fetched
+        self._kept: dict[int, tuple[Message, Held]] = {}  # replies that are to be fetched
         self._turns = Turns()
         self._closed = False
         self._loop = Loop(f"edgeml {url}")
         try:
-            self._server, self.url = self._loop.start(self._open(url)).result()
+            self._server, self.url = self._loop.start(self._open(url, keys and keys[0])).result()
         except BaseException:
             self._loop.close()
             raise
         watch_forks(self)
 
-    async def _open(self, url: Url) -> tuple[aio.Server, Url]:
+    async def _open(self, url: Url, keys: TlsKeys | None) -> tuple[aio.Server, Url]:
         _keep_poller()
         address = find_address(url)
         self.local = is_loopback(address)
-        server = aio.server(options=_OPTIONS)
+        options = [
+            *_OPTIONS,
+            # Of TLS, and until HTTP/2 has begun.
+            ("grpc.server_handshake_timeout_ms", int(1000 * self._limits.handshake)),
+        ]
+        server = aio.server(options=options)
         handlers = {
             "Connect": grpc.unary_unary_rpc_method_handler(self._connect),
             "Request": grpc.unary_unary_rpc_method_handler(self._request),
@@ -125,7 +156,10 @@ class Listener(Endpoint):
             (grpc.method_handlers_generic_handler(SERVICE, handlers), self._health.handler())
         )
         try:
-            port = server.add_insecure_port(f"{address}:{url.port}")
+            if keys is None:
+                port = server.add_insecure_port(f"{address}:{url.port}")
+            else:
+                port = server.add_secure_port(f"{address}:{url.port}", server_credentials(keys))
         except RuntimeError as error:
             raise OSError(
                 f"cannot serve {url}: {error}; another port, or 0, may be free"
@@ -136,10 +170,15 @@ class Listener(Endpoint):
     # Requests, in the loop ----------------------------------------------------------------
 
     async def _connect(self, data: bytes, context: _Context) -> bytes:
+        try:
+            self._identify(context)
+        except EdgemlError as error:
+            await self._abort(context, error)
         return PREFIX.pack(self._number, 0)
 
     async def _request(self, data: bytes, context: _Context) -> bytes:
         try:
+            identity = self._identify(context)
             if len(data) < PREFIX.size:
                 raise Malformed("this is no request of edgeml: it has no prefix")
             number, size = PREFIX.unpack_from(data)
@@ -147,73 +186,129 @@ class Listener(Endpoint):
             frame = memoryview(data)[PREFIX.size :]
             if len(frame) != size:
                 raise Malformed("a request that is not as long as its prefix says")
-            answer = await self._answer(unframe(frame), context)
+            answer, held = await self._answer(unframe(frame), context, identity)
         except EdgemlError as error:
             await self._abort(context, error)
         if isinstance(answer, bytes):
+            if held is not None:
+                context.add_done_callback(lambda _: held.release())
             return answer
+        assert held is not None  # as what is so large has been counted
         key = secrets.randbits(64) | 1
-        self._kept[key] = answer
+        self._kept[key] = answer, held
         self._loop.later(_KEPT, self._forget, key)
         return PREFIX.pack(key, flatten(answer)[0])
 
     async def _stream(self, _: AsyncIterator[bytes], context: _Context) -> None:
-        assembly = Assembly()
+        incoming: list[Held] = []
+        assembly: Assembly | None = None
         try:
-            while (piece := await context.read()) is not aio.EOF:
+            identity = self._identify(context)
+            peer = _peer_of(context, identity)
+            assembly = Assembly(
+                self._limits.message_bytes,
+                lambda size: incoming.append(self._incoming.take(peer, size)),
+            )
+            while (piece := await self._read(context)) is not aio.EOF:
                 assembly.add(piece)
                 self._check(assembly.number)
-            answer = await self._answer(assembly.message(), context)
+            for held in incoming:
+                held.release()  # from here on core counts it
+            answer, unread = await self._answer(assembly.message(), context, identity)
         except EdgemlError as error:
+            assembly = None  # or what has come lives as long as gRPC keeps the error
             await self._abort(context, error)
-        del assembly
-        if isinstance(answer, bytes):
-            await context.write(answer)
-            return
-        for piece in cut_message(0, answer):
-            await context.write(piece)
+        finally:
+            for held in incoming:
+                held.release()
+        try:
+            if isinstance(answer, bytes):
+                await context.write(answer)
+                return
+            for piece in cut_message(0, answer, STREAMED):
+                await context.write(piece)
+        finally:
+            if unread is not None:
+                unread.release()
+
+    async def _read(self, context: _Context) -> Any:
+        """The next piece of a stream; raises DeadlineExceeded if none comes for too long."""
+        reading = asyncio.ensure_future(context.read())
+        try:
+            done, _ = await asyncio.wait((reading,), timeout=self._limits.stall)
+        except asyncio.CancelledError:
+            reading.cancel()
+            raise
+        if done:
+            return reading.result()
+        reading.cancel()
+        raise DeadlineExceeded(
+            f"nothing has come for {self._limits.stall:g} s of a message that is half sent"
+        )
 
     async def _fetch(self, data: bytes, context: _Context) -> None:
         try:
+            self._identify(context)
             if len(data) != PREFIX.size:
                 raise Malformed("this is no fetch of edgeml")
             number, key = PREFIX.unpack(data)
             self._check(number)
             if key not in self._kept:
                 raise Malformed("there is no such reply to be fetched, or it came too late")
-            answer = self._kept.pop(key)  # now, or it could be forgotten on the way
+            answer, held = self._kept.pop(key)  # now, or it could be forgotten on the way
         except EdgemlError as error:
             await self._abort(context, error)
         try:
-            for piece in cut_message(0, answer):
+            for piece in cut_message(0, answer, STREAMED):
                 await context.write(piece)
         except BaseException:
             self.dropped += 1
             raise
+        finally:
+            held.release()
+
+    def _identify(self, context: _Context) -> str | None:
+        """Who asks, by its certificate; None without keys. Raises PermissionDenied."""
+        return None if self._clients is None else self._clients.find(context)
 
     def _check(self, number: int) -> None:
         if number not in (0, self._number):
             raise Unreachable("the server has restarted since this client connected")
 
-    async def _answer(self, message: Message, context: _Context) -> _Answer:
+    async def _answer(
+        self, message: Message, context: _Context, identity: str | None
+    ) -> tuple[_Answer, Held | None]:
+        """The answer, and what it is counted as until it has been read, if it is large."""
         await self._turns.take(context.invocation_metadata())
         if self._closed:
             raise Closed(f"{self.url} has closed")
-        reply = _Reply(self, context)
+        reply = _Reply(self, context, identity)
         answer = reply.answer
         self._waiting.add(answer)
         try:
             self._loop.hand_over(self._on_request, message, reply)
             del message, reply  # or the buffers live until the answer
-            return await answer
+            given = await answer
         finally:
             self._waiting.discard(answer)
+        size = len(given) if isinstance(given, bytes) else given.nbytes
+        if size <= _COUNTED:
+            return given, None
+        try:
+            return given, self._unread.take(_peer_of(context, identity), size)
+        except Overloaded:
+            self.dropped += 1
+            raise
 
     async def _abort(self, context: _Context, error: EdgemlError) -> Any:
+        if not isinstance(error, (Closed, Unreachable)):
+            address = context.peer()
+            self._refusals.note(type(error).__name__, address, _host_of(address), error)
         await context.abort(_CODES.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
 
     def _forget(self, key: int) -> None:
-        if self._kept.pop(key, None) is not None:
+        if key in self._kept:
+            self._kept.pop(key)[1].release()
             self.dropped += 1
 
     # Replies, from any thread -------------------------------------------------------------
