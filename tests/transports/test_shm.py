@@ -4,10 +4,12 @@ import array
 import gc
 import os
 import random
+import resource
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import ExitStack
@@ -17,6 +19,9 @@ import pytest
 
 from edgeml import ActionClient, ActionConfig, ActionServer, InferenceClient, InferenceServer
 from edgeml.core import (
+    Credentials,
+    Limits,
+    Malformed,
     Message,
     NotEncodable,
     Overloaded,
@@ -82,7 +87,7 @@ class TestElsewhere(TransportTests):
     def _not_linux(self, monkeypatch):
         monkeypatch.setattr(segments, "SEALABLE", False)
         monkeypatch.setattr(sockets, "LINUX", False)
-        monkeypatch.setattr(sockets, "_check_user", lambda _: 0)
+        monkeypatch.setattr(sockets, "_identify", lambda _: (0, os.geteuid()))
 
 
 # Copies -----------------------------------------------------------------------------------
@@ -566,11 +571,12 @@ def test_another_user_can_not_connect(tmp_path):
         "except PermissionDenied as error: print('refused:', error)\n"
         # One that doesn't look who serves is refused by who does.
         "s.connect(f'\\0edgeml/{u.port}'); s.settimeout(5)\n"
-        "print('closed' if s.recv(100) == b'' else 'served')\n"
+        "print(s.recv(1000)[0], s.recv(1000))\n"
     )
     with SHM.serve(ANY, echo) as endpoint, process(program, endpoint.url) as other:
         assert other.line().startswith("refused: the process on the other side is run by user 0")
-        assert other.line() == "closed"
+        assert other.line() == "5 b''"  # a refusal, and the end
+        assert endpoint.counts == {"PermissionDenied": 2}
         with SHM.connect(endpoint.url, 5) as requester:
             assert requester.call(Message(b"x"), 5).header == b"x"
 
@@ -597,6 +603,100 @@ def test_another_users_server_is_not_talked_to():
         with pytest.raises(PermissionError):
             InferenceClient("", port, "shm")
         done.stdin.close()
+
+
+# What another user's client does: whatever it is told to, line by line.
+FOREIGN_CLIENT = (
+    "import sys; from edgeml.core import *\n"
+    "t = load_transport('shm'); u = Url.parse(sys.argv[1])\n"
+    "c = Credentials(users=eval(sys.argv[2]))\n"
+    f"{AS_NOBODY}"
+    "try:\n"
+    "    with t.connect(u, 5, credentials=c) as requester:\n"
+    "        buffer = requester.allocate(1 << 20)\n"
+    "        buffer[:] = bytes([1]) * len(buffer)\n"
+    "        print(requester.call(Message(b'x', [buffer]), 5).header)\n"
+    "        buffer[:] = bytes([2]) * len(buffer)\n"
+    "        print('changed')\n"
+    "        input()\n"
+    "except Exception as error: print(type(error).__name__, error)\n"
+)
+
+
+@root_only
+@pytest.mark.parametrize("where", ["by number", "at a path"])
+@pytest.mark.parametrize("listed", [(NOBODY,), ("nobody",), ("daemon", "nobody")])
+def test_users_who_list_each_other_talk(where, listed, open_folder):
+    url = ANY if where == "by number" else Url("shm", "", 0, f"{open_folder}/socket")
+    taken = []
+
+    def on_request(message, reply):
+        taken.append((message, reply.peer))
+        reply(Message(b"answered"))
+
+    credentials = Credentials(users=listed)
+    with (
+        SHM.serve(url, on_request, credentials=credentials) as endpoint,
+        process(FOREIGN_CLIENT, endpoint.url, ("root",)) as other,
+    ):
+        assert other.line() == "b'answered'"
+        assert other.line() == "changed"
+        ((message, peer),) = taken
+        assert (np.frombuffer(message.buffers[0], np.uint8) == 1).all()  # a copy, unlike our own
+        assert "user 65534" in peer.address
+        assert peer.host == "user 65534"
+        assert not endpoint.counts
+        with SHM.connect(endpoint.url, 5) as requester:  # and one's own as ever
+            requester.call(Message(b"x"), 5)
+        assert taken[-1][1].host == "user 0"
+
+
+@pytest.fixture
+def open_folder():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        yield folder
+
+
+@root_only
+@pytest.mark.parametrize(
+    ("server", "client", "says"),
+    [
+        ((), ("root",), "is served by user 0, who doesn't talk to user 65534: list him"),
+        (("daemon",), ("root",), "is served by user 0, who doesn't talk to user 65534: list him"),
+        (("nobody",), (), "the process on the other side is run by user 0, this one by 65534"),
+    ],
+    ids=["not by the server", "another by the server", "not by the client"],
+)
+def test_one_who_is_not_listed_is_refused_at_once_and_counted(server, client, says):
+    taken = []
+    credentials = Credentials(users=server)
+    with (
+        SHM.serve(ANY, lambda *got: taken.append(got), credentials=credentials) as endpoint,
+        process(FOREIGN_CLIENT, endpoint.url, client) as other,
+    ):
+        line = other.line()
+        assert line.startswith("PermissionDenied")
+        assert says in line
+        assert not taken
+        assert endpoint.counts == ({"PermissionDenied": 1} if client else {})
+
+
+def test_a_user_whom_this_machine_does_not_know_is_an_error():
+    credentials = Credentials(users=("no such user",))
+    with pytest.raises(ValueError, match="no such user"):
+        SHM.serve(ANY, echo, credentials=credentials)
+    with pytest.raises(ValueError, match="no such user"):
+        SHM.connect(ANY.with_port(5555), 1.0, credentials=credentials)
+
+
+def test_who_can_not_be_told_from_others_is_not_trusted(monkeypatch):
+    monkeypatch.setattr(sockets, "_names_all_users", lambda: False)  # as in a container
+    with pytest.raises(ValueError, match="can't tell whom it talks to"):
+        SHM.serve(ANY, echo, credentials=Credentials(users=(NOBODY,)))
+    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    with pytest.raises(ValueError, match="can't tell whom it talks to"):
+        SHM.serve(ANY, echo)
 
 
 @pytest.fixture
@@ -725,6 +825,7 @@ FORGED = {
     "a segment never given": [HELLO, record([(7, 1, 0, 10)])],
     "a far header in no segment": [HELLO, record([(7, 1, 0, 10)], flags=1)],
     "a far header without a place": [HELLO, record(flags=1)],
+    "a refusal of no kind": [HELLO, HEAD.pack(5, 9, 0, 0, 0, 0)],
     "returns of what was never lent": [HELLO, record(returns=[5])],
     "returns cut short": [HELLO, HEAD.pack(RETURN, 0, 1000, 0, 0, 0)],
     "segments forgotten, cut short": [HELLO, HEAD.pack(FORGET, 0, 0, 1 << 30, 0, 0)],
@@ -743,6 +844,7 @@ def test_a_peer_that_sends_garbage_is_cut_off_and_hurts_nobody(name):
         stranger = Stranger(serving.endpoint, hello=None)
         stranger.send(*(FORGED[name] or [record()]))
         assert stranger.refused()
+        assert serving.endpoint.counts == {"Malformed": 1}
         assert serving.requester.call(Message(b"x", [view(MB)]), 5).header == b"x"
 
 
@@ -758,8 +860,12 @@ def test_random_records_hurt_nobody():
         wait_until(lambda: len(serving.endpoint._reactor.channels) == 2)  # the requester's two
 
 
-def sealed(size, seals=segments._SEALS):
-    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def sealed(size, seals=segments._SEALS, *, large=False):
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if large else 0)
+    try:
+        fd = os.memfd_create("test", flags)
+    except OSError:
+        pytest.skip("this system has no large pages")
     os.truncate(fd, size)
     import fcntl
 
@@ -797,6 +903,11 @@ def test_memory_that_can_not_be_trusted_is_not_mapped(make, claims):
         os.close(fd)
         assert stranger.refused()
         assert serving.requester.call(Message(b"x"), 5).header == b"x"
+
+
+def test_memory_whose_pages_its_sender_could_take_back_is_not_mapped():
+    with pytest.raises(Malformed, match="large pages"):
+        segments.map_segment(sealed(1 << 21, large=True), 1 << 21, whole=False)
 
 
 def test_buffers_beyond_their_segment_are_refused():
@@ -853,6 +964,163 @@ def test_descriptors_that_nobody_asked_for_are_not_kept():
                 stranger.socket.recv(1000)
         assert len(os.listdir("/proc/self/fd")) <= before
         stranger.socket.close()
+
+
+# Limits -----------------------------------------------------------------------------------
+
+
+def limited(**limits):
+    return SHM.serve(ANY, echo, limits=Limits(**limits))
+
+
+def test_who_does_not_say_hello_is_cut_off():
+    with limited(handshake=0.1) as endpoint, SHM.connect(endpoint.url, 5) as requester:
+        stranger = Stranger(endpoint, hello=None)
+        assert stranger.refused()
+        assert endpoint.counts == {"HandshakeTimeout": 1}
+        assert requester.call(Message(b"x"), 5).header == b"x"
+
+
+def test_who_announces_memory_that_never_comes_is_cut_off():
+    with limited(stall=0.1) as endpoint:
+        stranger = Stranger(endpoint)
+        stranger.send(HEAD.pack(MAP, 0, 0, 1, 0, 1) + struct.pack("<Q", 4096))
+        assert stranger.refused()
+        assert endpoint.counts == {"Stalled": 1}
+
+
+def test_connections_of_one_user_are_limited_and_one_that_ends_makes_room():
+    with limited(connections_per_address=3) as endpoint:
+        strangers = [Stranger(endpoint) for _ in range(3)]
+        with pytest.raises(Unreachable, match="connections_per_address"):
+            SHM.connect(endpoint.url, 5)
+        assert endpoint.counts == {"Overloaded": 1}
+        strangers.pop().socket.close()
+        wait_until(lambda: len(endpoint._reactor.channels) == 2)
+        with SHM.connect(endpoint.url, 5) as requester:
+            assert requester.request(Message(b"x")).result(5).header == b"x"
+            with pytest.raises(Overloaded, match="connections_per_address"):
+                requester.call(Message(b"x"), 5)  # which takes another
+        for stranger in strangers:
+            stranger.socket.close()
+
+
+@pytest.mark.parametrize("how", ["call", "request"])
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (Message(b"x", [b"y"] * 11), "11 arrays; this server takes 10"),
+        (Message(b"x", [view(MB)]), "bytes; this server takes 500000"),
+        (Message(bytes(600_000), [view(1)]), "bytes; this server takes 500000"),
+    ],
+    ids=["arrays", "bytes", "header"],
+)
+def test_a_message_beyond_the_limits_is_refused_and_nothing_else(message, says, how):
+    with (
+        limited(buffers=10, message_bytes=500_000) as endpoint,
+        SHM.connect(endpoint.url, 5) as requester,
+    ):
+        ask = {
+            "call": lambda: requester.call(message, 5),
+            "request": lambda: requester.request(message).result(5),
+        }[how]
+        for _ in range(3):
+            with pytest.raises(Malformed, match=says):
+                ask()
+            assert requester.call(Message(b"x", [b"y"] * 10), 5).header == b"x"
+        assert endpoint.counts == {"Malformed": 3}
+        wait_until(lambda: not requester._pool.segments or not lent(requester))
+
+
+def lent(requester):
+    return sum(segment.live for segment in requester._pool.segments.values())
+
+
+def test_what_is_asked_is_not_read_from_who_leaves_the_answers_unread():
+    with SHM.serve(ANY, echo) as endpoint, SHM.connect(endpoint.url, 5) as requester:
+        stranger = Stranger(endpoint)
+        stranger.socket.setblocking(False)
+        big = record(header=bytes(16000))
+        sent = 0
+        ended = time.monotonic() + 30
+        idle = 0
+        while idle < 100 and time.monotonic() < ended:
+            try:
+                stranger.send(big)
+                sent, idle = sent + 1, 0
+            except BlockingIOError:
+                idle += 1
+                assert requester.call(Message(b"x"), 5).header == b"x"
+        assert idle == 100
+        channels = endpoint._reactor.channels
+        assert max(len(channel._outbox) for channel in channels) < 5
+        stranger.socket.setblocking(True)
+        for _ in range(sent):  # and all are answered once they are read
+            assert len(stranger.socket.recv(1 << 16)) == len(big)
+        stranger.socket.close()
+
+
+def test_at_the_limit_of_open_files_nobody_is_lost_and_the_loop_rests(caplog):
+    with SHM.serve(ANY, echo) as endpoint, SHM.connect(endpoint.url, 5) as requester:
+        requester.call(Message(b"x"), 5)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        waiting = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # nothing more can be opened
+        try:
+            for each in waiting:
+                each.connect(f"\0edgeml/{endpoint.url.port}")
+            wait_until(lambda: "nobody can connect now" in caplog.text)
+            began, cpu = time.monotonic(), time.process_time()
+            while time.monotonic() < began + 1.0:
+                assert requester.call(Message(b"x"), 5).header == b"x"
+                time.sleep(0.1)
+            assert time.process_time() - cpu < 0.5
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for each in waiting:
+            each.settimeout(5)
+            assert each.recv(100)[HEAD.size :].startswith(channel._MAGIC)
+            each.close()
+        assert caplog.text.count("nobody can connect now") == 1
+
+
+def test_no_memory_for_what_one_sends_hurts_nobody_else(monkeypatch):
+    read = channel.Channel._read_message
+
+    def fail(self, data, *args):
+        if b"too much" in data:
+            raise MemoryError
+        return read(self, data, *args)
+
+    monkeypatch.setattr(channel.Channel, "_read_message", fail)
+    with Serving(echo) as serving:
+        stranger = Stranger(serving.endpoint)
+        stranger.send(record(header=b"too much"))
+        assert stranger.refused()
+        assert serving.endpoint.counts == {"MemoryError": 1}
+        assert serving.requester.call(Message(b"x"), 5).header == b"x"
+
+
+def test_memory_with_holes_is_not_filled_before_it_is_read():
+    with Serving(echo) as serving:
+        stranger = Stranger(serving.endpoint)
+        fd = sealed(1 << 40)
+        stranger.send_segment(fd, 1 << 40)
+        stranger.send(record([(1, 1, (1 << 40) - 4096, 4096)]))
+        assert stranger.socket.recv(1 << 16)[0] == MESSAGE
+        assert os.fstat(fd).st_blocks * 512 <= 1 << 16
+        os.close(fd)
+        stranger.socket.close()
+
+
+def test_refusals_are_logged_once_for_each_kind(caplog):
+    with Serving(echo) as serving:
+        for _ in range(5):
+            assert Stranger(serving.endpoint, hello=b"garbage, and long enough").refused()
+        wait_until(lambda: serving.endpoint.counts == {"Malformed": 5})
+        told = [each for each in caplog.records if each.levelname == "WARNING"]
+        assert len(told) == 1
+        assert f"process {os.getpid()} of user {os.geteuid()} is cut off" in told[0].getMessage()
 
 
 # Waiting ----------------------------------------------------------------------------------

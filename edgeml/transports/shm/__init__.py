@@ -10,9 +10,10 @@ Threads. A listener has one loop (`reactor`). A connection gives each calling th
 own, on which `call` sends and waits without a thread hop; what `request` sends has one socket and
 one loop. Whoever sends a message writes it to the socket itself.
 
-Only processes of the same user are talked to, which the system vouches for. They are trusted not to
-change what they have sent, as any process of the same user could do worse, but nothing else of what
-they send is.
+Only processes of the same user are talked to, and of those users whom `Credentials.users` lists on
+both sides; the system vouches for who they are. Processes of the same user are trusted not to
+change what they have sent, as they could do worse, but nothing else of what they send is. What
+another user's send is copied before anybody looks at it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from edgeml.core import (
     Endpoint,
     Limits,
     OnRequest,
+    Overloaded,
     Requester,
     Transport,
     Unreachable,
@@ -39,13 +41,13 @@ from edgeml.transports.shm.connection import Connection
 from edgeml.transports.shm.listener import Listener, check_address
 from edgeml.transports.shm.memory import limit_of_environment
 from edgeml.transports.shm.segments import SEALABLE
-from edgeml.transports.shm.sockets import Lost
+from edgeml.transports.shm.sockets import LINUX, Lost, find_users
 
 __all__ = ["ShmTransport", "edgeml_transport"]
 
 
 class ShmTransport(Transport):
-    """``shm://127.0.0.1:PORT`` or ``shm:///path``: between the processes of one user."""
+    """``shm://127.0.0.1:PORT`` or ``shm:///path``: between processes of one user, or of some."""
 
     name: ClassVar[str] = "shm"
 
@@ -69,12 +71,16 @@ class ShmTransport(Transport):
         credentials: Credentials | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
-        """See `Transport.serve`; the system itself tells who connects, so there are no credentials.
+        """See `Transport.serve`; of the credentials only ``users`` counts, as the system itself
+        tells who connects.
 
         ``$EDGEML_SHM_LIMIT_MB`` is how much memory may be lent to one peer at a time, in MiB; by
         default a quarter of the machine's, and 2048 at most.
+
+        Raises:
+            PermissionDenied: another user has taken the address; its ``errno`` is ``EADDRINUSE``.
         """
-        return Listener(url, on_request)
+        return Listener(url, on_request, _users(url, credentials), limits)
 
     def connect(
         self, url: Url, timeout: float, *, credentials: Credentials | None = None
@@ -82,16 +88,29 @@ class ShmTransport(Transport):
         """See `Transport.connect`.
 
         Raises:
-            PermissionDenied: another user's process serves there.
+            PermissionDenied: another user's process serves there, who is not among
+                ``credentials.users``; or this one's user isn't among the server's.
         """
+        users = _users(url, credentials)
         try:
             check_address(url)
         except OSError as error:
             raise Unreachable(error.strerror or str(error)) from None
         try:
-            return Connection(url, timeout)
-        except (Lost, DeadlineExceeded) as error:
+            return Connection(url, timeout, users)
+        except (Lost, DeadlineExceeded, Overloaded) as error:
             raise Unreachable(f"no connection to {url}: {error}") from None
+
+
+def _users(url: Url, credentials: Credentials | None) -> frozenset[int]:
+    """Whose processes are talked to."""
+    users = find_users(() if credentials is None else credentials.users)
+    if len(users) > 1 and not LINUX and not url.path:
+        raise ValueError(
+            f"on this system other users find no {url}: serve at a path that they can reach, "
+            "as in shm:///path"
+        )
+    return users
 
 
 def _available() -> int:

@@ -14,7 +14,8 @@ Every record is at most 64 KiB, little-endian, and begins with::
 - ``RETURN``: returns alone.
 - ``MAP``: the number is a segment's; a u64 follows, its size. Its file descriptor comes with the
   next record, of one byte.
-- ``REFUSE``: the reply to this number can't be lent; why follows, as UTF-8.
+- ``REFUSE``: there is no reply to this number; why follows, as UTF-8, and the flags say which error
+  it is (`_REFUSALS`). In place of a hello it is a refusal to talk at all.
 - ``FORGET``: numbers of segments follow, each a u32, that will not be spoken of any more.
 
 What is small goes within the record, which is cheaper than a lease. A record is written to the
@@ -26,12 +27,26 @@ from __future__ import annotations
 import mmap
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgeml.core import EdgemlError, Message, NotEncodable, Overloaded, copy, own, root_of
+from edgeml.core import (
+    DEFAULT_LIMITS,
+    EdgemlError,
+    Limits,
+    Malformed,
+    Message,
+    NotEncodable,
+    Overloaded,
+    Peer,
+    PermissionDenied,
+    copy,
+    own,
+    root_of,
+)
 from edgeml.core.message import aligned
 from edgeml.transports.shm.memory import (
     INLINE,
@@ -49,6 +64,7 @@ __all__ = ["Channel"]
 
 _HELLO, _MESSAGE, _RETURN, _MAP, _FORGET, _REFUSE = range(6)
 _FAR = 1
+_REFUSALS: tuple[type[EdgemlError], ...] = (Overloaded, Malformed, PermissionDenied)
 
 _MAGIC = b"edgeml\0\1"  # the last byte is the version of what is written above
 _HEAD = struct.Struct("<BBHIIQ")
@@ -69,21 +85,34 @@ class Channel:
         records: the socket.
         pool: whose memory is lent to the peer.
         account: counts what is lent and held; else `join` one once the peer has said hello.
+        limits: what a message of the peer may have; they are a server's.
 
     Attributes:
         connection: names the connection; None until the peer has said hello.
+        peer: the same as a listener tells it, once it has.
         lost: set once nothing more can be sent.
+        began: when this was made, by `time.monotonic`.
         copied: messages that were copied, since too much of the peer's memory is held here.
         on_full: called when the outbox, which was empty, no longer is.
     """
 
-    def __init__(self, records: Records, pool: Pool, account: Account | None = None) -> None:
+    def __init__(
+        self,
+        records: Records,
+        pool: Pool,
+        account: Account | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         self.records = records
+        self.began = time.monotonic()
         self.connection: bytes | None = None
+        self.peer: Peer | None = None
         self.lost = False
         self.copied = 0
         self.on_full: Callable[[Channel], None] = lambda _: None
         self._pool = pool
+        self._limits = limits
+        self._most_queued = min(_MOST_QUEUED, limits.replies_per_client // INLINE)
         self.account: Account | None = None
         self._lock = threading.Lock()
         self._outbox: deque[tuple[bytes, Segment | None]] = deque()
@@ -95,7 +124,7 @@ class Channel:
         self._maps: dict[int, mmap.mmap] = {}
         self._leases = Leases()
         self._lendable = 0  # bytes that it lends at a time
-        self._expected: tuple[int, int, bool] | None = None  # a segment, to be mapped next
+        self._expected: tuple[int, int, bool, float] | None = None  # a segment, mapped next
 
         if account is not None:
             self.join(account)
@@ -113,12 +142,16 @@ class Channel:
             head = _HEAD.pack(_HELLO, 0, 0, 0, 0, 0)
             self._post(head + _MAGIC + _SIZE.pack(self._pool.limit) + connection)
 
-    def refuse(self, number: int, why: str) -> None:
-        """Tell that a request will have no reply; raises Lost and Overloaded as `send` does."""
+    def refuse(self, number: int, why: EdgemlError) -> None:
+        """Tell that a request will have no reply, or in place of a hello, that nothing will.
+
+        Raises:
+            Lost, Overloaded: as `send` does.
+        """
+        flags = next(at for at, kind in enumerate(_REFUSALS) if isinstance(why, kind))
         with self._lock:
-            if len(self._outbox) >= _MOST_QUEUED:
-                raise Overloaded(f"the peer has left {_MOST_QUEUED} messages unread")
-            self._post(_HEAD.pack(_REFUSE, 0, 0, 0, 0, number) + why.encode()[:1000])
+            self._check_queue()
+            self._post(_HEAD.pack(_REFUSE, flags, 0, 0, 0, number) + str(why).encode()[:1000])
 
     def send(self, number: int, message: Message) -> None:
         """Send a message; its buffers may be changed when this returns, or raises.
@@ -150,8 +183,7 @@ class Channel:
                 table, body = self._place([memoryview(table + header)], blocks), b""
                 flags = _FAR
             with self._lock:
-                if len(self._outbox) >= _MOST_QUEUED:
-                    raise Overloaded(f"the peer has left {_MOST_QUEUED} messages unread")
+                self._check_queue()
                 if self.lost:
                     raise Lost("the connection has been closed")
                 if blocks:
@@ -237,6 +269,10 @@ class Channel:
         count = min(len(ended), _MOST_RETURNS)
         return struct.pack(f"<{count}I", *(ended.popleft() for _ in range(count)))
 
+    def _check_queue(self) -> None:
+        if len(self._outbox) >= self._most_queued:
+            raise Overloaded(f"the peer has left {self._most_queued} messages unread")
+
     def _post(self, record: bytes, segment: Segment | None = None) -> None:
         if self.lost:
             raise Lost("the connection has been closed")
@@ -245,6 +281,14 @@ class Channel:
         self._outbox.append((record, segment))
         if len(self._outbox) == 1:
             self.on_full(self)
+
+    def half_said(self, now: float) -> tuple[str, float]:
+        """Of what the peer has begun to say and hasn't finished: what, and for how many seconds."""
+        if self.connection is None:
+            return "its hello", now - self.began
+        if self._expected is not None:
+            return "its memory", now - self._expected[3]
+        return "", 0.0
 
     @property
     def full(self) -> bool:
@@ -281,8 +325,10 @@ class Channel:
 
     # Receiving ----------------------------------------------------------------------------
 
-    def receive(self, timeout: float = 0.0) -> tuple[int, Message | Overloaded] | None:
+    def receive(self, timeout: float = 0.0) -> tuple[int, Message | EdgemlError] | None:
         """Take one record; returns the number and the message, or why there is none.
+
+        A request that is larger than a server's limits is refused here.
 
         Args:
             timeout: seconds to wait for it.
@@ -299,9 +345,12 @@ class Channel:
                 return None
             kind, flags, returns, count, size, number = _HEAD.unpack_from(data)
             at = _HEAD.size
+            if kind == _REFUSE:
+                return number, _REFUSALS[flags](data[at:].decode(errors="replace"))
             if self.connection is None:
                 if kind != _HELLO or data[at:-24] != _MAGIC:
-                    raise Lost("the peer is of another version of edgeml, or none of ours")
+                    why = "the peer is of another version of edgeml, or none of ours"
+                    raise Lost(why, "Malformed")
                 self._lendable = _SIZE.unpack_from(data, len(data) - 24)[0]
                 self.connection = data[-16:]
                 return None
@@ -316,36 +365,40 @@ class Channel:
                 return number, message
             if kind == _MAP:
                 if len(self._maps) >= _MOST_MAPPED or number in self._maps:
-                    raise Lost("too many segments, or one that is known")
-                self._expected = number, _SIZE.unpack_from(data, at)[0], count == 1
+                    raise ValueError("too many segments, or one that is known")
+                size = _SIZE.unpack_from(data, at)[0]
+                self._expected = number, size, count == 1, time.monotonic()
             elif kind == _FORGET:
                 for gone in struct.unpack_from(f"<{count}I", data, at):
                     self._maps.pop(gone, None)
-            elif kind == _REFUSE:
-                return number, Overloaded(data[at:].decode())
             elif kind != _RETURN:
-                raise Lost(f"a record of kind {kind}")
-        except (struct.error, KeyError, ValueError, OSError, EdgemlError) as error:
-            raise Lost(f"{type(error).__name__}: {error}") from error
+                raise ValueError(f"a record of kind {kind}")
+        except (struct.error, LookupError, ValueError, OSError, EdgemlError) as error:
+            raise Lost(f"{type(error).__name__}: {error}", "Malformed") from error
         return None
 
     def _map(self) -> None:
         fd = self.records.receive_fd()
         if fd is not None and self._expected is not None:
-            number, size, whole = self._expected
+            number, size, whole, _ = self._expected
             self._expected = None
             self._maps[number] = map_segment(fd, size, whole=whole)
 
-    def _read_message(self, data: bytes, at: int, flags: int, count: int, size: int) -> Message:
+    def _read_message(
+        self, data: bytes, at: int, flags: int, count: int, size: int
+    ) -> Message | Malformed:
         if not count and not flags:
             if len(data) != at + size:
                 raise ValueError("a header of another length")
             return Message(data[at:])
         if count > _MOST_BUFFERS or size > _MOST_HEADER:
             raise ValueError("too many buffers, or too large a header")
-        roots: dict[int, tuple[memoryview, Lease]] = {}
+        roots: dict[tuple[int, int], tuple[memoryview, Lease]] = {}
         if flags & _FAR:
-            data = bytes(self._read_buffer(roots, *_DESCRIPTOR.unpack_from(data, at)))
+            place = _DESCRIPTOR.unpack_from(data, at)
+            if place[3] != count * _DESCRIPTOR.size + size:  # before that much is copied
+                raise ValueError("a far header of another length")
+            data = bytes(self._read_buffer(roots, *place))
             roots.clear()
             at = 0
         split = at + count * _DESCRIPTOR.size
@@ -362,6 +415,14 @@ class Channel:
         if len(data) != end:
             raise ValueError("a record of another length than it says")
         message = Message(data[split : split + size], buffers)
+        limits = self._limits
+        if count > limits.buffers:
+            return Malformed(f"a message of {count} arrays; this server takes {limits.buffers}")
+        if message.nbytes > limits.message_bytes:
+            took = f"this server takes {limits.message_bytes}"
+            return Malformed(f"a message of {message.nbytes} bytes; {took}")
+        if roots and self.records.foreign:
+            return own(message)  # or its sender could change it while it is looked at
         if roots and self.account is not None and self.account.holds_much(self._lendable):
             self.copied += 1
             message = own(message)
@@ -369,7 +430,7 @@ class Channel:
 
     def _read_buffer(
         self,
-        roots: dict[int, tuple[memoryview, Lease]],
+        roots: dict[tuple[int, int], tuple[memoryview, Lease]],
         number: int,
         token: int,
         offset: int,
@@ -378,9 +439,9 @@ class Channel:
         memory = self._maps[number]
         if offset + size > len(memory):
             raise ValueError("a buffer beyond its segment")
-        found = roots.get(token)
+        found = roots.get((number, token))
         if found is None:
-            found = roots[token] = self._leases.begin(memory, token)
+            found = roots[number, token] = self._leases.begin(memory, token)
         root, lease = found
         lease.size += size
         return root[offset : offset + size]

@@ -16,6 +16,7 @@ from contextlib import suppress
 from edgeml.core import (
     Closed,
     DeadlineExceeded,
+    EdgemlError,
     Message,
     Overloaded,
     Pending,
@@ -65,11 +66,11 @@ class _Line:
                     continue
                 got = self._waiter.wait(self._look, left)
                 if got is not None and got[0] == number:  # not a late one
-                    if isinstance(got[1], Overloaded):
+                    if isinstance(got[1], EdgemlError):
                         raise got[1]
                     return got[1]
 
-    def _look(self, seconds: float) -> tuple[int, Message | Overloaded] | None:
+    def _look(self, seconds: float) -> tuple[int, Message | EdgemlError] | None:
         if seconds or self._poll.poll(0):  # cheaper than to receive nothing
             return self.channel.receive(seconds)
         return None
@@ -109,12 +110,19 @@ class _Line:
 
 
 class Connection(Requester):
-    """One connection, over several sockets; see `Requester`."""
+    """One connection, over several sockets; see `Requester`.
+
+    Args:
+        url: where to.
+        timeout: seconds.
+        users: whose processes may be on the other side.
+    """
 
     local = secured = True
 
-    def __init__(self, url: Url, timeout: float) -> None:
+    def __init__(self, url: Url, timeout: float, users: frozenset[int]) -> None:
         self.url = url
+        self._users = users
         self.orphans: deque[tuple[Channel, int]] = deque()
         """The sockets of threads that have ended, with the number of the last call on each."""
         self._name = secrets.token_bytes(16)
@@ -132,7 +140,7 @@ class Connection(Requester):
             self._reactor = Reactor(
                 f"edgeml to {url}",
                 lambda _, number, message: self._pending.settle(number, message),
-                lambda _, why: self._lose(why),
+                lambda _, why: self._lose(str(why)),
                 self._tidy,
                 self._end,
             )
@@ -144,16 +152,24 @@ class Connection(Requester):
         watch_forks(self)
 
     def open_channel(self, timeout: float) -> Channel:
-        """Another socket to the peer, once it has said hello."""
+        """Another socket to the peer, once it has said hello.
+
+        Raises:
+            PermissionDenied: one side does not talk to the other's user.
+            Overloaded: the peer has too many connections.
+        """
         deadline = time.monotonic() + timeout
-        channel = Channel(connect(self.url, timeout), self._pool, self._account)
+        records = connect(self.url, timeout, self._users)
+        channel = Channel(records, self._pool, self._account)
         try:
-            channel.greet(self._name)
-            while channel.connection is None:
+            while channel.connection is None:  # the peer speaks first, or says why it doesn't
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise DeadlineExceeded(f"{self.url} did not answer within {timeout:g} s")
-                channel.receive(left)
+                refused = channel.receive(left)
+                if refused is not None and isinstance(refused[1], EdgemlError):
+                    raise refused[1]
+            channel.greet(self._name)
             if self._peer is None:
                 self._peer = channel.connection
             if channel.connection != self._peer:  # it has restarted, and a new connection is due

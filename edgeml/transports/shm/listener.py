@@ -12,11 +12,14 @@ import socket
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 
 from edgeml.core import (
+    EdgemlError,
     Endpoint,
+    Limits,
     Message,
     OnRequest,
     Overloaded,
@@ -26,17 +29,27 @@ from edgeml.core import (
     Url,
     own,
 )
+from edgeml.core.advice import what_to_do
 from edgeml.core.carrier import Stay
 from edgeml.core.forks import watch_forks
 from edgeml.core.url import require_this_machine
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.memory import Account, Pool, limit_of_environment
 from edgeml.transports.shm.reactor import Reactor
-from edgeml.transports.shm.sockets import LONGEST_PATH, Lost, accept, listen, unlink
+from edgeml.transports.shm.sockets import (
+    LONGEST_PATH,
+    Lost,
+    Records,
+    accept,
+    listen,
+    unlink,
+)
 
 __all__ = ["Listener", "check_address"]
 
 _log = logging.getLogger(__name__)
+
+_MOST_TOLD = 1000  # kinds of refusals that are remembered, so as not to be logged again
 
 
 class _Reply:
@@ -49,7 +62,10 @@ class _Reply:
 
     @property
     def peer(self) -> Peer:
-        return self._listener.peer(self._channel)
+        channel = self._channel
+        if channel.peer is None:
+            channel.peer = _peer(channel)
+        return channel.peer
 
     @property
     def expired(self) -> bool:
@@ -61,26 +77,42 @@ class _Reply:
         except (Lost, Overloaded) as error:
             self._listener.drop(error)
             if isinstance(error, Overloaded):
+                why = Overloaded(f"the reply could not be given: {error}")
                 with suppress(Lost, Overloaded):  # or it would be waited for
-                    self._channel.refuse(self._number, f"the reply could not be given: {error}")
+                    self._channel.refuse(self._number, why)
 
 
 class Listener(Endpoint):
-    """Serves at one address; see `Endpoint`."""
+    """Serves at one address; see `Endpoint`.
+
+    Args:
+        url: where.
+        on_request: is given the requests.
+        users: whose processes may connect.
+        limits: what they may have.
+    """
 
     local = secured = True
 
-    def __init__(self, url: Url, on_request: OnRequest) -> None:
+    def __init__(
+        self, url: Url, on_request: OnRequest, users: frozenset[int], limits: Limits
+    ) -> None:
         self._on_request = on_request
+        self._users = users
+        self._limits = limits
         self._pool = Pool(limit_of_environment())
-        self._socket, self.url = _listen(url)
+        self._socket, self.url = _listen(url, to_all=len(users) > 1)
         self._lock = threading.Lock()
         self._name = secrets.token_bytes(16)
-        self._accounts: weakref.WeakValueDictionary[bytes, Account] = weakref.WeakValueDictionary()
-        self._pids: weakref.WeakKeyDictionary[Channel, int] = weakref.WeakKeyDictionary()
+        self._accounts: weakref.WeakValueDictionary[bytes | int, Account] = (
+            weakref.WeakValueDictionary()
+        )
+        self._connected: Counter[int] = Counter()  # sockets, by user
+        self._told: set[tuple[int, str]] = set()  # what has been logged of whom
+        self._at_limit = False  # of open files
         self._copied = 0
         self._reactor = Reactor(
-            f"edgeml {self.url}", self._receive, self._lose, self._pool.tidy, self._end
+            f"edgeml {self.url}", self._receive, self._lose, self._tick, self._end
         )
         self._reactor.listen(self._socket, self._accept)
         self._reactor.start()
@@ -90,11 +122,6 @@ class Listener(Endpoint):
     def copied(self) -> int:
         return self._copied + sum(channel.copied for channel in self._reactor.channels)
 
-    def peer(self, channel: Channel) -> Peer:
-        """Who is on the other side, as the system tells."""
-        pid = self._pids.get(channel, 0)
-        return Peer((channel.connection or b"").hex(), f"shm, process {pid}")
-
     def drop(self, why: Exception) -> None:
         """Count a reply that can't be given."""
         with self._lock:
@@ -103,42 +130,97 @@ class Listener(Endpoint):
 
     def _accept(self) -> Channel | None:
         try:
-            found = accept(self._socket)
-        except PermissionDenied as error:
-            _log.warning("%s: somebody is refused: %s", self.url, error)
+            records = accept(self._socket)
+        except OSError as error:
+            advice = what_to_do(error.errno)
+            if not self._at_limit:
+                self._at_limit = True
+                _log.warning("%s: nobody can connect now: %s%s", self.url, error, advice)
+            raise
+        self._at_limit = False
+        if records is None:
             return None
-        except OSError as error:  # too many open files; or they went away meanwhile
-            _log.warning("%s: somebody could not connect: %s", self.url, error)
-            time.sleep(0.01)
-            return None
-        if found is None:
-            return None
-        records, pid = found
-        channel = Channel(records, self._pool)
-        self._pids[channel] = pid
-        try:
-            channel.greet(self._name)
-        except Lost:
-            channel.close()
-            return None
-        return channel
+        channel = Channel(records, self._pool, limits=self._limits)
+        refused = self._refusal(records)
+        with suppress(Lost, Overloaded):
+            if refused is None:
+                channel.greet(self._name)
+                self._connected[records.user] += 1
+                return channel
+            self._count(records, type(refused).__name__, f"is refused: {refused}")
+            channel.refuse(0, refused)
+        channel.close()
+        return None
 
-    def _receive(self, channel: Channel, number: int, message: Message | Overloaded) -> None:
+    def _refusal(self, records: Records) -> EdgemlError | None:
+        """Why somebody may not connect."""
+        user = records.user
+        if user not in self._users:
+            return PermissionDenied(
+                f"{self.url} is served by user {os.geteuid()}, who doesn't talk to user {user}: "
+                "list him there in Credentials.users, or in the file `users` among the keys"
+            )
+        most = self._limits.connections_per_address
+        if self._connected[user] >= most:
+            return Overloaded(
+                f"user {user} has {most} connections to {self.url}, and may have no more: see "
+                "Limits.connections_per_address"
+            )
+        return None
+
+    def _count(self, records: Records, kind: str, what: str) -> None:
+        """Count who was refused or cut off, and log the first of each kind and user."""
+        self.counts[kind] += 1
+        who = f"process {records.process} of user {records.user}"
+        if (records.user, kind) in self._told:
+            _log.debug("%s: %s %s", self.url, who, what)
+        else:
+            if len(self._told) < _MOST_TOLD:
+                self._told.add((records.user, kind))
+            _log.warning("%s: %s %s; more like it are only counted", self.url, who, what)
+
+    def _receive(self, channel: Channel, number: int, message: Message | EdgemlError) -> None:
         if channel.account is None and channel.connection is not None:
-            # One for all the sockets of a connection.
-            account = self._accounts.get(channel.connection)
-            if account is None:
-                self._accounts[channel.connection] = account = self._pool.open_account()
-            channel.join(account)
-        if isinstance(message, Message):  # nobody else refuses anything
+            channel.join(self._open_account(channel))
+        if isinstance(message, Message):
             self._on_request(message, _Reply(self, channel, number))
+        else:  # it is larger than it may be
+            self._count(channel.records, type(message).__name__, f"asks too much: {message}")
+            with suppress(Lost, Overloaded):
+                channel.refuse(number, message)
 
-    def _lose(self, channel: Channel, why: str) -> None:
-        _log.debug("%s: lost %s: %s", self.url, self.peer(channel).address, why)
+    def _open_account(self, channel: Channel) -> Account:
+        """One for all sockets of a connection; for all connections of another user, who could
+        otherwise have as many as he likes.
+        """
+        whose = channel.records.user if channel.records.foreign else channel.connection
+        assert whose is not None
+        account = self._accounts.get(whose)
+        if account is None:
+            self._accounts[whose] = account = self._pool.open_account()
+        return account
+
+    def _lose(self, channel: Channel, why: Lost) -> None:
+        self._connected[channel.records.user] -= 1
+        if why.kind:
+            self._count(channel.records, why.kind, f"is cut off: {why}")
         unsent = channel.close()
         with self._lock:
             self._copied += channel.copied
             self.dropped += unsent
+
+    def _tick(self) -> None:
+        self._pool.tidy()
+        now = time.monotonic()
+        for channel in self._reactor.channels:
+            what, seconds = channel.half_said(now)
+            if channel.connection is None and seconds > self._limits.handshake:
+                kind = "HandshakeTimeout"
+            elif seconds > self._limits.stall:
+                kind = "Stalled"
+            else:
+                continue
+            self._reactor.lose(channel, Lost(f"it hasn't said {what} in {seconds:.1f} s", kind))
 
     def _end(self) -> None:
         self._socket.close()
@@ -171,13 +253,24 @@ class Listener(Endpoint):
         self._socket.close()
 
 
-def _listen(url: Url) -> tuple[socket.socket, Url]:
+def _peer(channel: Channel) -> Peer:
+    """Who is on the other side, as the system tells."""
+    records = channel.records
+    name = (channel.connection or b"").hex()
+    whose = f" of user {records.user}" if records.foreign else ""
+    # The name is the peer's own choice, and must not be another user's.
+    return Peer(
+        f"{records.user}-{name}", f"shm, process {records.process}{whose}", f"user {records.user}"
+    )
+
+
+def _listen(url: Url, *, to_all: bool) -> tuple[socket.socket, Url]:
     check_address(url)
     chosen = bool(url.path or url.port)
     for _ in range(1 if chosen else 100):
         port = url.port if chosen else 49152 + secrets.randbelow(65536 - 49152)
         try:
-            return listen(port, url.path), url.with_port(port)
+            return listen(port, url.path, to_all=to_all), url.with_port(port)
         except OSError as error:
             last = error
     kind = PermissionDenied if isinstance(last, PermissionDenied) else OSError

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from edgeml.core import Message, Overloaded
+from edgeml.core import EdgemlError, Message
 from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.sockets import Lost
@@ -25,6 +25,9 @@ _LINGER = 0.2  # seconds that what is still to be sent has when the loop ends
 class Reactor:
     """Receives, and sends what found no room in a socket when it was to be sent.
 
+    A listener takes nothing from a peer that leaves unread what it was sent, or each request would
+    cost memory for its reply. A connection does: two that waited for each other would for ever.
+
     Args:
         name: of the thread.
         on_message: is given each message, one at a time.
@@ -36,8 +39,8 @@ class Reactor:
     def __init__(
         self,
         name: str,
-        on_message: Callable[[Channel, int, Message | Overloaded], object],
-        on_lost: Callable[[Channel, str], None],
+        on_message: Callable[[Channel, int, Message | EdgemlError], object],
+        on_lost: Callable[[Channel, Lost], None],
         on_tick: Callable[[], None],
         on_end: Callable[[], None],
     ) -> None:
@@ -49,6 +52,7 @@ class Reactor:
         self._poller = Poller()
         self._waiter = Waiter()
         self._listening: tuple[int, Callable[[], Channel | None]] | None = None
+        self._deaf = False  # to who connects, until the next tick
         self._channels: dict[int, Channel] = {}
         self._full: set[Channel] = set()  # whose outbox has begun to fill
         self._writing: set[Channel] = set()  # those that are waited for
@@ -61,7 +65,11 @@ class Reactor:
         self._next_tick = time.monotonic() + _TICK
 
     def listen(self, sock: socket.socket, accept: Callable[[], Channel | None]) -> None:
-        """Call ``accept`` when somebody connects; before the start."""
+        """Call ``accept`` when somebody connects; before the start.
+
+        When it raises an OSError, as this process has too many files open, it is called no more
+        until the next tick, or the loop would do nothing else.
+        """
         self._listening = sock.fileno(), accept
         self._poller.set(sock.fileno(), IN, new=True)
 
@@ -152,7 +160,12 @@ class Reactor:
 
     def _other(self, fd: int) -> None:
         if self._listening is not None and fd == self._listening[0]:
-            channel = self._listening[1]()
+            try:
+                channel = self._listening[1]()
+            except OSError:
+                self._poller.remove(fd)
+                self._deaf = True
+                return
             if channel is not None:
                 self.add(channel)
         elif fd == self._listen.fileno():
@@ -167,7 +180,10 @@ class Reactor:
                 return
             got = channel.receive()
         except Lost as error:
-            self._lose(channel, str(error))
+            self.lose(channel, error)
+            return
+        except Exception as error:  # no memory is left for what it sends, say
+            self.lose(channel, Lost(f"{type(error).__name__}: {error}", type(error).__name__))
             return
         if got is not None:
             self._carrier.hand_over(self._on_message, channel, *got)
@@ -179,18 +195,23 @@ class Reactor:
             channel = self._full.pop()
             if self._channels.get(channel.records.fd) is channel and channel not in self._writing:
                 self._writing.add(channel)
-                self._poller.set(channel.records.fd, IN | OUT)
+                both = IN if self._listening is None else 0
+                self._poller.set(channel.records.fd, both | OUT)
 
     def _tick(self) -> None:
         self._next_tick = time.monotonic() + _TICK
+        if self._deaf and self._listening is not None:
+            self._deaf = False
+            self._poller.set(self._listening[0], IN, new=True)
         for channel in self.channels:
             try:
                 channel.tidy()
             except Lost as error:
-                self._lose(channel, str(error))
+                self.lose(channel, error)
         self._on_tick()
 
-    def _lose(self, channel: Channel, why: str) -> None:
+    def lose(self, channel: Channel, why: Lost) -> None:
+        """Have no more to do with a channel; in the loop's thread."""
         self._poller.remove(channel.records.fd)
         del self._channels[channel.records.fd]
         self._writing.discard(channel)
@@ -204,7 +225,7 @@ class Reactor:
             if left:
                 time.sleep(1e-3)
         for channel in self.channels:
-            self._lose(channel, "this end has been closed")
+            self.lose(channel, Lost("this end has been closed"))
         self._poller.close()
         self._bell.close()
         self._listen.close()

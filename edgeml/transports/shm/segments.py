@@ -122,8 +122,13 @@ def map_segment(fd: int, size: int, *, whole: bool) -> mmap.mmap:
                 seals = 0
             if seals & _NEEDED != _NEEDED:
                 raise Malformed("memory that its sender could truncate")
-        if not 0 < size <= os.fstat(fd).st_size:
+            if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:  # which could be taken back: SIGBUS, too
+                raise Malformed("memory of large pages")
+        now = os.fstat(fd)
+        if not 0 < size <= now.st_size:
             raise Malformed(f"memory that is smaller than the {size} bytes it claims")
+        # Not what is full of holes, which would be filled with memory at this end's cost.
+        whole = whole and now.st_blocks * 512 >= size
         flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if whole else 0)
         return mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ)
     finally:

@@ -10,13 +10,16 @@ import array
 import errno
 import math
 import os
+import pwd
 import select
 import socket
 import stat
 import struct
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 from edgeml.core import PermissionDenied, Url
 from edgeml.core.advice import explain_no_connection
@@ -28,6 +31,7 @@ __all__ = [
     "Records",
     "accept",
     "connect",
+    "find_users",
     "listen",
     "unlink",
 ]
@@ -45,10 +49,19 @@ _LONGEST = 1e9  # ms that a wait is told to last
 _LENGTH = struct.Struct("<I")
 _BACKLOG = 4096
 _ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
+_NAMELESS = 65534  # the user that Linux shows in place of one who has no name in a container
 
 
 class Lost(Exception):
-    """The peer has gone, or can't be trusted any more."""
+    """The peer has gone, or can't be trusted any more.
+
+    Attributes:
+        kind: under what it is counted; empty where the peer has just gone.
+    """
+
+    def __init__(self, why: str, kind: str = "") -> None:
+        super().__init__(why)
+        self.kind = kind
 
 
 # socket.send_fds and recv_fds take flags, and leave them out (Python 3.11).
@@ -72,15 +85,27 @@ def _receive_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int], bool
 
 
 class Records:
-    """A connected socket that carries records. Sends never wait."""
+    """A connected socket that carries records. Sends never wait.
+
+    Attributes:
+        fd: the socket's.
+        process: the id of the process on the other side; 0 where the system does not tell.
+        user: who runs it.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
+        self.process, self.user = _identify(sock)
         # Blocking, since to wait and to receive are one system call then: beside a thread that
         # computes, each one that waits costs 5 ms to get the GIL back. All else says DONTWAIT.
         sock.setblocking(True)
         self._socket = sock
         self._timeout = 0  # ms, as set on the socket
         self.fd = sock.fileno()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another user's process is on the other side."""
+        return self.user != os.geteuid()
 
     def send(self, record: bytes, fd: int | None = None) -> bool:
         """Send a record, with a file descriptor if need be; False where there is no room now."""
@@ -134,7 +159,8 @@ class Records:
                 os.close(fd)
             raise Lost(
                 "no file descriptor came where one was due; if this process has too many files "
-                "open, raise the limit (ulimit -n)"
+                "open, raise the limit (ulimit -n)",
+                "Malformed",
             )
         return fds[0]
 
@@ -206,7 +232,7 @@ class StreamRecords(Records):
             if len(self._come) >= size:
                 size += _LENGTH.unpack_from(self._come)[0]
                 if size > LARGEST_RECORD + _LENGTH.size:
-                    raise Lost("a record that is too large")
+                    raise Lost("a record that is too large", "Malformed")
                 if len(self._come) == size:
                     record, self._come = self._come[_LENGTH.size :], b""
                     return record
@@ -218,7 +244,9 @@ class StreamRecords(Records):
                 raise Lost(str(error)) from None
             self._fds += fds
             if len(self._fds) > 1 or more:
-                raise Lost("file descriptors that nobody asked for, or no room for one")
+                raise Lost(
+                    "file descriptors that nobody asked for, or no room for one", "Malformed"
+                )
             if not data:
                 raise Lost("the peer has closed the connection")
             self._come += data
@@ -227,7 +255,7 @@ class StreamRecords(Records):
         if self.receive() is None:
             return None
         if not self._fds:
-            raise Lost("no file descriptor came where one was due")
+            raise Lost("no file descriptor came where one was due", "Malformed")
         return self._fds.pop()
 
     def close(self) -> None:
@@ -253,8 +281,44 @@ def _format_address(port: int, path: str) -> str:
     return os.path.join(tempfile.gettempdir(), f"edgeml-{os.geteuid()}-{port}.sock")
 
 
-def listen(port: int, path: str) -> socket.socket:
+def find_users(listed: Iterable[int | str]) -> frozenset[int]:
+    """The ids of the users whose processes are talked to: this one's, and those that are listed.
+
+    Raises:
+        ValueError: this machine knows no user of that name; or it is one whom the system does not
+            tell from others.
+    """
+    users = {os.geteuid()}
+    for each in listed:
+        try:
+            users.add(each if isinstance(each, int) else pwd.getpwnam(each).pw_uid)
+        except KeyError:
+            raise ValueError(f"users: this machine has no user {each!r}; give name or id") from None
+    if _NAMELESS in users and not _names_all_users():
+        raise ValueError(
+            f"in this container user {_NAMELESS} stands for everybody who has no name in it, so "
+            "shm can't tell whom it talks to: run as another user, or use another transport"
+        )
+    return frozenset(users)
+
+
+def _names_all_users() -> bool:
+    """Whether each user of the machine has an id of its own here, as outside of containers."""
+    try:
+        ranges = Path("/proc/self/uid_map").read_text().split()
+    except OSError:  # a system without containers
+        return True
+    return sum(map(int, ranges[2::3])) >= _NAMELESS * 2
+
+
+def listen(port: int, path: str, *, to_all: bool = False) -> socket.socket:
     """Listen by a number, or at a path.
+
+    Args:
+        port: the number.
+        path: the path, which counts if there is one.
+        to_all: whether other users find their way through a path's permissions; `accept` looks who
+            they are.
 
     Raises:
         PermissionDenied: another user has taken the address; its ``errno`` is ``EADDRINUSE``.
@@ -276,7 +340,7 @@ def listen(port: int, path: str) -> socket.socket:
             os.unlink(address)
             sock.bind(address)
         if not address.startswith("\0"):
-            os.chmod(address, 0o600)
+            os.chmod(address, 0o666 if to_all else 0o600)
         sock.listen(_BACKLOG)
         sock.setblocking(False)
     except BaseException:
@@ -323,36 +387,38 @@ def unlink(port: int, path: str) -> None:
             os.unlink(address)
 
 
-def accept(sock: socket.socket) -> tuple[Records, int] | None:
-    """The next who connects, and its process's id; None where there is none now.
-
-    Raises:
-        PermissionDenied: it is another user's.
-    """
+def accept(sock: socket.socket) -> Records | None:
+    """The next who connects, whoever it is; None where there is none now."""
     try:
         made, _ = sock.accept()
     except BlockingIOError:
         return None
     try:
-        return _wrap(made), _check_user(made)
+        return _wrap(made)
     except BaseException:
         made.close()
         raise
 
 
-def connect(url: Url, timeout: float) -> Records:
+def connect(url: Url, timeout: float, users: frozenset[int]) -> Records:
     """Connect to who listens at a path, or else by the number of a port.
 
     Raises:
         Unreachable: nobody does.
-        PermissionDenied: another user does.
+        PermissionDenied: somebody does who is none of these users.
     """
     sock = _open_socket()
     try:
         sock.settimeout(timeout)
         sock.connect(_format_address(url.port, url.path))
-        _check_user(sock)
-        return _wrap(sock)
+        made = _wrap(sock)
+        if made.user not in users:
+            raise PermissionDenied(
+                f"the process on the other side is run by user {made.user}, this one by "
+                f"{os.geteuid()}; shm connects the processes of one user, unless both ends list "
+                "the other's: Credentials.users, or the file `users` among the keys"
+            )
+        return made
     except PermissionDenied:
         sock.close()
         raise
@@ -381,14 +447,3 @@ def _identify(sock: socket.socket) -> tuple[int, int]:
     # LOCAL_PEERCRED of unix(4): a struct xucred
     _, user = struct.unpack_from("II", sock.getsockopt(0, 1, 76))
     return 0, user
-
-
-def _check_user(sock: socket.socket) -> int:
-    """The id of the process on the other side, if it is this user's, as the system tells."""
-    process, user = _identify(sock)
-    if user != os.geteuid():
-        raise PermissionDenied(
-            f"the process on the other side is run by user {user}, this one by {os.geteuid()}; "
-            "shm connects the processes of one user"
-        )
-    return process
