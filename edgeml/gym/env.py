@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.error import ResetNeeded
 
 from edgeml.core import (
@@ -32,6 +33,7 @@ _ID = "edgeml/Remote-v0"
 # After these it is known what the environment did: nothing, or what itself raised.
 _STANDING = (RemoteError, Malformed, NotEncodable, Overloaded)
 _GONE = "the server was started anew, or ended this client's session"
+_MOST = 1 << 1000  # of a reward that is a whole number, which a float holds as well
 _CLOSING = 5.0  # seconds that the environment's own close may take
 
 
@@ -121,9 +123,15 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
             raise ConfigMismatch(
                 "what serves there has no environment; start an edgeml.gym.EnvServer"
             ) from error
-        if not isinstance(told, dict):
-            raise Malformed(f"the server told nothing of its environment, but {told!r:.100}")
-        return told
+        match told:
+            case {
+                "observation_space": _,
+                "action_space": _,
+                "metadata": dict(metadata),
+                "render_mode": str() | None,
+            } if all(isinstance(key, str) for key in metadata):
+                return dict(told)
+        raise Malformed(f"the server told nothing of its environment, but {told!r:.100}")
 
     # Gymnasium's own ----------------------------------------------------------------------
 
@@ -158,14 +166,21 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
                 )
 
     def _began(self, answer: Any) -> tuple[Any, dict[str, Any]]:
+        match answer:
+            case [observation, dict(info)]:
+                observation = self._observed(observation)
+                self._why = ""
+                return observation, info
+        raise Malformed(f"no answer to a reset: {answer!r:.100}")
+
+    def _observed(self, sent: Any) -> Any:
+        """What is an observation here, of what was sent for it."""
+        if self._unpack is None:
+            return sent
         try:
-            observation, info = answer
-            if self._unpack is not None:
-                observation = self._unpack(observation)
-        except (TypeError, ValueError) as error:
-            raise Malformed(f"no answer to a reset: {answer!r:.100}") from error
-        self._why = ""
-        return observation, info
+            return self._unpack(sent)
+        except Exception as error:  # whatever comes of a value that has another form
+            raise Malformed(f"no observation of {self.observation_space}: {sent!r:.100}") from error
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take one step; see `gymnasium.Env.step`.
@@ -193,16 +208,22 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         return self._stepped(answer)
 
     def _stepped(self, answer: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        try:
-            observation, reward, terminated, truncated, *rest = answer
-            if self._unpack is not None:
-                observation = self._unpack(observation)
-        except (TypeError, ValueError) as error:
-            if answer is None:
-                self._why = _GONE
-                raise self._cannot() from None
-            raise Malformed(f"no answer to a step: {answer!r:.100}") from error
-        return observation, reward, terminated, truncated, rest[0] if rest else {}
+        if answer is None:
+            self._why = _GONE
+            raise self._cannot()
+        if not isinstance(answer, list) or len(answer) not in (4, 5):
+            raise Malformed(f"no answer to a step: {answer!r:.100}")
+        observation, reward, terminated, truncated, *rest = answer
+        info = rest[0] if rest else {}
+        if not (
+            _is_number(reward)
+            and _is_flag(terminated)
+            and _is_flag(truncated)
+            and isinstance(info, dict)
+        ):
+            told = [reward, terminated, truncated, info]
+            raise Malformed(f"no reward, two flags and info of a step: {told!r:.200}")
+        return self._observed(observation), reward, terminated, truncated, info
 
     def _lose(self, why: str) -> None:
         """Take no further step before a reset."""
@@ -228,6 +249,8 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         if answer is None:
             self._why = _GONE
             raise self._cannot()
+        if not isinstance(answer, list) or len(answer) != 1:
+            raise Malformed(f"nothing that was rendered: {answer!r:.100}")
         return answer[0]
 
     def close(self) -> None:
@@ -264,3 +287,18 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
 
     def _render_later(self) -> Future[Any]:
         return self.client.call_async("/env/render", None)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a reward; of several objectives it is an array."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biuf"
+    if type(value) is int:
+        return -_MOST < value < _MOST
+    return isinstance(value, (int, float, np.number, np.bool_))
+
+
+def _is_flag(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.shape == () and value.dtype.kind in "biu"
+    return isinstance(value, (int, np.integer, np.bool_))

@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
+from edgeml.core import Malformed
 from edgeml.core.security import CredentialsLike
 from edgeml.gym.env import RemoteEnv
 
@@ -128,7 +129,7 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
         numbers = np.flatnonzero(chosen).tolist()
         infos: dict[str, Any] = {}
         for number, info in self._reset_those(numbers, seeds, options):
-            infos = self._add_info(infos, info, number)
+            infos = self._add_told(infos, info, number)
         for number in np.flatnonzero(~chosen).tolist():  # nobody gets the same object twice
             self._observations[number] = deepcopy(self._observations[number])
         self._ended[chosen] = False
@@ -210,19 +211,19 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
             if resetting[number]:
                 info = self._begin(number, answers[number])
             else:
-                observation, rewards[number], terminated, truncated, info = env._stepped(
-                    answers[number]
-                )
-                self._observations[number] = observation
+                observation, reward, terminated, truncated, info = env._stepped(answers[number])
+                if np.shape(reward) != ():
+                    raise Malformed(f"a reward of one environment is a number, not {reward!r:.100}")
+                self._observations[number], rewards[number] = observation, reward
                 terminations[number], truncations[number] = terminated, truncated
                 if (terminated or truncated) and self.autoreset_mode is AutoresetMode.SAME_STEP:
                     final = {"final_obs": observation, "final_info": info}
-                    infos = self._add_info(infos, final, number)
+                    infos = self._add_told(infos, final, number)
                     again.append(number)
                     continue
-            infos = self._add_info(infos, info, number)
+            infos = self._add_told(infos, info, number)
         for number, info in self._reset_those(again):
-            infos = self._add_info(infos, info, number)
+            infos = self._add_told(infos, info, number)
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             self._ended = terminations | truncations
         return self._batch(), rewards, terminations, truncations, infos
@@ -244,10 +245,19 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
             raise failed
         return answers
 
+    def _add_told(self, infos: dict[str, Any], info: dict[str, Any], number: int) -> dict[str, Any]:
+        try:
+            return self._add_info(infos, info, number)
+        except Exception as error:  # gymnasium's own; it makes arrays of what it finds
+            raise Malformed(f"an info that is none: {info!r:.100}: {error}") from error
+
     def _batch(self) -> Any:
         space = self.single_observation_space
         place: Any = create_empty_array(space, self.num_envs, fn=np.zeros)
-        return concatenate(space, self._observations, place)
+        try:
+            return concatenate(space, self._observations, place)
+        except Exception as error:  # whatever comes of a value that has another form
+            raise Malformed(f"an observation that is none of {space}: {error}") from error
 
     def render(self) -> tuple[Any, ...]:
         """Return what each of them renders; see `RemoteEnv.render`."""

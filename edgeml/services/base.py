@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ClientSettings", "ServerSettings", "ServiceClient", "ServiceServer"]
 
 F = TypeVar("F", bound=Load)
+T = TypeVar("T")
 
 _THIS_MACHINE = "127.0.0.1"
 _WAIT_FOR_SERVER = 600.0  # seconds, where the user just says "wait"
@@ -471,3 +473,31 @@ def names(what: str, given: Sequence[Any]) -> list[str]:
 def named(name: str, payload: Any) -> list[Any]:
     """Return what an action or a request is sent as; an empty dict stands for no payload."""
     return [name, {} if payload is None else payload]
+
+
+def checked(future: Future[Any], check: Callable[[Any], T]) -> Future[T]:
+    """Return a future of what ``check`` makes of the result of another, or raises about it.
+
+    To cancel it is to cancel the other.
+    """
+    made: Future[T] = Future()
+
+    def give_up(made: Future[T]) -> None:
+        if made.cancelled():
+            future.cancel()
+
+    def pass_on(done: Future[Any]) -> None:
+        if done.cancelled():
+            made.cancel()
+            return
+        with suppress(InvalidStateError):  # it was cancelled
+            try:
+                result = check(done.result())
+            except Exception as error:
+                made.set_exception(error)
+            else:
+                made.set_result(result)
+
+    made.add_done_callback(give_up)
+    future.add_done_callback(pass_on)
+    return made

@@ -12,7 +12,13 @@ from edgeml.core.client import Timing
 from edgeml.core.dispatch import Caller, answer_with, unknown
 from edgeml.core.errors import Malformed
 from edgeml.core.server import Server
-from edgeml.services.base import ClientSettings, ServerSettings, ServiceClient, ServiceServer
+from edgeml.services.base import (
+    ClientSettings,
+    ServerSettings,
+    ServiceClient,
+    ServiceServer,
+    checked,
+)
 from edgeml.services.batching import Batcher, Batching
 from edgeml.services.checks import EXTENSION, Check, Contracts
 from edgeml.services.contract import PolicyContract
@@ -236,6 +242,12 @@ def _chosen(episode: str | None) -> str:
     return secrets.token_hex(8) if episode is None else episode
 
 
+def _begun(chosen: str, answer: Any) -> str:
+    if not isinstance(answer, str) or answer != chosen:
+        raise Malformed(f"the server was to begin episode {chosen!r}, and began {answer!r:.100}")
+    return answer
+
+
 class InferenceClient(ServiceClient):
     """Calls the functions of an `InferenceServer`.
 
@@ -282,7 +294,10 @@ class InferenceClient(ServiceClient):
 
     def interfaces(self) -> list[str]:
         """The names that can be called, sorted."""
-        return list(self._client.call(_LIST, None))
+        names = self._client.call(_LIST, None)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise Malformed(f"the server's interfaces are a list of names, not {names!r:.100}")
+        return names
 
     def contract(self, name: str) -> PolicyContract | None:
         """Return what an interface takes and gives; None if the server doesn't state it.
@@ -305,11 +320,13 @@ class InferenceClient(ServiceClient):
         Returns:
             The id.
         """
-        return str(self._client.call(_RESET, _chosen(episode), timeout))
+        chosen = _chosen(episode)
+        return _begun(chosen, self._client.call(_RESET, chosen, timeout))
 
     def reset_async(self, episode: str | None = None, timeout: float | None = None) -> Future[str]:
         """Begin an episode, and return a future of what `reset` returns or raises."""
-        return self._client.call_async(_RESET, _chosen(episode), timeout)
+        chosen = _chosen(episode)
+        return checked(self._client.call_async(_RESET, chosen, timeout), partial(_begun, chosen))
 
     @overload
     def call(

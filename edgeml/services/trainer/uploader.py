@@ -15,6 +15,7 @@ from edgeml.core.client import Client
 from edgeml.core.errors import DeadlineExceeded, EdgemlError, Malformed, NotEncodable
 from edgeml.core.message import pooled
 from edgeml.data import Batch, DataStoreBase
+from edgeml.services.trainer.ledger import Run
 from edgeml.services.trainer.refusals import Refusals
 
 __all__ = ["OnRefused", "Uploader"]
@@ -28,6 +29,8 @@ _CHUNK_BYTES = 4 << 20  # larger messages of images are slower, not faster
 _WINDOW = 4  # chunks under way: one is collected, sent or inserted while others are
 _MOST_ITEMS = 4096  # in a chunk
 _FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
+_MOST_SETBACKS = 8  # times that a server may ask for items again in an update that gets no further
+_LONGEST_REASON = 300  # characters, of why an item was refused
 
 
 class _Chunk(NamedTuple):
@@ -158,6 +161,7 @@ class Uploader:
         under_way: deque[tuple[Callable[[], Any], _Chunk]] = deque()
         after, cursor = self.sent, max(self.sent, self._passed)
         unfit: _Unfit | None = None
+        furthest, setbacks = self.sent, 0
         try:
             while True:
                 while unfit is None and cursor < newest and len(under_way) < self._window:
@@ -179,14 +183,22 @@ class Uploader:
                     break
                 answer, chunk = under_way.popleft()
                 try:
-                    self._acknowledge(answer())
+                    answered = answer()
                 except Malformed as error:
                     raise _Unfit(chunk, error) from None
+                self._acknowledge(answered)
                 if self.sent < chunk.last:  # a gap, and so are those that follow
                     _wait_for(under_way)
                     self._ask_how_far()
                     after = cursor = self.sent
                     unfit = None
+                    setbacks = 0 if self.sent > furthest else setbacks + 1
+                    if setbacks > _MOST_SETBACKS:
+                        raise Malformed(
+                            f"the server asks for the items of {self._name!r} from {self.sent + 1} "
+                            f"on again and again, and was sent them {setbacks} times"
+                        )
+                furthest = max(furthest, self.sent)
         except BaseException:
             _wait_for(under_way)
             raise
@@ -258,7 +270,7 @@ class Uploader:
 
     def _acknowledge(self, answer: Any) -> None:
         """The server has all items up to its mark, but for those overwritten or refused."""
-        mark, refused = _parse(answer)
+        mark, refused = _parse(answer, max(self.sent, *(c.last for c in self._unsure)))
         n_refused = 0
         for first, n, why in refused:
             start = max(first, self._refused_there + 1)
@@ -291,21 +303,40 @@ class Uploader:
             self.refusals.add(self._name, item_id, 1, why)
 
 
-def _parse(answer: Any) -> tuple[int, list[tuple[int, int, str]]]:
-    """The mark in an answer, and the runs of items that the learner's store refused."""
+def _parse(answer: Any, newest: int) -> tuple[int, list[Run]]:
+    """The mark in an answer, and the runs of items that the learner's store refused.
+
+    Args:
+        answer: whatever a server gave.
+        newest: the number of the newest item that it was sent.
+
+    Raises:
+        Malformed: it can't be an answer to an upload.
+    """
     match answer:
-        case int(mark):
-            return mark, []
-        case {"mark": int(mark), "refused": [*runs]}:
-            refused = []
-            for run in runs:
-                match run:
-                    case [int(first), int(n), str(why)] if first > 0 and n > 0:
-                        refused.append((first, n, why))
-                    case _:
-                        raise Malformed("an answer to an upload: runs of a number, a count, a text")
-            return mark, refused
-    raise Malformed("an answer to an upload is a mark, or a mark and what was refused")
+        case {"mark": mark, "refused": list(runs)}:
+            pass
+        case mark:
+            runs = []
+    if type(mark) is not int or not 0 <= mark <= newest:
+        raise Malformed(
+            f"an answer to an upload has a mark of 0 to {newest}, which was sent, "
+            f"not {answer!r:.100}"
+        )
+    refused: list[Run] = []
+    following = 1
+    for run in runs:
+        match run:
+            case [first, n, str(why)] if type(first) is type(n) is int:
+                if following <= first <= first + n - 1 <= mark:
+                    following = first + n
+                    refused.append((first, n, why[:_LONGEST_REASON]))
+                    continue
+        raise Malformed(
+            "an answer to an upload has runs of items up to its mark, in order, each a number, a "
+            f"count and a text, not {run!r:.100}"
+        )
+    return mark, refused
 
 
 def _wait_for(under_way: deque[tuple[Callable[[], Any], _Chunk]]) -> None:
