@@ -78,6 +78,7 @@ class Uploader:
         self._client = client
         self._incarnation = incarnation
         self._unsure: deque[_Chunk] = deque()  # under way, or whose answer was lost
+        self._furthest = 0  # the newest id that was ever sent
         self._arrived = 0  # items
         self._unfit: deque[int] = deque()  # ids above `sent` of items that can't be sent
         self._passed = 0  # up to this id, what is above `sent` can't be
@@ -238,6 +239,7 @@ class Uploader:
         }
         timeout = self._limit()
         self._unsure.append(chunk)
+        self._furthest = max(self._furthest, chunk.last)
         try:
             if not alone:
                 return self._client.call_async("update", upload, timeout).result
@@ -270,7 +272,7 @@ class Uploader:
 
     def _acknowledge(self, answer: Any) -> None:
         """The server has all items up to its mark, but for those overwritten or refused."""
-        mark, refused = _parse(answer, max(self.sent, *(c.last for c in self._unsure)))
+        mark, refused = _parse(answer, self._furthest)
         n_refused = 0
         for first, n, why in refused:
             start = max(first, self._refused_there + 1)
