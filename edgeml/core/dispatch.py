@@ -45,6 +45,8 @@ from edgeml.core.errors import (
     text_of,
 )
 from edgeml.core.interrupts import insisting
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
+from edgeml.core.security import ALL, Role
 from edgeml.core.transport import Endpoint, Peer
 
 __all__ = [
@@ -65,10 +67,9 @@ _SHORT = 0.5e-3  # seconds; to have another thread carry a loop costs a good par
 _ROUND = 1e-3  # seconds of handlers after which a loop gets a round, though more calls wait
 _STUCK = 0.02  # seconds that a handler may take before the loop goes on elsewhere
 _STREAK = 4  # calls that another endpoint brings in a row, after which its loop is carried
+_MOST_TOLD = 1000  # refusals that are worth a line, each once
 _MOST_ROUNDS = 64  # that are made for more calls of a batch
 _QUIET = 5  # looks of the watch without a call, after which it rests
-_MOST_WAITING = 1 << 12  # calls
-_MOST_WAITING_BYTES = 1 << 30
 _TOO_LATE = "nobody waits for this call any more"
 _GRACE = 2.0  # seconds that handlers have to return when the dispatcher is closed
 
@@ -84,6 +85,9 @@ class Caller:
         client_id: the identity that the client gave; random unless its user chose one.
         label: what the client calls itself, for people to read.
         peer: who the transport says it is.
+        identity: the name of its key; None where the server asks for none.
+        role: what that key may do.
+        revoked: whether its key has been revoked since.
         episode: what handlers keep about it.
     """
 
@@ -92,9 +96,26 @@ class Caller:
     peer: Peer
     turn: float = 0.0  # when the next call may start, under a rate limit
     episode: Episode = field(default_factory=Episode)
+    identity: str | None = None
+    role: Role = ALL
+    revoked: bool = False
+
+    def require(self, permission: str, name: str) -> None:
+        """Raise PermissionDenied unless its key may do this.
+
+        Args:
+            permission: one of `edgeml.core.security.PERMISSIONS`.
+            name: of what it is to be done with.
+        """
+        if self.role.allowed is not None and not self.role.allows(permission, name):
+            raise PermissionDenied(
+                f"the key of {self.identity!r} has the role {str(self.role)!r}, which lacks "
+                f"{permission}:{name}"
+            )
 
     def __str__(self) -> str:
-        return f"{self.label or self.client_id} at {self.peer.address}"
+        key = "" if self.identity is None else f" with the key of {self.identity}"
+        return f"{self.label or self.client_id}{key} at {self.peer.address}"
 
 
 _NOBODY = Caller("", "", Peer("", ""))
@@ -343,11 +364,13 @@ class Turns:
     def __init__(self, dispatcher: Dispatcher, interface: _Interface, gatherer: Gatherer) -> None:
         self._dispatcher = dispatcher
         self._interface = interface
-        self._turn = _Interface(interface.name, lambda _: gatherer.run(), interface.lane, gatherer)
+        self._turn = _Interface(
+            interface.name, lambda _: gatherer.run(), interface.lane, gatherer=gatherer
+        )
         self._turn.fresh = False
 
     def ask(self, source: Endpoint | None) -> None:
-        """Have `Gatherer.run` called, after what waits already; once for each time asked.
+        """Have `Gatherer.run` called, in its turn; once for each time asked.
 
         Args:
             source: the endpoint that brought the newest of the calls, if one did.
@@ -362,8 +385,8 @@ class Turns:
     def begin(self, call: Call) -> bool:
         """Say that a call waits no longer; False if nobody waits for it, which is refused then."""
         self._dispatcher._leave_gatherer(call, self._interface.lane)
-        if call.expired:
-            self._dispatcher.refuse(call, DeadlineExceeded(_TOO_LATE))
+        if (why := self._dispatcher._check_call(call)) is not None:
+            self._dispatcher.refuse(call, why)
             return False
         self._dispatcher._count(call, self._interface)
         return True
@@ -407,30 +430,126 @@ def require_plain(what: str, function: object) -> None:
 
 
 class _Interface:
-    __slots__ = ("fresh", "gatherer", "handler", "lane", "name", "typical")
+    __slots__ = ("fresh", "gatherer", "handler", "lane", "name", "needs", "typical")
 
     def __init__(
-        self, name: str, handler: Handler, lane: _Lane, gatherer: Gatherer | None = None
+        self,
+        name: str,
+        handler: Handler,
+        lane: _Lane,
+        needs: str = "",
+        gatherer: Gatherer | None = None,
     ) -> None:
         self.gatherer = gatherer
         self.name = name
         self.handler = handler
         self.lane = lane
+        self.needs = needs
         self.fresh = not name.startswith("/")  # not called yet; our own are not worth a line
         self.typical = 1.0  # seconds that it takes, of late; long until it has shown otherwise
+
+
+class _Line:
+    """What waits, of each client in the order in which it came, and of all clients in turn."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, deque[tuple[Call, _Interface]]] = {}  # whose turn is next comes first
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, call: Call, interface: _Interface) -> None:
+        self._count += 1
+        peer = call.caller.peer.id
+        line = self._of.get(peer)
+        if line is None:
+            self._of[peer] = line = deque()
+        line.append((call, interface))
+
+    def popleft(self) -> tuple[Call, _Interface]:
+        self._count -= 1
+        peer = next(iter(self._of))
+        line = self._of.pop(peer)
+        first = line.popleft()
+        if line:
+            self._of[peer] = line
+        return first
+
+    def clear(self) -> list[Call]:
+        """Empty it, and return what calls there were."""
+        calls = [call for line in self._of.values() for call, _ in line]
+        self._of.clear()
+        self._count = 0
+        return calls
 
 
 class _Lane:
     """Calls that wait, and the threads that take them, one each at a time."""
 
-    def __init__(self) -> None:
-        self.waiting: deque[tuple[Call, _Interface]] = deque()
+    def __init__(self, limits: Limits) -> None:
+        self.waiting = _Line()
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.idle = 0  # threads that wait for `changed`, and have not been notified
         self.early: set[Call] = set()  # whose turn, under a rate limit, is still to come
         self.gathered = 0  # calls that gatherers have, and have not begun
-        self.nbytes = 0  # of all three
+        # Of all three:
+        self.nbytes = 0
+        self._held: dict[str, list[int]] = {}  # of each client, calls and bytes
+        self._limits = limits
+
+    @property
+    def length(self) -> int:
+        """Calls that wait, in any way."""
+        return len(self.waiting) + len(self.early) + self.gathered
+
+    def enter(self, call: Call) -> EdgemlError | None:
+        """Count a call that is to wait here, or return why it can't; under the lock."""
+        limits, size = self._limits, call.nbytes
+        held = self._held.get(call.caller.peer.id)
+        # One call is always taken, however large: of each client, and of them all.
+        if held is not None and (
+            held[0] >= limits.calls_per_client or held[1] + size > limits.bytes_per_client
+        ):
+            return Overloaded(
+                f"calls of this client that wait already: {held[0]}, of {held[1] / 1e6:.1f} MB; at "
+                f"most {limits.calls_per_client}, or {limits.bytes_per_client / 1e6:.0f} MB, may"
+            )
+        waiting = self.length
+        if waiting >= limits.calls or (waiting and self.nbytes + size > limits.bytes):
+            return Overloaded(
+                f"calls waiting already: {waiting}, of {self.nbytes / 1e6:.1f} MB; at most "
+                f"{limits.calls}, or {limits.bytes / 1e6:.0f} MB, may wait"
+            )
+        if held is None:
+            self._held[call.caller.peer.id] = held = [0, 0]
+        held[0] += 1
+        held[1] += size
+        self.nbytes += size
+        return None
+
+    def leave(self, call: Call) -> None:
+        """Count a call no longer; under the lock."""
+        if isinstance(call, _Turn):
+            return
+        self.nbytes -= call.nbytes
+        peer = call.caller.peer.id
+        held = self._held.get(peer)
+        if held is None:  # all were refused meanwhile, as this has been closed
+            return
+        held[0] -= 1
+        held[1] -= call.nbytes
+        if not held[0]:
+            del self._held[peer]
+
+    def clear(self) -> list[Call]:
+        """Forget all, and return what calls there were, gatherers' apart; under the lock."""
+        calls = [*self.waiting.clear(), *self.early]
+        self.early.clear()
+        self._held.clear()
+        self.nbytes = self.gathered = 0
+        return calls
 
 
 def _never() -> bool:
@@ -451,6 +570,7 @@ class Dispatcher:
             `run`. With more, in that one and ``workers - 1`` of the dispatcher's.
         rate_limit: calls per second and caller; None for any number. Those beyond wait their turn
             within their deadline.
+        limits: of what may wait.
 
     Attributes:
         counts: calls handled, and refusals by the name of their error.
@@ -458,7 +578,12 @@ class Dispatcher:
     """
 
     def __init__(
-        self, service: str, alarms: Alarms, workers: int = 1, rate_limit: float | None = None
+        self,
+        service: str,
+        alarms: Alarms,
+        workers: int = 1,
+        rate_limit: float | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers}")
@@ -470,7 +595,9 @@ class Dispatcher:
         self._alarms = alarms
         self._interval = 1 / rate_limit if rate_limit else 0.0
         self._interfaces: dict[str, _Interface] = {}
-        self._main = _Lane()
+        self._limits = limits
+        self._told: set[str] = set()  # of refusals
+        self._main = _Lane(limits)
         self._lanes = {"": self._main}
         self._jobs = _Interface("job", _do_job, self._main)
         self._parallel = workers > 1
@@ -495,7 +622,9 @@ class Dispatcher:
 
     # What is served -----------------------------------------------------------------------
 
-    def register(self, name: str, handler: Handler | Gatherer, lane: str = "") -> None:
+    def register(
+        self, name: str, handler: Handler | Gatherer, lane: str = "", needs: str = ""
+    ) -> None:
         """Serve calls of ``name`` by ``handler``, from now on, in place of any other.
 
         Args:
@@ -503,15 +632,17 @@ class Dispatcher:
             handler: see `Handler` and `Gatherer`; `answer_with` makes one of a plain function.
             lane: the interfaces of each lane but the first, ``""``, have a thread of their own,
                 and wait for no handler of another. To be named before `run`.
+            needs: the permission, for this name, without which a call is refused before its payload
+                is looked at; empty for none, where the handler asks `Caller.require` itself.
         """
         if lane not in self._lanes:
-            self._lanes[lane] = _Lane()
+            self._lanes[lane] = _Lane(self._limits)
             self._parallel = True
         if isinstance(handler, Gatherer):
-            made = _Interface(name, _answer_nothing, self._lanes[lane], handler)
+            made = _Interface(name, _answer_nothing, self._lanes[lane], needs, handler)
             handler.attach(Turns(self, made, handler))
         else:
-            made = _Interface(name, handler, self._lanes[lane])
+            made = _Interface(name, handler, self._lanes[lane], needs)
         self._interfaces[name] = made
 
     @property
@@ -525,6 +656,12 @@ class Dispatcher:
         if interface is None:
             self.refuse(call, unknown("interface", call.name, self._interfaces))
             return
+        if interface.needs and call.caller.role.allowed is not None:
+            try:
+                call.caller.require(interface.needs, call.name)
+            except PermissionDenied as error:
+                self.refuse(call, error)
+                return
         if self._interval:
             caller = call.caller
             now = time.monotonic()
@@ -545,7 +682,7 @@ class Dispatcher:
         self._put(call, interface)
 
     def do(self, function: Callable[[], Any]) -> Future[Any]:
-        """Call ``function()`` in the handlers' thread, after what waits already.
+        """Call ``function()`` in the handlers' thread, in its turn among the clients' calls.
 
         Returns:
             A future of what it returns or raises, which is Closed where it comes to nothing.
@@ -561,6 +698,8 @@ class Dispatcher:
         """Answer with an error, and count it."""
         if not isinstance(call, _Turn):
             self.counts[type(error).__name__] += 1
+            if isinstance(error, PermissionDenied):
+                self.tell(f"{call.caller} may not call {call.name!r}: {text_of(error)}")
         try:
             call.fail(error)
         except RuntimeError:
@@ -568,13 +707,20 @@ class Dispatcher:
         except Exception:  # it is anybody's code, and handlers go on
             _log.exception("%s: an error did not reach its caller", self._service)
 
+    def tell(self, what: str) -> None:
+        """Log a refusal, once: whoever is refused may ask again at once."""
+        if what not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(what)
+            _log.warning("%s: %s", self._service, what)
+        else:
+            _log.debug("%s: %s", self._service, what)
+
     def _put(self, call: Call, interface: _Interface) -> None:
         lane = interface.lane
         if interface.gatherer is not None:
             with lane.lock:
-                refused = self._check_room(lane, call)
+                refused = self._enter(lane, call)
                 if refused is None:
-                    lane.nbytes += call.nbytes
                     lane.gathered += 1
             if refused is not None:
                 self.refuse(call, refused)
@@ -584,9 +730,8 @@ class Dispatcher:
         if self._put_at_hand(call, interface):
             return
         with lane.lock:
-            refused = self._check_room(lane, call)
+            refused = self._enter(lane, call)
             if refused is None:
-                lane.nbytes += call.nbytes
                 self._queue(call, interface)
         if refused is not None:
             self.refuse(call, refused)
@@ -613,15 +758,14 @@ class Dispatcher:
     def _leave_gatherer(self, call: Call, lane: _Lane) -> None:
         with lane.lock:
             lane.gathered -= 1
-            lane.nbytes -= call.nbytes
+            lane.leave(call)
 
     def _put_early(self, call: Call, interface: _Interface, delay: float) -> None:
         """Take a call whose turn comes in so many seconds."""
         lane = interface.lane
         with lane.lock:
-            refused = self._check_room(lane, call)
+            refused = self._enter(lane, call)
             if refused is None:
-                lane.nbytes += call.nbytes
                 lane.early.add(call)
         if refused is not None:
             self.refuse(call, refused)
@@ -640,23 +784,16 @@ class Dispatcher:
             lane.gathered += 1
         interface.gatherer.take(call)
 
-    def _check_room(self, lane: _Lane, call: Call) -> EdgemlError | None:
-        """Return why a call can't wait, if so; under the lane's lock."""
+    def _enter(self, lane: _Lane, call: Call) -> EdgemlError | None:
+        """Count a call that is to wait, or return why it can't; under the lane's lock."""
         if self._closed:
             return Closed("the server has been stopped")
-        waiting, held = len(lane.waiting) + len(lane.early) + lane.gathered, lane.nbytes
-        # One call is always taken, however large.
-        if waiting >= _MOST_WAITING or (waiting > 0 and held + call.nbytes > _MOST_WAITING_BYTES):
-            return Overloaded(
-                f"calls waiting already: {waiting}, of {held / 1e6:.1f} MB; at most "
-                f"{_MOST_WAITING}, or {_MOST_WAITING_BYTES / 1e6:.0f} MB, may wait"
-            )
-        return None
+        return lane.enter(call)
 
     def _queue(self, call: Call, interface: _Interface) -> None:
         """Have a thread take a call; under its lane's lock."""
         lane = interface.lane
-        lane.waiting.append((call, interface))
+        lane.waiting.append(call, interface)
         if lane is self._main:
             if call.source is self._wanted:
                 self._streak += 1
@@ -722,7 +859,7 @@ class Dispatcher:
         if not lane.waiting:
             return None
         taken = lane.waiting.popleft()
-        lane.nbytes -= taken[0].nbytes
+        lane.leave(taken[0])
         return taken
 
     def _next(self) -> tuple[Call, _Interface] | None:
@@ -792,8 +929,8 @@ class Dispatcher:
             self.refuse(call, Closed("the server has been stopped"))
             return
         if not isinstance(call, _Turn):
-            if call.expired:
-                self.refuse(call, DeadlineExceeded(_TOO_LATE))
+            if (why := self._check_call(call)) is not None:
+                self.refuse(call, why)
                 return
             self._count(call, interface)
         me = get_ident()
@@ -827,6 +964,13 @@ class Dispatcher:
         took = ended - began
         # Quickly down, and slowly up: a busy machine makes a short handler look long now and then.
         interface.typical += (took - interface.typical) * (0.5 if took < interface.typical else 0.1)
+
+    @staticmethod
+    def _check_call(call: Call) -> EdgemlError | None:
+        """Why a call that waited is not to be handled any more, if so."""
+        if call.caller.revoked:
+            return PermissionDenied(f"the key of {call.caller.identity!r} has been revoked")
+        return DeadlineExceeded(_TOO_LATE) if call.expired else None
 
     def _count(self, call: Call, interface: _Interface) -> None:
         self.counts["calls"] += 1
@@ -886,10 +1030,7 @@ class Dispatcher:
             with lane.lock:
                 lane.idle = 0
                 lane.changed.notify_all()
-                refused = [*(call for call, _ in lane.waiting), *lane.early]
-                lane.waiting.clear()
-                lane.early.clear()
-                lane.nbytes = lane.gathered = 0
+                refused = lane.clear()
             for call in refused:
                 self.refuse(call, Closed("the server has been stopped"))
         carried = self._carried
@@ -911,9 +1052,7 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """How many calls wait for a thread to handle them, or for their turn."""
-        return sum(
-            len(lane.waiting) + len(lane.early) + lane.gathered for lane in self._lanes.values()
-        )
+        return sum(lane.length for lane in self._lanes.values())
 
     @property
     def carries(self) -> bool:

@@ -15,7 +15,7 @@ __all__ = ["DEFAULT_LIMITS", "Limits"]
 class Limits:
     """Bounds of a server; give it others by ``limits=Limits(...)``.
 
-    Those in bytes or counts per client mean one connection; what honest clients do stays far below.
+    Those per client mean one connection. What honest clients do stays far below all of them.
 
     Attributes:
         hello_bytes: of what comes before there is a session.
@@ -29,7 +29,8 @@ class Limits:
         calls: calls of all clients that wait.
         bytes: what these take up.
         replies_per_client: bytes of replies that one client has not read.
-        credits_per_client: publications that one client asks for ahead.
+        subscriptions_per_client: subscriptions of one client to one topic.
+        credits: publications that one subscription asks for ahead.
         sessions: of all clients.
         sessions_per_connection: of one connection.
         sessions_per_address: of one machine's address.
@@ -49,7 +50,8 @@ class Limits:
     calls: int = 1 << 14
     bytes: int = 1 << 30
     replies_per_client: int = 1 << 28
-    credits_per_client: int = 1 << 10
+    subscriptions_per_client: int = 64
+    credits: int = 64
     sessions: int = 1 << 16
     sessions_per_connection: int = 16
     sessions_per_address: int = 1 << 13

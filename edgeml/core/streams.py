@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -24,6 +24,7 @@ from typing import Any
 
 from edgeml.core.codec import Codec, Wrapped
 from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Allocator, Message
 from edgeml.core.session import Session
 from edgeml.core.transport import Reply
@@ -47,7 +48,6 @@ __all__ = ["Answerer", "Subscription", "Topic"]
 _log = logging.getLogger(__name__)
 
 _MOST_SILENCE = 120.0  # seconds that one publication may take to arrive
-_MOST_PARKED = 64  # credits of one subscription
 _MOST_CREDITS = 16  # that a subscriber sends ahead
 _BYTES_AHEAD = 64 << 20  # that a subscriber asks for ahead, beyond one publication
 _NOTHING_YET = Message(pack(Answer(NOTHING_YET)))
@@ -111,6 +111,8 @@ class Topic:
         keep: how many publications are kept for subscribers that are behind.
         allocate: gives memory to keep them in, from which they are sent without another copy.
         check: raises the NotEncodable of those to which a value can't be sent, if they come later.
+        needs: the permission, for this name, without which nobody may subscribe; empty for none.
+        limits: of what each subscriber may ask for ahead.
     """
 
     def __init__(
@@ -121,9 +123,12 @@ class Topic:
         keep: int = 1,
         allocate: Allocator | None = None,
         check: Callable[[Any], None] | None = None,
+        needs: str = "",
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.name = name
         self.keep = keep
+        self.needs = needs
         self.number = 0
         """The number of the newest publication; 0 before the first."""
         self._codecs = list(codecs)
@@ -131,7 +136,8 @@ class Topic:
         self._allocate = allocate
         self._check = check
         self._ring: deque[_Publication] = deque(maxlen=keep)
-        self._subscribers: dict[tuple[Hashable, int], _Subscriber] = {}
+        self._subscribers: dict[Hashable, dict[int, _Subscriber]] = {}  # of each client
+        self._limits = limits
         self._lock = threading.Lock()
         self._closed = False
 
@@ -141,9 +147,7 @@ class Topic:
         The value is encoded and copied before this returns, so it may be changed afterwards.
         """
         with self._lock:
-            spoken = {
-                subscriber.codec.name: subscriber.codec for subscriber in self._subscribers.values()
-            }
+            spoken = {subscriber.codec.name: subscriber.codec for subscriber in self._all()}
         spoken.update((codec.name, codec) for codec in self._codecs)
         if self._check is not None:
             self._check(value)
@@ -157,11 +161,14 @@ class Topic:
             self._ring.append(_Publication(number, messages))
             due = [
                 (subscriber.parked.popleft(), self._next(subscriber))
-                for subscriber in self._subscribers.values()
+                for subscriber in self._all()
                 if subscriber.parked
             ]
         self._answer((parked, publication.message(parked.codec)) for parked, publication in due)
         return number
+
+    def _all(self) -> Iterator[_Subscriber]:
+        return (each for own in self._subscribers.values() for each in own.values())
 
     def _next(self, subscriber: _Subscriber) -> _Publication:
         """The oldest publication past the cursor, which moves there."""
@@ -190,46 +197,52 @@ class Topic:
             cursor = credit.number if credit.epoch == self._epoch else 0
             if not 0 <= cursor <= self.number:
                 raise Malformed(f"a cursor of {cursor} in {self.name!r}, which is at {self.number}")
-            key = (who, credit.subscription)
-            subscriber = self._subscribers.setdefault(key, _Subscriber(cursor, codec, now))
+            own = self._subscribers.setdefault(who, {})
+            subscriber = own.get(credit.subscription)
+            if subscriber is None:
+                if len(own) >= self._limits.subscriptions_per_client:
+                    most = self._limits.subscriptions_per_client
+                    raise Overloaded(f"this client has {most} subscriptions to {self.name!r}")
+                own[credit.subscription] = subscriber = _Subscriber(cursor, codec, now)
             subscriber.seen = now
             subscriber.cursor = max(subscriber.cursor, cursor)
             if subscriber.cursor == self.number:
-                if len(subscriber.parked) >= _MOST_PARKED:
-                    raise Overloaded(f"{_MOST_PARKED} credits of one subscription are parked")
+                if len(subscriber.parked) >= self._limits.credits:
+                    most = self._limits.credits
+                    raise Overloaded(f"{most} credits of one subscription are parked")
                 subscriber.parked.append(parked)
                 return
             publication = self._next(subscriber)
         reply(publication.message(codec))
 
-    def forget(self, who: Hashable) -> None:
-        """Somebody has left, who waits for no answers."""
+    def forget(self, who: Hashable, why: EdgemlError | None = None) -> None:
+        """Let go of a client: one that has left and waits for no answers, or is told ``why``."""
         with self._lock:
-            for key in [key for key in self._subscribers if key[0] == who]:
-                del self._subscribers[key]
+            own = self._subscribers.pop(who, {})
+        if why is not None:
+            told = Message(pack_error(why))
+            self._answer((parked, told) for each in own.values() for parked in each.parked)
 
     def tick(self) -> None:
         """Answer what has been parked for long, and forget who has not been heard from."""
         now = time.monotonic()
         due: list[_Parked] = []
         with self._lock:
-            for key, subscriber in list(self._subscribers.items()):
-                while subscriber.parked and now - subscriber.parked[0].since >= HOLD:
-                    due.append(subscriber.parked.popleft())
-                if now - subscriber.seen > 2 * SILENCE:
-                    del self._subscribers[key]
+            for who, own in list(self._subscribers.items()):
+                for number, subscriber in list(own.items()):
+                    while subscriber.parked and now - subscriber.parked[0].since >= HOLD:
+                        due.append(subscriber.parked.popleft())
+                    if now - subscriber.seen > 2 * SILENCE:
+                        del own[number]
+                if not own:
+                    del self._subscribers[who]
         self._answer((parked, _NOTHING_YET) for parked in due)
-
-    def held(self) -> dict[tuple[Hashable, int], int]:
-        """The number of the newest publication sent to each subscriber of late; 0 for none."""
-        with self._lock:
-            return {key: subscriber.cursor for key, subscriber in self._subscribers.items()}
 
     def close(self) -> None:
         """Tell all who wait that the server has been stopped."""
         with self._lock:
             self._closed = True
-            due = [parked for s in self._subscribers.values() for parked in s.parked]
+            due = [parked for subscriber in self._all() for parked in subscriber.parked]
             self._subscribers.clear()
             self._ring.clear()
         farewell = Message(pack_error(Closed("the server has been stopped")))

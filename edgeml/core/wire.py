@@ -41,6 +41,7 @@ __all__ = [
     "PROTOCOL",
     "RESUME",
     "SILENCE",
+    "TOKEN",
     "Answer",
     "Credit",
     "Hello",
@@ -54,6 +55,7 @@ __all__ = [
     "pack_error",
     "plain",
     "unpack",
+    "unpack_hello",
 ]
 
 PROTOCOL = 1
@@ -71,6 +73,9 @@ HEARTBEAT = ""
 
 RESUME = "resume"
 """The extension by which a client that lost its connection goes on with its session."""
+
+TOKEN = "token"
+"""The extension by which a client shows the token of its key."""
 
 # Kinds of request.
 HELLO, CALL, NEXT, GOODBYE, PING = range(5)
@@ -177,6 +182,18 @@ class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
     extensions: dict[str, Any] = {}
 
 
+class _Hello(msgspec.Struct, frozen=True):
+    """A `Hello` of which the values that could be anything have not been decoded."""
+
+    protocol: int
+    service: str
+    client_id: str
+    label: str
+    codec: str
+    config: msgspec.Raw
+    extensions: msgspec.Raw = msgspec.Raw(b"\x80")
+
+
 class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """The answer to a `Hello`.
 
@@ -186,6 +203,7 @@ class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
         topics: what can be subscribed to, and how many publications the server keeps of each.
         ports: every port on which the server answers.
         extensions: what those parts answer, of the extensions that both have.
+        codec: the name of the codec that is spoken; empty from a server that does not tell.
     """
 
     session: bytes
@@ -193,6 +211,7 @@ class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
     topics: dict[str, int]
     ports: list[int]
     extensions: dict[str, Any] = {}
+    codec: str = ""
 
 
 class Pong(msgspec.Struct, frozen=True):
@@ -234,7 +253,7 @@ pack = msgspec.msgpack.Encoder().encode
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Request, Answer, Result, Hello, Welcome, Pong, Credit)
+    for kind in (Request, Answer, Result, _Hello, Welcome, Pong, Credit)
 }
 _arguments = msgspec.msgpack.Decoder(list[str])
 
@@ -271,6 +290,23 @@ def plain(data: bytes, most: int = 4096) -> Any:
         return msgspec.msgpack.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Malformed(f"not a plain value of MessagePack: {error}") from None
+
+
+def unpack_hello(data: bytes) -> Hello:
+    """Decode a `Hello`, which anybody may have sent, or raise `Malformed`."""
+    found = unpack(_Hello, data)
+    config, extensions = plain(bytes(found.config)), plain(bytes(found.extensions))
+    if not isinstance(config, dict) or not isinstance(extensions, dict):
+        raise Malformed("not an edgeml hello: its config or its extensions are no map")
+    return Hello(
+        found.protocol,
+        found.service,
+        found.client_id,
+        found.label,
+        found.codec,
+        config,
+        extensions,
+    )
 
 
 def pack_error(error: EdgemlError) -> bytes:
