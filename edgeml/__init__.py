@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         UnknownInterface,
         Unreachable,
     )
+    from edgeml.core.limits import Limits
+    from edgeml.core.security import Credentials
     from edgeml.core.state import ServerState
     from edgeml.core.streams import Subscription
     from edgeml.images import Jpeg, Png
@@ -72,6 +74,9 @@ __all__ = [
     "Context",
     "ServerState",
     "Timing",
+    # who may speak, and how much
+    "Credentials",
+    "Limits",
     # what a policy takes and gives
     "Feature",
     "PolicyContract",
@@ -103,8 +108,10 @@ __all__ = [
 _HOMES = {
     "Batching": "services",
     "Context": "services",
+    "Credentials": "core.security",
     "Feature": "services",
     "Jpeg": "images",
+    "Limits": "core.limits",
     "Png": "images",
     "PolicyContract": "services",
     "ServerState": "core.state",

@@ -434,12 +434,19 @@ class Client:
 
         Raises:
             UnknownInterface: the server has no such topic.
+            PermissionDenied: the role of this client's key lacks it.
             Unreachable, Closed: as for `call`.
         """
-        topics = self.sessions.connect(self.timeout).topics
+        session = self.sessions.connect(self.timeout)
+        topics = session.topics
         if topic not in topics:
             known = ", ".join(sorted(filter(None, topics))) or "none"
             raise UnknownInterface(f"there is no topic {topic!r}; known: {known}")
+        if not topics[topic]:  # our key lacks it: have the server say so, and count it
+            credit = wire.pack(wire.Credit(0, 0, 0))
+            header = wire.pack(wire.Request(wire.NEXT, session.key, topic, self.timeout, credit))
+            reply = session.requester.call(Message(header), self.timeout)
+            raise wire.error_of(wire.unpack(wire.Answer, reply.header))
         with self._changed:
             number = next(self._numbers)
             made = Subscription(topic, number, function, self.sessions.next, self._writable)

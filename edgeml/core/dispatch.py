@@ -512,16 +512,12 @@ class _Lane:
         if held is not None and (
             held[0] >= limits.calls_per_client or held[1] + size > limits.bytes_per_client
         ):
-            return Overloaded(
-                f"calls of this client that wait already: {held[0]}, of {held[1] / 1e6:.1f} MB; at "
-                f"most {limits.calls_per_client}, or {limits.bytes_per_client / 1e6:.0f} MB, may"
+            return _too_many(
+                "of this client", *held, limits.calls_per_client, limits.bytes_per_client
             )
         waiting = self.length
         if waiting >= limits.calls or (waiting and self.nbytes + size > limits.bytes):
-            return Overloaded(
-                f"calls waiting already: {waiting}, of {self.nbytes / 1e6:.1f} MB; at most "
-                f"{limits.calls}, or {limits.bytes / 1e6:.0f} MB, may wait"
-            )
+            return _too_many("of all clients", waiting, self.nbytes, limits.calls, limits.bytes)
         if held is None:
             self._held[call.caller.peer.id] = held = [0, 0]
         held[0] += 1
@@ -550,6 +546,13 @@ class _Lane:
         self._held.clear()
         self.nbytes = self.gathered = 0
         return calls
+
+
+def _too_many(whose: str, waiting: int, held: int, calls: int, nbytes: int) -> Overloaded:
+    return Overloaded(
+        f"calls waiting already: {waiting}, of {held / 1e6:.1f} MB; {whose} at most {calls}, or "
+        f"{nbytes / 1e6:.0f} MB, may wait"
+    )
 
 
 def _never() -> bool:

@@ -46,7 +46,7 @@ class Limits:
     nesting: int = 32
     nodes: int = 1 << 19
     calls_per_client: int = 1 << 12
-    bytes_per_client: int = 1 << 28
+    bytes_per_client: int = 1 << 29
     calls: int = 1 << 14
     bytes: int = 1 << 30
     replies_per_client: int = 1 << 28

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hmac
 import logging
 import secrets
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,9 +28,10 @@ from edgeml.core.errors import (
     PermissionDenied,
     text_of,
 )
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_codec, load_transport
-from edgeml.core.security import Credentials, CredentialsLike
+from edgeml.core.security import ClientKey, Credentials, CredentialsLike, digest
 from edgeml.core.state import ServerState
 from edgeml.core.streams import Topic
 from edgeml.core.transport import Endpoint, Peer, Reply
@@ -53,7 +55,7 @@ _UNDER_WAY = 0.1  # seconds that a call may be on its way, or unread, when drain
 _DRAINING = "the server is draining: it answers what it has, and then stops; call another, or later"
 _LONGEST_DETAIL = 1000  # characters
 _NOTHING = Message(b"")
-_MOST_SESSIONS = 1 << 16
+_MOST_IDS = 1 << 12  # client ids that are remembered to belong to one key
 _PORT_TRIES = 16  # to find a port that is free for all transports
 _FORGET = 30.0  # seconds without a sign of life after which a session ends
 
@@ -61,8 +63,14 @@ _FORGET = 30.0  # seconds without a sign of life after which a session ends
 class _Session(Caller):
     """One client, from its hello on."""
 
-    def __init__(self, hello: wire.Hello, peer: Peer, codec: Codec) -> None:
+    def __init__(
+        self, hello: wire.Hello, peer: Peer, codec: Codec, proved: ClientKey | None
+    ) -> None:
         super().__init__(hello.client_id, hello.label, peer)
+        if proved is not None:
+            self.identity, self.role = proved.name, proved.role
+            self.proof = (proved.curve, proved.certificate, proved.token)
+        self.proved = proved
         self.key = secrets.token_bytes(16)
         self.codec = codec
         self.spoken = Spoken(codec, codec)
@@ -164,6 +172,7 @@ class Server:
         wrapping: what clients may have around these.
         workers: how many handlers may run at a time; see `Dispatcher` for where they do.
         rate_limit: calls per second and client; None for any number.
+        limits: what clients may make it keep or do.
         credentials: see `Credentials.resolve`; a server's.
     """
 
@@ -178,6 +187,7 @@ class Server:
         wrapping: Wrapping | None = None,
         workers: int = 1,
         rate_limit: float | None = None,
+        limits: Limits = DEFAULT_LIMITS,
         credentials: CredentialsLike = None,
     ) -> None:
         self.service = service
@@ -189,8 +199,13 @@ class Server:
         self._codecs = {name: load_codec(name) for name in codecs}
         given = Credentials.resolve(credentials)
         self._credentials = None if given is None else given.for_server()
-        for codec in self._codecs.values():
-            self._refuse_strangers(codec)
+        self._keyring = None if given is None else given.clients
+        self._keys_wrong = ""
+        self._limits = limits
+        if self._credentials is None:
+            for url, _ in self._requested:
+                if not url.path and not is_loopback(url.host):
+                    self._refuse_code_of_strangers(url)
 
         self.counts: Counter[str] = Counter()
         self._extensions: dict[str, Negotiate] = {}
@@ -198,11 +213,14 @@ class Server:
         if wrapping is not None:
             self.extend(wrapping.name, self._wrap)
         self._alarms = Alarms(f"edgeml {service} alarms")
-        self.dispatcher = Dispatcher(service, self._alarms, workers, rate_limit)
+        self.dispatcher = Dispatcher(service, self._alarms, workers, rate_limit, limits)
         self.dispatcher.at_end = self._run_last
         self._topics: dict[str, Topic] = {}
         self.topic(wire.HEARTBEAT)
         self._sessions: dict[bytes, _Session] = {}
+        self._near: Counter[tuple[str, str]] = Counter()  # sessions of each connection and address
+        self._owners: dict[str, str] = {}  # of client ids, whose key they belong to
+        self._owned: dict[str, OrderedDict[str, None]] = {}  # ids of each key, used last comes last
         self._ended_episodes: weakref.WeakSet[Episode] = weakref.WeakSet()
         self._due: deque[Callable[[], object]] = deque()  # in the handlers' thread, ...
         self._over = False  # ... which ends
@@ -220,33 +238,37 @@ class Server:
         self._closer = 0  # the thread that closes
         self._ended = threading.Event()
 
-    def _refuse_strangers(self, codec: Codec) -> None:
-        if not codec.executes:
-            return
-        for url, _ in self._requested:
-            if not url.path and not is_loopback(url.host):
+    def _refuse_code_of_strangers(self, url: Url) -> None:
+        """Refuse what would let anybody on a network run code here."""
+        for codec in self._codecs.values():
+            if codec.executes:
                 raise PermissionDenied(
                     f"codec {codec.name!r} runs code that the sender chooses, and {url} lets in "
-                    "other machines, whoever they are; listen on 127.0.0.1, or leave it out"
+                    "other machines, whoever they are; listen on 127.0.0.1, give credentials=, or "
+                    "leave it out"
                 )
 
     # What is served -----------------------------------------------------------------------
 
-    def register(self, name: str, handler: Handler | Gatherer, lane: str = "") -> None:
+    def register(
+        self, name: str, handler: Handler | Gatherer, lane: str = "", needs: str = ""
+    ) -> None:
         """Serve calls of ``name`` by ``handler``; see `Dispatcher.register`."""
-        self.dispatcher.register(name, handler, lane)
+        self.dispatcher.register(name, handler, lane, needs)
 
     def extend(self, name: str, negotiate: Negotiate) -> None:
         """Answer an extension in each hello that has it; before `open`."""
         self._extensions[name] = negotiate
 
-    def topic(self, name: str, keep: int = 1) -> Topic:
+    def topic(self, name: str, keep: int = 1, needs: str = "") -> Topic:
         """Make a stream that clients can subscribe to; see `Topic`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         codecs = self._codecs.values() if name else ()
         check = None if self._wrapping is None else self._wrapping.check
-        made = Topic(name, codecs, self.epoch, keep, self.allocate, check)
+        made = Topic(
+            name, codecs, self.epoch, keep, self.allocate, check, needs=needs, limits=self._limits
+        )
         self._topics[name] = made
         return made
 
@@ -268,8 +290,11 @@ class Server:
         ``waiting``, the calls that wait for a handler now.
         """
         ends = self._endpoints()
+        counts = self.counts + self.dispatcher.counts
+        for end in ends:
+            counts.update(end.counts)
         return {
-            **(self.counts + self.dispatcher.counts),
+            **counts,
             "waiting": self.dispatcher.waiting,
             "replies_dropped": sum(end.dropped for end in ends),
             "requests_copied": sum(end.copied for end in ends),
@@ -305,8 +330,43 @@ class Server:
         except BaseException:
             self.close()
             raise
+        try:
+            self._check_reach()
+        except BaseException:
+            self.close()
+            raise
         self._alarms.after(_TICK, self._tick)
         _log.info("serving %s on %s", self.service, ", ".join(map(str, self.urls)))
+
+    def _check_reach(self) -> None:
+        """See, by what has been bound, that nobody gets in who shouldn't; say who does."""
+        open_to_all = []
+        for end in self._endpoints():
+            if end.secured:
+                continue
+            if self._keyring is not None and not end.local:
+                raise PermissionDenied(
+                    f"{end.url} can't be protected by keys: {end.url.scheme} sends clear text; "
+                    "listen on 127.0.0.1, or by zmq or grpc, or tunnel it (see docs/security.md)"
+                )
+            if not end.local:
+                self._refuse_code_of_strangers(end.url)
+                open_to_all.append(end.url)
+            elif self._keyring is None and any(codec.executes for codec in self._codecs.values()):
+                _log.warning(
+                    "%s on %s: any user of this machine can run code as yours; use shm, give "
+                    "credentials=, or leave such codecs out",
+                    self.service,
+                    end.url,
+                )
+        if open_to_all:
+            _log.warning(
+                "%s on %s: WHOEVER REACHES THIS MACHINE CAN USE IT, and all is sent in clear text. "
+                "Make keys with `edgeml keygen keys --client NAME`, and give credentials='keys' "
+                "here and the folder keys/clients/NAME to that client (see docs/security.md)",
+                self.service,
+                ", ".join(map(str, open_to_all)),
+            )
 
     def _listen(self, *, raising: bool) -> bool:
         """Open every address. Where the system picks the port, all transports get the same one, so
@@ -327,6 +387,7 @@ class Server:
                     url.with_port(picked.get(needed, 0)) if pick else url,
                     listener,
                     credentials=self._credentials,
+                    limits=self._limits,
                 )
             except OSError as error:
                 if isinstance(error, PermissionDenied) and error.errno == errno.EADDRINUSE:
@@ -399,14 +460,120 @@ class Server:
             with self._lock:
                 silent = [s for s in self._sessions.values() if now - s.seen > _FORGET]
                 for session in silent:
-                    del self._sessions[session.key]
+                    self._remove(session)
+            self._check_keys()
             for session in silent:
                 self._end(session.episode)
                 _log.info("%s: %s is lost: silent for %g s", self.service, session, _FORGET)
         finally:
             self._alarms.after(_TICK, self._tick)
 
+    # Keys ---------------------------------------------------------------------------------
+
+    def _identify(self, peer: Peer, hello: wire.Hello) -> ClientKey | None:
+        """Whose key a client has shown, by its connection, its token, or both; None without keys.
+
+        Raises:
+            PermissionDenied: none, or none that is known here, or two that don't fit.
+        """
+        keys = self._keyring
+        if keys is None:
+            return None
+        token = hello.extensions.get(wire.TOKEN)
+        if peer.identity is None:
+            if not isinstance(token, str):
+                raise PermissionDenied(
+                    "this server asks for keys: give credentials=, the folder that `edgeml keygen "
+                    "DIR --client NAME` made there"
+                )
+            return keys.by_token(token)
+        proved = keys.by_name(peer.identity)
+        if proved.token is not None and (
+            not isinstance(token, str) or not hmac.compare_digest(proved.token, digest(token))
+        ):
+            raise PermissionDenied(
+                f"the key is that of {proved.name!r}, and the token "
+                + ("is missing" if token is None else "another")
+            )
+        return proved
+
+    def _check_keys(self) -> None:
+        """Take in what has changed about the keys, and cut off those that were revoked."""
+        keys = self._keyring
+        if keys is None:
+            return
+        try:
+            keys.refresh()
+            wrong = ""
+        except (OSError, ValueError, PermissionDenied) as error:
+            wrong = str(error)
+        if wrong and wrong != self._keys_wrong:
+            _log.warning("%s: a key does not count: %s", self.service, wrong)
+        self._keys_wrong = wrong
+        for session in list(self._sessions.values()):
+            assert session.proved is not None
+            try:
+                now = keys.by_name(session.proved.name)
+                if (now.curve, now.certificate, now.token) != session.proof:
+                    raise PermissionDenied(f"the key of {now.name!r} has been replaced")
+                session.role = now.role
+            except PermissionDenied as error:
+                self._cut_off(session, error)
+
+    def _cut_off(self, session: _Session, why: PermissionDenied) -> None:
+        with self._lock:
+            session.revoked = True
+            self._remove(session)
+        for topic in self._topics.values():
+            topic.forget(session.key, why)
+        self._end(session.episode)
+        self.counts["PermissionDenied"] += 1
+        _log.warning("%s: %s is cut off: %s", self.service, session, why)
+
     # Sessions -----------------------------------------------------------------------------
+
+    def _add(self, session: _Session) -> None:
+        """Take a session in; under the lock.
+
+        Raises:
+            Overloaded: there are too many.
+            PermissionDenied: its client id is that of another key.
+        """
+        limits, peer = self._limits, session.peer
+        near = [("connection", peer.id), ("address", peer.host)]
+        if len(self._sessions) >= limits.sessions:
+            raise Overloaded(f"the server has {limits.sessions} clients already")
+        if self._near[near[0]] >= limits.sessions_per_connection:
+            raise Overloaded(f"there are {self._near[near[0]]} clients on this connection already")
+        if peer.host and self._near[near[1]] >= limits.sessions_per_address:
+            raise Overloaded(f"there are {self._near[near[1]]} clients at {peer.host} already")
+        if session.identity is not None:
+            self._claim(session.client_id, session.identity)
+        self._near.update(near)
+        self._sessions[session.key] = session
+
+    def _claim(self, client_id: str, identity: str) -> None:
+        """Use a client id in the name of a key: it is that key's from the first time on."""
+        owner = self._owners.setdefault(client_id, identity)
+        if owner != identity:
+            raise PermissionDenied(
+                f"the client id {client_id!r} belongs to another key than that of {identity!r}: "
+                "choose another client_id"
+            )
+        ids = self._owned.setdefault(identity, OrderedDict())
+        ids[client_id] = None
+        ids.move_to_end(client_id)
+        if len(ids) > _MOST_IDS:  # of random ids, one for each start of a program
+            del self._owners[ids.popitem(last=False)[0]]
+
+    def _remove(self, session: _Session) -> None:
+        """Forget a session, if it is there; under the lock."""
+        if self._sessions.pop(session.key, None) is None:
+            return
+        for place in (("connection", session.peer.id), ("address", session.peer.host)):
+            self._near[place] -= 1
+            if not self._near[place]:
+                del self._near[place]
 
     def begin_episode(self, caller: Caller, name: str) -> None:
         """Forget what is kept about a caller; calls that came before find it as it was."""
@@ -448,7 +615,7 @@ class Server:
             old = self._sessions.get(key) if isinstance(key, bytes) else None
             if old is None or old is session or old.client_id != session.client_id:
                 return False
-            del self._sessions[old.key]
+            self._remove(old)
             session.episode, session.turn = old.episode, old.turn
         for topic in self._topics.values():
             topic.forget(old.key)
@@ -554,7 +721,7 @@ class Server:
                 raise Closed("the server has been stopped")
             request = wire.unpack(wire.Request, message.header)
             if request.kind == wire.HELLO:
-                reply(Message(self._hello(request.body, reply.peer)))
+                reply(Message(self._hello(request.body, message, reply.peer)))
                 return
             if request.kind == wire.PING:
                 now = self.state
@@ -585,12 +752,15 @@ class Server:
                 topic = self._topics.get(request.name)
                 if topic is None:
                     raise unknown("topic", request.name, self._topics)
+                if topic.needs:
+                    session.require(topic.needs, topic.name)
                 topic.park(session.key, session.spoken.encoder, credit, reply, listener.answer)
             elif request.kind == wire.GOODBYE:
                 with self._lock:
-                    gone = self._sessions.pop(session.key, None)
-                if gone is not None:
-                    self._end(gone.episode)
+                    there = session.key in self._sessions
+                    self._remove(session)
+                if there:
+                    self._end(session.episode)
                     _log.info("%s: %s has left", self.service, session)
                 for topic in self._topics.values():
                     topic.forget(session.key)
@@ -602,6 +772,8 @@ class Server:
 
     def _fail(self, reply: Reply, error: EdgemlError) -> None:
         self.counts[type(error).__name__] += 1
+        if isinstance(error, PermissionDenied):
+            self.dispatcher.tell(f"{reply.peer.address} is refused: {text_of(error)}")
         reply(Message(wire.pack_error(error)))
 
     def _wrap(self, asked: Any, caller: Caller) -> Any:
@@ -611,10 +783,15 @@ class Server:
         answer, caller.spoken = self._wrapping.answer(asked, caller.codec, caller)
         return answer
 
-    def _hello(self, body: bytes, peer: Peer) -> bytes:
+    def _hello(self, body: bytes, message: Message, peer: Peer) -> bytes:
         if self._draining:
             raise NotReady(_DRAINING)
+        if message.nbytes > self._limits.hello_bytes:
+            raise Malformed(
+                f"a hello of {message.nbytes} bytes, and {self._limits.hello_bytes} are taken"
+            )
         hello = wire.unpack(wire.Hello, body)
+        proved = self._identify(peer, hello)
         differences = [
             f"{name}: the server has {ours!r}, the client has {theirs!r}"
             for name, ours, theirs in [
@@ -631,22 +808,23 @@ class Server:
             raise ConfigMismatch("; ".join(differences))
         if len(hello.client_id) > 200 or len(hello.label) > 200:
             raise Malformed("a client id or label of over 200 characters")
-        session = _Session(hello, peer, self._codecs[hello.codec])
+        session = _Session(hello, peer, self._codecs[hello.codec], proved)
         answers = {
             name: self._negotiate(name, asked, session)
             for name, asked in hello.extensions.items()
             if name in self._extensions
         }
         with self._lock:
-            if len(self._sessions) >= _MOST_SESSIONS:
-                raise Overloaded(f"the server has {_MOST_SESSIONS} clients already")
-            self._sessions[session.key] = session
+            self._add(session)
         if wire.RESUME in hello.extensions:
             answers[wire.RESUME] = self._resume(hello.extensions[wire.RESUME], session)
         _log.info("%s: %s has come", self.service, session)
-        topics = {topic.name: topic.keep for topic in self._topics.values()}
+        topics = {
+            topic.name: topic.keep if _allows(session, topic) else 0
+            for topic in self._topics.values()
+        }
         ports = [url.port for url in self.urls]
-        welcome = wire.Welcome(session.key, self.epoch, topics, ports, answers)
+        welcome = wire.Welcome(session.key, self.epoch, topics, ports, answers, hello.codec)
         return wire.pack(wire.Answer(wire.OK, wire.pack(welcome)))
 
     def _negotiate(self, name: str, asked: Any, session: _Session) -> Any:
@@ -657,3 +835,7 @@ class Server:
         except Exception as error:  # the client is to be told, whatever it sent
             _log.exception("%s: %r could not be agreed with %s", self.service, name, session)
             raise Malformed(f"what was asked of {name!r} could not be agreed: {error}") from error
+
+
+def _allows(session: _Session, topic: Topic) -> bool:
+    return not topic.needs or session.role.allows(topic.needs, topic.name)

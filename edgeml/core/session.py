@@ -31,6 +31,7 @@ from edgeml.core.errors import (
     Overloaded,
     PermissionDenied,
     Unreachable,
+    copy_error,
 )
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
@@ -228,6 +229,7 @@ class SessionKeeper:
             try:
                 if closed:
                     raise Closed("this client has been closed")
+                self._check_reach(requester)
                 return self._greet(requester, time.monotonic() + left)
             except NotReady as error:  # it is draining
                 requester.close()
@@ -245,14 +247,35 @@ class SessionKeeper:
                 self._attempt = None
         if len(failures) == 1:
             raise failures[0]
-        kind = NotReady if any(isinstance(each, NotReady) for each in failures) else Unreachable
+        kind: type[EdgemlError] = Unreachable
+        if any(isinstance(each, NotReady) for each in failures):
+            kind = NotReady
+        elif all(isinstance(each, PermissionDenied) for each in failures):
+            kind = PermissionDenied
         raise kind("; ".join(map(str, failures)))
 
+    def _check_reach(self, requester: Requester) -> None:
+        """See that nobody else is told our token, or could have us run code."""
+        if requester.secured:
+            return
+        if self._credentials is not None and not requester.local:
+            raise PermissionDenied(
+                f"{requester.url} can't be protected by keys: {requester.url.scheme} sends clear "
+                "text; connect by zmq or grpc, or through a tunnel (see docs/security.md)"
+            )
+        if self._codec.executes and not requester.local:
+            raise PermissionDenied(
+                f"codec {self._codec.name!r} runs code that the sender chooses, and nobody knows "
+                f"who answers at {requester.url}; give credentials=, or leave it out"
+            )
+
     def _greet(self, requester: Requester, deadline: float) -> Session:
-        hello = self._hello
+        extensions = dict(self._hello.extensions)
         if self.current is not None:
-            extensions = hello.extensions | {wire.RESUME: self.current.key}
-            hello = msgspec.structs.replace(hello, extensions=extensions)
+            extensions[wire.RESUME] = self.current.key
+        if self._credentials is not None and self._credentials.token is not None:
+            extensions[wire.TOKEN] = self._credentials.token
+        hello = msgspec.structs.replace(self._hello, extensions=extensions)
         header = wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, wire.pack(hello)))
         left = max(0.01, deadline - time.monotonic())
         reply = wire.unpack(wire.Answer, requester.call(Message(header), left).header)
@@ -263,6 +286,10 @@ class SessionKeeper:
             raise ConfigMismatch(
                 f"the server at {requester.url} knows nothing of {' and '.join(unknown)}, which "
                 "this client relies on: bring the server's edgeml to this one's version"
+            )
+        if self._codec.executes and welcome.codec != self._codec.name:
+            raise ConfigMismatch(
+                f"the server at {requester.url} does not say that it speaks {self._codec.name!r}"
             )
         spoken = Spoken(self._codec, self._codec)
         if self._wrapping is not None:
@@ -367,6 +394,8 @@ class SessionKeeper:
         """Return what to tell a caller whose connection was closed under it."""
         if self.closed:
             return Closed("this client has been closed")
+        if isinstance(session.why_lost, PermissionDenied):  # our key was revoked
+            return copy_error(session.why_lost)
         return Unreachable(str(session.why_lost or "the connection was lost"))
 
     def _say_goodbye(self, session: Session) -> None:

@@ -23,7 +23,14 @@ from itertools import takewhile
 from typing import Any
 
 from edgeml.core.codec import Codec, Wrapped
-from edgeml.core.errors import Closed, EdgemlError, Malformed, Overloaded, Unreachable
+from edgeml.core.errors import (
+    Closed,
+    EdgemlError,
+    Malformed,
+    Overloaded,
+    PermissionDenied,
+    Unreachable,
+)
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Allocator, Message
 from edgeml.core.session import Session
@@ -48,6 +55,7 @@ __all__ = ["Answerer", "Subscription", "Topic"]
 _log = logging.getLogger(__name__)
 
 _MOST_SILENCE = 120.0  # seconds that one publication may take to arrive
+_REFUSED = 1.0  # seconds until a subscription that was refused is tried again
 _MOST_CREDITS = 16  # that a subscriber sends ahead
 _BYTES_AHEAD = 64 << 20  # that a subscriber asks for ahead, beyond one publication
 _NOTHING_YET = Message(pack(Answer(NOTHING_YET)))
@@ -317,6 +325,12 @@ class Subscription:
             try:
                 while not self._closed:
                     self._turn(session)
+            except PermissionDenied as error:  # our role has changed, or the key is revoked
+                if not self._refused:
+                    _log.warning("publications of %r are missed: %s", self.topic, error)
+                self._refused = True
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, _REFUSED)
             except EdgemlError as error:
                 session.lose(error)
             except Exception as error:

@@ -55,7 +55,6 @@ __all__ = [
     "pack_error",
     "plain",
     "unpack",
-    "unpack_hello",
 ]
 
 PROTOCOL = 1
@@ -182,25 +181,14 @@ class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
     extensions: dict[str, Any] = {}
 
 
-class _Hello(msgspec.Struct, frozen=True):
-    """A `Hello` of which the values that could be anything have not been decoded."""
-
-    protocol: int
-    service: str
-    client_id: str
-    label: str
-    codec: str
-    config: msgspec.Raw
-    extensions: msgspec.Raw = msgspec.Raw(b"\x80")
-
-
 class Welcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """The answer to a `Hello`.
 
     Attributes:
         session: names this client from now on.
         epoch: of this start of the server.
-        topics: what can be subscribed to, and how many publications the server keeps of each.
+        topics: what can be subscribed to, and how many publications the server keeps of each; 0
+            for what this client's key does not allow.
         ports: every port on which the server answers.
         extensions: what those parts answer, of the extensions that both have.
         codec: the name of the codec that is spoken; empty from a server that does not tell.
@@ -253,25 +241,30 @@ pack = msgspec.msgpack.Encoder().encode
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Request, Answer, Result, _Hello, Welcome, Pong, Credit)
+    for kind in (Request, Answer, Result, Hello, Welcome, Pong, Credit)
 }
 _arguments = msgspec.msgpack.Decoder(list[str])
 
 T = TypeVar("T")
 
+_OPEN: frozenset[type] = frozenset(
+    {Hello, Welcome}
+)  # have values of any type, and come from anybody
+_MOST_NESTING = 32
+_MOST_NODES = 1 << 14  # see `plain`
+
 
 def unpack(kind: type[T], data: bytes) -> T:
     """Decode an envelope or a body, or raise `Malformed`."""
+    if kind in _OPEN:
+        check(data, nodes=_MOST_NODES, nesting=_MOST_NESTING, keys=TEXT)
     try:
         return _decoders[kind].decode(data)  # type: ignore[no-any-return]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not an edgeml {kind.__name__.lower()}: {error}") from None
 
 
-_MOST_NESTING = 32
-
-
-def plain(data: bytes, most: int = 4096) -> Any:
+def plain(data: bytes, most: int = _MOST_NODES) -> Any:
     """Decode a value of MessagePack's own types, such as may come before there is a session.
 
     That is nil, bool, int, float, str, bin, array, and map with keys of str. It takes time in
@@ -290,23 +283,6 @@ def plain(data: bytes, most: int = 4096) -> Any:
         return msgspec.msgpack.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Malformed(f"not a plain value of MessagePack: {error}") from None
-
-
-def unpack_hello(data: bytes) -> Hello:
-    """Decode a `Hello`, which anybody may have sent, or raise `Malformed`."""
-    found = unpack(_Hello, data)
-    config, extensions = plain(bytes(found.config)), plain(bytes(found.extensions))
-    if not isinstance(config, dict) or not isinstance(extensions, dict):
-        raise Malformed("not an edgeml hello: its config or its extensions are no map")
-    return Hello(
-        found.protocol,
-        found.service,
-        found.client_id,
-        found.label,
-        found.codec,
-        config,
-        extensions,
-    )
 
 
 def pack_error(error: EdgemlError) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeml.core.client import Client
 from edgeml.core.errors import Closed
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import empty
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
 from edgeml.core.security import CredentialsLike
@@ -52,6 +53,7 @@ class ServerSettings(TypedDict, total=False):
     images: Mapping[str, Format] | None
     wants_images: Mapping[str, Format] | None
     rate_limit: float | None
+    limits: Limits
     advertise: str | None
     credentials: CredentialsLike
 
@@ -166,6 +168,7 @@ class ServiceServer(_Service):
             does as is said here.
         rate_limit: calls per second and client; those beyond wait their turn within their
             deadline. None for any number.
+        limits: what clients may make this server keep or do; see `Limits`.
         advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
             None for where it listens.
         credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
@@ -189,6 +192,7 @@ class ServiceServer(_Service):
         images: Mapping[str, Format] | None = None,
         wants_images: Mapping[str, Format] | None = None,
         rate_limit: float | None = None,
+        limits: Limits = DEFAULT_LIMITS,
         advertise: str | None = None,
         credentials: CredentialsLike = None,
     ) -> None:
@@ -200,6 +204,7 @@ class ServiceServer(_Service):
             wrapping=Images(images, wants_images),
             workers=workers,
             rate_limit=rate_limit,
+            limits=limits,
             credentials=credentials,
         )
         self._advertise = advertise

@@ -32,6 +32,8 @@ from edgeml.core.errors import (
     RemoteError,
     UnknownInterface,
 )
+from edgeml.core.limits import Limits
+from edgeml.core.security import Role
 from edgeml.core.transport import Endpoint, Peer
 from edgeml.core.url import Url
 from pairs import no_thread_left, took, wait_until
@@ -107,8 +109,10 @@ def held_up(dispatcher, *names):
 class Foreign(Call):
     """A call as a server of another protocol makes it, of which much may go wrong."""
 
-    def __init__(self, name="echo", payload=None, timeout=PATIENCE, source=None, nbytes=0):
-        who = caller_named("foreigner")
+    def __init__(
+        self, name="echo", payload=None, timeout=PATIENCE, source=None, nbytes=0, caller=None
+    ):
+        who = caller or caller_named("foreigner")
         super().__init__(name, who, time.monotonic() + timeout, nbytes, source)
         self.value = payload
         self.decoded = 0
@@ -458,25 +462,26 @@ def test_one_call_is_always_taken_however_large(dispatcher):
 
 def test_too_much_that_waits_is_refused_with_calls_and_megabytes(dispatcher):
     with held_up(dispatcher):
-        kept = [Foreign(nbytes=300_000_000) for _ in range(3)]
-        over = Foreign(nbytes=300_000_000)
+        kept = [Foreign(nbytes=150_000_000) for _ in range(3)]
+        over = Foreign(nbytes=150_000_000)
         for call in (*kept, over):
             dispatcher.submit(call)
-        text = "calls waiting already: 3, of 900.0 MB; at most 4096, or 1074 MB, may wait"
-        assert str(over.outcome()) == text
-        small = Foreign(nbytes=100_000_000)  # for which there is still room
+        text = "calls waiting already: 3, of 450.0 MB; of this client at most 4096, or 537 MB, may"
+        assert str(over.outcome()).startswith(text)
+        small = Foreign(nbytes=50_000_000)  # for which there is still room
         dispatcher.submit(small)
     assert [call.outcome() for call in (*kept, small)] == [None] * 4
     with held_up(dispatcher):  # what has been handled takes up nothing
-        again = [Foreign(nbytes=300_000_000) for _ in range(3)]
+        again = [Foreign(nbytes=150_000_000) for _ in range(3)]
         for call in again:
             dispatcher.submit(call)
     assert [call.outcome() for call in again] == [None] * 3
 
 
-def test_too_many_that_wait_are_refused(dispatcher, monkeypatch):
-    monkeypatch.setattr("edgeml.core.dispatch._MOST_WAITING", 5)
-    with held_up(dispatcher):
+@pytest.mark.parametrize("limit", ["calls", "calls_per_client"])
+def test_too_many_that_wait_are_refused(limit):
+    limits = Limits(**{limit: 5})
+    with dispatching(limits=limits) as dispatcher, held_up(dispatcher):
         calls = [ask(dispatcher, "echo", n) for n in range(8)]
         for call in calls[5:]:
             with pytest.raises(Overloaded, match=r"calls waiting already: 5, of 0\.0 MB"):
@@ -507,9 +512,8 @@ def test_a_call_whose_turn_is_beyond_its_deadline_is_refused_at_once():
         assert [call.future.result(PATIENCE) for call in calls[:3]] == [0, 1, 2]
 
 
-def test_calls_that_wait_for_their_turn_take_room_as_others_do(monkeypatch):
-    monkeypatch.setattr("edgeml.core.dispatch._MOST_WAITING", 5)
-    with dispatching(rate_limit=1) as dispatcher:
+def test_calls_that_wait_for_their_turn_take_room_as_others_do():
+    with dispatching(rate_limit=1, limits=Limits(calls_per_client=5)) as dispatcher:
         one = caller_named("one")
         assert ask(dispatcher, "echo", 0, caller=one).future.result(PATIENCE) == 0
         early = [ask(dispatcher, "echo", n, timeout=60, caller=one) for n in range(5)]
@@ -520,6 +524,59 @@ def test_calls_that_wait_for_their_turn_take_room_as_others_do(monkeypatch):
         for call in early:
             with pytest.raises(Closed):
                 call.future.result(PATIENCE)
+
+
+def test_clients_are_served_in_turn_however_much_one_of_them_asks(dispatcher):
+    greedy, good = caller_named("greedy"), caller_named("good")
+    served = []
+    dispatcher.register("note", answer_with(lambda payload, caller: served.append(payload)))
+    with held_up(dispatcher):
+        calls = [ask(dispatcher, "note", ("greedy", n), caller=greedy) for n in range(100)]
+        calls += [ask(dispatcher, "note", ("good", n), caller=good) for n in range(3)]
+    for call in calls:
+        call.future.result(PATIENCE)
+    assert served[:6] == [(who, n) for n in range(3) for who in ("greedy", "good")]
+    assert served[6:] == [("greedy", n) for n in range(3, 100)]
+
+
+def test_what_one_client_has_waiting_leaves_room_for_the_others():
+    limits = Limits(calls_per_client=3, bytes_per_client=1000)
+    with dispatching(limits=limits) as dispatcher, held_up(dispatcher):
+        greedy, good = caller_named("greedy"), caller_named("good")
+        calls = [ask(dispatcher, "echo", n, caller=greedy) for n in range(5)]
+        assert [call.future.done() for call in calls] == [False] * 3 + [True] * 2
+        call = ask(dispatcher, "echo", "mine", caller=good)
+    assert call.future.result(PATIENCE) == "mine"
+    assert not dispatcher._main._held  # what has been handled is not kept in mind
+
+
+# Roles ----------------------------------------------------------------------------------------
+
+
+def test_a_role_that_lacks_an_interface_is_refused_before_its_payload_is_looked_at(caplog):
+    with dispatching() as dispatcher:
+        dispatcher.register("grasp", answer_with(lambda payload, caller: payload), needs="call")
+        viewer = caller_named("viewer")
+        viewer.identity, viewer.role = "cam7", Role.parse("observe,call:look*")
+        call = Foreign("grasp", caller=viewer)
+        dispatcher.submit(call)
+        error = call.outcome()
+        assert isinstance(error, PermissionDenied)
+        assert call.decoded == 0
+        assert "cam7" in str(error)
+        assert "lacks call:grasp" in str(error)
+        assert dispatcher.counts["PermissionDenied"] == 1
+        assert ask(dispatcher, "echo", 1, caller=viewer).future.result(PATIENCE) == 1
+    assert [r.levelname for r in caplog.records if "lacks call:grasp" in r.message] == ["WARNING"]
+
+
+def test_calls_of_a_key_that_is_revoked_while_they_wait_are_not_handled(dispatcher):
+    gone = caller_named("gone")
+    with held_up(dispatcher):
+        call = ask(dispatcher, "echo", caller=gone)
+        gone.revoked = True
+    with pytest.raises(PermissionDenied, match="revoked"):
+        call.future.result(PATIENCE)
 
 
 # What handlers raise --------------------------------------------------------------------------

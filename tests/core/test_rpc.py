@@ -39,6 +39,7 @@ from edgeml import (
 from edgeml.core import wire
 from edgeml.core.client import Client
 from edgeml.core.dispatch import answer_with
+from edgeml.core.limits import Limits
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
 from edgeml.core.server import Server
@@ -418,8 +419,7 @@ def test_arguments_that_make_no_sense_are_refused_with_a_reason(make, error, tex
 # Deadlines ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gate(server):
+def add_gate(server):
     """An interface that waits until the gate is opened, and tells what ran."""
 
     class Gate(threading.Event):
@@ -438,6 +438,12 @@ def gate(server):
 
     gate = Gate()
     server.register_interface("gate", gate)
+    return gate
+
+
+@pytest.fixture
+def gate(server):
+    gate = add_gate(server)
     yield gate
     gate.set()
 
@@ -532,12 +538,12 @@ def test_more_calls_than_can_wait_are_refused_rather_than_kept_unseen(server, tr
         assert client.call("echo", 1) == 1
 
 
-def test_one_call_is_always_taken_however_large_and_too_much_is_told_in_megabytes(
-    server, transport, gate, monkeypatch
-):
-    monkeypatch.setattr("edgeml.core.dispatch._MOST_WAITING_BYTES", 1_000_000)
+@pytest.mark.parametrize("limit", ["bytes", "bytes_per_client"])
+def test_one_call_is_always_taken_however_large_and_too_much_is_told_in_megabytes(transport, limit):
+    server = new_server(transport, limits=Limits(**{limit: 1_000_000}))
+    gate = add_gate(server)
     large = np.ones(2_500_000, np.uint8)
-    with started(server), client_of(server, transport) as client:
+    with server, started(server), client_of(server, transport) as client:
         assert (client.call("echo", large) == large).all()
         busy = client.call_async("gate", large)  # also while another is handled
         assert gate.entered.wait(5)

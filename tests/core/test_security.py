@@ -1,0 +1,611 @@
+"""Keys, roles and limits as core holds to them, whatever the transport; tokens over inproc."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from edgeml import (
+    ConfigMismatch,
+    Credentials,
+    EdgemlError,
+    InferenceClient,
+    InferenceServer,
+    Limits,
+    Malformed,
+    Overloaded,
+    PermissionDenied,
+)
+from edgeml.core import wire
+from edgeml.core.client import Client
+from edgeml.core.dispatch import answer_with
+from edgeml.core.message import Message
+from edgeml.core.plugins import load_transport
+from edgeml.core.security import ALL, ClientKey, Keyring, Role, digest
+from edgeml.core.server import Server
+from edgeml.core.transport import Endpoint, Peer
+from edgeml.core.url import Url
+from pairs import started, took, wait_until
+
+
+def key(name: str, role: str = "all", **parts) -> ClientKey:
+    return ClientKey(name, Role.parse(role), token=digest(f"token of {name}"), **parts)
+
+
+def of(name: str) -> Credentials:
+    return Credentials(name, token=f"token of {name}")
+
+
+@pytest.fixture
+def keyring():
+    return Keyring([key("robot"), key("viewer", "observe,call:look*")])
+
+
+@pytest.fixture
+def server(keyring):
+    with InferenceServer(0, transport="inproc", credentials=Credentials(clients=keyring)) as server:
+        server.register_interface("echo", lambda payload: payload)
+        with started(server):
+            yield server
+
+
+def client_of(server, credentials=None, **settings) -> InferenceClient:
+    return InferenceClient(url=server.url, credentials=credentials, timeout=5, **settings)
+
+
+@contextmanager
+def serving(keyring=None, **settings):
+    """The engine alone, not opened yet."""
+    given = None if keyring is None else Credentials(clients=keyring)
+    server = Server("test", [Url("inproc")], credentials=given, **settings)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+# Roles ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "permission", "name", "allowed"),
+    [
+        ("all", "administer", "anything", True),
+        ("observe", "observe", "cam", True),
+        ("observe", "act", "arm", False),
+        ("act:grip*", "act", "gripper", True),
+        ("act:grip*", "act", "arm", False),
+        ("call:policy, subscribe", "call", "policy", True),
+        ("call:policy, subscribe", "call", "policy2", False),
+        ("call:policy, subscribe", "subscribe", "network", True),
+        ("call:a,call:b", "call", "b", True),
+        ("call:A", "call", "a", False),
+    ],
+)
+def test_a_role_allows_what_it_says(text, permission, name, allowed):
+    assert Role.parse(text).allows(permission, name) is allowed
+    assert Role.parse(str(Role.parse(text))) == Role.parse(text)
+
+
+def test_everything_is_the_role_all():
+    assert Role.parse("observe,all") is ALL
+    assert str(ALL) == "all"
+
+
+@pytest.mark.parametrize("text", ["", " , ", "fly", "observe,fly:x", "Observe", None, 3])
+def test_what_is_no_role_is_refused(text):
+    with pytest.raises(ValueError, match=r"role|permission"):
+        Role.parse(text)
+
+
+# Keyrings -------------------------------------------------------------------------------------
+
+
+def test_a_client_is_found_by_any_of_its_keys():
+    ring = Keyring([key("a", curve="C" * 40, certificate="00"), key("b")])
+    assert ring.by_curve("C" * 40).name == ring.by_curve(b"C" * 40).name == "a"
+    assert ring.by_token("token of b").name == "b"
+    assert ring.names() == ["a", "b"]
+    for lost in (
+        lambda: ring.by_curve("D" * 40),
+        lambda: ring.by_certificate(b""),
+        lambda: ring.by_token(""),
+        lambda: ring.by_name("c"),
+    ):
+        with pytest.raises(PermissionDenied):
+            lost()
+
+
+def test_a_key_that_lacks_a_part_is_not_found_by_that():
+    ring = Keyring([ClientKey("bare")])
+    for text in ("", "None"):
+        with pytest.raises(PermissionDenied):
+            ring.by_token(text)
+        with pytest.raises(PermissionDenied):
+            ring.by_curve(text)
+
+
+def test_expired_and_revoked_keys_are_refused_with_what_to_do():
+    ring = Keyring([key("old", expires=time.time() - 1), key("gone"), key("new")])
+    ring.revoke("gone")
+    with pytest.raises(PermissionDenied, match=r"expired: .*edgeml keygen"):
+        ring.by_token("token of old")
+    with pytest.raises(PermissionDenied, match="revoked"):
+        ring.by_token("token of gone")
+    with pytest.raises(PermissionDenied, match="revoked"):
+        ring.by_name("gone")
+    with pytest.raises(PermissionDenied):
+        ring.revoke("nobody")
+    ring.add(key("gone"))
+    assert ring.by_name("gone").name == "gone"
+
+
+def test_a_folder_of_keys_is_read_again_when_it_changes(tmp_path):
+    tmp_path.chmod(0o700)
+    key("a").write(tmp_path / "a.json")
+    ring = Keyring(directory=tmp_path)
+    assert ring.names() == ["a"]
+    before = ring.version
+    ring.refresh()
+    assert ring.version == before
+    key("b", "observe").write(tmp_path / "b.json")
+    ring.refresh()
+    assert ring.names() == ["a", "b"]
+    assert ring.version > before
+    (tmp_path / "a.json").unlink()
+    ring.refresh()
+    with pytest.raises(PermissionDenied):
+        ring.by_token("token of a")
+    assert str(ring.by_name("b").role) == "observe"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"name": "b"}',
+        '{"name": "b", "role": "fly"}',
+        '{"name": "other", "role": "all"}',
+        '{"name": "b", "role": "all", "token": 3}',
+        '{"name": "b", "role": "all", "expires": "soon"}',
+        '{"name": "b", "role": "all", "more": 1}',
+    ],
+)
+def test_a_file_that_is_no_key_lets_nobody_in_and_keeps_nobody_out(tmp_path, text):
+    tmp_path.chmod(0o700)
+    key("a").write(tmp_path / "a.json")
+    ring = Keyring(directory=tmp_path)
+    (tmp_path / "b.json").touch(0o600)
+    (tmp_path / "b.json").write_text(text)
+    with pytest.raises(ValueError, match=r"b\.json"):
+        ring.refresh()
+    assert ring.names() == ["a"]
+
+
+# Directories ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A server's directory, with nothing but a client's token."""
+    home = tmp_path / "keys"
+    (home / "allowed").mkdir(parents=True)
+    for path in (home, home / "allowed"):
+        path.chmod(0o700)
+    key("robot").write(home / "allowed" / "robot.json")
+    own = tmp_path / "robot"
+    own.mkdir(0o700)
+    for name, text in (("name", "robot\n"), ("token", "token of robot\n")):
+        (own / name).touch(0o600)
+        (own / name).write_text(text)
+    return tmp_path
+
+
+def test_directories_are_credentials(home, monkeypatch):
+    server = Credentials.resolve(home / "keys")
+    assert server.clients.names() == ["robot"]
+    assert Credentials.resolve(str(home / "robot")) == of("robot")
+    assert Credentials.resolve(None) is None
+    monkeypatch.setenv("EDGEML_CREDENTIALS", str(home / "robot"))
+    assert Credentials.resolve(None).name == "robot"
+    assert "token of robot" not in repr(of("robot"))
+
+
+@pytest.mark.parametrize("loose", ["keys", "keys/allowed", "robot", "robot/token"])
+def test_what_others_could_read_is_refused_with_how_to_mend_it(home, loose):
+    path = home / loose
+    path.chmod(path.stat().st_mode | 0o040)
+    with pytest.raises(PermissionDenied, match=rf"chmod [67]00 {path}"):
+        Credentials.load(home / loose.split("/")[0])
+
+
+def test_a_key_that_others_could_read_does_not_count(home):
+    path = home / "keys/allowed/robot.json"
+    path.chmod(0o644)
+    with pytest.raises(PermissionDenied, match="chmod 600"):
+        Credentials.load(home / "keys")
+
+
+@pytest.mark.parametrize("given", [False, True, 0, 3.5, {}, [], "", object()])
+def test_what_is_no_credentials_is_refused_by_both_ends(given):
+    with pytest.raises(TypeError, match="edgeml keygen"):
+        InferenceServer(0, transport="inproc", credentials=given)
+    with pytest.raises(TypeError, match="edgeml keygen"):
+        InferenceClient("localhost", 1, "inproc", credentials=given)
+
+
+def test_the_other_ends_keys_are_refused(home, keyring):
+    with pytest.raises(ValueError, match="keys of a client, 'robot'"):
+        InferenceServer(0, transport="inproc", credentials=home / "robot")
+    with pytest.raises(ValueError, match=r"keys of a server.*--client"):
+        InferenceClient("localhost", 1, "inproc", credentials=home / "keys")
+
+
+def test_a_missing_or_empty_directory_says_what_to_do(tmp_path):
+    tmp_path.chmod(0o700)
+    with pytest.raises(FileNotFoundError, match="edgeml keygen"):
+        Credentials.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="edgeml keygen"):
+        Credentials.load(tmp_path)
+
+
+# Tokens ---------------------------------------------------------------------------------------
+
+
+def test_a_token_lets_in_and_says_who_it_is(server, caplog):
+    caplog.set_level("INFO", "edgeml")
+    with client_of(server, of("robot")) as client:
+        assert client.call("echo", 1) == 1
+    assert "with the key of robot" in caplog.text
+    assert "token of" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "credentials", [None, of("stranger"), Credentials("robot", token="token of robo")]
+)
+def test_none_and_wrong_tokens_are_refused_quickly_counted_and_logged(server, credentials, caplog):
+    with took(at_most=2.0), pytest.raises(PermissionDenied):
+        client_of(server, credentials)
+    assert server.stats()["PermissionDenied"] == 1
+    assert "is refused" in caplog.text
+    assert server.clients() == []
+
+
+def test_a_right_connection_with_a_wrong_token_is_refused(keyring):
+    server = Server("test", [Url("inproc")], credentials=Credentials(clients=keyring))
+    hello = wire.Hello(1, "test", "c", "", "msgpack", {})
+    peer = Peer("1", "here", identity="robot")
+    assert server._identify(peer, replace_extensions(hello, "token of robot")).name == "robot"
+    for token in (None, "token of viewer", 3):
+        with pytest.raises(PermissionDenied, match="'robot', and the token"):
+            server._identify(peer, replace_extensions(hello, token))
+    server.close()
+
+
+def replace_extensions(hello, token):
+    return msgspec.structs.replace(hello, extensions={} if token is None else {"token": token})
+
+
+def test_strangers_are_told_nothing_of_the_configuration():
+    ring = Keyring([key("robot")])
+    with serving(ring, config={"secret": 7}) as server:
+        server.open()
+        with pytest.raises(PermissionDenied) as caught:
+            Client("other", server.urls, timeout=5)
+        assert "secret" not in str(caught.value)
+        with pytest.raises(ConfigMismatch, match="secret"):
+            Client("other", server.urls, credentials=of("robot"), timeout=5)
+
+
+# Ends that protect nothing ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def exposed(monkeypatch):
+    """Inproc, as if it sent clear text to other machines."""
+    transport = load_transport("inproc")
+
+    def exposing(make):
+        def expose(*args, **settings):
+            end: Endpoint = make(*args, **settings)
+            end.local = end.secured = False
+            return end
+
+        return expose
+
+    monkeypatch.setattr(transport, "serve", exposing(transport.serve))
+    monkeypatch.setattr(transport, "connect", exposing(transport.connect))
+
+
+def test_keys_are_not_served_where_nothing_protects_them(exposed, keyring):
+    server = InferenceServer(0, transport="inproc", credentials=Credentials(clients=keyring))
+    with server, pytest.raises(PermissionDenied, match="clear text"):
+        server.start(threaded=True)
+
+
+def test_a_token_is_not_sent_where_others_could_read_it(exposed):
+    heard = []
+    transport = load_transport("inproc")
+    with (
+        transport.serve(Url("inproc"), lambda message, reply: heard.append(message)) as end,
+        pytest.raises(PermissionDenied, match="clear text"),
+    ):
+        InferenceClient(url=str(end.url), credentials=of("robot"), timeout=2)
+    assert heard == []
+
+
+def test_code_runs_on_no_end_that_protects_nothing(exposed):
+    server = InferenceServer(0, transport="inproc", codecs=["msgpack", "cloudpickle"])
+    with server, pytest.raises(PermissionDenied, match="runs code"):
+        server.start(threaded=True)
+    server = InferenceServer(0, transport="inproc")
+    with server, started(server), pytest.raises(PermissionDenied, match="runs code"):
+        client_of(server, codec="cloudpickle")
+
+
+def test_a_server_that_anybody_reaches_says_so_once_with_what_to_do(exposed, caplog):
+    with InferenceServer(0, transport="inproc") as server, started(server):
+        pass
+    told = [r.message for r in caplog.records if "edgeml keygen" in r.message]
+    assert len(told) == 1
+    assert "WHOEVER REACHES THIS MACHINE" in told[0]
+
+
+def test_a_server_on_this_machine_alone_says_nothing(caplog):
+    with InferenceServer(0, transport="inproc") as server, started(server):
+        pass
+    assert caplog.records == []
+
+
+def test_a_server_that_says_nothing_of_the_codec_is_not_believed():
+    def welcome(message, reply):
+        said = wire.pack(wire.Welcome(b"s", 1, {"": 1}, []))
+        reply(Message(wire.pack(wire.Answer(wire.OK, said))))
+
+    with (
+        load_transport("inproc").serve(Url("inproc"), welcome) as end,
+        pytest.raises(ConfigMismatch, match="does not say that it speaks 'cloudpickle'"),
+    ):
+        InferenceClient(url=str(end.url), codec="cloudpickle", timeout=2)
+
+
+# Revocation -----------------------------------------------------------------------------------
+
+
+def test_a_revoked_client_is_cut_off_within_a_second(server, keyring):
+    served = []
+    server.register_interface("note", served.append)
+    with client_of(server, of("robot")) as client:
+        client.call("note", 1)
+        keyring.revoke("robot")
+        with took(at_most=1.0):
+            wait_until(lambda: server.clients() == [])
+        with took(at_most=1.0), pytest.raises(PermissionDenied, match="revoked"):
+            client.call("note", 2)
+    assert served == [1]
+
+
+def test_a_client_that_is_added_while_the_server_runs_comes_in(server, keyring):
+    with pytest.raises(PermissionDenied):
+        client_of(server, of("new"))
+    keyring.add(key("new"))
+    with client_of(server, of("new")) as client:
+        assert client.call("echo", 1) == 1
+
+
+def test_a_client_whose_keys_were_replaced_is_cut_off(server, keyring):
+    with client_of(server, of("robot")) as client:
+        keyring.add(replace(key("robot"), token=digest("another")))
+        with took(at_most=1.0):
+            wait_until(lambda: server.clients() == [])
+        with pytest.raises(PermissionDenied):
+            client.call("echo", 1)
+
+
+def test_a_client_whose_key_expires_meanwhile_is_cut_off(server, keyring):
+    keyring.add(key("short", expires=time.time() + 0.5))
+    with client_of(server, of("short")), took(at_most=1.6):
+        wait_until(lambda: server.clients() == [])
+
+
+def test_a_subscriber_that_is_revoked_gets_no_more(keyring):
+    with serving(keyring) as server:
+        topic = server.topic("news")
+        server.open()
+        got = []
+        client = Client("test", server.urls, credentials=of("robot"), timeout=5)
+        try:
+            client.subscribe("news", got.append)
+            topic.publish(1)
+            wait_until(lambda: got == [1])
+            keyring.revoke("robot")
+            wait_until(lambda: server.callers == [])
+            topic.publish(2)
+            keyring.add(key("robot"))  # and gets what is there then
+            topic.publish(3)
+            wait_until(lambda: got[-1] == 3)
+            assert 2 not in got
+        finally:
+            client.close()
+
+
+def test_a_folder_that_can_t_be_read_is_told_once_and_changes_nothing(home, caplog):
+    server = InferenceServer(0, transport="inproc", credentials=home / "keys")
+    server.register_interface("echo", lambda payload: payload)
+    with server, started(server), client_of(server, home / "robot") as client:
+        bad = home / "keys/allowed/bad.json"
+        bad.touch(0o600)
+        wait_until(lambda: "bad.json" in caplog.text)
+        assert client.call("echo", 1) == 1
+        (home / "keys/allowed/robot.json").unlink()
+        wait_until(lambda: server.clients() == [])
+        with pytest.raises(PermissionDenied):
+            client.call("echo", 2)
+    assert len([r for r in caplog.records if "bad.json" in r.message]) == 1
+
+
+# Client ids -----------------------------------------------------------------------------------
+
+
+def test_a_client_id_is_that_of_the_key_that_first_used_it(server):
+    with client_of(server, of("robot"), client_id="arm") as client:
+        with pytest.raises(PermissionDenied, match="'arm' belongs to another key"):
+            client_of(server, of("viewer"), client_id="arm")
+        with client_of(server, of("robot"), client_id="arm"):
+            pass
+        assert client.call("echo", 1) == 1
+    with pytest.raises(PermissionDenied, match="belongs to another key"):  # also when it has left
+        client_of(server, of("viewer"), client_id="arm")
+
+
+def test_nobody_can_make_a_server_forget_whose_an_id_is(server, monkeypatch):
+    monkeypatch.setattr("edgeml.core.server._MOST_IDS", 3)
+    with client_of(server, of("robot"), client_id="arm"):
+        pass
+    for number in range(10):
+        with client_of(server, of("viewer"), client_id=f"v{number}"):
+            pass
+    with pytest.raises(PermissionDenied, match="belongs to another key"):
+        client_of(server, of("viewer"), client_id="arm")
+
+
+# Roles at the server --------------------------------------------------------------------------
+
+
+def test_interfaces_and_topics_need_what_they_are_registered_with(keyring):
+    with serving(keyring) as server:
+        ran = []
+        server.register(
+            "look", answer_with(lambda payload, caller: ran.append("look")), needs="call"
+        )
+        server.register("act", answer_with(lambda payload, caller: ran.append("act")), needs="call")
+        server.topic("news", needs="subscribe")
+        server.dispatcher.start()
+        server.open()
+        client = Client("test", server.urls, credentials=of("viewer"), timeout=5)
+        try:
+            client.call("look", None)
+            with pytest.raises(PermissionDenied, match="lacks call:act"):
+                client.call("act", None)
+            assert ran == ["look"]
+            with pytest.raises(PermissionDenied, match="lacks subscribe:news"):
+                client.subscribe("news", ran.append)
+            assert server.stats()["PermissionDenied"] == 2
+            client.call("look", None)
+        finally:
+            client.close()
+
+
+def test_a_role_that_changes_counts_within_a_second_and_costs_no_connection(keyring, caplog):
+    with serving(keyring) as server:
+        topic = server.topic("news", needs="subscribe")
+        server.register("look", answer_with(lambda payload, caller: payload), needs="call")
+        server.dispatcher.start()
+        server.open()
+        client = Client("test", server.urls, credentials=of("robot"), timeout=5)
+        try:
+            got = []
+            client.subscribe("news", got.append)
+            topic.publish(1)
+            wait_until(lambda: got == [1])
+            before = [caller.client_id for caller in server.callers]
+            keyring.add(key("robot", "call"))
+            wait_until(lambda: server.callers[0].role.allowed is not None)
+            topic.publish(2)  # by the credit that it had parked
+            wait_until(lambda: "publications of 'news' are missed" in caplog.text)
+            topic.publish(3)
+            assert client.call("look", 1) == 1
+            keyring.add(key("robot"))
+            wait_until(lambda: got[-1] == 3)
+            assert [caller.client_id for caller in server.callers] == before
+        finally:
+            client.close()
+
+
+# Limits ---------------------------------------------------------------------------------------
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(ValueError, match="sessions"):
+        Limits(sessions=0)
+
+
+@pytest.mark.parametrize("limit", ["sessions", "sessions_per_connection"])
+def test_one_connection_cannot_take_all_sessions(limit):
+    server = InferenceServer(0, transport="inproc", limits=Limits(**{limit: 3}))
+    server.register_interface("echo", lambda payload: payload)
+    with server, started(server):
+        transport = load_transport("inproc")
+        with transport.connect(Url.parse(server.url), 5) as requester:
+            hello = wire.pack(wire.Hello(1, "inference", "c", "", "msgpack", {}))
+            header = wire.pack(wire.Request(wire.HELLO, b"", "", 5.0, hello))
+            said = [
+                wire.unpack(wire.Answer, requester.call(Message(header), 5).header)
+                for _ in range(5)
+            ]
+            assert [answer.status for answer in said[:3]] == [wire.OK] * 3
+            for answer in said[3:]:
+                assert isinstance(wire.error_of(answer), Overloaded)
+            welcome = wire.unpack(wire.Welcome, said[0].body)
+            leave = wire.pack(wire.Request(wire.GOODBYE, welcome.session, "", 5.0, b""))
+            requester.call(Message(leave), 5)
+            again = wire.unpack(wire.Answer, requester.call(Message(header), 5).header)
+            assert again.status == wire.OK
+        assert server.stats()["Overloaded"] == 2
+
+
+def test_a_large_hello_is_refused_before_it_is_decoded(server):
+    transport = load_transport("inproc")
+    with transport.connect(Url.parse(server.url), 5) as requester:
+        config = {f"{number:0100}": number for number in range(1000)}
+        hello = wire.pack(wire.Hello(1, "inference", "c", "", "msgpack", config))
+        header = wire.pack(wire.Request(wire.HELLO, b"", "", 5.0, hello))
+        answer = wire.unpack(wire.Answer, requester.call(Message(header), 5).header)
+        error = wire.error_of(answer)
+        assert isinstance(error, Malformed)
+        assert "a hello of" in str(error)
+
+
+def test_one_client_has_so_many_subscriptions_and_no_more():
+    limits = Limits(subscriptions_per_client=2, credits=3)
+    with serving(limits=limits) as server:
+        server.topic("news")
+        server.open()
+        transport = load_transport("inproc")
+        with transport.connect(server.urls[0], 5) as requester:
+            hello = wire.pack(wire.Hello(1, "test", "c", "", "msgpack", {}))
+            header = wire.pack(wire.Request(wire.HELLO, b"", "", 5.0, hello))
+            answer = wire.unpack(wire.Answer, requester.call(Message(header), 5).header)
+            session = wire.unpack(wire.Welcome, answer.body).session
+
+            def ask(number):
+                credit = wire.pack(wire.Credit(number, 0, 0))
+                return requester.request(
+                    Message(wire.pack(wire.Request(wire.NEXT, session, "news", 5.0, credit)))
+                )
+
+            kept = [ask(1), ask(1), ask(1), ask(2)]
+            for refused in (ask(1), ask(3)):
+                said = wire.unpack(wire.Answer, refused.result(5).header)
+                assert isinstance(wire.error_of(said), Overloaded)
+            assert not any(future.done() for future in kept)
+
+
+def test_a_hello_of_colliding_keys_costs_nothing(server):
+    # Maps whose keys are arrays of numbers with equal hashes.
+    transport = load_transport("inproc")
+    keys = b"".join(b"\x92\xff" + b"\xfe" + b"\xc0" for _ in range(15_000))
+    config = b"\xdf" + (15_000).to_bytes(4, "big") + keys
+    fields = {"protocol": 1, "service": "inference", "client_id": "c", "label": "", "codec": "x"}
+    packed = wire.pack(fields)
+    hello = bytes([packed[0] + 1]) + packed[1:] + wire.pack("config") + config
+    header = wire.pack(wire.Request(wire.HELLO, b"", "", 5.0, hello))
+    with transport.connect(Url.parse(server.url), 5) as requester, took(at_most=0.5):
+        answer = wire.unpack(wire.Answer, requester.call(Message(header), 5).header)
+    assert isinstance(wire.error_of(answer), EdgemlError)
