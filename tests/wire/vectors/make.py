@@ -97,6 +97,8 @@ def envelopes() -> Vector:
         1, "inference", "a", "", "msgpack", {}, {"contracts": {"policy": {"rate": 50.0}}}
     )
     answers = wire.Welcome(SESSION, EPOCH, {"": 1}, [5555], {"x-greeting": "welcome"})
+    shows = wire.Hello(1, "inference", "a", "", "msgpack", {}, {"token": "s3cret"})
+    agrees = wire.Welcome(SESSION, EPOCH, {"": 1}, [5555], {}, "msgpack")
     credit, first = wire.Credit(1, EPOCH, 41), wire.Credit(1, 0, 0)
     pong = wire.Pong(1, "inference", 1.7e9)
     loading = wire.Pong(1, "inference", 1.7e9, "loading", 0.25, "weights")
@@ -122,6 +124,8 @@ def envelopes() -> Vector:
         envelope("hello body that expects a contract", expects),
         envelope("welcome body", welcome),
         envelope("welcome body with an extension", answers),
+        envelope("welcome body of a server that tells the codec", agrees),
+        envelope("hello body with a token", shows),
         envelope("welcome", reply(wire.OK, wire.pack(welcome))),
         envelope("call", request(wire.CALL, SESSION, "echo", 2.5, _pack([1, "a"]))),
         envelope("result", wire.Result(wire.OK, _pack([1, "a"]), 0, 0, served)),
