@@ -512,9 +512,8 @@ class _Lane:
         if held is not None and (
             held[0] >= limits.calls_per_client or held[1] + size > limits.bytes_per_client
         ):
-            return _too_many(
-                "of this client", *held, limits.calls_per_client, limits.bytes_per_client
-            )
+            most = limits.calls_per_client, limits.bytes_per_client
+            return _too_many("of this client", held[0], held[1], *most)
         waiting = self.length
         if waiting >= limits.calls or (waiting and self.nbytes + size > limits.bytes):
             return _too_many("of all clients", waiting, self.nbytes, limits.calls, limits.bytes)
