@@ -27,7 +27,7 @@ from edgeml.core.pending import Pending
 from edgeml.core.security import Credentials
 from edgeml.core.strangers import find_stranger
 from edgeml.core.transport import Endpoint, OnRequest, Peer, Requester, Transport
-from edgeml.core.url import Url
+from edgeml.core.url import Url, is_loopback
 
 __all__ = ["Accept", "Link", "LinkTransport", "Listening"]
 
@@ -184,6 +184,7 @@ class _Listener(Endpoint):
         self._loop = Loop(f"edgeml {url}")
         try:
             self.url, self._stop_listening = self._loop.start(listen(url, self._accept)).result()
+            self.local = is_loopback(self.url.host)
         except BaseException:
             self._loop.close()
             raise
@@ -233,6 +234,7 @@ class _Connection(Requester):
         greeting: bytes,
     ) -> None:
         self.url = url
+        self.local = is_loopback(url.host)
         self._over: EdgemlError | None = None
         self._pending = Pending()
         self._loop = Loop(f"edgeml {url}")
