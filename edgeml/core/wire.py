@@ -53,7 +53,6 @@ __all__ = [
     "error_of",
     "pack",
     "pack_error",
-    "plain",
     "unpack",
 ]
 
@@ -251,38 +250,20 @@ _OPEN: frozenset[type] = frozenset(
     {Hello, Welcome}
 )  # have values of any type, and come from anybody
 _MOST_NESTING = 32
-_MOST_NODES = 1 << 14  # see `plain`
+_MOST_NODES = 1 << 14  # as `edgeml.core.tokens.check` counts
 
 
 def unpack(kind: type[T], data: bytes) -> T:
-    """Decode an envelope or a body, or raise `Malformed`."""
+    """Decode an envelope or a body, or raise `Malformed`.
+
+    What comes from anybody takes time in proportion to its size, whatever it is.
+    """
     if kind in _OPEN:
         check(data, nodes=_MOST_NODES, nesting=_MOST_NESTING, keys=TEXT)
     try:
         return _decoders[kind].decode(data)  # type: ignore[no-any-return]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not an edgeml {kind.__name__.lower()}: {error}") from None
-
-
-def plain(data: bytes, most: int = _MOST_NODES) -> Any:
-    """Decode a value of MessagePack's own types, such as may come before there is a session.
-
-    That is nil, bool, int, float, str, bin, array, and map with keys of str. It takes time in
-    proportion to the size, whoever made the bytes.
-
-    Args:
-        data: one MessagePack object.
-        most: how much it may be, as `edgeml.core.tokens.check` counts: each value and each key is
-            one, an array or map four.
-
-    Raises:
-        Malformed: it is something else, larger, or nested more than 32 deep.
-    """
-    try:
-        check(data, nodes=most, nesting=_MOST_NESTING, keys=TEXT)
-        return msgspec.msgpack.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise Malformed(f"not a plain value of MessagePack: {error}") from None
 
 
 def pack_error(error: EdgemlError) -> bytes:

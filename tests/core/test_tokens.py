@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 
 from edgeml import Malformed
 from edgeml.core import tokens
-from edgeml.core.wire import plain
 
 pack = msgspec.msgpack.encode
+
+
+def plain(data: bytes, most: int = 4096) -> Any:
+    """What comes before there is a session: plain values, of which maps have keys of text."""
+    tokens.check(data, nodes=most, nesting=32, keys=tokens.TEXT)
+    try:
+        return msgspec.msgpack.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Malformed(str(error)) from None
 
 
 def nested(depth: int) -> Any:
