@@ -11,10 +11,11 @@ value                        on the wire
 None, bool, float, str       nil, bool, float 64 (float 32 is read too), str (valid UTF-8)
 int, -2**63 to 2**64 - 1     int, of any width
 list, mapping                array, map; a key is a str or an int (never bool; a writer uses no ext
-                             there). Keys that repeat: the last one counts
-bytes                        bin, or ext 4, which `encode` uses above 8 KiB
-anything else                ext, of a type in the table below; no other type is allowed, but for
-                             msgpack's own timestamp (-1), read as an aware datetime
+                             there), in a map of more than 4,096 pairs a str. Keys that repeat:
+                             the last one counts
+bytes                        bin, or ext 4, which `encode` uses above 8 KiB, but in sets
+anything else                ext, of a type in the table below; no other type is allowed, msgpack's
+                             own timestamp (-1) neither
 ===========================  =====================================================================
 
 ====  ==============  ============================================================================
@@ -25,15 +26,19 @@ ext   value           payload
 3     numpy scalar    descriptor with ndim 0, the element
 4     bytes           u32 index of the buffer that holds them
 5     tuple           one msgpack array: the items
-6     set             one msgpack array: the members, all of them hashable and different
+6     set             one msgpack array: the members, all of them hashable and no two equal (as 1,
+                      1.0 and true are); of more than 4,096 each is a str or bytes. `encode` puts
+                      them in ascending order of their bytes
 7     frozenset       as 6
-8     large int       two's complement, at most 1,024 bytes
+8     large int       two's complement, beyond what an int holds, in as few bytes as it takes, at
+                      most 1,024
 9     complex         f64 real part, f64 imaginary part
 10    datetime        ASCII, ISO 8601: ``YYYY-MM-DDTHH:MM:SS[.ffffff][+HH:MM[:SS[.ffffff]]]``;
-                      without the offset it is naive
+                      without the offset it is naive. What is in brackets is left out where it is
+                      0, but for the offset; that of UTC is ``+00:00``
 11    date            ASCII, ``YYYY-MM-DD``
 12    time            ASCII, ``HH:MM:SS[.ffffff]``, and an offset as in 10
-13    timedelta       i32 days, i32 seconds, i32 microseconds; their sum counts
+13    timedelta       i32 days, i32 seconds (0 to 86,399), i32 microseconds (0 to 999,999)
 ====  ==============  ============================================================================
 
 **Descriptor**: u8 length of the dtype's name, u8 ndim (at most 32), the name in ASCII, zeros up to
@@ -50,13 +55,21 @@ The names, with that size:
 - 2: ``bfloat16``; 1: ``float8_e3m4``, ``float8_e4m3``, ``float8_e4m3b11fnuz``, ``float8_e4m3fn``,
   ``float8_e4m3fnuz``, ``float8_e5m2``, ``float8_e5m2fnuz``, ``float8_e8m0fnu``, ``float4_e2m1fn``,
   ``float6_e2m3fn``, ``float6_e3m2fn``, ``int2``, ``int4``, ``uint2``, ``uint4`` (a byte for each
-  element). Python needs the package ``ml_dtypes`` for these.
+  element, whose unused bits, the high ones, are 0). Python needs the package ``ml_dtypes`` for
+  these.
 
 **Rules for a reader.** Each buffer is used by exactly one ext 1 or 4: none twice, none left over.
 Arrays, maps and exts 5 to 7 nest at most 32 deep, an ext 5 to 7 with its array being one level.
-Bytes that break a rule are refused as a whole (`Malformed` here), before anything is allocated
-for what they claim. A set in which more than 64 members share Python's hash is refused as well:
-such sets are made to make the reader slow.
+A header has at most 524,288 nodes: each value and each key is one, an array, a map or an ext
+counts four, an ext 5 to 7 together with its array. There are at most 16,384 buffers. (These three
+are `Codec.limits`.) Bytes that break a rule are refused as a whole (`Malformed` here), before
+anything is allocated for what they claim. A set in which more than 64 members share Python's hash
+is refused as well: such sets, and large ones and large maps of ints, are made to make the reader
+slow.
+
+**One spelling.** What is in an ext can be written in one way alone. So what was decoded encodes to
+the bytes that it came from, but for what is left to a writer above: widths of ints, floats and
+lengths, repeated keys, the order of a set's members, and what travels in buffers.
 
 What a Python value becomes: bytearray and memoryview arrive as bytes; dataclasses, namedtuples
 and `Mapping`s as dict; IntEnum and other subclasses of int, str, float, ... as their base; JAX
@@ -67,6 +80,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import re
 import struct
 import sys
 from collections import Counter
@@ -74,7 +88,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import NoneType
 from typing import Any, ClassVar, TypeAlias
 
@@ -83,18 +97,19 @@ import numpy as np
 
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Malformed, NotEncodable
+from edgeml.core.limits import Limits
 from edgeml.core.message import Allocator, Message, aligned, copy, own, owned
 from edgeml.core.plugins import hookimpl
+from edgeml.core.tokens import HEAVY, MANY, TEXT_OR_INT, check
 
 __all__ = ["MsgpackCodec", "edgeml_codec"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 DType: TypeAlias = "np.dtype[Any]"
 
-_MAX_DEPTH = 32
 _MAX_NDIM = 32
 _MAX_INT = 1024  # bytes; arithmetic on larger ones, and printing them, can take for ever
-_SMALL_HEADER = 16_384  # bytes; too few to do harm before they are checked
+_SMALL_HEADER = 16_384  # bytes
 _INLINE = 8192  # bytes; up to here a copy costs less than a buffer more (measured, also on zmq)
 
 (_ARRAY, _SMALL, _SCALAR, _BYTES, _TUPLE, _SET, _FROZENSET, _INT) = range(1, 9)
@@ -133,16 +148,27 @@ class MsgpackCodec(Codec):
         return own(self._encode(value, allocate), allocate)
 
     def _encode(self, value: Any, allocate: Allocator | None) -> Message:
+        limits = self.limits
         try:
             try:
-                walk = _Walk(value, allocate)
+                walk = _Walk(value, allocate, limits.nesting)
                 header = _pack(walk.value(value, 0))
             except (UnicodeEncodeError, OverflowError):
                 # Looking into each str and int would slow everyone for the few that need it.
-                walk = _CarefulWalk(value, allocate)
+                walk = _CarefulWalk(value, allocate, limits.nesting)
                 header = _pack(walk.value(value, 0))
         except _Refused as refused:
             raise NotEncodable(f"value{refused.path} {refused.why}") from None
+        if len(header) * HEAVY > limits.nodes:
+            try:
+                _check(header, limits)
+            except Malformed as error:
+                raise NotEncodable(f"value has {error}: put numbers into arrays") from None
+        if walk.buffers and len(walk.buffers) > limits.buffers:
+            raise NotEncodable(
+                f"value has {len(walk.buffers)} large arrays, of which {limits.buffers} are "
+                "carried in one message: stack them"
+            )
         return Message(header, walk.buffers)
 
     def decode(self, message: Message, *, writable: bool = False) -> Any:
@@ -155,19 +181,23 @@ class MsgpackCodec(Codec):
             Malformed: whatever else the bytes are, also if a dtype needs ``ml_dtypes`` and that
                 isn't installed.
         """
-        header = message.header
+        header, limits = message.header, self.limits
+        # Of a small one there is too little to do harm before it is looked at.
+        small = len(header) <= _SMALL_HEADER and len(header) * HEAVY <= limits.nodes
         try:
-            if len(header) > _SMALL_HEADER:
-                _check(header)
+            if not small:
+                _check(header, limits)
             if message.buffers or writable:
+                if len(message.buffers) > limits.buffers:
+                    raise Malformed(f"more than {limits.buffers} buffers")
                 reader = _Reader(message.buffers, writable)
                 value = _unpack(header, ext_hook=reader.ext)
                 if reader.unused:
                     raise Malformed(f"{reader.unused} buffers are not used")
             else:
                 value = _unpack_alone(header)
-            if len(header) <= _SMALL_HEADER and type(value) in _CONTAINERS:
-                _check_value(value)
+            if small and type(value) in _LOOKED_INTO:
+                _check_value(value, header, limits)
         except Malformed:
             raise
         except _Refused as refused:
@@ -201,7 +231,20 @@ _ML_DTYPES = frozenset(
         *("float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "int2", "int4", "uint2", "uint4"),
     )
 )
-_BOOL = np.dtype(bool)
+# What a byte may hold at most, of dtypes that leave some of its bits unused.
+_MOST = {"bool": 1, "int2": 3, "uint2": 3, "int4": 15, "uint4": 15, "float4_e2m1fn": 15}
+_MOST |= {"float6_e2m3fn": 63, "float6_e3m2fn": 63}
+_UP_TO = {most: bytes(range(most + 1)) for most in set(_MOST.values())}
+
+
+def _refuse_bits(data: bytes | memoryview, most: int) -> None:
+    """Refuse elements that have bits where their dtype has none."""
+    if len(data) <= 1024:  # where calling numpy costs more than the looking
+        wrong = bool(bytes(data).translate(None, _UP_TO[most]))
+    else:
+        wrong = bool(np.maximum.reduce(np.frombuffer(data, np.uint8)) > most)
+    if wrong:
+        raise _Refused("has elements with bits that their dtype does not use")
 
 
 def _dtype(name: str) -> DType | None:
@@ -224,8 +267,8 @@ def _pad(length: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, DType | None]:
-    """The descriptor, and the dtype to convert to first, if it differs."""
+def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, DType | None, int | None]:
+    """The descriptor, the dtype to convert to first, if it differs, and what is in `_MOST`."""
     wire = _dtype(dtype.name)
     if wire is None or dtype.newbyteorder("<") != wire:
         advice = _DTYPE_ADVICE.get(dtype.kind, "convert it to a dtype of numbers with .astype")
@@ -235,12 +278,12 @@ def _describe(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, DType | None
     name = dtype.name.encode()
     padded = _pad(len(name)) - 2
     head = struct.pack(f"<BB{padded}s{len(shape)}Q", len(name), len(shape), name, *shape)
-    return head, None if wire == dtype else wire
+    return head, None if wire == dtype else wire, _MOST.get(dtype.name)
 
 
 @lru_cache(maxsize=1024)
-def _parse(head: bytes) -> tuple[DType, tuple[int, ...], int]:
-    """The dtype, the shape and the size in bytes that a descriptor claims."""
+def _parse(head: bytes) -> tuple[DType, tuple[int, ...], int, int | None]:
+    """The dtype, the shape and the size in bytes that a descriptor claims, and `_MOST`'s."""
     length, ndim = head[0], head[1]
     if ndim > _MAX_NDIM:
         raise Malformed(f"an array of {ndim} dimensions")
@@ -250,7 +293,7 @@ def _parse(head: bytes) -> tuple[DType, tuple[int, ...], int]:
     dtype = _dtype(name[:length].decode())
     if dtype is None:
         raise Malformed(f"unknown dtype {name!r}")
-    return dtype, tuple(shape), math.prod(shape) * dtype.itemsize
+    return dtype, tuple(shape), math.prod(shape) * dtype.itemsize, _MOST.get(dtype.name)
 
 
 # Encoding: one walk that replaces what msgpack lacks by exts, before msgspec sees the value.
@@ -268,13 +311,14 @@ class _Refused(Exception):
 class _Walk:
     """One encoding. `depth` is the number of containers around a value."""
 
-    __slots__ = ("allocate", "arrivals", "buffers", "in_set", "root")
+    __slots__ = ("allocate", "arrivals", "buffers", "in_set", "nesting", "root")
     plain: ClassVar[frozenset[type]] = frozenset({NoneType, bool, int, float, str})
     plain_keys: ClassVar[frozenset[type]] = frozenset({str, int})
 
-    def __init__(self, root: Any, allocate: Allocator | None) -> None:
+    def __init__(self, root: Any, allocate: Allocator | None, nesting: int) -> None:
         self.root = root
         self.allocate = allocate
+        self.nesting = nesting
         self.arrivals: _Arrivals | None = None  # made with the first array that is on a device
         self.buffers: list[memoryview] = []
         self.in_set = 0
@@ -285,12 +329,15 @@ class _Walk:
             return value
         return _CONVERT[kind](self, value, depth)
 
-    def pairs(self, pairs: Iterable[tuple[Any, Any]], form: str, depth: int) -> dict[Any, Any]:
+    def pairs(
+        self, pairs: Iterable[tuple[Any, Any]], n: int, form: str, depth: int
+    ) -> dict[Any, Any]:
         if self.in_set:
             raise _Refused("would arrive as a dict, which no set can hold: send a list of them")
-        if depth == _MAX_DEPTH:
-            raise _Refused(f"is nested more than {_MAX_DEPTH} deep, or contains itself")
+        if depth == self.nesting:
+            raise _Refused(f"is nested more than {self.nesting} deep, or contains itself")
         plain, plain_keys = self.plain, self.plain_keys
+        changed = False
         out = {}
         key = None
         try:
@@ -298,15 +345,20 @@ class _Walk:
                 kind = type(item)
                 if type(key) not in plain_keys:
                     key = self.key(key)
+                    changed = True
                 out[key] = item if kind in plain else _CONVERT[kind](self, item, depth + 1)
         except _Refused as refused:
             refused.path = form.format(key) + refused.path
             raise
+        if changed and len(out) != n:
+            raise _Refused("has keys that would arrive as one, as they differ in their type alone")
+        if n > MANY and not all(type(key) is str for key in out):
+            raise _Refused(f"has more than {MANY} keys, some of them int: use their str")
         return out
 
     def items(self, items: Iterable[Any], form: str, depth: int) -> list[Any]:
-        if depth == _MAX_DEPTH:
-            raise _Refused(f"is nested more than {_MAX_DEPTH} deep, or contains itself")
+        if depth == self.nesting:
+            raise _Refused(f"is nested more than {self.nesting} deep, or contains itself")
         items = list(items)
         if self.plain.issuperset(map(type, items)):
             return items
@@ -341,20 +393,22 @@ class _Walk:
         value = int.__index__(value)
         if -(1 << 63) <= value < 1 << 64:
             return value
-        size = (value if value >= 0 else ~value).bit_length() // 8 + 1
+        size = _size_of(value)
         if size > _MAX_INT:
             raise _Refused(f"is an int of more than {_MAX_INT} bytes: send it as bytes")
         return _Ext(_INT, value.to_bytes(size, "little", signed=True))
 
     def mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
-        return self.pairs(value.items(), "[{!r:.80}]", depth)
+        return self.pairs(value.items(), len(value), "[{!r:.80}]", depth)
 
     def dataclass(self, value: Any, depth: int) -> Any:
         names = [field.name for field in fields(value)]
-        return self.pairs(((name, getattr(value, name)) for name in names), ".{}", depth)
+        pairs = ((name, getattr(value, name)) for name in names)
+        return self.pairs(pairs, len(names), ".{}", depth)
 
     def namedtuple(self, value: Any, depth: int) -> Any:
-        return self.pairs(zip(value._fields, value, strict=True), ".{}", depth)
+        pairs = zip(value._fields, value, strict=True)
+        return self.pairs(pairs, len(value), ".{}", depth)
 
     def sequence(self, value: list[Any], depth: int) -> Any:
         return self.items(value, "[{}]", depth)
@@ -366,26 +420,40 @@ class _Walk:
         self.in_set += 1
         members = self.items(value, "{{...}}", depth)
         self.in_set -= 1
-        return _Ext(code, _pack(members))
+        # In their bytes' order, or a set would have others in each process that makes it.
+        packed = _pack([msgspec.Raw(member) for member in sorted(map(_pack, members))])
+        if not self.in_set and not (len(members) <= 64 and self.plain.issuperset(map(type, value))):
+            # What hashes here may arrive as what doesn't, or as what is equal to another.
+            try:
+                _READER.ext(code, memoryview(packed))
+            except (Malformed, TypeError) as error:
+                raise _Refused(f"would arrive as what is no set: {error}") from None
+        return _Ext(code, packed)
 
     def frozenset_(self, value: frozenset[Any], depth: int) -> Any:
         return self.set_(value, depth, _FROZENSET)
 
     def bytes_(self, value: Any, depth: int) -> Any:
         view = memoryview(value)
-        if view.nbytes <= _INLINE:
+        if view.nbytes <= _INLINE or self.in_set:  # a set's bytes are put in order
             return view.tobytes()
         flat = view.format == "B" and view.ndim == 1 and view.c_contiguous
         self.buffers.append(view if flat else memoryview(view.tobytes()))
         return _Ext(_BYTES, _u32.pack(len(self.buffers) - 1))
 
     def array(self, value: Array, depth: int) -> Any:
-        head, wire = _describe(value.dtype, value.shape)
+        head, wire, most = _describe(value.dtype, value.shape)
         if wire is not None:
             value = value.astype(wire)
         if value.nbytes <= _INLINE:
-            return _Ext(_SMALL, head + value.tobytes())
-        self.buffers.append(_flat(value))
+            data = value.tobytes()
+            if most is not None:
+                _refuse_bits(data, most)
+            return _Ext(_SMALL, head + data)
+        buffer = _flat(value)
+        if most is not None:
+            _refuse_bits(buffer, most)
+        self.buffers.append(buffer)
         return _Ext(_ARRAY, head + _u32.pack(len(self.buffers) - 1))
 
     def jax_array(self, value: Any, depth: int) -> Any:
@@ -402,7 +470,11 @@ class _Walk:
         return ext
 
     def scalar(self, value: Any, depth: int) -> Any:
-        return _Ext(_SCALAR, _describe(value.dtype, ())[0] + value.tobytes())
+        head, _, most = _describe(value.dtype, ())
+        data = value.tobytes()
+        if most is not None:
+            _refuse_bits(data, most)
+        return _Ext(_SCALAR, head + data)
 
 
 def _flat(array: Array) -> memoryview:
@@ -561,47 +633,33 @@ _DTYPE_ADVICE = {
 
 # Decoding: a check of the structure, which allocates nothing, and then msgspec.
 
-(_RAW, _EXT, _LIST, _MAP) = range(4)
-# What a token's first byte says: its whole size where that is fixed (0 where not) ...
-_SIZES = [1] * 128 + [0] * 32 + list(range(1, 33)) + [1, 0, 1, 1] + [0] * 6 + [5, 9]
-_SIZES += [2, 3, 5, 9, 2, 3, 5, 9] + [0] * 12 + [1] * 32
-# ... the same for a map's key, where only ints and strs may stand (-1 for the others) ...
-_KEYS = {*range(128), *range(0xA0, 0xC0), *range(0xCC, 0xD4), 0xD9, 0xDA, 0xDB, *range(0xE0, 256)}
-_KEY_SIZES = [size if tag in _KEYS else -1 for tag, size in enumerate(_SIZES)]
-# ... or else its kind, the width of the count that follows, and the count where none follows.
-_HEADS = (
-    {0x80 | n: (_MAP, 0, n) for n in range(16)}
-    | {0x90 | n: (_LIST, 0, n) for n in range(16)}
-    | {0xC4 + n: (_RAW, 1 << n, 0) for n in range(3)}
-    | {0xC7 + n: (_EXT, 1 << n, 0) for n in range(3)}
-    | {0xD4 + n: (_EXT, 0, 1 << n) for n in range(5)}
-    | {0xD9 + n: (_RAW, 1 << n, 0) for n in range(3)}
-    | {0xDC + n: (_LIST, 2 << n, 0) for n in range(2)}
-    | {0xDE + n: (_MAP, 2 << n, 0) for n in range(2)}
-)
+_EXTS = {code: _TUPLE <= code <= _FROZENSET for code in range(_ARRAY, _TIMEDELTA + 1)}
 
 
-def _head(data: bytes, at: int) -> tuple[int, int, int]:
-    """Kind and count of the token at a position, and where its head ends."""
-    kind, width, count = _HEADS[data[at]]
-    at += 1
-    if width:
-        count = int.from_bytes(data[at : at + width], "big")
-    return kind, count, at + width
+def _check(header: bytes, limits: Limits) -> None:
+    """Refuse what msgspec would accept: keys that flood a hash table, depth, foreign exts.
+
+    A dict is filled while msgspec decodes, so keys must have been looked at before.
+    """
+    check(header, nodes=limits.nodes, nesting=limits.nesting, keys=TEXT_OR_INT, exts=_EXTS)
 
 
-def _check_value(value: Any) -> None:
-    """Refuse what msgspec accepted: keys and depth. Several times as fast as `_check`."""
+def _check_value(value: Any, header: bytes, limits: Limits) -> None:
+    """Refuse what msgspec accepted: keys, depth, timestamps. Several times as fast as `_check`."""
     level = [value]
-    depth = 0
+    depth, nesting = 0, limits.nesting
+    timestamps = False
     while level:
         inner: list[Any] = []
         for item in level:
             kind = type(item)
-            if kind not in _CONTAINERS:
+            if kind not in _LOOKED_INTO:
                 continue
-            if depth == _MAX_DEPTH:
-                raise Malformed(f"nested more than {_MAX_DEPTH} deep")
+            if kind is dt.datetime:
+                timestamps = True
+                continue
+            if depth == nesting:
+                raise Malformed(f"nested more than {nesting} deep")
             if kind is not dict:
                 inner += item
             elif _KEY_TYPES.issuperset(map(type, item)):
@@ -610,52 +668,14 @@ def _check_value(value: Any) -> None:
                 raise Malformed("a key that is neither str nor int")
         level = inner
         depth += 1
+    # msgspec makes datetimes of msgpack's own ext for them, without asking.
+    if timestamps and any(head in header for head in _TIMESTAMPS):
+        _check(header, limits)
 
 
 _KEY_TYPES = frozenset({str, int})
-_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
-
-
-def _check(data: bytes) -> None:
-    """Refuse what msgspec would accept: keys that flood a hash table, depth, foreign exts.
-
-    A dict is filled while msgspec decodes, so keys must have been looked at before. Sizes that
-    don't add up are left to msgspec, which meets them where this did.
-    """
-    stack: list[tuple[int, tuple[list[int], list[int]]]] = []
-    values, keyed = (_SIZES, _SIZES), (_SIZES, _KEY_SIZES)
-    left, sizes, at = 1, values, 0
-    while True:
-        while left:
-            left -= 1  # in a map, 2 tokens for each pair: odd from here on is a key
-            size = sizes[left & 1][data[at]]
-            if size > 0:
-                at += size
-                continue
-            if size < 0:
-                raise Malformed("a key that is neither str nor int")
-            kind, count, at = _head(data, at)
-            if kind == _EXT:
-                code = data[at]
-                at += 1
-                if _TUPLE <= code <= _FROZENSET:
-                    kind, count, at = _head(data, at)
-                    if kind != _LIST:
-                        raise Malformed("a tuple or set that is no array")
-                elif _ARRAY <= code <= _TIMEDELTA or code == 0xFF:  # -1 is msgpack's timestamp
-                    kind = _RAW
-                else:
-                    raise Malformed(f"unknown ext {code}")
-            if kind == _RAW:
-                at += count
-                continue
-            if len(stack) == _MAX_DEPTH:
-                raise Malformed(f"nested more than {_MAX_DEPTH} deep")
-            stack.append((left, sizes))
-            left, sizes = (count * 2, keyed) if kind == _MAP else (count, values)
-        if not stack:
-            return
-        left, sizes = stack.pop()
+_LOOKED_INTO = frozenset({dict, list, tuple, set, frozenset, dt.datetime})
+_TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")  # whatever else may look like that
 
 
 class _Reader:
@@ -679,10 +699,7 @@ class _Reader:
                 raise Malformed("a tuple or set that is no array")
             if code == _TUPLE:
                 return tuple(items)
-            # int, float, complex and tuple have hashes that a sender can make equal at will.
-            if len(items) > 64 and max(Counter(map(hash, items)).values()) > 64:
-                raise Malformed("a set that floods its hash table")
-            return set(items) if code == _SET else frozenset(items)
+            return _set_of(items, code)
         return _READ[code](bytes(data))
 
     def take(self, data: bytes | memoryview) -> memoryview:
@@ -697,7 +714,7 @@ class _Reader:
     def array(self, code: int, data: memoryview) -> Any:
         raw = bytes(data)
         split = ((raw[0] + 9) & ~7) + 8 * raw[1]
-        dtype, shape, nbytes = _parse(raw[:split])
+        dtype, shape, nbytes, most = _parse(raw[:split])
         if code == _SCALAR and shape:
             raise Malformed(f"a scalar of shape {shape}")
         buffer = self.take(raw[split:]) if code == _ARRAY else None
@@ -716,28 +733,90 @@ class _Reader:
             if not array.flags.aligned:
                 array = array.copy()
                 array.flags.writeable = False
-        if dtype is _BOOL and array.view(np.uint8).max(initial=0) > 1:
-            raise Malformed("a bool that is neither 0 nor 1")
+        if most is not None:
+            _refuse_bits(raw[split:] if buffer is None else buffer, most)
         if self.writable:
             array = array.copy()
         return array[()] if code == _SCALAR else array
 
 
-_unpack_alone = msgspec.msgpack.Decoder(ext_hook=_Reader((), False).ext).decode
+_READER = _Reader((), False)
+_unpack_alone = msgspec.msgpack.Decoder(ext_hook=_READER.ext).decode
 """Decodes a header that comes without buffers; a reader made once serves them all."""
+
+
+def _set_of(items: list[Any], code: int) -> set[Any] | frozenset[Any]:
+    # int, float, complex and tuple have hashes that a sender can choose: equal ones, or such that
+    # each member meets all others; str and bytes don't.
+    if len(items) > 64:
+        if len(items) > MANY and not _UNCHOSEN.issuperset(map(type, items)):
+            raise Malformed(f"a set of more than {MANY}, and not only of str and bytes")
+        if max(Counter(map(hash, items)).values()) > 64:
+            raise Malformed("a set that floods its hash table")
+    members = set(items) if code == _SET else frozenset(items)
+    if len(members) != len(items):
+        raise Malformed("a set with members that are equal")
+    return members
+
+
+_UNCHOSEN = frozenset({str, bytes})
+
+
+# Of each value there is one spelling, so that nobody need look at two.
 
 
 def _read_int(data: bytes) -> int:
     if len(data) > _MAX_INT:
         raise Malformed(f"an int of {len(data)} bytes")
-    return int.from_bytes(data, "little", signed=True)
+    value = int.from_bytes(data, "little", signed=True)
+    if -(1 << 63) <= value < 1 << 64 or _size_of(value) != len(data):
+        raise Malformed("a large int that has a shorter form")
+    return value
+
+
+def _size_of(value: int) -> int:
+    """Bytes of an int in two's complement."""
+    return (value if value >= 0 else ~value).bit_length() // 8 + 1
+
+
+_DATE_FORM = rb"\d{4}-\d\d-\d\d"
+_CLOCK = rb"(?:[01]\d|2[0-3]):[0-5]\d"
+_FRACTION = rb"(?:\.(?!0{6})\d{6})"
+_TIME_FORM = (
+    rb"%(clock)b:[0-5]\d%(fraction)b?"
+    rb"(?:(?!-00:00$)[+-]%(clock)b(?::(?!00$)[0-5]\d%(fraction)b?)?)?"
+) % {b"clock": _CLOCK, b"fraction": _FRACTION}
+_FORMS = {
+    dt.date: re.compile(_DATE_FORM),
+    dt.time: re.compile(_TIME_FORM),
+    dt.datetime: re.compile(_DATE_FORM + b"T" + _TIME_FORM),
+}
+
+
+def _read_date(kind: Any, data: bytes) -> Any:
+    # What fromisoformat takes differs between versions of Python, and isoformat is slow.
+    if not _FORMS[kind].fullmatch(data):
+        raise Malformed(f"a {kind.__name__} in a form that is not carried")
+    value = kind.fromisoformat(data.decode())
+    if data[-16:-15] in (b"+", b"-"):  # an offset with microseconds, which it may lose
+        offset = dt.time.fromisoformat(data[-15:].decode())
+        east = dt.datetime.combine(dt.date.min, offset) - dt.datetime.min
+        value = value.replace(tzinfo=dt.timezone(east if data[-16:-15] == b"+" else -east))
+    return value
+
+
+def _read_delta(data: bytes) -> dt.timedelta:
+    days, seconds, microseconds = _delta.unpack(data)
+    if not (0 <= seconds < 86_400 and 0 <= microseconds < 1_000_000):
+        raise Malformed("a timedelta whose seconds or microseconds are a day's, or a second's")
+    return dt.timedelta(days, seconds, microseconds)
 
 
 _READ: dict[int, Callable[[bytes], Any]] = {
     _INT: _read_int,
     _COMPLEX: lambda data: complex(*_pair.unpack(data)),
-    _DATETIME: lambda data: dt.datetime.fromisoformat(data.decode("ascii")),
-    _DATE: lambda data: dt.date.fromisoformat(data.decode("ascii")),
-    _TIME: lambda data: dt.time.fromisoformat(data.decode("ascii")),
-    _TIMEDELTA: lambda data: dt.timedelta(*_delta.unpack(data)),
+    _DATETIME: partial(_read_date, dt.datetime),
+    _DATE: partial(_read_date, dt.date),
+    _TIME: partial(_read_date, dt.time),
+    _TIMEDELTA: _read_delta,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Allocator, Message, own
 
 __all__ = ["Codec", "Spoken", "Wrapped", "Wrapping"]
@@ -26,6 +27,10 @@ class Codec(ABC):
     executes: ClassVar[bool] = False
     """Whether decoding can run code that the sender chose. Such a codec is offered only where a
     server lists it, and refused on a listener beyond loopback that asks for no credentials."""
+
+    limits: Limits = DEFAULT_LIMITS
+    """What it keeps to, both ways, of ``nodes``, ``nesting`` and ``buffers``; an instance may have
+    others than its class."""
 
     @abstractmethod
     def encode(self, value: Any) -> Message:

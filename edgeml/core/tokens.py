@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from edgeml.core.errors import Malformed
 
-__all__ = ["TEXT", "TEXT_OR_INT", "Keys", "check"]
+__all__ = ["HEAVY", "MANY", "TEXT", "TEXT_OR_INT", "Keys", "check"]
 
 _RAW, _EXT, _LIST, _MAP = range(4)
 # What a token's first byte says: its whole size where that is fixed (0 where not) ...
@@ -54,6 +54,10 @@ class Keys:
 TEXT = Keys("a str", _STRS)
 TEXT_OR_INT = Keys("a str or an int", _STRS | _INTS)
 
+MANY = 4096
+"""In a map of more pairs than this all keys are str, whose hashes nobody can choose: ints can be
+made such that each new one meets all that are there (43,000 of them took 8 s)."""
+
 HEAVY = 4
 """What a list, a map or an ext counts: it takes some hundred bytes, and a number some thirty."""
 
@@ -85,7 +89,7 @@ def check(
 
 def _walk(data: bytes, nodes: int, nesting: int, keys: Keys, exts: Mapping[int, bool]) -> None:
     stack: list[tuple[int, tuple[list[int], list[int]]]] = []
-    values, keyed = (_SIZES, _SIZES), (_SIZES, keys.sizes)
+    values, keyed, many = (_SIZES, _SIZES), (_SIZES, keys.sizes), (_SIZES, TEXT.sizes)
     left, sizes, at = 1, values, 0
     nodes -= 1
     while True:
@@ -97,7 +101,8 @@ def _walk(data: bytes, nodes: int, nesting: int, keys: Keys, exts: Mapping[int, 
                 at += size
                 continue
             if size < 0:
-                raise Malformed(f"a key that is not {keys.called}")
+                called = TEXT.called if sizes is many else keys.called
+                raise Malformed(f"a key that is not {called}")
             kind, width, count = _HEADS[tag]
             at += 1
             if width:
@@ -127,7 +132,10 @@ def _walk(data: bytes, nodes: int, nesting: int, keys: Keys, exts: Mapping[int, 
             if len(stack) == nesting:
                 raise Malformed(f"nested more than {nesting} deep")
             stack.append((left, sizes))
-            left, sizes = (count * 2, keyed) if kind == _MAP else (count, values)
+            if kind == _MAP:
+                left, sizes = count * 2, keyed if count <= MANY else many
+            else:
+                left, sizes = count, values
             nodes -= left
             if nodes < 0:
                 raise Malformed(_TOO_MUCH)

@@ -6,12 +6,14 @@ import datetime as dt
 import enum
 import gc
 import math
+import os
 import queue
 import random
 import re
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import types
 import weakref
@@ -29,6 +31,7 @@ from edgeml.codecs import msgpack as module
 from edgeml.codecs.cloudpickle import CloudpickleCodec
 from edgeml.codecs.msgpack import MsgpackCodec
 from edgeml.core.errors import Malformed, NotEncodable
+from edgeml.core.limits import Limits
 from edgeml.core.message import Message, Owned
 from edgeml.core.plugins import load_codec
 from edgeml.testing import CodecTests
@@ -136,6 +139,10 @@ NOON = dt.datetime(2024, 2, 29, 12, 0, 1, 5)
         *(1j, complex(math.inf, -0.0), (), (1, (2, [3, ()])), [(1,)], {1: (2,), "b": {-5: 1}}),
         *({1, "a", (2, b"x")}, set(), frozenset({1, frozenset({2})}), {2**70, 1.5, 2j, None}),
         *(NOON, NOON.replace(tzinfo=dt.UTC), NOON.replace(tzinfo=AMSTERDAM), dt.datetime.min),
+        *(
+            NOON.replace(tzinfo=dt.timezone(dt.timedelta(microseconds=n)))
+            for n in (1, -1, -(10**7))
+        ),
         *(NOON.date(), dt.date.max, NOON.time(), dt.time(1, tzinfo=AMSTERDAM)),
         *(dt.timedelta.min, dt.timedelta.max, dt.timedelta(microseconds=-1)),
         *(bytes(8192), bytes(8193), bytes(100_000), {2**64 - 1: 0, -(2**63): 0}),
@@ -463,8 +470,7 @@ def test_what_other_writers_may_send() -> None:
         b"\xdf\x00\x00\x00\x01\xdb\x00\x00\x00\x01a\xd0\xff": {"a": -1},
         b"\xc9\x00\x00\x00\x04\x05\xdc\x00\x01\x07": (7,),
         ext(10, b"2024-02-29T12:00:01.000005"): NOON,
-        ext(8, bytes(1024)): 0,
-        ext(-1, bytes(4)): dt.datetime(1970, 1, 1, tzinfo=dt.UTC),
+        ext(8, bytes(8) + b"\x01"): 2**64,
     }
     for header, value in cases.items():
         assert_same(codec.decode(Message(header)), value)
@@ -534,11 +540,57 @@ FORGED: dict[str, tuple[bytes, list[memoryview]]] = {
     "bytes as key": (b"\x81\xc4\x01a\x01", []),
     "key without value": (b"\x81\x01", []),
     "large int that is too large": (ext(8, bytes(1025)), []),
+    "large int of zeros": (ext(8, bytes(1024)), []),
+    "large int of no bytes": (ext(8, b""), []),
+    "large int with a byte too many": (ext(8, bytes(8) + b"\x01\x00"), []),
+    "large negative int with a byte too many": (ext(8, b"\xff" * 12), []),
+    "timestamp": (ext(-1, bytes(4)), []),
+    "timestamp with nanoseconds": (ext(-1, bytes(8)), []),
+    "timestamp of 12 bytes": (ext(-1, bytes(12)), []),
+    "timestamp deep inside": (
+        b"\x81\xa1a\x92" + ext(5, b"\x91" + ext(7, b"\x91" + ext(-1, bytes(4)))) + b"\x01", []
+    ),
+    "timestamp beside a datetime": (
+        b"\x92" + ext(10, b"2024-02-29T12:00:00+00:00") + ext(-1, bytes(4)), []
+    ),
+    "timestamp in a large header": (
+        b"\x92" + ext(-1, bytes(4)) + msgspec.msgpack.encode("x" * 20_000), []
+    ),
+    "set with a member twice": (ext(6, b"\x92\xa1a\xa1a"), []),
+    "set of 1 and true": (ext(6, b"\x92\x01\xc3"), []),
+    "frozenset of 0 and -0.0": (ext(7, b"\x92\x00\xcb\x80" + bytes(7)), []),
+    "float4 with a fifth bit": (array_ext(b"float4_e2m1fn", (2,), b"\x0f\x10"), []),
+    "float6 with a seventh bit, out of band": (
+        array_ext(b"float6_e3m2fn", (5000,), REF, 1),
+        [memoryview(bytes(4999) + b"\x40")],
+    ),
+    "int2 with a third bit": (array_ext(b"int2", (), b"\x04", 3), []),
+    "bool of 3 far inside": (array_ext(b"bool", (5000,), bytes(4999) + b"\x03"), []),
     "short complex": (ext(9, bytes(15)), []),
     "datetime of nonsense": (ext(10, b"2024-02-30T00:00:00"), []),
     "datetime of huge size": (ext(10, b"9" * 10_000), []),
     "date that isn't ascii": (ext(11, b"\xff" * 10), []),
+    "date of arabic digits": (ext(11, "٢٠٢٤-٠٢-٢٩".encode()), []),
+    "date of the year 0": (ext(11, b"0000-01-01"), []),
+    "date and a line": (ext(11, b"2024-02-29\n"), []),
+    "date in another form": (ext(11, b"2024-W09-4"), []),
+    "datetime with another letter": (ext(10, b"2024-02-29t12:00:00"), []),
+    "datetime at 24 o'clock": (ext(10, b"2024-02-29T24:00:00"), []),
+    "datetime with a comma": (ext(10, b"2024-02-29T12:00:00,000001"), []),
+    "datetime with a fraction that is none": (ext(10, b"2024-02-29T12:00:00.000000"), []),
+    "datetime with a shorter fraction": (ext(10, b"2024-02-29T12:00:00.1"), []),
+    "datetime with minus zero": (ext(10, b"2024-02-29T12:00:00-00:00"), []),
+    "datetime with an offset's seconds that are none": (
+        ext(10, b"2024-02-29T12:00:00+01:00:00"), []),
+    "time with an offset of 60 minutes": (ext(12, b"12:00:00+00:60"), []),
+    "time with an offset of a day": (ext(12, b"12:00:00+24:00"), []),
+    "time without seconds": (ext(12, b"12:00"), []),
+    "time in Zulu": (ext(12, b"12:00:00Z"), []),
     "timedelta out of range": (ext(13, b"\xff\xff\xff\x7f" * 3), []),
+    "timedelta of too many days": (ext(13, b"\xff\xff\xff\x7f" + bytes(8)), []),
+    "timedelta with a day of seconds": (ext(13, struct.pack("<iii", 0, 86_400, 0)), []),
+    "timedelta with a second of microseconds": (ext(13, struct.pack("<iii", 0, 0, 10**6)), []),
+    "timedelta with a negative second": (ext(13, struct.pack("<iii", 1, -1, 0)), []),
     "33 deep": (b"\x91" * 33, []),
     "33 maps deep": (b"\x81\x01" * 33 + b"\x01", []),
     "100,000 deep": (b"\x91" * 100_000, []),
@@ -580,14 +632,214 @@ def test_nesting_counts_through_tuples_and_sets() -> None:
                 codec.decode(Message(ext(code, header)))
 
 
+def large_ints(n: int, step: int) -> list[bytes]:
+    values = [2**70 // step * step + i * step for i in range(n)]
+    return [ext(8, each.to_bytes(each.bit_length() // 8 + 1, "little")) for each in values]
+
+
 def test_a_set_made_to_be_slow_is_refused() -> None:
-    def ints(step: int) -> bytes:
-        members = [ext(8, (i * step).to_bytes(12, "little")) for i in range(20_000)]
-        return ext(6, b"\xdd" + struct.pack(">I", len(members)) + b"".join(members))
+    def members(of: list[bytes]) -> Message:
+        return Message(ext(6, b"\xdd" + struct.pack(">I", len(of)) + b"".join(of)))
 
     with pytest.raises(Malformed, match="floods"):
-        codec.decode(Message(ints(sys.hash_info.modulus)))
-    assert len(codec.decode(Message(ints(2**62 + 1)))) == 20_000
+        codec.decode(members(large_ints(4000, sys.hash_info.modulus)))
+    assert len(codec.decode(members(large_ints(4000, 2**62 + 1)))) == 4000
+    # Ints that differ in their hashes can be such that each of them meets the others all the same.
+    with pytest.raises(Malformed, match="more than 4096"):
+        codec.decode(members(large_ints(4097, 2**62 + 1)))
+    texts = [msgspec.msgpack.encode(str(n)) for n in range(20_000)]
+    assert len(codec.decode(members(texts))) == 20_000
+
+
+def colliding_ints(n: int) -> list[int]:
+    """Keys of which each meets a good part of the others in a dict that takes them all."""
+    mask = (1 << (n * 3 // 2).bit_length()) - 1
+    start = list(range(mask // 2 + 1))
+    rng = random.Random(0)
+    by_end = collections.defaultdict(list)
+    for _ in range(60_000):
+        slot = rest = key = rng.getrandbits(28)
+        slot &= mask
+        while rest and slot <= mask // 2:
+            rest >>= 5
+            slot = (slot * 5 + rest + 1) & mask
+        by_end[slot].append(key)
+    return start + max(by_end.values(), key=len)
+
+
+def test_a_map_made_to_be_slow_is_refused() -> None:
+    for n in (4096, 4097):
+        text = {str(key): 0 for key in range(n)}
+        assert round_trip(text) == text
+        numbers = {key + 2**40: 0 for key in range(n)}
+        forged = msgspec.msgpack.encode(numbers)
+        if n == 4096:
+            assert round_trip(numbers) == numbers == codec.decode(Message(forged))
+            continue
+        with pytest.raises(Malformed, match="a key that is not a str"):
+            codec.decode(Message(forged))
+        with pytest.raises(NotEncodable, match=r"^value\['a'\] has more than 4096 keys.*use their"):
+            codec.encode({"a": numbers})
+
+
+# msgpack: how much
+
+
+def listed(item: bytes, n: int) -> bytes:
+    return b"\xdd" + struct.pack(">I", n) + item * n
+
+
+BOMBS = {
+    "8 MB of empty lists": listed(b"\x90", 8_000_000),
+    "8 MB of empty maps": listed(b"\x80", 8_000_000),
+    "8 MB of empty sets": listed(ext(6, b"\x90"), 2_000_000),
+    "8 MB of ints": listed(b"\x01", 8_000_000),
+    "8 MB of maps in maps": listed(b"\x81\xa0" * 30 + b"\x01", 130_000),
+    "8 MB of lists said to be large": listed(b"\xdd\xff\xff\xff\xff" * 31, 52_000),
+    "8 MB of small arrays": listed(array_ext(b"int8", (), b"x"), 640_000),
+    "8 MB of datetimes": listed(ext(10, b"2024-02-29T12:00:01.000005"), 280_000),
+    "a list that says 4 billion": listed(b"\x01", 100_000)[:1] + b"\xff" * 4 + bytes(100_000),
+    "a map that says 4 billion": b"\xdf" + b"\xff" * 4 + b"\xa0\x01" * 100_000,
+    "a text that says 4 GB": b"\xdb" + b"\xff" * 4 + bytes(100_000),
+    "bytes that say 4 GB": b"\xc6" + b"\xff" * 4 + bytes(100_000),
+    "an ext that says 4 GB": b"\xc9" + b"\xff" * 4 + b"\x05" + bytes(100_000),
+    "a million ints": listed(b"\x01", 1_000_000),
+    "a million texts": listed(b"\xa2ab", 1_000_000),
+    "a map of half a million": b"\xdf" + struct.pack(">I", 500_000) + b"\xa0\x01" * 500_000,
+}  # fmt: skip
+ALL_THAT_IS_TAKEN: dict[str, tuple[bytes, int]] = {
+    "ints": (b"\xcd\x01\x01", 1),
+    "texts": (b"\xa4\xf0\x9f\xa4\x96", 1),
+    "empty maps": (b"\x80", 4),
+    "maps in maps": (b"\x81\x00" * 31 + b"\x01", 31 * 5 + 1),
+    "empty sets": (ext(6, b"\x90"), 4),
+    "small arrays": (array_ext(b"int8", (), b"x"), 4),
+    "datetimes": (ext(10, b"2024-02-29T12:00:01.000005"), 4),
+    "large ints": (ext(8, bytes(8) + b"\x01"), 4),
+    "tuples in tuples": (ext(5, b"\x91" + ext(5, b"\x91" + ext(5, b"\x91\x01"))), 13),
+    "ints that meet in a map": (
+        b"\xde\x10\x00" + b"".join(msgspec.msgpack.encode(key) + b"\x01"
+                                   for key in colliding_ints(4096)[:4096]), 8196),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_at_once_and_in_no_memory(name: str) -> None:
+    began = time.thread_time()
+    with pytest.raises(Malformed):
+        codec.decode(Message(BOMBS[name]))
+    assert time.thread_time() - began < 1
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed):
+            codec.decode(Message(BOMBS[name]))
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ALL_THAT_IS_TAKEN)
+def test_all_that_is_taken_takes_less_than_64_mb_and_a_second(name: str) -> None:
+    item, counts = ALL_THAT_IS_TAKEN[name]
+    header = listed(item, (codec.limits.nodes - 4) // counts)
+    began = time.thread_time()
+    codec.decode(Message(header))
+    assert time.thread_time() - began < 1
+    # An eighth of it, as measuring takes ten times as long.
+    header = listed(item, (codec.limits.nodes // 8 - 4) // counts)
+    tracemalloc.start()
+    try:
+        codec.decode(Message(header))
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_limits_are_the_codec_s_and_hold_both_ways() -> None:
+    small = MsgpackCodec()
+    small.limits = Limits(nodes=40, nesting=3, buffers=2)
+    large = np.zeros(9000, np.uint8)
+    for fits, does_not, text in (
+        ([0] * 36, [0] * 37, "more values"),
+        ({"a": (1, [2])}, {"a": (1, [{2}])}, "nested more than 3 deep"),
+        ([large] * 2, [large] * 3, "buffers|large arrays"),
+        ([large.tobytes()] * 2, [large.tobytes()] * 3, "buffers|large arrays"),
+    ):
+        assert_same(small.decode(small.encode(fits)), fits)
+        with pytest.raises(NotEncodable, match=text):
+            small.encode(does_not)
+        with pytest.raises(Malformed, match=text):
+            small.decode(codec.encode(does_not))
+    assert codec.limits.nodes == 1 << 19  # the instance's, and nobody else's
+
+
+def test_half_a_million_numbers_are_carried_and_no_more() -> None:
+    assert round_trip([0.5] * (codec.limits.nodes - 4)) == [0.5] * (codec.limits.nodes - 4)
+    with pytest.raises(NotEncodable, match="more values than are taken in one message: put"):
+        codec.encode([0.5] * (codec.limits.nodes - 3))
+
+
+# msgpack: each value has one spelling
+
+
+class Id(int):
+    """One that is equal to nothing but itself."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class Tag(str):
+    """One that is equal to nothing but itself."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class Track(list[int]):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({Tag("a"): 1, "a": 2}, "^value has keys that would arrive as one"),
+        ({"a": {"a": 2, Tag("a"): 1}}, r"^value\['a'\] has keys that would arrive as one"),
+        ({Id(1): 1, Id(1): 2}, "keys that would arrive as one"),
+        ([{Id(1), Id(1)}], r"^value\[0\] would arrive as what is no set.*equal"),
+        ({(Id(1),), (1,)}, "no set.*equal"),
+        ({Track([1])}, "no set.*unhashable"),
+        ({frozenset({Track([1])})}, "no set.*unhashable"),
+        ({k * sys.hash_info.modulus for k in range(100)}, "no set.*floods"),
+        (set(range(4097)), "no set.*more than 4096"),
+        (np.frombuffer(b"\x02", bool), "bits that their dtype does not use"),
+        ([np.frombuffer(bytes(9000) + b"\x02", bool)], r"value\[0\] has elements with bits"),
+        (np.frombuffer(b"\x10", ml_dtypes.float4_e2m1fn), "bits that their dtype does not use"),
+        (np.frombuffer(b"\x10", ml_dtypes.int4)[0], "bits that their dtype does not use"),
+    ],
+    ids=lambda value: f"{value!r:.40}",
+)  # fmt: skip
+def test_what_would_be_refused_there_is_refused_here(value: Any, text: str) -> None:
+    with pytest.raises(NotEncodable, match=text):
+        codec.encode(value)
+
+
+def test_a_set_is_the_same_bytes_in_each_process() -> None:
+    program = (
+        "from edgeml.codecs.msgpack import MsgpackCodec\n"
+        "value = [{'a', 'b', 'c', 1, (2, b'x' * 9000)}, frozenset(map(str, range(50)))]\n"
+        "message = MsgpackCodec().encode(value)\n"
+        "print(message.header.hex(), len(message.buffers))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True, timeout=60,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(outputs) == 1
 
 
 # msgpack: properties

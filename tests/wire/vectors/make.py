@@ -59,7 +59,9 @@ def tagged(value: Any) -> Any:
         return ["bytes", shown(value)]
     if isinstance(value, dict):
         return ["map", [[tagged(key), tagged(item)] for key, item in value.items()]]
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (set, frozenset)):
+        return [kind.__name__, [tagged(member) for member in sorted(value, key=_pack)]]
+    if isinstance(value, (list, tuple)):
         return [kind.__name__, [tagged(item) for item in value]]
     return [kind.__name__, repr(value)]
 
@@ -248,7 +250,7 @@ def codecs() -> Vector:
         "list": [1, [2.5, None]],
         "map": {"cam": 1, 7: "seven"},
         "tuple": (1, ("a",)),
-        "set": {3},
+        "set": {3, 1, "a"},
         "frozenset": frozenset({"x"}),
         "complex": 1.0 - 2.0j,
         "datetime": dt.datetime(2024, 2, 29, 12, 30, 15, 250000, utc),
@@ -316,14 +318,7 @@ def codecs() -> Vector:
             b"a",
             b"b",
         ),
-        read_only(
-            "msgpack's own timestamp",
-            dt.datetime(2023, 11, 14, 22, 13, 20, tzinfo=dt.UTC),
-            b"\xd6\xff" + struct.pack(">I", 1_700_000_000),
-        ),
-        read_only(
-            "a timedelta to be summed", dt.timedelta(1), ext(13, struct.pack("<iii", 0, 86400, 0))
-        ),
+        read_only("a set in any order", {1, 2}, ext(6, b"\x92\x02\x01")),
     ]
     nested = b"\x91" * 33 + b"\xc0"
     invalid: dict[str, tuple[bytes, ...]] = {
@@ -359,6 +354,28 @@ def codecs() -> Vector:
         "an int of 1,025 bytes": (ext(8, b"\x01" * 1025),),
         "a complex of 15 bytes": (ext(9, bytes(15)),),
         "a date that is none": (ext(11, b"2023-02-29"),),
+        "a date without dashes": (ext(11, b"20230228"),),
+        "a date by its week": (ext(11, b"2023-W09-2"),),
+        "a datetime with a space": (ext(10, b"2024-02-29 12:30:15"),),
+        "a datetime in UTC by its letter": (ext(10, b"2024-02-29T12:30:15Z"),),
+        "a datetime without seconds": (ext(10, b"2024-02-29T12:30"),),
+        "a datetime with milliseconds": (ext(10, b"2024-02-29T12:30:15.250"),),
+        "a datetime with microseconds that are none": (ext(10, b"2024-02-29T12:30:15.000000"),),
+        "a time with a comma": (ext(12, b"01:02:03,000004"),),
+        "msgpack's own timestamp": (b"\xd6\xff" + struct.pack(">I", 1_700_000_000),),
+        "a timedelta to be summed": (ext(13, struct.pack("<iii", 0, 86400, 0)),),
+        "a timedelta of less than no seconds": (ext(13, struct.pack("<iii", 0, -1, 0)),),
+        "a large int that is small": (ext(8, b"\x01"),),
+        "a large int that fits into 64 bits": (ext(8, b"\xff" * 8 + b"\x00"),),
+        "a large int with a byte too many": (ext(8, bytes(8) + b"\x01\x00"),),
+        "a large negative int with a byte too many": (ext(8, bytes(8) + b"\xfe\xff"),),
+        "a large int of no bytes": (ext(8, b""),),
+        "a set with a member twice": (ext(6, b"\x92\x01\x01"),),
+        "a set of 1 and true": (ext(6, b"\x92\x01\xc3"),),
+        "a frozenset of 1 and 1.0": (ext(7, b"\x92\x01\xcb" + struct.pack(">d", 1.0)),),
+        "a float4 with a fifth bit": (ext(2, descriptor("float4_e2m1fn", 1) + b"\x10"),),
+        "a float6 with a seventh bit": (ext(2, descriptor("float6_e2m3fn", 1) + b"\x40"),),
+        "an int4 with its sign in each bit": (ext(3, descriptor("int4") + b"\xff"),),
     }
     return {
         "valid": [codec_vector(name, value) for name, value in values.items()],
