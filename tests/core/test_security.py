@@ -572,6 +572,22 @@ def test_a_large_hello_is_refused_before_it_is_decoded(server):
         assert "a hello of" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("limits", "payload"), [(Limits(nodes=100), [0.5] * 100), (Limits(nesting=3), [[[[1]]]])]
+)
+def test_what_one_message_may_hold_is_the_servers_to_say(limits, payload):
+    servers = [InferenceServer(0, transport="inproc", limits=each) for each in (limits, Limits())]
+    for server, refused in zip(servers, (True, False), strict=True):
+        server.register_interface("echo", lambda payload: payload)
+        with server, started(server), client_of(server) as client:
+            if refused:
+                with pytest.raises(Malformed):
+                    client.call("echo", payload)
+            else:
+                assert client.call("echo", payload) == payload
+            assert client.call("echo", 1) == 1
+
+
 def test_one_client_has_so_many_subscriptions_and_no_more():
     limits = Limits(subscriptions_per_client=2, credits=3)
     with serving(limits=limits) as server:
