@@ -22,6 +22,7 @@ its socket and waits until libzmq has let go.
 from __future__ import annotations
 
 import socket
+import time
 from typing import ClassVar
 
 import zmq
@@ -38,8 +39,9 @@ from edgeml.core import (
     hookimpl,
 )
 from edgeml.core.advice import explain_no_connection
-from edgeml.core.url import format_host
+from edgeml.core.url import format_host, require_no_path
 from edgeml.transports.zmq.connection import Connection
+from edgeml.transports.zmq.curve import client_keys
 from edgeml.transports.zmq.listener import Listener
 from edgeml.transports.zmq.sockets import MOST_SOCKETS
 
@@ -68,19 +70,29 @@ class ZmqTransport(Transport):
         limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """See `Transport.serve`."""
-        return Listener(url, on_request)
+        require_no_path(url)
+        return Listener(url, on_request, credentials, limits)
 
     def connect(
         self, url: Url, timeout: float, *, credentials: Credentials | None = None
     ) -> Requester:
         """See `Transport.connect`. ZeroMQ itself never tells that nobody listens, so ask TCP."""
+        require_no_path(url)
+        keys = client_keys(credentials)
+        deadline = time.monotonic() + timeout
         try:
             with socket.create_connection((url.host, url.port), timeout) as probe:
                 host = format_host(probe.getpeername())
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", None)
             raise explain_no_connection(url, error, number) from error
-        return Connection(url, Url("tcp", host, url.port))
+        connection = Connection(url, Url("tcp", host, url.port), keys)
+        try:
+            connection.meet(max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
 @hookimpl

@@ -22,9 +22,12 @@ from zmq.utils.monitor import parse_monitor_message
 
 from edgeml.core import (
     Closed,
+    Credentials,
     DeadlineExceeded,
     Message,
+    Overloaded,
     Pending,
+    PermissionDenied,
     Requester,
     Unreachable,
     Url,
@@ -35,7 +38,9 @@ from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.strangers import ZMTP, find_stranger
 from edgeml.core.url import is_loopback
+from edgeml.transports.zmq.curve import explain_refusal, unlock
 from edgeml.transports.zmq.sockets import (
+    DROPPED,
     MOST_PENDING,
     NUMBER,
     WHO,
@@ -91,7 +96,7 @@ class _Line:
             try:
                 send(line, number, message, lent)
                 return self._wait(line, number, timeout)
-            except DeadlineExceeded:
+            except (DeadlineExceeded, Overloaded):
                 if _any_alive(lent):
                     self._take_back(lent)
                 raise
@@ -111,12 +116,14 @@ class _Line:
             if milliseconds != self._timeout:  # setting it is a system call's worth
                 line.rcvtimeo = self._timeout = milliseconds
             try:
-                _, reply = receive(line)
-                header = reply.header
-                if header[: NUMBER.size] == number:
-                    return Message(header[NUMBER.size :], reply.buffers)
-                if not header and self._connection.lost:
-                    raise _Woken
+                _, came, reply = receive(line)
+                if came == number:
+                    return reply
+                if came == DROPPED:
+                    if self._connection.lost:
+                        raise _Woken
+                    if _dropped(reply) == number:
+                        raise _explain_dropped(self._url)
             except zmq.Again:
                 pass
             left = deadline - time.monotonic()
@@ -147,23 +154,43 @@ def _any_alive(lent: list[weakref.ref[memoryview]]) -> bool:
     return any(view() is not None for view in lent)
 
 
+def _dropped(message: Message) -> bytes:
+    """The number of the request whose reply was dropped, as a message without a number tells."""
+    buffers = message.buffers
+    return bytes(buffers[0][: NUMBER.size]) if buffers else b""
+
+
+def _explain_dropped(url: Url) -> Overloaded:
+    return Overloaded(
+        f"{url} has dropped the reply, since too many bytes of earlier ones have not been read"
+    )
+
+
 def _look(line: zmq.Socket[bytes]) -> int:
     """What could be done without waiting; cheaper than polling a single socket."""
     return cast(int, line.getsockopt(zmq.EVENTS))
 
 
 _GREETING = 0.3  # seconds that a peer may take to greet; libzmq itself would wait for ever
+_MEETING = 1.0  # seconds that `connect` waits for what may not be, where it can do without
 _GREETED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
-_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | _FAILED
 
 
 class Connection(Requester):
     """One connection, over several sockets; see `Requester`."""
 
-    def __init__(self, url: Url, address: Url) -> None:
+    def __init__(self, url: Url, address: Url, keys: Credentials | None) -> None:
         self.url = url
         self._address = address
+        self._keys = keys
         self.local = is_loopback(address.host)
+        self.secured = keys is not None
         self._who = secrets.token_hex(8)
         self._context = share_context()
         self._lock = threading.Lock()
@@ -172,7 +199,9 @@ class Connection(Requester):
         self._pending = Pending(MOST_PENDING)
         self._outbox: deque[tuple[int, Message]] = deque()
         self._woken = False
-        self._why: Closed | Unreachable | None = None  # set once, when it is over
+        self._why: Closed | Unreachable | PermissionDenied | None = None  # set once, at the end
+        self._met = threading.Event()  # set when the handshake has come about, or all is over
+        self._forgiven = 0  # events of a handshake that failed, and is tried once more
         self._ended = False
         self._sockets: list[zmq.Socket[bytes]] = []
         try:
@@ -201,6 +230,20 @@ class Connection(Requester):
         self._start_io()
         watch_forks(self)
 
+    def meet(self, timeout: float) -> None:
+        """Wait for the handshake, if there are keys; and else for a moment, since it may fail.
+
+        Raises:
+            PermissionDenied: it failed by one side's keys.
+            Unreachable: it didn't come about, and there are keys.
+        """
+        met = self._met.wait(timeout if self._keys is not None else min(timeout, _MEETING))
+        why = self._why
+        if isinstance(why, PermissionDenied):
+            raise copy_error(why)
+        if self._keys is not None and (why is not None or not met):
+            raise copy_error(why or Unreachable(f"{self.url} did not shake hands in time"))
+
     def _start_io(self) -> None:
         self._io = threading.Thread(target=self._run, name=f"edgeml to {self.url}", daemon=True)
         self._io.start()
@@ -214,6 +257,8 @@ class Connection(Requester):
         """Connect a socket to the peer, to queue ``most`` messages; 0 for any number."""
         line.sndhwm = most
         line.ipv6 = ":" in self._address.host
+        if self._keys is not None:
+            unlock(line, self._keys)
         line.metadata = f"{WHO}:{self._who}".encode()
         line.connect(str(self._address))
 
@@ -289,6 +334,7 @@ class Connection(Requester):
         return future
 
     def _run(self) -> None:
+        why: Unreachable | PermissionDenied
         try:
             why = self._carry()
         except _Relieved:
@@ -298,7 +344,7 @@ class Connection(Requester):
             why = Unreachable(f"the connection to {self.url} failed: {error}")
         self._end(why)
 
-    def _carry(self) -> Unreachable:
+    def _carry(self) -> Unreachable | PermissionDenied:
         """Send requests and settle replies until the connection is over; returns why it is.
 
         Raises:
@@ -334,15 +380,38 @@ class Connection(Requester):
                     self._settle_next()
                 event: int = parse_monitor_message(self._monitor.recv_multipart())["event"]
                 if not event & _GREETED:
+                    if self._is_forgiven(event):
+                        continue
                     return self._explain(event)
                 connected = event == zmq.EVENT_CONNECTED
                 self._due = time.monotonic() + _GREETING if connected else None
+                if not connected:
+                    self._forgiven = 0
+                    self._met.set()
 
-    def _explain(self, event: int) -> Unreachable:
+    def _is_forgiven(self, event: int) -> bool:
+        """Whether a handshake is tried once more, as libzmq does by itself.
+
+        To who has another server's key a server just hangs up, as one does that is being restarted.
+        """
+        if self._keys is None or self._met.is_set():
+            return False
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self._forgiven:
+            self._forgiven = event | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+            return True
+        if event & self._forgiven & ~_FAILED:
+            self._forgiven &= ~event
+            return True
+        return False
+
+    def _explain(self, event: int) -> Unreachable | PermissionDenied:
         """Say what it means that a connection ends with this event."""
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            return find_stranger(self.url, ZMTP) or Unreachable(
-                f"what listens at {self.url} does not speak ZeroMQ"
+        if event & _FAILED:
+            told = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            return (
+                explain_refusal(self.url, self._address, self._keys, told)
+                or find_stranger(self.url, ZMTP)
+                or Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
             )
         return Unreachable(f"the connection to {self.url} was lost{if_out_of_files()}")
 
@@ -356,21 +425,23 @@ class Connection(Requester):
             queue.popleft()
 
     def _settle_next(self) -> None:
-        _, message = receive(self._shared)
-        header = message.header
-        if len(header) >= NUMBER.size:
-            number = NUMBER.unpack_from(header)[0]
-            self._pending.settle(number, Message(header[NUMBER.size :], message.buffers))
+        outcome: Message | Overloaded
+        _, number, outcome = receive(self._shared)
+        if number == DROPPED:
+            number, outcome = _dropped(outcome), _explain_dropped(self.url)
+        if len(number) == NUMBER.size:
+            self._pending.settle(NUMBER.unpack(number)[0], outcome)
             if self._io is not threading.current_thread():
                 raise _Relieved
 
-    def _end(self, why: Closed | Unreachable) -> None:
+    def _end(self, why: Closed | Unreachable | PermissionDenied) -> None:
         """Free everything; runs in the I/O thread, for a loss as for a close."""
         with self._lock:
             if self._why is None:
                 self._why = why
             self._outbox.clear()
             lines = list(self._lines)
+        self._met.set()
         self._pending.fail(self._copy_why())
         # Calls have TCP connections of their own, on which a last reply may still be under way.
         deadline = time.monotonic() + (0 if isinstance(self._why, Closed) else _GRACE)

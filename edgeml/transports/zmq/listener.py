@@ -5,18 +5,38 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 import zmq
 
-from edgeml.core import Endpoint, Message, OnRequest, Peer, Reply, Url, find_address, own, tell_url
+from edgeml.core import (
+    Credentials,
+    Endpoint,
+    Limits,
+    Message,
+    OnRequest,
+    Peer,
+    PermissionDenied,
+    Reply,
+    Url,
+    find_address,
+    own,
+    tell_url,
+)
 from edgeml.core.carrier import Carrier, Stay
 from edgeml.core.forks import drop_sockets, leave_to_parent, watch_forks
 from edgeml.core.url import is_loopback
+from edgeml.transports.zmq.curve import lock, server_keys
+from edgeml.transports.zmq.guard import Guard, Remote
 from edgeml.transports.zmq.sockets import (
+    DROPPED,
+    LARGEST_FRAME,
+    MOST_BUFFERS,
     MOST_PENDING,
     NUMBER,
     WHO,
@@ -26,6 +46,7 @@ from edgeml.transports.zmq.sockets import (
     open_socket,
     receive,
     send,
+    size_on_wire,
 )
 
 __all__ = ["Listener"]
@@ -37,22 +58,28 @@ _MOST_AT_ONCE = 64  # messages that are received before a handler runs again
 _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)  # a plain int: enum flags cost a microsecond
 
 
-class _Reply:
-    __slots__ = ("_head", "_identity", "_listener", "_number")
+_STEP = 1 << 22  # bytes of replies of which one tells when it has been written
+_SEALED = 33  # bytes that CURVE adds to each frame
+_KEPT = 1 << 16  # bytes of a first frame that is kept until its reply has been given
 
-    def __init__(self, listener: Listener, identity: bytes, number: bytes, head: zmq.Frame) -> None:
+
+class _Reply:
+    __slots__ = ("_head", "_listener", "_number", "_peer", "_remote")
+
+    def __init__(self, listener: Listener, remote: Remote, number: bytes, head: zmq.Frame) -> None:
         self._listener = listener
-        self._identity = identity
+        self._remote = remote
         self._number = number
-        self._head = head
+        self._head: zmq.Frame | None = head
+        if len(head) > _KEPT:
+            self._peer = self.peer
+            self._head = None
 
     @property
     def peer(self) -> Peer:
-        try:
-            who = str(self._head.get(WHO))[:64]
-        except zmq.ZMQError:  # no client of ours
-            who = self._identity.hex()
-        return Peer(who, f"zmq://{self._head.get('Peer-Address')}")
+        if self._head is None:
+            return self._peer
+        return self._listener.identify(self._remote, self._head)
 
     @property
     def expired(self) -> bool:
@@ -60,36 +87,58 @@ class _Reply:
 
     def __call__(self, message: Message) -> None:
         check(message)
-        if not self._listener.send_inline(self._identity, self._number, message):
-            self._listener.post([(self._identity, self._number, own(message))])
+        if not self._listener.send_inline(self._remote, self._number, message):
+            self._listener.post([(self._remote, self._number, own(message))])
 
-    def address(self, message: Message) -> tuple[bytes, bytes, Message]:
+    def address(self, message: Message) -> tuple[Remote, bytes, Message]:
         """Return this reply as the outbox takes it."""
-        return self._identity, self._number, message
+        return self._remote, self._number, message
 
 
 class Listener(Endpoint):
     """Serves at one address; see `Endpoint`."""
 
-    def __init__(self, url: Url, on_request: OnRequest) -> None:
+    def __init__(
+        self, url: Url, on_request: OnRequest, credentials: Credentials | None, limits: Limits
+    ) -> None:
+        self._keyring = server_keys(credentials)
+        self.secured = self._keyring is not None
         self._on_request = on_request
+        self._most_buffers = min(limits.buffers, MOST_BUFFERS)
+        self._most_bytes = limits.message_bytes
+        self._most_unread = limits.replies_per_client
+        self._step = min(_STEP, self._most_unread // 4)
+        self._sealed = _SEALED if self.secured else 0
+        self._remotes: dict[bytes, Remote] = {}
+        self._counting = threading.Lock()
         self._context: zmq.Context[Any] = zmq.Context()
         self._router = open_router(self._context)
         self._router.router_mandatory = True
         self._router.sndhwm = 2 * MOST_PENDING  # more than an honest client has under way
+        largest = min(LARGEST_FRAME, limits.message_bytes + NUMBER.size)
+        self._router.maxmsgsize = largest + self._sealed
+        self._router.handshake_ivl = max(1, int(limits.handshake * 1e3))
         self._door = open_socket(self._context, zmq.DEALER)
         self._door_id = secrets.token_bytes(16)
         self._door.routing_id = self._door_id
         self._door.sndhwm = 0
         try:
+            self._guard = Guard(
+                self._context, self._router, limits, self._keyring, self.count, self._forget
+            )
+            if credentials is not None and self.secured:
+                lock(self._router, credentials)
             self.url = self._bind(url)
         except BaseException:
+            with suppress(zmq.ZMQError):
+                self._router.disable_monitor()
             self._context.destroy(linger=0)
             raise
+        self._guard.start(self.url)
         # Connected before any peer can be, so nobody else can have taken its name.
         self._router.bind(f"inproc://{self._door_id.hex()}")
         self._door.connect(f"inproc://{self._door_id.hex()}")
-        self._outbox: list[tuple[bytes, bytes, Message]] = []
+        self._outbox: list[tuple[Remote, bytes, Message]] = []
         self._woken = False
         self._torn = False  # whether a round ended in the middle of a message
         self._closed = False
@@ -124,23 +173,78 @@ class Listener(Endpoint):
                     self._take(self._router.recv(zmq.DONTWAIT))
         except zmq.Again:
             pass
+        except MemoryError:
+            self._torn = True
+            self.count("Overloaded")
+            with suppress(MemoryError):
+                _log.error("%s: no memory for a message, which is dropped", self.url)
         except BaseException:  # Ctrl-C, in the thread that carries this
             self._torn = True
             raise
         return self._closed and self._empty_outbox()
 
-    def _take(self, identity: bytes) -> None:
+    def _take(self, routing_id: bytes) -> None:
         """Receive the rest of a message, and hand it over."""
-        head, message = receive(self._router)
-        if identity == self._door_id:
+        if routing_id == self._door_id:
+            self._router.recv()
             self._empty_outbox()
-        elif len(message.header) < NUMBER.size:
-            _log.debug("%s: a message without a number from %s", self.url, identity.hex())
+            return
+        remote = self._remotes.get(routing_id)
+        try:
+            head, number, message = receive(self._router, self._most_buffers)
+            if remote is None:
+                remote = self._meet(routing_id, head)
+            size = size_on_wire(message, self._sealed) + len(number)
+            remote.taken += size
+        except BaseException:
+            if remote is not None:
+                remote.taken = math.inf  # it is not known any more
+            raise
+        if self.secured and remote.peer.identity is None:
+            self.count("PermissionDenied")  # it was revoked just now
+        elif len(number) < NUMBER.size or (
+            size > self._most_bytes and message.nbytes > self._most_bytes
+        ):
+            self.count("Malformed")
+            _log.debug("%s: no message of ours from %s", self.url, remote.peer.address)
         else:
-            number = message.header[: NUMBER.size]
-            message = Message(message.header[NUMBER.size :], message.buffers)
-            reply = _Reply(self, identity, number, head)
+            reply = _Reply(self, remote, number, head)
             self._carrier.hand_over(self._on_request, message, reply)
+
+    def _meet(self, routing_id: bytes, head: zmq.Frame) -> Remote:
+        """Get to know who sends a first message."""
+        try:
+            who = str(head.get(WHO))[:64]
+        except zmq.ZMQError:  # no client of ours
+            who = routing_id.hex()
+        host = str(head.get("Peer-Address")).removeprefix("::ffff:")
+        key, identity = "", None
+        if self._keyring is not None:
+            key = str(head.get("User-Id"))  # ZAP's, which a peer's own doesn't replace
+            with suppress(PermissionDenied):
+                identity = self._keyring.by_curve(key).name
+        peer = Peer(who, f"zmq://{host}", host, identity)
+        remote = Remote(routing_id, peer, int(head.get(zmq.SRCFD)), key)
+        self._remotes[routing_id] = remote
+        self._guard.meet(remote)
+        return remote
+
+    def identify(self, remote: Remote, head: zmq.Frame) -> Peer:
+        """Return who sent a frame, which need not be who had this routing id before."""
+        if head.get(zmq.SRCFD) != remote.descriptor or (
+            self._keyring is not None and head.get("User-Id") != remote.key
+        ):
+            remote = self._meet(remote.routing_id, head)
+        return remote.peer
+
+    def _forget(self, remote: Remote) -> None:
+        if self._remotes.get(remote.routing_id) is remote:
+            self._remotes.pop(remote.routing_id, None)
+
+    def count(self, kind: str) -> None:
+        """Count what this end refused or cut off; from any thread."""
+        with self._counting:
+            self.counts[kind] += 1
 
     def _empty_outbox(self) -> bool:
         """Send what other threads left."""
@@ -155,36 +259,60 @@ class Listener(Endpoint):
             self.dropped += len(self._outbox)
             self._outbox.clear()
             self._door.close()
+        self._router.disable_monitor()  # the end of the guard
         self._router.close(linger=_LINGER)
+        self._guard.join()
         self._context.term()
 
-    def send_inline(self, identity: bytes, number: bytes, message: Message) -> bool:
+    def send_inline(self, remote: Remote, number: bytes, message: Message) -> bool:
         """Send a reply at once; False if this thread does not have the loop."""
         if not self._carrier.here:
             return False
         with self._carrier.turn:
             if not self._carrier.here:  # relieved just now
                 return False
-            self._send(identity, number, message)
+            self._send(remote, number, message)
         return True
 
-    def _send(self, identity: bytes, number: bytes, message: Message) -> None:
+    def _send(self, remote: Remote, number: bytes, message: Message) -> None:
         try:
+            size = message.nbytes + NUMBER.size
+            unread = remote.unread
+            if unread and unread + size > self._most_unread:
+                self._drop(remote, number)
+                return
             # Small buffers are copied by zmq as they are sent; large ones must be ours.
             if message.buffers and max(map(len, message.buffers)) >= ZERO_COPY:
                 message = own(message)
-            self._router.send(identity, _MORE_NOW)
-            send(self._router, number, message)
+            self._router.send(remote.routing_id, _MORE_NOW)
+            remote.sent += size
+            mark = remote.mark if remote.mark_due(self._step) else None
+            send(self._router, number, message, mark=mark)
         except zmq.ZMQError as error:
             with self._carrier.turn:
                 self.dropped += 1
-            _log.debug("%s: a reply to %s is dropped: %s", self.url, identity.hex(), error)
+            _log.debug("%s: a reply to %s is dropped: %s", self.url, remote.peer.address, error)
         except BaseException:  # Ctrl-C: what comes next must not be taken for the rest of this
             with suppress(zmq.ZMQError):
                 self._router.send(b"", zmq.DONTWAIT)
             raise
 
-    def post(self, replies: list[tuple[bytes, bytes, Message]]) -> None:
+    def _drop(self, remote: Remote, number: bytes) -> None:
+        """Send word that a reply is dropped, in place of it, to a peer that reads too slowly."""
+        with self._carrier.turn:
+            self.dropped += 1
+        self.count("Overloaded")
+        _log.debug(
+            "%s: %s has %d bytes unread; a reply to it is dropped",
+            self.url,
+            remote.peer.address,
+            remote.unread,
+        )
+        self._router.send(remote.routing_id, _MORE_NOW)
+        self._router.send(DROPPED, zmq.SNDMORE)
+        self._router.send(number)
+
+    def post(self, replies: list[tuple[Remote, bytes, Message]]) -> None:
         """Leave owned replies for the loop, with one wake for them all."""
         with self._carrier.turn:
             if self._carrier.over:
@@ -218,6 +346,8 @@ class Listener(Endpoint):
     def abandon(self) -> None:
         """Forget everything, in a forked child, where the loop is not."""
         leave_to_parent(self)
+        self._guard.abandon()
+        self._counting = threading.Lock()  # whoever held it is not there
         if not self._carrier.over:
             drop_sockets(port=self.url.port)
         self._carrier.abandon()

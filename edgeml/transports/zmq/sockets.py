@@ -8,6 +8,8 @@ import secrets
 import struct
 import threading
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -17,6 +19,9 @@ from edgeml.core import Message, NotEncodable
 from edgeml.core.forks import leave_to_parent, watch_forks
 
 __all__ = [
+    "DROPPED",
+    "LARGEST_FRAME",
+    "MOST_BUFFERS",
     "MOST_PENDING",
     "MOST_SOCKETS",
     "NUMBER",
@@ -27,6 +32,7 @@ __all__ = [
     "open_socket",
     "receive",
     "send",
+    "size_on_wire",
     "share_context",
 ]
 
@@ -44,8 +50,16 @@ WHO = "X-Edgeml-Connection"
 
 NUMBER = struct.Struct("<Q")
 
-_LARGEST_FRAME = 1 << 30  # bytes; a peer that announces more is cut off by libzmq
-_MOST_BUFFERS = 1 << 14  # in one message
+LARGEST_FRAME = 1 << 30
+"""Bytes; a peer that announces more is cut off by libzmq."""
+
+MOST_BUFFERS = 1 << 14
+"""In one message."""
+
+DROPPED = b""
+"""The first frame of what tells that a reply was dropped; the other one is the request's number."""
+
+_LARGEST_SHORT = 255  # bytes of a frame whose size takes one
 _MORE = int(zmq.SNDMORE)  # a plain int: enum flags cost a microsecond to combine
 
 _exiting = False
@@ -92,7 +106,7 @@ def open_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
     """Make a socket that sends nothing more once it is closed, and notices who has vanished."""
     made: zmq.Socket[bytes] = context.socket(kind)
     made.linger = 0
-    made.maxmsgsize = _LARGEST_FRAME
+    made.maxmsgsize = LARGEST_FRAME
     # A machine that vanished without a word is noticed, and what is kept for it freed. By TCP,
     # for ZeroMQ's own heartbeats wait behind the frame under way: they cut off whoever takes
     # longer over one than they allow.
@@ -114,18 +128,18 @@ def open_router(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
 
 def check(message: Message) -> None:
     """Refuse here, with a reason, what the other end would cut the connection for."""
-    if len(message.buffers) > _MOST_BUFFERS:
+    if len(message.buffers) > MOST_BUFFERS:
         raise NotEncodable(
-            f"a message of {len(message.buffers)} arrays; zmq carries {_MOST_BUFFERS}: "
+            f"a message of {len(message.buffers)} arrays; zmq carries {MOST_BUFFERS}: "
             "stack the small ones into one"
         )
     for buffer in message.buffers:
-        if buffer.nbytes > _LARGEST_FRAME:
+        if buffer.nbytes > LARGEST_FRAME:
             raise NotEncodable(
-                f"an array of {buffer.nbytes} bytes; zmq carries {_LARGEST_FRAME}: split it"
+                f"an array of {buffer.nbytes} bytes; zmq carries {LARGEST_FRAME}: split it"
             )
-    if len(message.header) > _LARGEST_FRAME - NUMBER.size:
-        raise NotEncodable(f"a header of {len(message.header)} bytes; zmq carries {_LARGEST_FRAME}")
+    if len(message.header) > LARGEST_FRAME - NUMBER.size:
+        raise NotEncodable(f"a header of {len(message.header)} bytes; zmq carries {LARGEST_FRAME}")
 
 
 def send(
@@ -133,17 +147,26 @@ def send(
     number: bytes,
     message: Message,
     lent: list[weakref.ref[memoryview]] | None = None,
+    mark: Callable[[memoryview], object] | None = None,
 ) -> None:
     """Send one message; ``lent`` receives a reference to each buffer that is sent in place.
 
     It dies when libzmq has let go of the buffer; pyzmq's own trackers cost several times as much.
+    ``mark`` is given a view of the last frame, which dies when libzmq has written all of this.
     """
     buffers = message.buffers
     last = len(buffers) - 1
-    line.send(number + message.header, _MORE if buffers else 0)
+    header = number + message.header
+    if buffers or mark is None:
+        line.send(header, _MORE if buffers else 0)
+    else:
+        _send_marked(line, header, mark)
     for index, buffer in enumerate(buffers):
         flags = 0 if index == last else _MORE
-        if buffer.nbytes < ZERO_COPY or _exiting:
+        if mark is not None and not flags:
+            # What is small is the caller's to change, once this has returned.
+            _send_marked(line, bytes(buffer) if buffer.nbytes < ZERO_COPY else buffer, mark)
+        elif buffer.nbytes < ZERO_COPY or _exiting:
             line.send(buffer, flags)
         else:
             view = memoryview(buffer)
@@ -156,21 +179,49 @@ def send(
             del view
 
 
-def receive(line: zmq.Socket[bytes]) -> tuple[zmq.Frame, Message]:
-    """Receive one message, number included in the header."""
+def _send_marked(
+    line: zmq.Socket[bytes], data: bytes | memoryview, mark: Callable[[memoryview], object]
+) -> None:
+    """Send a message's last frame from where it lies, however small."""
+    view = memoryview(data)
+    mark(view)
+    if not _exiting:
+        with suppress(RuntimeError):  # as above
+            line.send(zmq.Frame(view, copy=False), copy=False)
+            return
+    line.send(data)
+
+
+def size_on_wire(message: Message, extra: int) -> int:
+    """Bytes that it takes up on a connection where each frame has so many bytes more."""
+    size = len(message.header) + extra
+    total = size + (9 if size > _LARGEST_SHORT else 2)
+    for buffer in message.buffers:
+        size = buffer.nbytes + extra
+        total += size + (9 if size > _LARGEST_SHORT else 2)
+    return total
+
+
+def receive(line: zmq.Socket[bytes], most: int = MOST_BUFFERS) -> tuple[zmq.Frame, bytes, Message]:
+    """Receive one message: its first frame, its number, and what it says.
+
+    Where the number is shorter than one, what came is no message, or one of too many buffers.
+    """
     head = line.recv(copy=False)
-    if not head.more:
-        return head, Message(head.bytes)
+    if not head.more and len(head) < ZERO_COPY:
+        alone = head.bytes
+        return head, alone[: NUMBER.size], Message(alone[NUMBER.size :])
+    more = head.more
     buffers: list[memoryview] = []
-    more = True
     surplus = False
     while more:
         frame = line.recv(copy=False)
         more = frame.more
-        if len(buffers) < _MOST_BUFFERS:
+        if len(buffers) < most:
             buffers.append(frame.buffer.toreadonly())
         else:
             surplus = True
     if surplus:
-        return head, Message(b"")  # shorter than a number: treated as malformed
-    return head, Message(head.bytes, buffers)
+        return head, b"", Message(b"")
+    whole = head.bytes if len(head) < ZERO_COPY else head.buffer  # which no copy is made of
+    return head, bytes(whole[: NUMBER.size]), Message(bytes(whole[NUMBER.size :]), buffers)
