@@ -32,6 +32,7 @@ from edgeml.core import (
 from edgeml.core.advice import what_to_do
 from edgeml.core.carrier import Stay
 from edgeml.core.forks import watch_forks
+from edgeml.core.refusals import Refusals
 from edgeml.core.url import require_this_machine
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.memory import Account, Pool, limit_of_environment
@@ -48,8 +49,6 @@ from edgeml.transports.shm.sockets import (
 __all__ = ["Listener", "check_address"]
 
 _log = logging.getLogger(__name__)
-
-_MOST_TOLD = 1000  # kinds of refusals that are remembered, so as not to be logged again
 
 
 class _Reply:
@@ -108,7 +107,7 @@ class Listener(Endpoint):
             weakref.WeakValueDictionary()
         )
         self._connected: Counter[int] = Counter()  # sockets, by user
-        self._told: set[tuple[int, str]] = set()  # what has been logged of whom
+        self._refusals = Refusals(self.url, self.counts)
         self._at_limit = False  # of open files
         self._copied = 0
         self._reactor = Reactor(
@@ -147,7 +146,7 @@ class Listener(Endpoint):
                 channel.greet(self._name)
                 self._connected[records.user] += 1
                 return channel
-            self._count(records, type(refused).__name__, f"is refused: {refused}")
+            self._note(records, refused)
             channel.refuse(0, refused)
         channel.close()
         return None
@@ -168,16 +167,10 @@ class Listener(Endpoint):
             )
         return None
 
-    def _count(self, records: Records, kind: str, what: str) -> None:
-        """Count who was refused or cut off, and log the first of each kind and user."""
-        self.counts[kind] += 1
-        who = f"process {records.process} of user {records.user}"
-        if (records.user, kind) in self._told:
-            _log.debug("%s: %s %s", self.url, who, what)
-        else:
-            if len(self._told) < _MOST_TOLD:
-                self._told.add((records.user, kind))
-            _log.warning("%s: %s %s; more like it are only counted", self.url, who, what)
+    def _note(self, records: Records, why: Exception, kind: str = "") -> None:
+        """Count who was refused or cut off, and log it."""
+        kind = kind or type(why).__name__
+        self._refusals.note(kind, f"process {records.process}", f"user {records.user}", why)
 
     def _receive(self, channel: Channel, number: int, message: Message | EdgemlError) -> None:
         if channel.account is None and channel.connection is not None:
@@ -185,7 +178,7 @@ class Listener(Endpoint):
         if isinstance(message, Message):
             self._on_request(message, _Reply(self, channel, number))
         else:  # it is larger than it may be
-            self._count(channel.records, type(message).__name__, f"asks too much: {message}")
+            self._note(channel.records, message)
             with suppress(Lost, Overloaded):
                 channel.refuse(number, message)
 
@@ -203,7 +196,7 @@ class Listener(Endpoint):
     def _lose(self, channel: Channel, why: Lost) -> None:
         self._connected[channel.records.user] -= 1
         if why.kind:
-            self._count(channel.records, why.kind, f"is cut off: {why}")
+            self._note(channel.records, why, why.kind)
         unsent = channel.close()
         with self._lock:
             self._copied += channel.copied
@@ -220,7 +213,7 @@ class Listener(Endpoint):
                 kind = "Stalled"
             else:
                 continue
-            self._reactor.lose(channel, Lost(f"it hasn't said {what} in {seconds:.1f} s", kind))
+            self._reactor.lose(channel, Lost(f"it hasn't said {what} in {seconds:.0f} s", kind))
 
     def _end(self) -> None:
         self._socket.close()
