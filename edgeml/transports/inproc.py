@@ -39,6 +39,7 @@ from edgeml.core import (
 from edgeml.core.carrier import Carrier, Stay
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import explain_fork, watch_forks
+from edgeml.core.url import require_no_path
 
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
@@ -201,7 +202,7 @@ class _Connection(Requester):
         self.url = url
         self.listener = listener
         number = next(_numbers)
-        self.peer = Peer(f"{number}", f"inproc connection {number}")
+        self.peer = Peer(f"{number}", f"inproc connection {number}", "this process")
         self._lock = threading.Lock()
         self._calls, self._requests = Pending(), Pending()
         self._arrived: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
@@ -283,13 +284,15 @@ class InprocTransport(Transport):
         credentials: Credentials | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
-        """See `Transport.serve`."""
+        """See `Transport.serve`; the credentials are left alone, as nobody is between threads."""
+        require_no_path(url)
         return _Listener(url, on_request)
 
     def connect(
         self, url: Url, timeout: float, *, credentials: Credentials | None = None
     ) -> Requester:
         """See `Transport.connect`; returns or raises at once."""
+        require_no_path(url)
         return _Connection(url)
 
 

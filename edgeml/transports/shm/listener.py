@@ -170,7 +170,8 @@ class Listener(Endpoint):
     def _note(self, records: Records, why: Exception, kind: str = "") -> None:
         """Count who was refused or cut off, and log it."""
         kind = kind or type(why).__name__
-        self._refusals.note(kind, f"process {records.process}", f"user {records.user}", why)
+        user = f"user {records.user}"
+        self._refusals.note(kind, f"process {records.process} of {user}", user, why)
 
     def _receive(self, channel: Channel, number: int, message: Message | EdgemlError) -> None:
         if channel.account is None and channel.connection is not None:
