@@ -9,8 +9,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     else:
         os.environ["PYTHONPATH"] = path
     shutil.rmtree(site)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Share the suite among processes; files that are named, and the long runs, need no other."""
+    named = [Path(name.partition("::")[0]) for name in config.option.file_or_dir]
+    if config.option.markexpr == "slow" or (named and not any(path.is_dir() for path in named)):
+        return 0
+    return min(max(os.cpu_count() or 1, 2), 8)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Let every report reach the process that prints it, which takes no lone surrogates."""
+    return _printable((yield))
+
+
+def _printable(data: Any) -> Any:
+    if isinstance(data, str):
+        return data.encode("utf-8", "backslashreplace").decode()
+    if isinstance(data, dict):
+        return {_printable(key): _printable(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(map(_printable, data))
+    return data
 
 
 _PATIENCE = 3.0  # seconds that what a test has ended may take to be gone
