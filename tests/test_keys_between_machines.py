@@ -68,7 +68,7 @@ def test_without_keys_all_can_be_read_on_the_way(transport, tmp_path):
     assert readable(tmp_path / "record", things()) == things().keys()
 
 
-@pytest.mark.parametrize("transport", ["grpc"])
+@pytest.mark.parametrize("transport", ["grpc", "zmq"])
 def test_with_keys_nothing_can_be_read_on_the_way(transport, tmp_path):
     keys = make_server_keys(tmp_path / "keys")
     robot = make_client_keys(keys, "name-of-a-key")

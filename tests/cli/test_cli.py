@@ -395,6 +395,9 @@ def test_bench_measures_a_server_with_keys(keys, transport):
         assert done.returncode == 0, done.stdout
         done = edgeml(*measuring, env=with_keys(robot))
         assert done.returncode == 0, done.stdout
+        done = edgeml(*measuring)
+        assert done.returncode == 1
+        assert line_of(done, "FAILED")
 
 
 def test_bench_says_that_whoever_reaches_it_may_call_it(keys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from edgeml import Feature, InferenceServer, PolicyContract, cli
+from edgeml import Feature, InferenceServer, Limits, PolicyContract, cli
 from pairs import ROOT, started, wait_until
 
 if sys.version_info >= (3, 11):
@@ -163,7 +164,9 @@ ALONE = {
     ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
     ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],
     ("docs/guides/processes.md", "processes.py"): ["robot 1 got 2", "robot 2 got 4"],
-    ("docs/guides/security.md", "codec_cloudpickle.py"): ["42"],
+    ("docs/security.md", "keys_first.py"): ["I am ", "\nwithout keys: "],
+    ("docs/security.md", "keys_limits.py"): ["refused so far: 0"],
+    ("docs/security.md", "codec_cloudpickle.py"): ["42"],
     ("docs/guides/contracts.md", "contract.py"): [
         "50.0 Hz",
         "action: the order of names: at 0 expected 'elbow', the server has 'shoulder'",
@@ -203,6 +206,7 @@ class Run:
 
     def __init__(self, folder: Path, page: str) -> None:
         self.folder = folder
+        self.page = page
         self.programs = programs_of(page)
         self.ports: dict[str, str] = {}
 
@@ -211,8 +215,16 @@ class Run:
             return self.ports.setdefault(match[0], str(free_port()))
 
         (self.folder / name).write_text(PORT.sub(other, self.programs[name]))
+        if "credentials=" in self.programs[name]:
+            self.make_keys()
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen([sys.executable, "-u", name], cwd=self.folder, text=True, **pipes)
+
+    def make_keys(self) -> None:
+        """Make the keys as the page first says."""
+        words = next(w for w in commands_of(self.page) if w[:2] == ["edgeml", "keygen"])
+        command = [sys.executable, "-m", *words]
+        subprocess.run(command, cwd=self.folder, check=True, capture_output=True, timeout=60)
 
     def await_port(self, port: int, server: subprocess.Popen[str]) -> None:
         def answers() -> bool:
@@ -263,6 +275,70 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     run = Run(tmp_path, "docs/tutorials/checkpoints.md")
     for printed in ("steps 100 items 100\n", "steps 200 items 200\n"):
         assert run.start("resume.py").communicate(timeout=60)[0] == printed
+
+
+SERVE_BEYOND = """
+from edgeml import InferenceServer
+server = InferenceServer(0, "0.0.0.0")
+server.register_interface("whoami", lambda payload, context: context.identity)
+with server.serving():
+    print(server.port, flush=True)
+    input()
+"""
+ASK = """
+import sys
+from edgeml import InferenceClient
+with InferenceClient("127.0.0.1", int(sys.argv[1]), transport=sys.argv[2]) as client:
+    print(client.call("whoami", None))
+"""
+
+
+@pytest.mark.parametrize("transport", ["zmq", "grpc"])
+def test_keys_for_two_machines_take_five_lines(transport: str, tmp_path: Path) -> None:
+    block = blocks_of("docs/security.md", "bash")[0]
+    assert len([line for line in block.splitlines() if not line.startswith("#")]) == 5
+    ours, theirs = block.split("# on the robot\n")
+    server_home, client_home = tmp_path / "server", tmp_path / "robot"
+    for home, program in ((server_home, SERVE_BEYOND), (client_home, ASK)):
+        home.mkdir()
+        (home / "program.py").write_text(program)
+
+    def start(lines: str, home: Path, *arguments: str) -> subprocess.Popen[str]:
+        stands_in = f"""
+            set -e
+            pip() {{ :; }}  # it is installed
+            edgeml() {{ "{sys.executable}" -m edgeml "$@" > /dev/null; }}
+            scp() {{ cp -rp "$2" "{client_home}/${{3#*:}}"; }}  # to the other machine
+            export EDGEML_TRANSPORT={transport}
+        """
+        run = shlex.join([sys.executable, "-u", "program.py", *arguments])
+        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        script = f"{stands_in}\n{lines}\nexec {run}"
+        return subprocess.Popen(["bash", "-c", script], cwd=home, text=True, **pipes)
+
+    server = start(ours, server_home)
+    try:
+        assert server.stdout is not None
+        port = server.stdout.readline().strip()
+        assert port, server.communicate()[1]
+        robot = start(theirs, client_home, port, transport)
+        assert robot.communicate(timeout=30)[1] == "", transport
+        stranger = start("", client_home, port, transport)
+        printed, error = stranger.communicate(timeout=30)
+        assert not printed
+        assert "PermissionDenied" in error
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_all_limits_are_on_their_page() -> None:
+    units = {"": 1, "s": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d,]+) ?(\w*) \|", prose_of("docs/security.md"), re.MULTILINE
+    )
+    told = {name: float(number.replace(",", "")) * units[unit] for name, number, unit in rows}
+    assert told == dataclasses.asdict(Limits())
 
 
 def test_every_program_on_every_page_is_run() -> None:
@@ -377,10 +453,13 @@ def test_every_function_class_and_argument_that_is_named_exists(page: str) -> No
 # Commands -----------------------------------------------------------------------------------
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TOOLS = {"tox", "ruff", "mypy", "lint-imports", "sphinx-build", "python3", "."}
+TOOLS = {"tox", "ruff", "mypy", "lint-imports", "sphinx-build", "python3", "."} | {
+    *("scp", "rm", "export", "pip-audit"),
+}
 FROM_ELSEWHERE = {
     "tox",
     "tox-uv",
+    "pip-audit",
     "torchrl",
     "edgeml-json",
     "edgeml-websocket",
@@ -393,7 +472,7 @@ def commands_of(page: str) -> Iterator[list[str]]:
     for text in [*blocks_of(page, "bash"), *inline]:
         for line in text.splitlines():
             for command in re.split(r"&&|&$", line.partition("  #")[0]):
-                words = shlex.split(command.partition(" # ")[0])
+                words = shlex.split(command, comments=True)
                 if words:
                     yield words
 
@@ -431,6 +510,8 @@ def check_python(words: list[str]) -> None:
 
 
 def check_edgeml(words: list[str]) -> None:
+    if len(words) == 1:
+        words = [*words, "--help"]  # it is named, and needn't be all that is typed
     try:
         cli._parser().parse_args([word.replace("PORT", "5555") for word in words])
     except SystemExit as error:
@@ -467,10 +548,11 @@ def shapes_of(text: str) -> set[str]:
     }
 
 
-def test_the_command_line_prints_what_its_page_shows() -> None:
+def test_the_command_line_prints_what_its_page_shows(tmp_path: Path) -> None:
     def prints(*words: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "edgeml", *words],
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=110,
@@ -479,7 +561,7 @@ def test_the_command_line_prints_what_its_page_shows() -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    plugins, doctor, bench = blocks_of("docs/command-line.md", "text")
+    plugins, doctor, looked, made, bench = blocks_of("docs/command-line.md", "text")
     shown = "\n".join(line for line in plugins.splitlines() if "lidar" not in line)
     assert shapes_of(shown) <= shapes_of(prints("plugins"))
     joints = ("shoulder", "elbow", "wrist")
@@ -496,6 +578,11 @@ def test_the_command_line_prints_what_its_page_shows() -> None:
         printed = prints("doctor", "--transport", "shm", "zmq", "--url", server.url)
     shown = re.sub(r"(lent to one peer: )\d+", r"\1 1", doctor)
     assert shapes_of(shown) <= shapes_of(re.sub(r"(lent to one peer: )\d+", r"\1 1", printed))
+    printed = prints("keygen", "keys", "--client", "robot").replace(str(tmp_path), "/home/me")
+    assert shapes_of(made) == shapes_of(printed)
+    prints("keygen", "keys", "--client", "viewer", "--role", "observe")
+    printed = prints("doctor", "--transport", "inproc", "--credentials", "keys")
+    assert shapes_of(looked) <= shapes_of(printed)
     assert shapes_of(bench) <= shapes_of(prints("bench", "--transport", "zmq", "--seconds", "0.05"))
 
 
