@@ -552,6 +552,15 @@ class Server:
         self._near.update(near)
         self._sessions[session.key] = session
 
+    def claim(self, client_id: str, identity: str) -> None:
+        """Keep a client id for the key of this name, as if it had come with that.
+
+        Raises:
+            PermissionDenied: it is another's.
+        """
+        with self._lock:
+            self._claim(client_id, identity)
+
     def _claim(self, client_id: str, identity: str) -> None:
         """Use a client id in the name of a key: it is that key's from the first time on."""
         owner = self._owners.setdefault(client_id, identity)

@@ -62,6 +62,11 @@ class DataStoreBase(ABC):
     def __len__(self) -> int:
         """How many items are held."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether the first item that comes, whoever sends it, says what all must be like."""
+        return False
+
     @abstractmethod
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""

@@ -46,7 +46,8 @@ class ReplayBuffer(DataStoreBase):
 
     Args:
         capacity: how many items are held at most.
-        example: an item that gives the schema; it is not inserted.
+        example: an item that gives the schema; it is not inserted. Give it where items come from
+            others (`TrainerServer`), or the first of them to come says what all must be like.
         seed: of the generator that `sample` uses unless it is given one.
         n_step: samples look so many transitions ahead within their episode (default 1). With more
             than 1, ``rewards``, which must be floats, are the discounted sums of up to n rewards;
@@ -127,6 +128,11 @@ class ReplayBuffer(DataStoreBase):
         episode. They are counted where it matters, with ``n_step`` or ``frame_stack``.
         """
         return 0 if self._schema is None else self._transitions.breaks
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has got no ``example``, and no item yet that would stand for one."""
+        return self._schema is None
 
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""

@@ -44,8 +44,8 @@ class EnvServer(InferenceServer):
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
             ``"zmq"``.
-        settings: ``url``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``: see
-            `ServiceServer`.
+        settings: ``url``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``, ``limits``:
+            see `ServiceServer`.
 
     Raises:
         TypeError: it is neither, or a space of the environment can't be sent.
@@ -82,7 +82,7 @@ class EnvServer(InferenceServer):
             ("/env/render", _render),
             ("/env/close", self._close_env),
         ):
-            self._server.register(name, _handler(function))
+            self._server.register(name, _handler(function), needs="call")
 
     def _open_env(self, payload: Any, call: Call) -> dict[str, Any]:
         mode = payload.get("render_mode") if isinstance(payload, dict) else payload

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
-from edgeml.core.dispatch import Call, require_plain
+from edgeml.core.dispatch import Call, Caller
 from edgeml.core.errors import Malformed, UnknownInterface
 from edgeml.core.streams import Subscription
 from edgeml.services.base import (
@@ -18,11 +21,14 @@ from edgeml.services.base import (
     named,
     names,
 )
+from edgeml.services.functions import Callback
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["ActionClient", "ActionConfig", "ActionServer"]
+
+_log = logging.getLogger(__name__)
 
 _OBSERVATIONS = "observations"
 
@@ -67,14 +73,15 @@ class ActionServer(ServiceServer):
             ``config.observation_keys`` where a client asks for no particular ones. A client gets a
             `RemoteError` that names what is missing.
         act_callback: ``act_callback(key, payload) -> dict``: carry out an action; what it returns
-            is the client's answer.
+            is the client's answer. With one more argument, or one called ``context``, each of the
+            two callbacks is told who asks: see `Context`.
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         keep: how many publications are kept for clients that are behind; 1 for only the newest.
         act_in_own_thread: whether ``act_callback`` runs in a thread of its own, so that neither
             callback waits for the other.
         transport: in place of the configuration's.
         settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
-            ``advertise``, ``credentials``: see `ServiceServer`.
+            ``advertise``, ``credentials``, ``limits``: see `ServiceServer`.
 
     A callback that raises hurts only the call that it was for, whose client gets a `RemoteError`.
     """
@@ -82,8 +89,8 @@ class ActionServer(ServiceServer):
     def __init__(
         self,
         config: ActionConfig,
-        obs_callback: Callable[[list[str]], dict[str, Any]] | None,
-        act_callback: Callable[[str, Any], Any] | None,
+        obs_callback: Callable[..., dict[str, Any]] | None,
+        act_callback: Callable[..., Any] | None,
         host: str | None = None,
         *,
         keep: int = 1,
@@ -92,14 +99,11 @@ class ActionServer(ServiceServer):
         **settings: Unpack[ServerSettings],
     ) -> None:
         self.config = config
-        for name, callback in (("obs_callback", obs_callback), ("act_callback", act_callback)):
-            if callback is not None:
-                require_plain(name, callback)
+        self._device = device = _Device(config, obs_callback, act_callback)
         super().__init__("action", config, host=host, transport=transport, **settings)
-        device = _Device(config, obs_callback, act_callback)
         self._server.register("obs", device.observe)
         self._server.register("act", device.act, lane="act" if act_in_own_thread else "")
-        self._topic = self._server.topic(_OBSERVATIONS, keep)
+        self._topic = self._server.topic(_OBSERVATIONS, keep, needs="observe")
 
     def publish_obs(self, payload: dict[str, Any]) -> int:
         """Send observations to every client that registered for them.
@@ -116,6 +120,13 @@ class ActionServer(ServiceServer):
         """
         return self._topic.publish(payload)
 
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: calls, and everything refused or dropped, by reason.
+
+        Among them ``actions`` that were carried out, and ``actions_of_NAME`` for each key.
+        """
+        return {**super().stats(), **self._device.counts}
+
 
 class _Device:
     """The two callbacks, and what they may be asked for."""
@@ -123,12 +134,14 @@ class _Device:
     def __init__(
         self,
         config: ActionConfig,
-        obs: Callable[[list[str]], dict[str, Any]] | None,
-        act: Callable[[str, Any], Any] | None,
+        obs: Callable[..., Any] | None,
+        act: Callable[..., Any] | None,
     ) -> None:
         self._config = config
-        self._obs = obs
-        self._act = act
+        self._obs = None if obs is None else Callback("obs_callback", obs, 1)
+        self._act = None if act is None else Callback("act_callback", act, 2)
+        self.counts = Counter[str]()  # of actions
+        self._acting = WeakSet[Caller]()  # who has had one carried out
 
     def observe(self, call: Call) -> None:
         known = list(self._config.observation_keys)
@@ -137,12 +150,14 @@ class _Device:
             keys = known
         elif not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise Malformed("obs takes a list of names")
+        for key in keys or [""]:
+            call.caller.require("observe", key)
         for key in keys:
             if key not in known:
                 raise _unknown("observation", key, known)
         if self._obs is None:
             raise UnknownInterface("this server offers no observations")
-        observations = self._obs(keys)
+        observations = self._obs(call, call.name, keys)
         if not isinstance(observations, Mapping):
             raise TypeError(
                 f"obs_callback gave {observations!r:.100}: it is to return a dict of observations"
@@ -159,12 +174,25 @@ class _Device:
                 call.detail = repr(key)
             case _:
                 raise Malformed("act takes a name and a payload")
+        call.caller.require("act", key)
         known = list(self._config.action_keys)
         if key not in known:
             raise _unknown("action", key, known)
         if self._act is None:
             raise UnknownInterface("this server takes no actions")
-        call.answer(self._act(key, argument))
+        self._note(call, key)
+        call.answer(self._act(call, key, key, argument))
+
+    def _note(self, call: Call, key: str) -> None:
+        """Have it on record whose action this is, before it is carried out."""
+        self.counts["actions"] += 1
+        if (identity := call.caller.identity) is not None:
+            self.counts[f"actions_of_{identity}"] += 1
+        if call.caller not in self._acting:
+            self._acting.add(call.caller)
+            _log.info("the first action of %s: %r", call.caller, key)
+        else:
+            _log.debug("an action of %s: %r", call.caller, key)
 
 
 def _unknown(what: str, key: str, known: list[str]) -> UnknownInterface:

@@ -340,10 +340,16 @@ class ServiceServer(_Service):
     def clients(self) -> list[Peer]:
         """Return the clients heard from of late.
 
-        Their ids, and for people their labels and addresses.
+        Their ids, for people their labels and addresses, and as ``identity`` the names of the keys
+        that they have shown; None where this server asks for none.
         """
         return [
-            Peer(caller.client_id, f"{caller.label} at {caller.peer.address}".strip())
+            Peer(
+                caller.client_id,
+                f"{caller.label} at {caller.peer.address}".strip(),
+                caller.peer.host,
+                caller.identity,
+            )
             for caller in self._server.callers
         ]
 

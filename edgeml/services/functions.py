@@ -12,7 +12,7 @@ from edgeml.core.dispatch import Call, LocalCall, require_plain
 from edgeml.core.episode import Episode
 from edgeml.services.checks import Checks
 
-__all__ = ["Context", "Function", "Single", "context_of", "rehearsed"]
+__all__ = ["Callback", "Context", "Function", "Single", "context_of", "rehearsed", "takes_context"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class Context:
     """What a function is told of a call beside its payload.
 
     Attributes:
-        name: of the interface.
-        client_id: the identity that the client gave; random unless its user chose one. Anybody may
-            claim any.
+        name: of the interface, action, request type or store.
+        client_id: what the client goes by; random unless its user chose one. Where the server asks
+            for keys it is the first one's whose client used it, and else anybody may claim any.
         label: what the client calls itself, for people to read.
-        identity: who the client has proved to be; None where it had nothing to prove it with.
+        identity: the name of the key that the client has shown; None where the server asks for
+            none.
         deadline: until when the caller waits, on the clock `time.monotonic`.
         session: what you want to keep about this client: a dict that is empty at first, and goes
             when the client leaves, resets, or is silent for half a minute. A client that comes back
@@ -52,14 +53,19 @@ class Context:
         self._episode.on_end(function)
 
 
-def context_of(call: Call) -> Context:
-    """Return the context of a call, with the session that it had when the call came."""
+def context_of(call: Call, name: str | None = None) -> Context:
+    """Return the context of a call, with the session that it had when the call came.
+
+    Args:
+        call: it.
+        name: of what it is about, where that is not its interface.
+    """
     caller, episode = call.caller, call.episode
     return Context(
-        call.name,
+        call.name if name is None else name,
         caller.client_id,
         caller.label,
-        None,
+        caller.identity,
         call.deadline,
         episode.session,
         episode.id,
@@ -115,17 +121,47 @@ class Function(NamedTuple):
             TypeError: it isn't callable, or is an ``async def``.
         """
         require_plain(what, run)
-        return cls(run, version, _takes_context(run) if told is None else told, checks)
+        return cls(run, version, takes_context(run, 1) if told is None else told, checks)
 
 
-def _takes_context(function: Callable[..., Any]) -> bool:
+def takes_context(function: Callable[..., Any], given: int) -> bool:
+    """Whether a function takes a `Context` after so many other arguments.
+
+    It does where it needs one argument more, or the one after them is called ``context``.
+    """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # of some that are written in C nobody knows
         return False
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in by_position if p.default is p.empty]
-    return len(needed) == 2 or any(p.name == "context" for p in by_position[1:2])
+    return len(needed) == given + 1 or any(
+        p.name == "context" for p in by_position[given : given + 1]
+    )
+
+
+class Callback:
+    """A server's callback, which may take a `Context` after what it is given.
+
+    Args:
+        what: it is, for errors.
+        function: the user's.
+        given: how many arguments it gets beside that.
+
+    Raises:
+        TypeError: it isn't callable, or is an ``async def``.
+    """
+
+    def __init__(self, what: str, function: Callable[..., Any], given: int) -> None:
+        require_plain(what, function)
+        self._function = function
+        self._told = takes_context(function, given)
+
+    def __call__(self, call: Call, name: str, *arguments: Any) -> Any:
+        """Call it about what has this name, for a call."""
+        if self._told:
+            return self._function(*arguments, context_of(call, name))
+        return self._function(*arguments)
 
 
 class Single:

@@ -47,7 +47,7 @@ class InferenceServer(ServiceServer):
         transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
             ``"zmq"``.
         settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
-            ``advertise``, ``credentials``: see `ServiceServer`.
+            ``advertise``, ``credentials``, ``limits``: see `ServiceServer`.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class InferenceServer(ServiceServer):
             made = Function.make(f"interface {name!r}", function, 1, with_context)
             made = made._replace(checks=self._contracts.offer(name, contract, check))
             handler = Single(made) if batching is None else Batcher(made, batching)
-            self._server.register(name, handler)
+            self._server.register(name, handler, needs="call")
             self._interfaces[name] = handler
         return function
 

@@ -13,13 +13,16 @@ from edgeml import PermissionDenied
 from edgeml.services.trainer.ledger import Ledger, Verdict
 
 
-def offer(ledger, first, count, *, after=None, acknowledged=0, incarnation=1, client="arm"):
+def offer(
+    ledger, first, count, *, after=None, acknowledged=0, incarnation=1, client="arm", identity=None
+):
     """Offer items to a ledger and, as a server does, note them as inserted."""
     after = first - 1 if after is None else after
     verdict = ledger.accept(
         client,
         incarnation,
         "demos",
+        identity=identity,
         acknowledged=acknowledged,
         after=after,
         first=first,
@@ -101,6 +104,106 @@ def test_what_is_no_state_is_refused(state):
         return
     with pytest.raises((TypeError, ValueError)):
         Ledger.restore(state)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        ["arm", "demos", "1", 5, []],
+        ["arm", "demos", 1, 5.0, []],
+        ["arm", "demos", 1, -1, []],
+        ["arm", "demos", True, 5, []],
+        ["arm", "demos", 1, 1 << 64, []],
+        ["arm", "demos", 1, 5, ["1"]],
+        ["arm", "demos", 1, 5, "12"],
+        ["arm", "demos", 1, 5, list(range(300))],
+        ["arm", b"demos", 1, 5, []],
+        [["arm"], "demos", 1, 5, []],
+        ["arm", "demos", 1, 5, [], None],
+        ["arm", "demos", 1, 5, [], "key", "key"],
+    ],
+    ids=str,
+)
+def test_what_is_no_mark_is_refused_before_it_is_used(mark):
+    assert Ledger.restore([["arm", "demos", 1, 5, []]])
+    with pytest.raises((TypeError, ValueError)):
+        Ledger.restore([mark])
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        ["arm", "demos", 1, 6, [], "key"],
+        ["arm", "online", 1, 6, []],
+        ["arm", "online", 1, 6, [], "other"],
+    ],
+    ids=str,
+)
+def test_marks_that_contradict_each_other_are_refused(second):
+    first = ["arm", "demos", 1, 5, [], "key"]
+    assert Ledger.restore([first, ["arm", "online", 1, 6, [], "key"]])
+    with pytest.raises(ValueError, match="contradicts|belongs"):
+        Ledger.restore([first, second])
+
+
+# Whose a client's id is -------------------------------------------------------------------------
+
+
+def test_an_id_belongs_to_the_key_that_used_it_first_also_after_a_restart():
+    ledger = Ledger()
+    assert offer(ledger, 1, 5, identity="boss").mark == 5
+    for same in (ledger, Ledger.restore(ledger.state())):
+        for incarnation in (1, 2):
+            with pytest.raises(PermissionDenied, match="'other'"):
+                offer(same, 6, 5, identity="other", incarnation=incarnation)
+        assert offer(same, 6, 1, identity="boss").mark == 6  # it was not shut out
+        assert offer(same, 1, 1, identity="other", client="leg").mark == 1
+        assert dict(same.owners()) == {"arm": "boss", "leg": "other"}
+
+
+def test_an_id_from_when_no_keys_were_asked_for_is_the_first_ones_who_shows_one():
+    ledger = Ledger()
+    offer(ledger, 1, 5)
+    assert dict(ledger.owners()) == {}
+    assert offer(ledger, 6, 1, identity="boss").mark == 6
+    with pytest.raises(PermissionDenied):
+        offer(ledger, 7, 1, identity="other")
+    assert offer(ledger, 7, 1).mark == 7  # keys are asked for no more
+
+
+def test_one_key_makes_nobody_elses_marks_be_forgotten():
+    ledger = Ledger()
+    offer(ledger, 1, 5, identity="boss")
+    offer(ledger, 1, 5, client="nobody's")
+    for k in range(20_000):
+        offer(ledger, 1, 1, client=str(k), identity="other")
+        if k == 10_000:
+            offer(ledger, 2, 1, client="0", identity="other")
+    assert offer(ledger, 6, 1, identity="boss").mark == 6
+    assert offer(ledger, 6, 1, client="nobody's").mark == 6
+    kept = [client for client, owner in ledger.owners() if owner == "other"]
+    assert len(kept) <= 1 << 14
+    assert {"0", "19999"} <= set(kept)
+    assert "1" not in kept
+    assert offer(ledger, 51, 1, client="1", identity="other", acknowledged=50).mark == 51
+
+
+def test_what_is_remembered_of_refusals_is_bounded():
+    ledger = Ledger()
+    for client in range(30):
+        name = str(client)
+        ledger.accept(name, 1, "demos", acknowledged=0, after=0, first=1, count=5000)
+        for number in range(1, 5001):
+            ledger.refuse(name, "demos", number, f"reason {number}")
+        assert len(ledger.refused(name, "demos")) <= 4096
+    held = [ledger.refused(str(client), "demos") for client in range(30)]
+    assert sum(map(len, held)) <= 1 << 16
+    assert held[0][-1] == (5000, 1, "reason 5000")
+    for client in range(30):  # and what is told makes room
+        offer(ledger, 5001, 0, acknowledged=5000, client=str(client))
+        assert ledger.refused(str(client), "demos") == []
+    ledger.refuse("29", "demos", 5001, "again")
+    assert ledger.refused("29", "demos") == [(5001, 1, "again")]
 
 
 class Deliveries(RuleBasedStateMachine):

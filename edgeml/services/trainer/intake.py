@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from edgeml.core.dispatch import Caller
+from edgeml.core.dispatch import Call, Caller
 from edgeml.core.errors import EdgemlError, Malformed, UnknownInterface
 from edgeml.data import Batch, DataStoreBase
+from edgeml.services.functions import Callback
 from edgeml.services.trainer.ledger import Ledger
 from edgeml.services.trainer.refusals import Refusals, reason
 
 __all__ = ["Intake"]
+
+_log = logging.getLogger(__name__)
+
+_LEARNT = (
+    "store %r was given no example=, so the first item that fits any, of %s, says what all items "
+    "must be like"
+)
 
 # What a store raises about an item; all else is about the store, and the items are to come again.
 _UNFIT = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
@@ -23,17 +32,18 @@ class Intake:
     """Puts uploads into stores, each item once.
 
     Args:
-        callback: is given the name of a store and what was inserted into it.
+        callback: is given the name of a store and what was inserted into it, and a `Context` where
+            it takes one.
 
     Attributes:
         stores: by the names that clients give.
         counts: of items, by what became of them.
     """
 
-    def __init__(self, callback: Callable[[str, Batch], Any] | None) -> None:
+    def __init__(self, callback: Callable[..., Any] | None) -> None:
         self.stores: dict[str, DataStoreBase] = {}
         self.counts: Counter[str] = Counter()
-        self._callback = callback
+        self._callback = None if callback is None else Callback("data_callback", callback, 2)
         self._refusals = Refusals()
         self._ledger = Ledger()
         self._lock = threading.Lock()
@@ -57,13 +67,13 @@ class Intake:
         """Go on from what a ledger of before knows, which must fit the stores."""
         self._ledger, self._last = ledger, {}
 
-    def update(self, payload: Any, caller: Caller) -> Any:
-        """Insert what is new of an upload.
+    def update(self, call: Call) -> None:
+        """Insert what is new of an upload, and answer it.
 
-        Returns:
-            The mark; a dict of ``mark`` and ``refused``, the ledger's runs, where the upload lets
-            items be left out and some above what it acknowledges were.
+        The answer is the mark; a dict of ``mark`` and ``refused``, the ledger's runs, where the
+        upload lets items be left out and some above what it acknowledges were.
         """
+        payload, caller = call.payload(), call.caller
         match payload:
             case {
                 "store": str(name),
@@ -71,6 +81,8 @@ class Intake:
                 "acknowledged": int(acknowledged),
                 "after": int(after),
             }:
+                call.detail = repr(name)
+                caller.require("upload", name)
                 batch = Batch.from_payload(payload.get("batch"))
             case _:
                 raise Malformed("update takes a store, an incarnation, two numbers and a batch")
@@ -79,7 +91,7 @@ class Intake:
                 f"a batch from {batch.first_id} on cannot come after {after}, or {acknowledged}"
             )
         skip_refused = payload.get("skip_refused") is True
-        store, client = self.store(name), caller.client_id
+        store, client, identity = self.store(name), caller.client_id, caller.identity
         inserted: list[Batch] = []
         failure: Exception | None = None
         # The store's own lock, too, so that a checkpoint finds items and marks at the same point.
@@ -89,6 +101,7 @@ class Intake:
                 client,
                 incarnation,
                 name,
+                identity=identity,
                 acknowledged=acknowledged,
                 after=after,
                 first=batch.first_id,
@@ -101,8 +114,10 @@ class Intake:
                 sender = (client, incarnation)
                 if self._last.get(name) != (*sender, new.first_id, store.latest_data_id()):
                     store.interrupt()
+                if store.learns:
+                    _log.info(_LEARNT, name, caller)
                 try:
-                    for part in self._insert(name, client, new, skip_refused):
+                    for part in self._insert(name, caller, new, skip_refused):
                         inserted.append(part)
                         following = part.first_id + len(part)
                         self._last[name] = (*sender, following, store.latest_data_id())
@@ -111,18 +126,20 @@ class Intake:
             refused = list(map(list, self._ledger.refused(client, name))) if skip_refused else []
         if self._callback is not None:
             for part in inserted:
-                self._callback(name, part)
+                self._callback(call, name, name, part)
         if failure is not None:
             raise failure
-        return {"mark": verdict.mark, "refused": refused} if refused else verdict.mark
+        call.answer({"mark": verdict.mark, "refused": refused} if refused else verdict.mark)
 
-    def _insert(self, name: str, client: str, batch: Batch, skip_refused: bool) -> Iterator[Batch]:
+    def _insert(
+        self, name: str, caller: Caller, batch: Batch, skip_refused: bool
+    ) -> Iterator[Batch]:
         """Insert a batch, and where the store refuses that, by halves all that it doesn't refuse.
 
         Yields:
             What is in, in order.
         """
-        store, parts = self.stores[name], [batch]
+        store, parts, client = self.stores[name], [batch], caller.client_id
         while parts:
             part = parts.pop()
             before = store.latest_data_id()
@@ -138,6 +155,8 @@ class Intake:
                 done = part[:some]
             if len(done):
                 self.counts["items"] += len(done)
+                if caller.identity is not None:
+                    self.counts[f"items_of_{caller.identity}"] += len(done)
                 self._ledger.advance(client, name, done.first_id + len(done) - 1)
                 yield done
             if error is None or len(done) == len(part):
@@ -155,4 +174,4 @@ class Intake:
             store.interrupt()  # what comes next doesn't follow upon what came before
             self.counts["items_refused"] += 1
             self._ledger.refuse(client, name, item, why)
-            self._refusals.add(name, item, 1, f"{why} (from {client!r})")
+            self._refusals.add(name, item, 1, f"{why} (from {caller})")

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from edgeml.core.dispatch import Call, Handler, answer_with, require_plain
+from edgeml.core.dispatch import Call, Handler
 from edgeml.core.errors import Malformed, UnknownInterface
-from edgeml.data import Batch, DataStoreBase, checkpoint
+from edgeml.data import DataStoreBase, checkpoint
 from edgeml.data.checkpoint import Report
 from edgeml.services.base import ServerSettings, ServiceServer
+from edgeml.services.functions import Callback
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
 from edgeml.services.trainer.intake import Intake
 from edgeml.services.trainer.ledger import Ledger
@@ -33,11 +34,14 @@ class TrainerServer(ServiceServer):
         config: see `TrainerConfig`.
         data_callback: ``data_callback(store_name, batch)``, called after a batch was inserted,
             with a `Batch` of what is new; where items were left out, with those between them.
-        request_callback: ``request_callback(type, payload)``; what it returns is the answer.
+        request_callback: ``request_callback(type, payload)``; what it returns is the answer. With
+            one more argument, or one called ``context``, each of the two callbacks is told whose
+            data or request it is: see `Context`.
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: in place of the configuration's.
         settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit`` in
-            place of the configuration's, ``advertise``, ``credentials``: see `ServiceServer`.
+            place of the configuration's, ``advertise``, ``credentials``, ``limits``: see
+            `ServiceServer`.
 
     Raises:
         TypeError: a callback that is an ``async def``.
@@ -46,26 +50,21 @@ class TrainerServer(ServiceServer):
     def __init__(
         self,
         config: TrainerConfig,
-        data_callback: Callable[[str, Batch], Any] | None = None,
-        request_callback: Callable[[str, Any], Any] | None = None,
+        data_callback: Callable[..., Any] | None = None,
+        request_callback: Callable[..., Any] | None = None,
         host: str | None = None,
         *,
         transport: str | None = None,
         **settings: Unpack[ServerSettings],
     ) -> None:
         self.config = config
-        for what, function in (
-            ("data_callback", data_callback),
-            ("request_callback", request_callback),
-        ):
-            if function is not None:
-                require_plain(what, function)
         self._intake = Intake(data_callback)
+        requests = _answer_requests(config, request_callback)
         settings.setdefault("rate_limit", config.rate_limit)
         super().__init__("trainer", config, host=host, transport=transport, **settings)
-        self._server.register("update", answer_with(self._intake.update))
-        self._server.register("request", _answer_requests(config, request_callback))
-        self._topic = self._server.topic(NETWORK)
+        self._server.register("update", self._intake.update)
+        self._server.register("request", requests)
+        self._topic = self._server.topic(NETWORK, needs="subscribe")
 
     def register_data_store(self, name: str, store: DataStoreBase) -> None:
         """Put what clients of this name upload into ``store``.
@@ -134,6 +133,8 @@ class TrainerServer(ServiceServer):
 
         saved = checkpoint.load(path, self._intake.stores, check=check)
         self._intake.resume(ledger)
+        for client_id, identity in ledger.owners():
+            self._server.claim(client_id, identity)
         return saved["values"]
 
     def stats(self) -> dict[str, int]:
@@ -141,7 +142,7 @@ class TrainerServer(ServiceServer):
 
         Among them ``items`` that were inserted, ``items_refused`` by their stores,
         ``items_repeated``, which were there already, and ``items_lost_by_clients``, which a client
-        overwrote before they were sent, or can't send.
+        overwrote before they were sent, or can't send; and ``items_of_NAME`` for each key.
         """
         return {**super().stats(), **self._intake.counts}
 
@@ -161,8 +162,9 @@ class TrainerServer(ServiceServer):
         return self._topic.publish(params)
 
 
-def _answer_requests(config: TrainerConfig, callback: Callable[[str, Any], Any] | None) -> Handler:
+def _answer_requests(config: TrainerConfig, function: Callable[..., Any] | None) -> Handler:
     """Return the handler of requests; it must not keep the server itself."""
+    callback = None if function is None else Callback("request_callback", function, 2)
 
     def answer(call: Call) -> None:
         match call.payload():
@@ -170,11 +172,12 @@ def _answer_requests(config: TrainerConfig, callback: Callable[[str, Any], Any] 
                 call.detail = repr(kind)
             case _:
                 raise Malformed("request takes a type and a payload")
+        call.caller.require("call", kind)
         if kind not in config.request_types:
             known = ", ".join(config.request_types) or "none"
             raise UnknownInterface(f"there is no request type {kind!r}; known: {known}")
         if callback is None:
             raise UnknownInterface("this server answers no requests")
-        call.answer(callback(kind, argument))
+        call.answer(callback(call, kind, kind, argument))
 
     return answer

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from edgeml.core.security import Credentials
 from edgeml.core.streams import Subscription
-from edgeml.data import Batch
 from edgeml.services.trainer.client import TrainerClient
 from edgeml.services.trainer.config import TrainerConfig
 from edgeml.services.trainer.server import TrainerServer
@@ -28,15 +28,18 @@ class TrainerTunnel(TrainerServer):
     def __init__(
         self,
         config: TrainerConfig | None = None,
-        data_callback: Callable[[str, Batch], Any] | None = None,
-        request_callback: Callable[[str, Any], Any] | None = None,
+        data_callback: Callable[..., Any] | None = None,
+        request_callback: Callable[..., Any] | None = None,
     ) -> None:
         within = replace(
             config or TrainerConfig(), port_number=0, broadcast_port=None, transport="inproc"
         )
-        super().__init__(within, data_callback, request_callback)
+        # Nobody else is there, so no keys are asked for, whatever the environment says.
+        super().__init__(within, data_callback, request_callback, credentials=Credentials())
         super().start(threaded=True)
-        self._client = TrainerClient("tunnel", "", replace(within, transport=self.url))
+        self._client = TrainerClient(
+            "tunnel", "", replace(within, transport=self.url), credentials=Credentials()
+        )
 
     def start(self, threaded: bool = False) -> None:
         """Block until `stop` or Ctrl-C, unless ``threaded``: it serves from the beginning."""

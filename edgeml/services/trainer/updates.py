@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from edgeml.core.client import Client
 from edgeml.core.ending import run_at_end
-from edgeml.core.errors import Closed, EdgemlError, Overloaded, PermissionDenied
+from edgeml.core.errors import Closed, EdgemlError, Overloaded
 from edgeml.core.forks import watch_forks
 from edgeml.data import DataStoreBase
 from edgeml.services.trainer.uploader import OnRefused, Uploader
@@ -150,9 +150,6 @@ class Updates:
                 if failures:
                     _log.warning("updates of %r go on after %d failures", self._name, failures)
                 failures = 0
-            except PermissionDenied as error:
-                _log.error("updates of %r end: %s", self._name, error)
-                return
             except Exception as error:  # of a user's own store, too
                 failures += 1
                 if failures == 1 and not self._stopping.is_set():
