@@ -142,7 +142,7 @@ def test_what_is_no_mark_is_refused_before_it_is_used(mark):
 def test_marks_that_contradict_each_other_are_refused(second):
     first = ["arm", "demos", 1, 5, [], "key"]
     assert Ledger.restore([first, ["arm", "online", 1, 6, [], "key"]])
-    with pytest.raises(ValueError, match="contradicts|belongs"):
+    with pytest.raises(ValueError, match=r"contradicts|belongs"):
         Ledger.restore([first, second])
 
 

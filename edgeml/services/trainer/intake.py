@@ -174,4 +174,5 @@ class Intake:
             store.interrupt()  # what comes next doesn't follow upon what came before
             self.counts["items_refused"] += 1
             self._ledger.refuse(client, name, item, why)
-            self._refusals.add(name, item, 1, f"{why} (from {caller})")
+            key = "" if caller.identity is None else f", with the key of {caller.identity}"
+            self._refusals.add(name, item, 1, f"{why} (from {client!r}{key})")
