@@ -184,10 +184,11 @@ class _Device:
         call.answer(self._act(call, key, key, argument))
 
     def _note(self, call: Call, key: str) -> None:
-        """Have it on record whose action this is, before it is carried out."""
+        """Have it on record whose key an action is of, before it is carried out."""
         self.counts["actions"] += 1
-        if (identity := call.caller.identity) is not None:
-            self.counts[f"actions_of_{identity}"] += 1
+        if (identity := call.caller.identity) is None:
+            return
+        self.counts[f"actions_of_{identity}"] += 1
         if call.caller not in self._acting:
             self._acting.add(call.caller)
             _log.info("the first action of %s: %r", call.caller, key)
