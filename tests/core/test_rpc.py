@@ -182,7 +182,7 @@ def test_a_result_of_very_many_arrays_reaches_the_caller_as_a_value_or_an_error(
     """Some carry 16,384 arrays in a message; what they can't carry must not just stay out."""
     array = np.zeros(8_200, np.uint8)
     server.register_interface("many", lambda _: [array] * 17_000)
-    with started(server), client_of(server, transport, timeout=20) as client:
+    with started(server), client_of(server, transport, timeout=60) as client:
         try:
             got = len(client.call("many", None))
         except RemoteError as error:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,16 @@ def run(where: Path, *arguments: str | Path, path: Path | None = None) -> str:
     return done.stdout
 
 
-def check(where: Path, *names: str) -> None:
-    for tool in (["ruff", "format", "--check", "--line-length=100"], ["mypy", "--strict"]):
-        run(where, *tool, *names)
+@pytest.fixture(scope="session")
+def check(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Checks format and types, with what mypy once found out about edgeml."""
+    cache = tmp_path_factory.mktemp("mypy")
+
+    def check(where: Path, *names: str) -> None:
+        run(where, "ruff", "format", "--check", "--line-length=100", *names)
+        run(where, "mypy", "--strict", "--cache-dir", cache, *names)
+
+    return check
 
 
 @pytest.mark.timeout(300)  # it is a suite of a hundred tests
@@ -57,7 +65,7 @@ def check(where: Path, *names: str) -> None:
     ],
 )
 def test_the_package_of_an_afternoon_passes_the_suite(
-    guide: str, module: str, test: str, tmp_path: Path
+    guide: str, module: str, test: str, tmp_path: Path, check: Callable[..., None]
 ) -> None:
     files = files_of(guide)
     assert sorted(files) == sorted([module, "pyproject.toml", test])
@@ -70,7 +78,7 @@ def test_the_package_of_an_afternoon_passes_the_suite(
     check(package, module)
 
 
-def test_the_store_passes_the_suite(tmp_path: Path) -> None:
+def test_the_store_passes_the_suite(tmp_path: Path, check: Callable[..., None]) -> None:
     files = files_of("write-a-store")
     assert sorted(files) == ["recent.py", "test_recent.py"]
     write(tmp_path, files)

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -96,41 +98,61 @@ def test_the_environment_chooses_the_transport():
 # Which way imports point ------------------------------------------------------------------
 
 
-def lint_imports(root: Path) -> tuple[bool, str]:
-    """Run import-linter on a checkout; whether all rules are kept, and what it says."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            # The checkout to look at comes before the one that is installed.
-            f"import sys; sys.path.insert(0, {str(root)!r})\n"
-            "from importlinter.cli import lint_imports\n"
-            f"sys.exit(lint_imports({str(root / 'pyproject.toml')!r}, no_cache=True))",
-        ],
-        capture_output=True,
+LINT = """
+import contextlib, io, json, sys
+sys.path.insert(0, sys.argv[1])  # before the checkout that is installed
+from importlinter.cli import lint_imports
+for _ in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = lint_imports(no_cache=True)
+    print(json.dumps([status == 0, said.getvalue()]), flush=True)
+"""
+
+
+@contextmanager
+def linter(root: Path) -> Iterator[Callable[[], tuple[bool, str]]]:
+    """What runs import-linter on a checkout; tells whether all rules are kept, and what it says."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LINT, str(root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
         cwd=root,
-        check=False,
-    )
-    return done.returncode == 0, done.stdout + done.stderr
+    ) as process:
+
+        def lint() -> tuple[bool, str]:
+            print(file=process.stdin, flush=True)
+            kept, said = json.loads(process.stdout.readline())
+            return kept, said
+
+        yield lint
+        process.stdin.close()
 
 
 def test_imports_point_one_way():
-    kept, output = lint_imports(ROOT)
+    with linter(ROOT) as lint:
+        kept, output = lint()
     assert kept, output
 
 
-@pytest.fixture
-def copy(tmp_path) -> Path:
-    """A copy of the checkout that a test may spoil."""
-    shutil.copytree(ROOT / "edgeml", tmp_path / "edgeml", ignore=shutil.ignore_patterns("*.pyc"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    return tmp_path
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the checkout that a test may spoil, if it mends it again."""
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT / "edgeml", copy / "edgeml", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
 
 
-def test_a_copy_keeps_the_rules_too(copy):
-    kept, output = lint_imports(copy)
+@pytest.fixture(scope="module")
+def lint(copy):
+    """Lints the copy; one process for all tests, for its start takes longer than the linting."""
+    with linter(copy) as lint:
+        yield lint
+
+
+def test_a_copy_keeps_the_rules_too(lint):
+    kept, output = lint()
     assert kept, output
 
 
@@ -211,9 +233,13 @@ def test_a_copy_keeps_the_rules_too(copy):
         ("codecs/msgpack.py", "import jax"),
     ],
 )
-def test_an_import_that_points_the_wrong_way_is_caught(copy, module, wrong):
+def test_an_import_that_points_the_wrong_way_is_caught(copy, lint, module, wrong):
     path = copy / "edgeml" / module
-    path.write_text(f"{path.read_text()}\n{wrong}\n")
-    kept, output = lint_imports(copy)
+    right = path.read_text()
+    path.write_text(f"{right}\n{wrong}\n")
+    kept, output = lint()
+    path.write_text(right)
     assert not kept
     assert "BROKEN" in output, output
+    culprit = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    assert f"edgeml.{culprit} " in output, output
