@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from edgeml.core.message import Allocator, pooled
 from edgeml.data.adapters import adapt_class, hide_items, is_adapted
 from edgeml.data.batch import Batch
 from edgeml.data.locks import make_lock
 
-__all__ = ["DataStoreBase"]
+__all__ = ["DataStoreBase", "check_random_state", "check_state"]
 
 
 class DataStoreBase(ABC):
@@ -179,6 +181,20 @@ class DataStoreBase(ABC):
         if state["interrupted"]:
             self.interrupt()
 
+    def check_restore(self, parts: Iterable[tuple[Batch, Any]], state: Any) -> None:
+        """Raise what `restore`, with these parts, and `set_state` would, and change nothing.
+
+        Who made them is not known. A store that can tell what it takes before it takes it says so
+        here, so that a checkpoint that doesn't fit leaves it as it is.
+
+        Args:
+            parts: what `dump` gave, the oldest first; they follow upon each other.
+            state: what `state` gave.
+        """
+        del parts
+        if type(self).set_state is DataStoreBase.set_state:  # else it is a state of their own
+            check_state(state)
+
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, and what else the store knows of each.
 
@@ -198,3 +214,24 @@ class DataStoreBase(ABC):
         Does nothing in a store that keeps its items, such as a replay buffer.
         """
         del up_to_id
+
+
+def check_state(state: Any) -> None:
+    """Raise where a store's state is not what `DataStoreBase.state` gives, with counts besides.
+
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    if type(state["interrupted"]) is not bool:
+        raise TypeError("a store is interrupted or not")
+    for key in ("breaks", "stale"):
+        if type(state.get(key, 0)) is not int:
+            raise TypeError(f"{key!r} is a count")
+
+
+def check_random_state(rng: np.random.Generator, state: Any) -> None:
+    """Raise what giving a generator that state would, and change nothing."""
+    try:
+        type(rng.bit_generator)().state = state
+    except (ArithmeticError, LookupError, ValueError) as error:
+        raise TypeError(f"the state of no random generator: {error}") from None

@@ -9,9 +9,11 @@ import logging
 import os
 import sys
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +30,7 @@ __all__ = ["Report", "load", "save"]
 
 _PART = 4 << 20  # bytes of items read at a time: half a millisecond of copying, under the lock
 _MOST = 1 << 14  # items in a part: the next ones may be larger than those before
+_MOST_ID = 1 << 62  # what is counted from there on still is an int64
 
 _log = logging.getLogger(__name__)
 
@@ -137,15 +140,16 @@ def load(
 ) -> Any:
     """Fill stores from a file that `save` made, and return its values.
 
-    The whole file is checked before anything is touched. The stores are made by the caller as
-    the saved ones were, except that the capacity may differ: a smaller one keeps the newest
-    items. They are locked until all of them are filled, and what they held before is forgotten.
+    The whole file is checked before anything is touched, whoever made it: each item and state by
+    the store that it is for. (So the stores' records are read twice.) The stores are made by the
+    caller as the saved ones were, except that the capacity may differ: a smaller one keeps the
+    newest items. They are locked meanwhile, until all of them are filled, and what they held
+    before is forgotten.
 
     Args:
         path: of the file.
         stores: to be filled, by the names under which they were saved. Others that the file has
             are left alone.
-
         check: is given the values before any store is touched; what it raises ends the load.
 
     Returns:
@@ -153,11 +157,14 @@ def load(
 
     Raises:
         FileNotFoundError: there is none.
-        Malformed: it is damaged, cut off, of a newer version, or no checkpoint at all; the text
-            tells which.
+        Malformed: it is damaged, cut off, of a newer version, made up, or no checkpoint at all;
+            the text tells which.
         ConfigMismatch: a store that the file doesn't have.
         ValueError: a store is of another kind than the saved one, or was made otherwise and can't
-            take an item. All of the stores are empty then.
+            take an item.
+
+    Whatever is raised, the stores are as they were; but all of them are empty if one raises as it
+    is filled that has no `DataStoreBase.check_restore` of its own.
     """
     stores = stores or {}
     with open(path, "rb", buffering=0) as file:
@@ -172,28 +179,40 @@ def load(
         if check is not None:
             check(values)
         with _lock(stores):
-            name = ""
+            for name, store in stores.items():
+                with _explain(reader, name, store):
+                    _check(reader, store, contents.stores[name])
             try:
                 for name, store in stores.items():
-                    _fill(reader, store, contents.stores[name])
-            except BaseException as error:
+                    with _explain(reader, name, store):
+                        _fill(reader, store, contents.stores[name])
+            except BaseException:
                 for store in stores.values():
                     store.reset()
-                if sys.version_info >= (3, 11):
-                    error.add_note(f"while loading the store {name!r} from {reader.path}")
-                if isinstance(error, (KeyError, TypeError)):
-                    kind = type(stores[name]).__name__
-                    raise ValueError(
-                        f"the store {name!r} in {reader.path} is of another kind than {kind}"
-                    ) from error
                 raise
     return values
+
+
+@contextmanager
+def _explain(reader: RecordReader, name: str, store: DataStoreBase) -> Iterator[None]:
+    """Say of what is raised which store it is about, and that it may be another kind of store."""
+    try:
+        yield
+    except BaseException as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(f"while loading the store {name!r} from {reader.path}")
+        if isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)):
+            kind = type(store).__name__
+            raise ValueError(
+                f"the store {name!r} in {reader.path} is of another kind than {kind}"
+            ) from error
+        raise
 
 
 def _read_contents(reader: RecordReader) -> _Contents:
     try:
         return msgspec.convert(reader.index, _Contents)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, AttributeError, TypeError) as error:  # of an array, say
         raise Malformed(f"{reader.path} has an index that is none: {error}") from None
 
 
@@ -224,14 +243,43 @@ def _write_items(writer: RecordWriter, store: DataStoreBase, stored: _Stored, he
         n = max(1, min(2 * n, _MOST, _PART * len(batch) // (writer.at - begin)))
 
 
-def _fill(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
+def _check(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
+    """Look at all that `_fill` is going to use, and touch nothing."""
+    firsts = [first for first, _ in stored.parts]
+    if not 0 <= stored.latest_id < _MOST_ID:
+        raise Malformed(f"{reader.path} has a store whose latest id is {stored.latest_id}")
+    if any(a >= b for a, b in pairwise([0, *firsts, stored.latest_id + 1])):
+        raise Malformed(f"{reader.path} has a store whose parts are not in the order of their ids")
+    parts = _read_parts(reader, store, stored)
+    store.check_restore(parts, reader.read(stored.state, writable=True))
+    deque(parts, maxlen=0)  # those that it didn't look at
+
+
+def _read_parts(
+    reader: RecordReader, store: DataStoreBase, stored: _Stored
+) -> Iterator[tuple[Batch, Any]]:
+    """The parts that a store has room for."""
     gone = stored.latest_id - store.capacity  # ids up to here would be overwritten
-    oldest = bisect_right([first for first, _ in stored.parts], gone + 1) - 1  # part, of those held
-    store.reset(stored.latest_id + 1)
+    firsts = [first for first, _ in stored.parts]
+    oldest = bisect_right(firsts, gone + 1) - 1  # part, of those held
     # From one part before that on: a store may need what came before its oldest item.
-    for _, record in stored.parts[max(0, oldest - 1) :]:
-        payload, extra = reader.read(record)
-        batch = Batch.from_payload(payload)
+    for index in range(max(0, oldest - 1), len(firsts)):
+        part = reader.read(stored.parts[index][1])
+        if not isinstance(part, list) or len(part) != 2:
+            raise Malformed(f"{reader.path} has items that are none: {part!r:.80}")
+        batch, extra = Batch.from_payload(part[0]), part[1]
+        end = firsts[index + 1] if index + 1 < len(firsts) else stored.latest_id + 1
+        if (batch.first_id, batch.first_id + len(batch)) != (firsts[index], end):
+            raise Malformed(
+                f"{reader.path} has {len(batch)} items from {batch.first_id} on where its index "
+                f"has those from {firsts[index]} to {end - 1}"
+            )
+        yield batch, extra
+
+
+def _fill(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
+    store.reset(stored.latest_id + 1)
+    for batch, extra in _read_parts(reader, store, stored):
         if not len(store):
             store.reset(batch.first_id)
         store.restore(batch, extra)

@@ -18,9 +18,11 @@ malice; but nothing in a file is ever executed.
 
 from __future__ import annotations
 
+import copy
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import numpy as np
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Malformed
 from edgeml.core.frames import parts, unframe
+from edgeml.core.limits import DEFAULT_LIMITS
 from edgeml.core.message import empty, pooled
 from edgeml.core.plugins import load_codec
 from edgeml.data.files import explain_errors
@@ -46,6 +49,13 @@ _UNSYNCED = 64 << 20  # bytes; see RecordWriter
 _AT_ONCE = 1024  # pieces that the system takes in one call
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has the latter alone
+
+
+def _make_codec() -> Codec:
+    # What lies in a file is more than what a peer sends, and one's own: 16,384 items of 256 nodes.
+    codec = copy.copy(load_codec("msgpack"))
+    codec.limits = replace(DEFAULT_LIMITS, nodes=1 << 22)
+    return codec
 
 
 class RecordWriter:
@@ -68,7 +78,7 @@ class RecordWriter:
         self._fd, self._path, self._kept = fd, path, kept
         self._crc = 0
         self._unsynced = 0
-        self._codec: Codec = load_codec("msgpack")
+        self._codec = _make_codec()
         self._write([], _FILE + bytes([_VERSION]), 0)
 
     def append(self, value: Any) -> int:
@@ -147,7 +157,7 @@ class RecordReader:
         self.path = path
         self._kind = kind
         self._fd = fd
-        self._codec: Codec = load_codec("msgpack")
+        self._codec = _make_codec()
         self._sizes: dict[int, int] = {}  # of the frames, by the offsets of their records
         self.index = self.read(self._check())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.data.base import DataStoreBase
+from edgeml.data.base import DataStoreBase, check_random_state, check_state
 from edgeml.data.batch import Batch
 from edgeml.data.columns import Columns
 from edgeml.data.plans import Plan, check_size
@@ -289,6 +289,26 @@ class ReplayBuffer(DataStoreBase):
             if self._schema is not None:
                 self._transitions.breaks = int(state.get("breaks", 0))  # not those of loading
 
+    def check_restore(self, parts: Iterable[tuple[Batch, Any]], state: Any) -> None:
+        """See the base class."""
+        with self.lock:
+            schema, trial = self._schema, None
+            for batch, extra in parts:
+                extra = extra or {}
+                older = Batch.from_payload(extra["older"]) if "older" in extra else Batch.of([])
+                if len(older) >= batch.first_id:
+                    raise ValueError(f"{len(older)} items before the one of id {batch.first_id}")
+                for each in (older, batch):
+                    if not each:
+                        continue
+                    schema = schema or self._make_schema(each[0])
+                    trial = trial or self._make_transitions(Ring(1), schema)
+                    trial.check(schema.fit_batch(each))
+                self._selector.check_restore(len(batch), extra)
+            check_state(state)
+            check_random_state(self._rng, state["rng"])
+            self._selector.check_state(state)
+
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, with the frames before the oldest one.
 
@@ -324,12 +344,16 @@ class ReplayBuffer(DataStoreBase):
     def _make_schema(self, example: Any) -> Schema:
         return Schema(example, ignore_unknown=self._ignore_unknown)
 
-    def _set_schema(self, schema: Schema) -> None:
-        transitions = Transitions(self._ring, schema, *self._looks)
-        added = {**transitions.added, **self._selector.added}
-        for key in added:
+    def _make_transitions(self, ring: Ring, schema: Schema) -> Transitions:
+        transitions = Transitions(ring, schema, *self._looks)
+        for key in (*transitions.added, *self._selector.added):
             if key in schema.keyed:
                 raise ValueError(f"{key!r} is what samples have besides: rename the items' own")
+        return transitions
+
+    def _set_schema(self, schema: Schema) -> None:
+        transitions = self._make_transitions(self._ring, schema)
+        added = {**transitions.added, **self._selector.added}
         self._columns = transitions.columns
         self._added = {key: len(schema.shapes) + i for i, key in enumerate(added)}
         self._transitions = transitions

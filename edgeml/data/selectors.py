@@ -73,6 +73,14 @@ class Selector(ABC):
         """Take up what `state` gave, as far as it is there."""
         del state
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise where `set_state` is not to be given this, whoever made it."""
+        del state
+
+    def check_restore(self, n: int, extra: Mapping[str, Any]) -> None:
+        """Raise where `restore` is not to be given this, whoever made it."""
+        del n, extra
+
     def dump(self, first_id: int, n: int) -> dict[str, Any]:
         """Return what it knows of n items: plain values and arrays."""
         del first_id, n
@@ -193,6 +201,21 @@ class PrioritizedSelector(Selector):
         """See `Selector.set_state`."""
         self._highest = float(state.get("highest", self._highest))
         self.stale = int(state.get("stale", 0))
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """See `Selector.check_state`."""
+        highest = state.get("highest", 0.0)
+        if type(highest) is not float or not highest >= 0:
+            raise TypeError(f"the highest priority is a number from 0 up, not {highest!r:.40}")
+        with np.errstate(over="ignore"):
+            self._tree.check((np.float64(highest) + self._epsilon) ** self._alpha)
+
+    def check_restore(self, n: int, extra: Mapping[str, Any]) -> None:
+        """See `Selector.check_restore`."""
+        priorities = np.asarray(extra.get("priorities", np.zeros(n)))
+        if priorities.shape != (n,) or priorities.dtype != np.float64:
+            raise TypeError(f"{n} items with priorities {priorities.shape} {priorities.dtype}")
+        self._tree.check(priorities)
 
     def dump(self, first_id: int, n: int) -> dict[str, Any]:
         """See `Selector.dump`."""

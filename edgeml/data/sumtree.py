@@ -79,7 +79,7 @@ class SumTree:
             value: (n,) float64, or one number for all.
         """
         index = self._check_indices(index)
-        self._leaves[index] = self._check_values(value)
+        self._leaves[index] = self.check(value)
         self._prefix = None
         node = index
         for (sums, smallest), above in pairwise(self._levels):
@@ -91,7 +91,7 @@ class SumTree:
         """Set the leaves from ``start`` to before ``stop``: (stop - start,) float64, or one."""
         if not 0 <= start <= stop <= self._capacity:
             raise IndexError(f"no range {start}:{stop} in a sum tree of {self._capacity}")
-        self._leaves[start:stop] = self._check_values(value)
+        self._leaves[start:stop] = self.check(value)
         self._prefix = None
         if stop < self._start or self._stop < start:  # not side by side
             self._add_up_range()
@@ -148,7 +148,12 @@ class SumTree:
             raise IndexError(f"an index is not within a sum tree of {self._capacity}")
         return index
 
-    def _check_values(self, value: Array | float) -> Array | float:
+    def check(self, value: Array | float) -> Array | float:
+        """Return values as they are if leaves can have them.
+
+        Raises:
+            ValueError: they can't.
+        """
         if isinstance(value, float):  # several microseconds less than as an array
             low = high = value
         else:

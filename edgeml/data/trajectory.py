@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeml.data import checkpoint
-from edgeml.data.base import DataStoreBase
+from edgeml.data.base import DataStoreBase, check_random_state, check_state
 from edgeml.data.batch import Batch
 from edgeml.data.columns import equal_bytes
 from edgeml.data.device import DeviceRing, Part, SampleConfig, Transform
@@ -423,6 +423,17 @@ class TrajectoryBuffer(DataStoreBase):
                 TrajectoryBuffer.interrupt(self)  # and log nothing
             self._rng.bit_generator.state = state["rng"]
             self.breaks = int(state.get("breaks", 0))  # not those of loading
+
+    def check_restore(self, parts: Iterable[tuple[Batch, Any]], state: Any) -> None:
+        """See the base class."""
+        with self.lock:
+            totals = dict.fromkeys(self._sums, 0.0)
+            for batch, _ in parts:
+                columns = dict(zip(self._specs, self._schema.fit_batch(batch), strict=False))
+                for name, total in totals.items():  # as if they were one trajectory
+                    totals[name] = float(_add_up_runs(name, columns[name], total, ())[-1])
+            check_state(state)
+            check_random_state(self._rng, state["rng"])
 
     def dump(self, from_id: int, *, limit: int | None = None) -> tuple[Batch, Any]:
         """Return items as `get_latest_data` does, but hand out none."""

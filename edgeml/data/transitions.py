@@ -133,6 +133,11 @@ class Transitions:
 
     # What comes in --------------------------------------------------------------------------
 
+    def check(self, leaves: Sequence[Any]) -> None:
+        """Raise what writing several items, with a leading axis, would, and write nothing."""
+        if self._lane_leaf is not None:
+            self._check_lanes(leaves[self._lane_leaf])
+
     def write(self, leaves: Sequence[Any]) -> None:
         """Write the item that gets the next id.
 

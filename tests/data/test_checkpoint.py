@@ -6,6 +6,7 @@ import errno
 import fcntl
 import itertools
 import os
+import random
 import re
 import resource
 import stat
@@ -26,8 +27,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeml.core.errors import ConfigMismatch, Malformed, NotEncodable
-from edgeml.data import DataStoreBase, QueuedDataStore, ReplayBuffer, checkpoint
-from edgeml.data.records import RecordWriter
+from edgeml.core.frames import frame
+from edgeml.core.plugins import load_codec
+from edgeml.data import (
+    DataShape,
+    DataStoreBase,
+    PrioritizedReplayBuffer,
+    PrioritySampler,
+    QueuedDataStore,
+    ReplayBuffer,
+    TrajectoryBufferDataStore,
+    checkpoint,
+)
+from edgeml.data.records import RecordReader, RecordWriter
 
 IMAGE = (64, 64, 3)
 
@@ -124,6 +136,15 @@ class TestRoundTrip:
         checkpoint.load(tmp_path / "c", {"it": other})
         np.testing.assert_equal(list(other.get_latest_data(0)), items)
 
+    def test_many_items_that_are_no_columns(self, tmp_path: Path) -> None:
+        store = QueuedDataStore(9000)
+        items: list[Any] = [{"path": [["fell", i], [0] * 60]} for i in range(9000)]
+        store.batch_insert(items)
+        checkpoint.save(tmp_path / "c", items, {"it": store})
+        other = QueuedDataStore(9000)
+        assert checkpoint.load(tmp_path / "c", {"it": other}) == items
+        assert list(other.get_latest_data(0)) == items
+
     def test_a_smaller_store_that_refuses_what_it_has_no_room_for(self, tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "c", stores={"it": filled(20, 33)})
         queue = QueuedDataStore(6, on_full="raise")
@@ -139,7 +160,8 @@ class TestRoundTrip:
             checkpoint.load(tmp_path / "c", {"a": right, "b": wrong})
         if sys.version_info >= (3, 11):  # Python 3.10 has no notes
             assert "the store 'b'" in raised.value.__notes__[0]
-        assert len(right) == len(wrong) == 0
+        assert held(right) == [3, 4, 5, 6, 7]
+        assert len(wrong) == 1
 
     def test_a_store_of_another_kind(self, tmp_path: Path) -> None:
         queue = QueuedDataStore(5)
@@ -148,7 +170,20 @@ class TestRoundTrip:
         store = filled()
         with pytest.raises(ValueError, match=r"'a' in .* of another kind than ReplayBuffer"):
             checkpoint.load(tmp_path / "c", {"a": store})
-        assert len(store) == 0
+        assert held(store) == [3, 4, 5, 6, 7]
+
+    def test_a_store_that_cannot_tell_before_is_empty_after(self, tmp_path: Path) -> None:
+        class Choosy(QueuedDataStore):
+            def restore(self, batch: Any, extra: Any) -> None:
+                super().restore(batch, extra)
+                if self.latest_data_id() == 7:
+                    raise RuntimeError("not the seventh")
+
+        checkpoint.save(tmp_path / "c", stores={"a": filled(), "b": filled()})
+        stores = {"a": filled(9, 2), "b": Choosy(9)}
+        with pytest.raises(RuntimeError, match="not the seventh"):
+            checkpoint.load(tmp_path / "c", stores)
+        assert [len(store) for store in stores.values()] == [0, 0]
 
     def test_values_are_asked_for_while_all_stores_are_locked(self, tmp_path: Path) -> None:
         stores = {"a": filled(), "b": filled()}
@@ -243,6 +278,181 @@ class TestDamage:
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             checkpoint.load(tmp_path / "c")
+
+
+def transitions(n: int) -> Iterator[dict[str, Any]]:
+    for i in range(1, n + 1):
+        now, then = np.full(300, i, np.float32), np.full(300, i + 1, np.float32)
+        yield {
+            "observations": now, "next_observations": then, "actions": np.int32(i % 3),
+            "rewards": np.float32(i), "masks": np.float32(1), "dones": i % 5 == 0,
+            "lane": np.int32(i % 2),
+        }  # fmt: skip
+
+
+def stacked(capacity: int, n: int) -> ReplayBuffer:
+    store = PrioritizedReplayBuffer(capacity, n_step=3, frame_stack=2, lanes=2, seed=0)
+    for each in transitions(n):
+        store.insert(each)
+    return store
+
+
+def queued(capacity: int, n: int) -> QueuedDataStore:
+    store = QueuedDataStore(capacity)
+    for i in range(1, n + 1):
+        store.insert(item(i) if i % 2 else {"text": ["fell", i]})
+    return store
+
+
+def trajectories(capacity: int, n: int) -> DataStoreBase:
+    pytest.importorskip("jax")
+    store = TrajectoryBufferDataStore(capacity, [DataShape("obs", (3,)), DataShape("priority")])
+    samplers = {"obs": PrioritySampler("priority", source="obs")}
+    store.register_sample_config("it", samplers)
+    for i in range(1, n + 1):
+        step = {"obs": np.full(3, i, np.float32), "priority": np.float32(i)}
+        store.insert({**step, "end_of_trajectory": i % 4 == 0})
+    return store
+
+
+def with_sums(content: bytes) -> bytes:
+    """The same records, with sums as somebody would make them who made the file up."""
+    made, at, crc = bytearray(content), 0, 0
+    while at + 64 <= len(made):
+        end = at + 64 + -(-int.from_bytes(made[at + 8 : at + 16], "little") // 64) * 64
+        crc = zlib.crc32(made[at + 64 : end], zlib.crc32(made[at : at + 60], crc))
+        made[at + 60 : at + 64] = crc.to_bytes(4, "little")
+        at = end
+    return bytes(made)
+
+
+def look_of(store: DataStoreBase) -> bytes:
+    """All that a checkpoint would have of a store."""
+    batch, extra = store.dump(0)
+    return frame(load_codec("msgpack").encode([batch.to_payload(), extra, store.state()]))
+
+
+KINDS = [filled, stacked, queued, trajectories]
+
+
+class TestMadeUp:
+    """A file that somebody made with right sums is taken whole, or refused and nothing touched."""
+
+    def refused(self, path: Path, store: DataStoreBase, match: str = "") -> None:
+        before = look_of(store)
+        with pytest.raises(ValueError, match=match):
+            checkpoint.load(path, {"it": store})
+        assert look_of(store) == before
+
+    @pytest.mark.parametrize("make", KINDS)
+    def test_any_bytes_changed(self, make: Callable[..., DataStoreBase], tmp_path: Path) -> None:
+        path = tmp_path / "c"
+        checkpoint.save(path, {"n": 7}, {"it": make(9, 14)})
+        content = path.read_bytes()
+        rng = random.Random(0)
+        store = make(9, 4)
+        before = look_of(store)
+        taken = 0
+        for _ in range(200):
+            changed = bytearray(content)
+            for _ in range(rng.choice((1, 1, 2, 8))):
+                at = rng.randrange(64, len(content))
+                changed[at] = rng.choice((0, 1, 0x7F, 0xFF, rng.randrange(256)))
+            path.write_bytes(with_sums(changed))
+            try:
+                checkpoint.load(path, {"it": store})
+            except ValueError:  # Malformed and ConfigMismatch are
+                assert look_of(store) == before
+            else:
+                taken += 1
+                store.get_latest_data(0)
+                store = make(9, 4)
+        assert 0 < taken < 200
+
+    @pytest.mark.parametrize("make", KINDS)
+    def test_any_value_changed(self, make: Callable[..., DataStoreBase], tmp_path: Path) -> None:
+        """One value of a record, or of the index, is another."""
+        path = tmp_path / "c"
+        checkpoint.save(path, {"n": 7}, {"it": make(9, 14)})
+        with open(path, "rb") as file:
+            reader = RecordReader(file.fileno(), str(path), "checkpoint")
+            index = reader.index
+            records = {at: reader.read(at) for at in sorted(reader._sizes) if reader._sizes[at]}
+        records.pop(max(records))  # the index
+        store = make(9, 4)
+        before = look_of(store)
+        for at, place, other in changes({**records, "index": index}):
+            with open(path, "wb") as file:
+                writer = RecordWriter(file.fileno(), path, "")
+                places = {
+                    old: writer.append(changed(value, place, other) if old == at else value)
+                    for old, value in records.items()
+                }
+                moved = move(index, places)
+                if at == "index":
+                    moved = changed(moved, place, other)
+                writer.append_index(moved)
+            try:
+                checkpoint.load(path, {"it": store})
+            except ValueError:
+                assert look_of(store) == before, (at, place, other)
+            else:
+                store.get_latest_data(0)
+                store = make(9, 4)
+
+    def test_no_file_makes_ids_that_cannot_be(self, tmp_path: Path) -> None:
+        path, store = tmp_path / "c", filled(4, 9)
+        for latest, parts in ((-1, []), (1 << 62, []), (1 << 63, []), (9, [[10, 64]])):
+            stored = {"latest_id": latest, "state": 64, "parts": parts}
+            with open(path, "wb") as file:
+                writer = RecordWriter(file.fileno(), path, "")
+                assert writer.append(filled().state()) == 64
+                writer.append_index({"values": 64, "stores": {"it": stored}})
+            self.refused(path, store, "latest id|order of their ids")
+
+
+OTHERS = (
+    *(None, True, -1, 0, 3, 1 << 62, 1 << 64, -1.0, float("nan"), float("inf"), "x", b"x", [], {}),
+    *([[]], {"interrupted": True}, np.zeros(3), np.full((2, 3), np.nan, np.float32)),
+)
+
+
+def changes(records: dict[Any, Any]) -> Iterator[tuple[Any, list[Any], Any]]:
+    """Each place in each record, with each other value."""
+    for at, value in records.items():
+        for place in places_of(value):
+            for other in OTHERS:
+                yield at, place, other
+
+
+def places_of(value: Any) -> list[list[Any]]:
+    found: list[list[Any]] = [[]]
+    keys: Any = ()
+    if isinstance(value, dict):
+        keys = value
+    elif isinstance(value, (list, tuple)):
+        keys = range(min(len(value), 2))
+    for key in keys:
+        found += [[key, *place] for place in places_of(value[key])]
+    return found
+
+
+def changed(value: Any, place: list[Any], other: Any) -> Any:
+    if not place:
+        return other
+    if isinstance(value, dict):
+        return {**value, place[0]: changed(value[place[0]], place[1:], other)}
+    items = list(value)
+    items[place[0]] = changed(items[place[0]], place[1:], other)
+    return type(value)(items)
+
+
+def move(index: Any, places: dict[int, int]) -> Any:
+    """An index for records that lie elsewhere."""
+    ((name, stored),) = index["stores"].items()
+    parts = [[first, places[at]] for first, at in stored["parts"]]
+    stored = {**stored, "state": places[stored["state"]], "parts": parts}
+    return {"values": places[index["values"]], "stores": {name: stored}}
 
 
 KILLED = """
