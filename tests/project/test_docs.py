@@ -164,7 +164,7 @@ ALONE = {
     ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
     ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],
     ("docs/guides/processes.md", "processes.py"): ["robot 1 got 2", "robot 2 got 4"],
-    ("docs/security.md", "keys_first.py"): ["I am ", "\nwithout keys: "],
+    ("docs/security.md", "keys_first.py"): ["I am robot\n", "\nwithout keys: "],
     ("docs/security.md", "keys_limits.py"): ["refused so far: 0"],
     ("docs/security.md", "codec_cloudpickle.py"): ["42"],
     ("docs/guides/contracts.md", "contract.py"): [
@@ -322,7 +322,7 @@ def test_keys_for_two_machines_take_five_lines(transport: str, tmp_path: Path) -
         port = server.stdout.readline().strip()
         assert port, server.communicate()[1]
         robot = start(theirs, client_home, port, transport)
-        assert robot.communicate(timeout=30)[1] == "", transport
+        assert robot.communicate(timeout=30) == ("robot\n", ""), transport
         stranger = start("", client_home, port, transport)
         printed, error = stranger.communicate(timeout=30)
         assert not printed
