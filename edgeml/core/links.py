@@ -1,14 +1,18 @@
 """A whole transport from what carries pieces of bytes in asyncio: say how to listen, how to dial,
 and how to send and receive a piece, and the rest of `Transport` is here.
 
-A piece is a request's number, 8 bytes, little-endian, and then the message's frame
-(`edgeml.core.frames`); the reply to it carries the same number.
+A message goes in pieces of at most `LARGEST_PIECE` bytes, one after the other
+(`edgeml.core.pieces`); the number of its prefix is the request's, and the reply to it carries the
+same. The highest bit of a reply's number says that the request was refused; its header is a text
+that says why. With keys the server speaks first: number 0, and nothing, or why it refuses the
+client's key.
 """
 
 from __future__ import annotations
 
 import asyncio
-import struct
+import socket
+import ssl
 import threading
 import time
 from abc import abstractmethod
@@ -18,33 +22,61 @@ from typing import Any, ClassVar, Protocol
 
 from edgeml.core.advice import explain_no_connection
 from edgeml.core.carrier import Stay
-from edgeml.core.errors import Closed, EdgemlError, Overloaded, Unreachable, copy_error
-from edgeml.core.frames import parts, unframe
+from edgeml.core.errors import (
+    Closed,
+    DeadlineExceeded,
+    EdgemlError,
+    Malformed,
+    Overloaded,
+    PermissionDenied,
+    Unreachable,
+    copy_error,
+)
+from edgeml.core.frames import unframe
+from edgeml.core.gate import Gate
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.loops import Loop
 from edgeml.core.message import Message
 from edgeml.core.pending import Pending
-from edgeml.core.security import Credentials
+from edgeml.core.pieces import PREFIX, Assembly, cut, flatten
+from edgeml.core.quota import Held, Quota
+from edgeml.core.refusals import Refusals
+from edgeml.core.security import Credentials, Keyring, TlsKeys
 from edgeml.core.strangers import find_stranger
-from edgeml.core.transport import Endpoint, OnRequest, Peer, Requester, Transport
-from edgeml.core.url import Url, is_loopback
+from edgeml.core.tls import (
+    NO_KEY,
+    client_context,
+    client_keys,
+    explain_refusal,
+    server_context,
+    server_keys,
+)
+from edgeml.core.transport import Endpoint, OnRequest, Peer, Reply, Requester, Transport
+from edgeml.core.url import Url, is_loopback, leads_to_loopback, require_no_path
 
-__all__ = ["Accept", "Link", "LinkTransport", "Listening"]
+__all__ = ["LARGEST_PIECE", "Accept", "Link", "LinkTransport", "Listening"]
 
-_NUMBER = struct.Struct("<Q")
-_MOST_WAITING = 1 << 28  # bytes that one peer has not taken yet; what comes then is refused
+LARGEST_PIECE = 1 << 20
+"""Bytes; a link refuses a larger one before it takes memory for it."""
+
+_CONTENT = LARGEST_PIECE - PREFIX.size
+_REFUSED = 1 << 63
+_OVERHEAD = 2048  # bytes that a message which waits takes beside its own
+_MOST_REFUSALS = 4096  # that wait to be sent to one peer
 _SOON = 0.5  # seconds in which a server usually answers who connects
 _GRACE = 0.5  # seconds that an end which closes gives to what is still to be sent
+_LOOK = 0.3  # seconds from one look at who has been revoked to the next
 
 
 class Link(Protocol):
     """A connection to one peer. All of it is called in one event loop."""
 
-    async def send(self, piece: bytes, /) -> object:
-        """Send a piece, and return when there is room for the next.
+    @property
+    def tls(self) -> ssl.SSLObject | None:
+        """Its TLS, which asyncio calls its ``ssl_object``; None in clear text."""
 
-        The next may come before: its order is settled before this first waits for anything.
-        """
+    async def send(self, piece: bytes, /) -> object:
+        """Send a piece, and return when there is room for the next."""
 
     async def receive(self) -> bytes:
         """The next piece. Raises any exception when the connection is lost."""
@@ -56,8 +88,24 @@ class Link(Protocol):
         """End the connection at once, whatever state it is in."""
 
 
-Accept = Callable[[Link, object], Coroutine[Any, Any, None]]
-"""Takes a new link and the peer's address, and returns when it is over."""
+class Accept(Protocol):
+    """A server's side of `LinkTransport.listen`."""
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """What connections are to be secured by; None for clear text."""
+
+    def bind(self, url: Url) -> socket.socket:
+        """A socket to listen by. It lets no more connections in than one address may have, and
+        ends those that take too long to be handed over.
+
+        Raises:
+            OSError: the address is taken, or isn't this machine's.
+        """
+
+    async def __call__(self, link: Link, address: object) -> None:
+        """Take a new link and the peer's address, and return when it is over."""
+
 
 Listening = tuple[Url, Callable[[], object]]
 """Where peers reach a server, and what makes it stop listening; not the links' end."""
@@ -72,17 +120,22 @@ class LinkTransport(Transport):
 
     @abstractmethod
     async def listen(self, url: Url, accept: Accept) -> Listening:
-        """Have ``accept`` run for each connection that comes.
+        """Have ``accept`` run for each connection that comes, over ``accept.tls``.
 
         Raises:
             OSError: the address is taken, or isn't this machine's.
         """
 
     @abstractmethod
-    async def dial(self, url: Url) -> Link:
+    async def dial(self, url: Url, tls: ssl.SSLContext | None) -> Link:
         """Connect. Raises any exception if nobody answers; is cancelled when that takes long.
 
         An `EdgemlError` is passed on as it is, and the text of any other is quoted.
+
+        Args:
+            url: where to.
+            tls: what the connection is to be secured by, with `SERVER_NAME` as the server's name,
+                whatever the host is called; None for clear text.
         """
 
     def serve(
@@ -94,61 +147,179 @@ class LinkTransport(Transport):
         limits: Limits = DEFAULT_LIMITS,
     ) -> Endpoint:
         """See `Transport.serve`."""
-        return _Listener(url, on_request, self.listen)
+        require_no_path(url)
+        return _Listener(url, on_request, self.listen, server_keys(url, credentials), limits)
 
     def connect(
         self, url: Url, timeout: float, *, credentials: Credentials | None = None
     ) -> Requester:
         """See `Transport.connect`."""
-        return _Connection(url, timeout, self.dial, self.greeting)
+        require_no_path(url)
+        return _Connection(url, timeout, self.dial, self.greeting, client_keys(url, credentials))
 
 
 class _Traffic:
     """What goes through one link; `put` may be called from any thread."""
 
-    def __init__(self, loop: Loop, link: Link) -> None:
+    def __init__(
+        self, loop: Loop, link: Link, peer: Peer, limits: Limits, incoming: Quota, unread: Quota
+    ) -> None:
         self._loop = loop
         self._link = link
-        self._waiting = 0  # bytes
-        self._lock = threading.Lock()
+        self._peer = peer
+        self._limits = limits
+        self._incoming = incoming
+        self._unread = unread
+        self._turn = asyncio.Lock()  # a message's pieces follow one another
+        self._stall: asyncio.TimerHandle | None = None
+        self._why: Exception | None = None  # it was given up
+        self._refusals = 0  # that have not been sent
         self.lost = False
+
+    # Out ----------------------------------------------------------------------------------
 
     def put(self, number: int, message: Message, failed: Callable[[EdgemlError], object]) -> None:
         """Send soon; calls ``failed``, in any thread, if that can't be."""
-        piece = b"".join([_NUMBER.pack(number), *parts(message)])
-        with self._lock:
-            full = self._waiting > _MOST_WAITING
-            self._waiting += 0 if full else len(piece)
-        if full:
-            failed(Overloaded(f"more than {_MOST_WAITING} bytes wait for the peer to read them"))
-            return
+        size, parts = flatten(message)
         try:
-            self._loop.start(self._send(piece, failed))
+            held = self._unread.take(self._peer, _OVERHEAD + size)
+        except Overloaded as error:
+            failed(error)
+            return
+        content = [PREFIX.pack(number, size), *parts]
+        pieces = [b"".join(content)] if size <= _CONTENT else list(cut(content, LARGEST_PIECE))
+        self._begin(pieces, held.release, failed)
+
+    def refuse(
+        self, number: int, why: EdgemlError, failed: Callable[[EdgemlError], object]
+    ) -> None:
+        """Tell that a request was refused; a peer that doesn't read even that is cut off."""
+        if self._refusals >= _MOST_REFUSALS:
+            self._loop.do(self._link.abort)
+            return
+        self._refusals += 1
+        size, parts = flatten(Message(str(why).encode()[:1000]))
+        piece = b"".join([PREFIX.pack(number | _REFUSED, size), *parts])
+        self._begin([piece], self._forget_refusal, failed)
+
+    def _forget_refusal(self) -> None:
+        self._refusals -= 1
+
+    def _begin(
+        self,
+        pieces: list[bytes],
+        sent: Callable[[], object],
+        failed: Callable[[EdgemlError], object],
+    ) -> None:
+        try:
+            self._loop.start(self._send(pieces, sent, failed))
         except Closed as error:
+            sent()
             failed(error)
 
-    async def _send(self, piece: bytes, failed: Callable[[EdgemlError], object]) -> None:
+    async def _send(
+        self,
+        pieces: list[bytes],
+        sent: Callable[[], object],
+        failed: Callable[[EdgemlError], object],
+    ) -> None:
         try:
-            await self._link.send(piece)
+            async with self._turn:
+                pieces.reverse()
+                while pieces:
+                    await self._link.send(pieces.pop())
         except Exception as error:
             failed(Unreachable(f"the connection was lost: {error}"))
         finally:
-            with self._lock:
-                self._waiting -= len(piece)
+            sent()
 
-    async def receive(self, arrived: Callable[[int, Message], object]) -> str:
-        """Hand over what arrives until the connection is lost, and tell why it was."""
+    async def close(self) -> None:
+        """End the connection behind all that was put."""
+        async with self._turn:
+            await self._link.close()
+
+    def abort(self) -> None:
+        """End it at once."""
+        self._link.abort()
+
+    # In -----------------------------------------------------------------------------------
+
+    async def receive(
+        self,
+        arrived: Callable[[int, Message], object],
+        refused: Callable[[int, EdgemlError], object],
+    ) -> Exception:
+        """Hand over what arrives until the connection is lost, and tell why it was.
+
+        Args:
+            arrived: is given each message.
+            refused: is given the number of each for which there is no room.
+        """
         try:
             while True:
                 piece = await self._link.receive()
-                (number,) = _NUMBER.unpack_from(piece)
-                arrived(number, unframe(memoryview(piece)[_NUMBER.size :]))
-                del piece  # or it lives until the next one arrives
+                if len(piece) < PREFIX.size:
+                    raise Malformed("a piece without a prefix")
+                number, size = PREFIX.unpack_from(piece)
+                if len(piece) == PREFIX.size + size:
+                    arrived(number, unframe(memoryview(piece)[PREFIX.size :]))
+                    del piece  # or it lives until the next one arrives
+                    continue
+                held: list[Held] = []
+                try:
+                    message = await self._assemble(piece, held)
+                except Overloaded as error:
+                    await self._skip(size - len(piece) + PREFIX.size)
+                    refused(number, error)
+                    continue
+                finally:
+                    self._watch(None)
+                    for each in held:
+                        each.release()
+                arrived(number, message)
+                del piece, message
         except Exception as error:  # the link's, or of what is no message
-            return str(error) or type(error).__name__
+            return self._why or error
         finally:
             self.lost = True
             self._link.abort()
+
+    async def _assemble(self, piece: bytes, held: list[Held]) -> Message:
+        assembly = Assembly(
+            self._limits.message_bytes,
+            lambda size: held.append(self._incoming.take(self._peer, size)),
+        )
+        assembly.add(piece)
+        while not assembly.whole:
+            assembly.add(await self._next())
+        return assembly.message()
+
+    async def _skip(self, left: int) -> None:
+        while left > 0:
+            left -= len(await self._next())
+        if left:
+            raise Malformed("a message that is longer than its prefix says")
+
+    async def _next(self) -> bytes:
+        """The next piece of a message that is half read."""
+        self._watch(self._limits.stall)
+        piece = await self._link.receive()
+        if not piece:
+            raise Malformed("a piece of nothing")
+        return piece
+
+    def _watch(self, seconds: float | None) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+        if seconds is not None:
+            self._stall = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        self._why = DeadlineExceeded(
+            f"nothing came for {self._limits.stall:g} s of a message that is half sent"
+        )
+        self._link.abort()
 
 
 class _Reply:
@@ -167,7 +338,31 @@ class _Reply:
         return self._traffic.lost
 
     def __call__(self, message: Message) -> None:
-        self._traffic.put(self._number, message, self._dropped)
+        self._traffic.put(self._number, message, self._drop)
+
+    def _drop(self, why: EdgemlError) -> None:
+        self._dropped(why)
+        if isinstance(why, Overloaded):
+            self._traffic.refuse(self._number, why, lambda _: None)
+
+
+class _Accept:
+    """See `Accept`."""
+
+    def __init__(self, listener: _Listener, tls: ssl.SSLContext | None, gate: Gate) -> None:
+        self._listener = listener
+        self._gate = gate
+        self.tls = tls
+        self.local: bool | None = None
+
+    def bind(self, url: Url) -> socket.socket:
+        sock = self._gate.bind(url)
+        self.local = is_loopback(sock.getsockname()[0])
+        return sock
+
+    async def __call__(self, link: Link, address: object) -> None:
+        self._gate.greet(address)
+        await self._listener.welcome(link, address)
 
 
 class _Listener(Endpoint):
@@ -176,33 +371,90 @@ class _Listener(Endpoint):
         url: Url,
         on_request: OnRequest,
         listen: Callable[[Url, Accept], Coroutine[Any, Any, Listening]],
+        keys: tuple[TlsKeys, Keyring] | None,
+        limits: Limits,
     ) -> None:
         self._on_request = on_request
-        self._links: set[Link] = set()
+        self._limits = limits
+        self._clients = None if keys is None else keys[1]
+        self._incoming = Quota(limits.bytes_per_client, limits.bytes, "are on their way")
+        self._unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
+        self._links: dict[_Traffic, tuple[Peer, bytes]] = {}  # with the certificate of each
         self._accepted = 0
         self._lock = threading.Lock()
+        tls = None if keys is None else server_context(keys[0])
+        self.secured = keys is not None
+        self._refusals = Refusals(url, self.counts)
+        unless = ("PermissionDenied", NO_KEY) if tls else ("Malformed", "it speaks something else")
         self._loop = Loop(f"edgeml {url}")
+        gate = Gate(limits, self._refusals, self._loop.later, unless)
+        accept = _Accept(self, tls, gate)
         try:
-            self.url, self._stop_listening = self._loop.start(listen(url, self._accept)).result()
-            self.local = is_loopback(self.url.host)
+            self.url, self._stop_listening = self._loop.start(listen(url, accept)).result()
+            if self._clients is not None:
+                self._loop.do(self._look_at_keys)
         except BaseException:
             self._loop.close()
             raise
+        self.local = is_loopback(self.url.host) if accept.local is None else accept.local
 
-    async def _accept(self, link: Link, address: object) -> None:
+    async def welcome(self, link: Link, address: object) -> None:
+        """Serve a peer until it has gone."""
         self._accepted += 1
-        peer = Peer(str(self._accepted), str(address))
-        traffic = _Traffic(self._loop, link)
+        host = str(address[0]) if isinstance(address, tuple) else str(address)
+        peer = Peer(str(self._accepted), str(address), host)
+        certificate = b""
+        if self._clients is not None:
+            try:
+                certificate = _certificate_of(link)
+                identity = self._clients.by_certificate(certificate).name
+            except PermissionDenied as error:
+                self._note(peer, error)
+                await self._turn_away(link, str(error).encode())
+                return
+            peer = Peer(peer.id, peer.address, host, identity)
+            await link.send(PREFIX.pack(0, 0))
+        traffic = _Traffic(self._loop, link, peer, self._limits, self._incoming, self._unread)
 
         def arrived(number: int, message: Message) -> None:
-            reply = _Reply(traffic, number, peer, self._drop)
+            reply: Reply = _Reply(traffic, number, peer, self._drop)
             self._loop.hand_over(self._on_request, message, reply)
 
-        self._links.add(link)
+        def refused(number: int, why: EdgemlError) -> None:
+            self._note(peer, why)
+            traffic.refuse(number, why, self._drop)
+
+        self._links[traffic] = peer, certificate
         try:
-            await traffic.receive(arrived)
+            why = await traffic.receive(arrived, refused)
+            if isinstance(why, (Malformed, DeadlineExceeded)):
+                self._note(peer, why)
         finally:
-            self._links.discard(link)
+            self._links.pop(traffic, None)
+
+    async def _turn_away(self, link: Link, why: bytes) -> None:
+        try:
+            await link.send(PREFIX.pack(0, len(why)) + why)
+            await asyncio.wait_for(link.close(), _GRACE)
+        except Exception:  # it has gone
+            pass
+        finally:
+            link.abort()
+
+    def _look_at_keys(self) -> None:
+        """End the links of those who are let in no more."""
+        assert self._clients is not None
+        for traffic, (peer, certificate) in list(self._links.items()):
+            try:
+                self._clients.by_certificate(certificate)
+            except PermissionDenied as error:
+                self._note(peer, error)
+                traffic.abort()
+        self._loop.later(_LOOK, self._look_at_keys)
+
+    def _note(self, peer: Peer, why: Exception) -> None:
+        who = peer.address if peer.identity is None else f"{peer.identity!r} at {peer.address}"
+        self._refusals.note(type(why).__name__, who, peer.host, why)
 
     def _drop(self, why: EdgemlError) -> None:
         with self._lock:
@@ -222,7 +474,15 @@ class _Listener(Endpoint):
 
     async def _stop(self) -> None:
         self._stop_listening()
-        await asyncio.gather(*(link.close() for link in self._links), return_exceptions=True)
+        closing = (traffic.close() for traffic in self._links)
+        await asyncio.gather(*closing, return_exceptions=True)
+
+
+def _certificate_of(link: Link) -> bytes:
+    certificate = link.tls.getpeercert(binary_form=True) if link.tls is not None else None
+    if not certificate:
+        raise PermissionDenied("the connection has no certificate")
+    return certificate
 
 
 class _Connection(Requester):
@@ -230,49 +490,90 @@ class _Connection(Requester):
         self,
         url: Url,
         timeout: float,
-        dial: Callable[[Url], Coroutine[Any, Any, Link]],
+        dial: Callable[[Url, ssl.SSLContext | None], Coroutine[Any, Any, Link]],
         greeting: bytes,
+        keys: TlsKeys | None,
     ) -> None:
         self.url = url
-        self.local = is_loopback(url.host)
+        self.secured = keys is not None
         self._over: EdgemlError | None = None
         self._pending = Pending()
+        tls = None if keys is None else client_context(keys)
         self._loop = Loop(f"edgeml {url}")
         try:
-            self._loop.start(self._open(timeout, dial, greeting)).result()
+            self._loop.start(self._open(timeout, dial(url, tls), greeting, keys)).result()
         except BaseException as error:
             self._loop.close()
             if not isinstance(error, Exception) or isinstance(error, EdgemlError):
                 raise
             what = str(error) or type(error).__name__
             raise explain_no_connection(url, what, getattr(error, "errno", None)) from None
+        self.local = leads_to_loopback(url)
 
     async def _open(
-        self, timeout: float, dial: Callable[[Url], Coroutine[Any, Any, Link]], greeting: bytes
+        self,
+        timeout: float,
+        dial: Coroutine[Any, Any, Link],
+        greeting: bytes,
+        keys: TlsKeys | None,
     ) -> None:
         deadline = time.monotonic() + timeout
-        dialing = asyncio.create_task(dial(self.url))
+        dialing = asyncio.create_task(self._dial(dial, keys))
         await asyncio.wait((dialing,), timeout=min(timeout, _SOON))
         # Some libraries wait for one who doesn't speak their protocol to hang up.
         late = not dialing.done()
-        failed = dialing.done() and not isinstance(dialing.exception(), (type(None), OSError))
+        error = None if late else dialing.exception()
+        # An error of the system's tells itself; but those of TLS are taken for such.
+        told = EdgemlError if keys is not None else (EdgemlError, OSError)
+        failed = error is not None and not isinstance(error, told)
         left = deadline - time.monotonic()
-        stranger = None
+        why: EdgemlError | None = None
         if (late or failed) and self.url.port and left > 0:
-            stranger = find_stranger(self.url, greeting, min(0.4, left))
-        if stranger is not None:
+            why = explain_refusal(self.url, keys, greeting, min(1.0, left))
+            left = deadline - time.monotonic()
+            if why is None and keys is None and left > 0:
+                why = find_stranger(self.url, greeting, min(0.4, left))
+        if why is not None:
             dialing.cancel()
-            raise stranger
+            raise why
         self._link = await asyncio.wait_for(dialing, max(0.0, deadline - time.monotonic()))
-        self._traffic = _Traffic(self._loop, self._link)
+        here = Peer("", str(self.url))
+        # What a server sends was asked for; what it doesn't read is bounded as the other way round.
+        limits = DEFAULT_LIMITS
+        everything = Quota(1 << 62, 1 << 63, "are on their way")
+        unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
+        self._traffic = _Traffic(self._loop, self._link, here, limits, everything, unread)
         self._receiving = asyncio.create_task(self._receive())
 
+    async def _dial(self, dial: Coroutine[Any, Any, Link], keys: TlsKeys | None) -> Link:
+        link = await dial
+        if keys is None:
+            return link
+        try:
+            _certificate_of(link)
+            said = await link.receive()
+            if said[: PREFIX.size] != PREFIX.pack(0, len(said) - PREFIX.size):
+                raise Malformed(f"what answers at {self.url} is no edgeml server")
+            if len(said) > PREFIX.size:
+                told = said[PREFIX.size :].decode("utf-8", "replace")[:1000]
+                raise PermissionDenied(f"{self.url}: {told}")
+        except BaseException:
+            link.abort()
+            raise
+        return link
+
     async def _receive(self) -> None:
-        why = await self._traffic.receive(self._settle)
+        why = await self._traffic.receive(self._settle, self._settle)
         # Behind the last replies.
-        self._loop.pass_on(self._lose, Unreachable(f"the connection to {self.url} was lost: {why}"))
+        told = str(why) or type(why).__name__
+        lost = Unreachable(f"the connection to {self.url} was lost: {told}")
+        self._loop.pass_on(self._lose, lost)
 
     def _settle(self, number: int, outcome: Message | EdgemlError) -> None:
+        if number & _REFUSED:
+            number &= ~_REFUSED
+            if isinstance(outcome, Message):
+                outcome = Overloaded(f"{self.url}: {outcome.header.decode('utf-8', 'replace')}")
         if self._loop.inside:  # a future's callback may take long, or call
             self._loop.pass_on(self._pending.settle, number, outcome)
         else:
@@ -304,5 +605,5 @@ class _Connection(Requester):
 
     def close(self) -> None:
         self._over = self._over or Closed(f"the connection to {self.url} has been closed")
-        self._loop.close(self._link.close, _GRACE)
+        self._loop.close(self._traffic.close, _GRACE)
         self._lose(self._over)

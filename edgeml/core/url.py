@@ -18,6 +18,7 @@ __all__ = [
     "find_address",
     "check_port",
     "is_loopback",
+    "leads_to_loopback",
     "format_host",
     "tell_url",
     "require_no_path",
@@ -93,6 +94,17 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return False
+
+
+def leads_to_loopback(url: Url) -> bool:
+    """Whether a client that connects to a URL stays within this machine, by whatever name."""
+    if is_loopback(url.host or "localhost"):
+        return True
+    try:
+        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return all(is_loopback(str(entry[4][0])) for entry in found)
 
 
 def require_no_path(url: Url) -> None:

@@ -1,5 +1,7 @@
 """Carries edgeml over WebSockets: ``transport="ws"``."""
 
+import logging
+import ssl
 from typing import Any, ClassVar
 
 from websockets.asyncio.client import connect
@@ -8,10 +10,16 @@ from websockets.asyncio.server import serve
 from websockets.version import version
 
 from edgeml.core import Transport, Url, find_address, hookimpl, tell_url
-from edgeml.core.links import Accept, LinkTransport, Listening
+from edgeml.core.links import LARGEST_PIECE, Accept, LinkTransport, Listening
+from edgeml.core.security import SERVER_NAME
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.CRITICAL)  # whose handshake fails is counted, and must not fill a log
 
 _OPTIONS: dict[str, Any] = {
-    "max_size": None,
+    "max_size": LARGEST_PIECE,
+    "open_timeout": None,  # by whoever dials, and by the socket
+    "logger": _log,
     "compression": None,  # images and weights hardly shrink
     # A pong may be behind a large message, so none is waited for. The pings go on, and so TCP
     # notices a machine that has vanished.
@@ -26,6 +34,7 @@ class _Link:
         self._connection = connection
         self.send = connection.send
         self.close = connection.close
+        self.tls: ssl.SSLObject | None = connection.transport.get_extra_info("ssl_object")
 
     async def receive(self) -> bytes:
         return await self._connection.recv(decode=False)
@@ -50,14 +59,19 @@ class WebSocketTransport(LinkTransport):
         async def accepted(connection: Connection) -> None:
             await accept(_Link(connection), connection.remote_address)
 
-        address = find_address(url)
-        server = await serve(accepted, address.strip("[]"), url.port, origins=[None], **_OPTIONS)
-        port = server.sockets[0].getsockname()[1]
-        return tell_url(url, address, port), lambda: server.close(close_connections=False)
+        sock = accept.bind(url)
+        server = await serve(accepted, sock=sock, ssl=accept.tls, origins=[None], **_OPTIONS)
+        port = sock.getsockname()[1]
+        return tell_url(url, find_address(url), port), lambda: server.close(close_connections=False)
 
-    async def dial(self, url: Url) -> _Link:
+    async def dial(self, url: Url, tls: ssl.SSLContext | None) -> _Link:
         """See `LinkTransport.dial`."""
-        return _Link(await connect(str(url), open_timeout=None, proxy=None, **_OPTIONS))
+        if tls is None:
+            return _Link(await connect(str(url), proxy=None, **_OPTIONS))
+        secured = f"wss://{str(url).partition('://')[2]}"
+        return _Link(
+            await connect(secured, proxy=None, ssl=tls, server_hostname=SERVER_NAME, **_OPTIONS)
+        )
 
 
 @hookimpl

@@ -12,9 +12,10 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from edgeml.core import Closed, Message, Url, links, load_transport
+from edgeml.core import Closed, Limits, Message, Url, load_transport
 from edgeml.core.frames import frame
 from edgeml.core.loops import Loop
+from edgeml.core.pieces import PREFIX
 from pairs import wait_until
 
 
@@ -23,6 +24,9 @@ def loop():
     loop = Loop("a loop")
     yield loop
     loop.close()
+
+
+REFUSED = 1 << 63  # of a reply's number
 
 
 # The loop ---------------------------------------------------------------------------------
@@ -161,23 +165,39 @@ def endpoint(requests):
 
 
 def piece(number, message):
-    return number.to_bytes(8, "little") + frame(message)
+    content = frame(message)
+    return PREFIX.pack(number, len(content)) + content
 
 
-def test_a_peer_that_does_not_read_gets_so_much_and_no_more(endpoint, requests, monkeypatch):
-    monkeypatch.setattr(links, "_MOST_WAITING", 1 << 20)
+def receive(peer):
+    """The number and the size of the next message, all its pieces read."""
+    number, size = PREFIX.unpack_from(first := peer.recv(timeout=5))
+    left = size - len(first) + PREFIX.size
+    while left:
+        left -= len(peer.recv(timeout=5))
+    return number, size
+
+
+def test_a_peer_that_does_not_read_gets_so_much_and_no_more(requests):
     big = Message(b"", [memoryview(bytes(1 << 20))])
-    with connect(str(endpoint.url), compression=None, max_size=None, close_timeout=0.1) as peer:
-        for number in range(60):
+    limits = Limits(replies_per_client=1 << 20)
+    with (
+        load_transport("ws").serve(
+            Url("ws"), lambda message, reply: requests.put((message, reply)), limits=limits
+        ) as endpoint,
+        connect(str(endpoint.url), compression=None, max_size=None, close_timeout=0.1) as peer,
+    ):
+        for number in range(1, 61):
             peer.send(piece(number, Message(b"more")))
         for _ in range(60):
             began = time.monotonic()
             requests.get(timeout=5)[1](big)
             assert time.monotonic() - began < 0.5
         wait_until(lambda: 5 < endpoint.dropped < 60)
-        arrived = 60 - endpoint.dropped
-        for _ in range(arrived):
-            assert peer.recv(timeout=5).endswith(bytes(1 << 20))
+        told = [receive(peer) for _ in range(60)]
+        assert len([number for number, size in told if size > 1 << 20]) == 60 - endpoint.dropped
+        refused = [number for number, size in told if size < 1 << 20]
+        assert all(number & REFUSED for number in refused)
         peer.send(piece(99, Message(b"and now")))
         assert requests.get(timeout=5)[0].header == b"and now"
 

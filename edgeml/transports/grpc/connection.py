@@ -30,7 +30,7 @@ from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.pieces import PREFIX, Assembly, Parts, cut, flatten
 from edgeml.core.tls import client_keys
-from edgeml.core.url import is_loopback, require_no_path
+from edgeml.core.url import leads_to_loopback, require_no_path
 from edgeml.transports.grpc.failures import explain_failure, find_proxy
 from edgeml.transports.grpc.order import Lane
 from edgeml.transports.grpc.processes import NO_FORKS
@@ -89,7 +89,7 @@ class Connection(Requester):
         with suppress(OSError):  # a proxy's connection has another end
             found = socket.getaddrinfo(host.strip("[]"), url.port, type=socket.SOCK_STREAM)
             self._peers = {(str(address[0]), int(address[1])) for *_, address in found}
-        self.local = bool(self._peers) and not proxy and all(is_loopback(a) for a, _ in self._peers)
+        self.local = not proxy and leads_to_loopback(url)
         watch_forks(self)
 
     @property

@@ -62,7 +62,8 @@ def explain_failure(
         )
     if "resolution" not in details:  # of the host's name; it would fail again, and take its time
         found = explain_refusal(url, keys, HTTP2, max(0.1, min(1.0, left)))
-        found = found or find_stranger(url, HTTP2, max(0.1, min(0.4, left)))
+        if found is None and keys is None:
+            found = find_stranger(url, HTTP2, max(0.1, min(0.4, left)))
         if found is not None:
             return found
     if code is grpc.StatusCode.UNIMPLEMENTED:
