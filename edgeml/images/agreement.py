@@ -17,6 +17,7 @@ __all__ = ["Images"]
 
 _log = logging.getLogger(__name__)
 
+_MOST_PIXELS = 1 << 26  # that a server may want an image to have
 _INSTALL = 'pip install "edgeml-robotics[images]"'
 
 
@@ -151,6 +152,8 @@ def _wanted(answered: Any, server: object) -> dict[str, Format]:
             made = Png(size) if name == Png.name else Jpeg(want.get("quality", 90), size)
         except ValueError as error:
             raise Malformed(f"images: {server} wants {pattern!r}, but {error}") from None
+        if made.size is not None and made.size[0] * made.size[1] > _MOST_PIXELS:
+            raise Malformed(f"images: {server} wants {pattern!r} in the size {made.size}: too large")
         if made.size is not None and not has_pillow():
             raise ConfigMismatch(
                 f"images: {server} wants {pattern!r} in the size {made.size}, and resizing needs "

@@ -164,6 +164,11 @@ ALONE = {
     ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
     ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],
     ("docs/guides/processes.md", "processes.py"): ["robot 1 got 2", "robot 2 got 4"],
+    ("docs/guides/roles.md", "roles_observer.py"): [
+        "sees {'joints': [0.0, ",
+        "PermissionDenied: the key of 'viewer' has the role 'observe', which lacks act:move",
+        "refused: 1",
+    ],
     ("docs/security.md", "keys_first.py"): ["I am robot\n", "\nwithout keys: "],
     ("docs/security.md", "keys_limits.py"): ["refused so far: 0"],
     ("docs/security.md", "codec_cloudpickle.py"): ["42"],
