@@ -153,7 +153,7 @@ def _wanted(answered: Any, server: object) -> dict[str, Format]:
         except ValueError as error:
             raise Malformed(f"images: {server} wants {pattern!r}, but {error}") from None
         if made.size is not None and made.size[0] * made.size[1] > _MOST_PIXELS:
-            raise Malformed(f"images: {server} wants {pattern!r} in the size {made.size}: too large")
+            raise Malformed(f"images: {server} wants {pattern!r} in a size of {made.size}")
         if made.size is not None and not has_pillow():
             raise ConfigMismatch(
                 f"images: {server} wants {pattern!r} in the size {made.size}, and resizing needs "
