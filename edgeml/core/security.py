@@ -14,7 +14,8 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -177,11 +178,17 @@ class Keyring:
 
     Args:
         keys: those that there are from the start.
-        directory: a folder of files of `ClientKey`, read again whenever it changes; None for none.
+        directory: a folder of files of `ClientKey`, read again whenever it changes, and before a
+            key that isn't in it is refused; where it has gone, so have they. None for none.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: a file in it is no client's key.
     """
 
     def __init__(self, keys: Iterable[ClientKey] = (), directory: Path | None = None) -> None:
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # one at a time, so that what was read last counts
         self._directory = directory
         self._added = {key.name: key for key in keys}
         self._revoked: set[str] = set()
@@ -189,6 +196,8 @@ class Keyring:
         self._seen: Any = None
         self.version = 0
         """Rises whenever somebody was added or revoked."""
+        if directory is not None and not directory.is_dir():
+            raise FileNotFoundError(f"there is no directory {directory}")
         self.refresh()
 
     def add(self, key: ClientKey) -> None:
@@ -225,24 +234,25 @@ class Keyring:
         """
         if self._directory is None:
             return
-        seen = _stamp(self._directory)
-        if seen == self._seen:
-            return
-        found, wrong = {}, None
-        for path in sorted(self._directory.glob("*.json")):
-            try:
-                check_private(path)
-                key = ClientKey.read(path)
-                found[key.name] = key
-            except FileNotFoundError:  # it has just been removed
-                pass
-            except (ValueError, PermissionDenied) as error:
-                wrong = error
-        with self._lock:
-            if found != self._read:
-                self._read = found
-                self.version += 1
-            self._seen = seen
+        with self._reading:
+            seen = _stamp(self._directory)
+            if seen == self._seen:
+                return
+            found, wrong = {}, None
+            for path in sorted(self._directory.glob("*.json")):
+                try:
+                    check_private(path)
+                    key = ClientKey.read(path)
+                    found[key.name] = key
+                except FileNotFoundError:  # it has just been removed
+                    pass
+                except (ValueError, PermissionDenied) as error:
+                    wrong = error
+            with self._lock:
+                if found != self._read:
+                    self._read = found
+                    self.version += 1
+                self._seen = seen
         if wrong is not None:
             raise wrong
 
@@ -284,14 +294,14 @@ class Keyring:
         Takes as long for a token that is nearly right as for any other.
         """
         told = digest(token)
-        fitting = [key for key in self._all() if hmac.compare_digest(key.token or "", told)]
-        return self._one(fitting, "token")
+        return self._search(lambda key: hmac.compare_digest(key.token or "", told), "token")
 
-    def _search(self, fits: Any, what: str) -> ClientKey:
-        return self._one([key for key in self._all() if fits(key)], what)
-
-    @staticmethod
-    def _one(fitting: Sequence[ClientKey], what: str) -> ClientKey:
+    def _search(self, fits: Callable[[ClientKey], bool], what: str) -> ClientKey:
+        fitting = [key for key in self._all() if fits(key)]
+        if not fitting:  # it may have been made just now
+            with suppress(OSError, ValueError, PermissionDenied):  # the keys that can be read count
+                self.refresh()
+            fitting = [key for key in self._all() if fits(key)]
         if not fitting:
             raise PermissionDenied(f"the server knows no such {what}, or has revoked it")
         return _check_expiry(fitting[0])
@@ -307,8 +317,12 @@ def _check_expiry(key: ClientKey) -> ClientKey:
 
 def _stamp(directory: Path) -> Any:
     """What changes whenever a file in a directory does."""
-    stamps = []
-    with os.scandir(directory) as entries:
+    stamps: list[Any] = []
+    try:
+        entries = os.scandir(directory)
+    except FileNotFoundError:
+        return stamps
+    with entries:
         for entry in entries:
             try:
                 now = entry.stat()

@@ -14,11 +14,11 @@ import zmq
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from edgeml import cli
+from edgeml import InferenceClient, InferenceServer, Unreachable, cli
 from edgeml.cli.keygen import make_client_keys, make_server_keys, revoke
 from edgeml.core.errors import PermissionDenied
 from edgeml.core.security import Credentials
-from pairs import run_fresh
+from pairs import run_fresh, took, wait_until
 
 SERVER_FILES = {"ca.pem", "ca.key", "cert.pem", "key.pem", "curve.public", "curve.secret"}
 CLIENT_FILES = {
@@ -329,7 +329,7 @@ def test_without_cryptography_it_says_what_to_install(tmp_path):
         f"""
         import sys
         sys.modules["cryptography"] = None
-        from edgeml import cli
+        from edgeml import InferenceClient, InferenceServer, Unreachable, cli
         assert cli.main(["keygen", {str(tmp_path / "keys")!r}]) == 1
         """
     )
@@ -345,7 +345,101 @@ def test_no_other_command_needs_cryptography():
         import sys
         sys.modules["cryptography"] = None
         import edgeml, edgeml.services, edgeml.testing
-        from edgeml import cli
+        from edgeml import InferenceClient, InferenceServer, Unreachable, cli
         assert cli.main(["plugins"]) == 0
         """
     )
+
+
+# While a server runs ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def serving(keys, transport):
+    """A server with keys, over each transport; and how to make a client of it."""
+    server = InferenceServer(0, transport=transport, credentials=keys)
+    server.register_interface("whoami", lambda payload, context: context.identity)
+    server.register_interface("other", lambda payload: payload)
+
+    def client(credentials):
+        return InferenceClient(url=server.url, credentials=credentials, timeout=5)
+
+    with server.serving():
+        yield client
+
+
+def test_a_client_that_is_made_while_the_server_runs_is_let_in(serving, keys):
+    with serving(make_client_keys(keys, "late")) as client:
+        assert client.call("whoami", None) == "late"
+
+
+def test_a_client_that_is_revoked_is_cut_off_within_a_second(serving, keys):
+    robot, other = make_client_keys(keys, "robot"), make_client_keys(keys, "other")
+    taken = robot.rename(keys.parent / "taken")  # to its own machine
+    with serving(taken) as client, serving(other) as stays:
+        assert client.call("whoami", None) == "robot"
+        revoke(keys, "robot")
+
+        def refused():
+            try:
+                client.call("whoami", None)
+            except PermissionDenied:
+                return True
+            except Unreachable:  # while it is being cut off
+                return False
+            return False
+
+        wait_until(refused, timeout=1.5)  # a second, and a moment
+        assert stays.call("whoami", None) == "other"
+        with took(2.0), pytest.raises(PermissionDenied):
+            serving(taken)
+
+
+def test_new_keys_take_the_place_of_revoked_ones(serving, keys):
+    old = make_client_keys(keys, "robot").rename(keys.parent / "old")
+    revoke(keys, "robot")
+    new = make_client_keys(keys, "robot")
+    with serving(new) as client:
+        assert client.call("whoami", None) == "robot"
+    with took(2.0), pytest.raises(PermissionDenied):
+        serving(old)
+
+
+def test_keys_end_when_they_expire(serving, keys):
+    brief = make_client_keys(keys, "brief", days=2 / 86400)  # two seconds
+    with serving(brief) as client:
+        assert client.call("whoami", None) == "brief"
+
+        def refused():
+            try:
+                client.call("whoami", None)
+            except (PermissionDenied, Unreachable) as error:
+                return isinstance(error, PermissionDenied)
+            return False
+
+        wait_until(refused, timeout=5)
+
+
+def test_a_role_holds_for_the_key_that_was_given_it(serving, keys):
+    with serving(make_client_keys(keys, "picky", role="call:whoami")) as client:
+        assert client.call("whoami", None) == "picky"
+        with pytest.raises(PermissionDenied, match="picky"):
+            client.call("other", None)
+
+
+def test_a_server_with_a_new_certificate_is_still_the_one(keys):
+    robot = make_client_keys(keys, "robot")
+    make_server_keys(keys, days=30)
+    for transport in ("grpc", "zmq"):
+        server = InferenceServer(0, transport=transport, credentials=keys)
+        server.register_interface("whoami", lambda payload, context: context.identity)
+        with server.serving(), InferenceClient(url=server.url, credentials=robot) as client:
+            assert client.call("whoami", None) == "robot"
+
+
+def test_a_client_does_not_speak_to_a_server_whose_certificate_has_expired(keys):
+    robot = make_client_keys(keys, "robot")
+    make_server_keys(keys, days=-1)
+    server = InferenceServer(0, transport="grpc", credentials=keys)
+    with server.serving(), took(2.5), pytest.raises(PermissionDenied):
+        InferenceClient(url=server.url, credentials=robot, timeout=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 
 import msgspec
 import pytest
@@ -161,6 +162,34 @@ def test_a_folder_of_keys_is_read_again_when_it_changes(tmp_path):
     with pytest.raises(PermissionDenied):
         ring.by_token("token of a")
     assert str(ring.by_name("b").role) == "observe"
+
+
+def test_a_key_that_was_made_just_now_is_not_refused(tmp_path):
+    tmp_path.chmod(0o700)
+    ring = Keyring(directory=tmp_path)
+    with pytest.raises(PermissionDenied):
+        ring.by_token("token of a")
+    key("a", curve="public").write(tmp_path / "a.json")
+    assert ring.by_token("token of a").name == "a"
+    key("b", curve="other").write(tmp_path / "b.json")
+    assert ring.by_curve("other").name == "b"
+    key("c", certificate=sha256(b"der").hexdigest()).write(tmp_path / "c.json")
+    assert ring.by_certificate(b"der").name == "c"
+
+
+def test_a_folder_that_has_gone_lets_nobody_in(tmp_path):
+    folder = tmp_path / "allowed"
+    folder.mkdir(0o700)
+    key("a").write(folder / "a.json")
+    ring = Keyring(directory=folder)
+    assert ring.by_token("token of a").name == "a"
+    folder.rename(tmp_path / "away")
+    ring.refresh()
+    assert ring.names() == []
+    with pytest.raises(PermissionDenied):
+        ring.by_token("token of a")
+    with pytest.raises(FileNotFoundError, match="allowed"):
+        Keyring(directory=folder)
 
 
 @pytest.mark.parametrize(
