@@ -17,7 +17,6 @@ from edgeml.cli.keygen import make_client_keys, make_server_keys
 from pairs import started
 
 TRANSPORTS = ("grpc", "ws", "zmq")
-SECURED = ("grpc", "zmq")
 PAYLOAD = np.arange(50_000, dtype=np.uint32)
 
 
@@ -130,12 +129,12 @@ def test_without_keys_what_is_changed_on_the_way_arrives(transport):
     assert what_arrives_changed(transport, None, None)
 
 
-@pytest.mark.parametrize("transport", SECURED)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_with_keys_what_is_changed_on_the_way_never_arrives(transport, keys):
     assert not what_arrives_changed(transport, *keys)
 
 
-@pytest.mark.parametrize("transport", SECURED)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_what_is_said_again_by_somebody_else_counts_for_nothing(transport, keys):
     arrived: list[int] = []
     server = InferenceServer(0, transport=transport, credentials=keys[0])
