@@ -24,6 +24,10 @@ class Refusals:
         self._counts = counts
         self._told: set[tuple[str, str]] = set()
 
+    def count(self, kind: str, number: int) -> None:
+        """Count some of whom nothing is known."""
+        self._counts[kind] += number
+
     def note(self, kind: str, address: str, host: str, why: object) -> None:
         """Count one.
 

@@ -1,6 +1,7 @@
 """gRPC with keys: who is let in, who is told what, and what is readable on the way."""
 
 import socket
+import sys
 import threading
 import time
 
@@ -12,7 +13,7 @@ from edgeml.cli.keygen import make_client_keys, make_server_keys, revoke
 from edgeml.core import Credentials, Limits, Message, Unreachable, Url, load_transport
 from edgeml.core.security import SERVER_NAME, ClientKey, Keyring
 from edgeml.core.tls import read_keys
-from pairs import took
+from pairs import took, wait_until
 
 ANYWHERE = Url("grpc", "127.0.0.1", 0)
 
@@ -169,6 +170,59 @@ def test_who_is_refused_is_counted_and_logged_once_with_its_name(credentials, ca
     assert len(told) == 1
     assert "127.0.0.1" in told[0]
     assert "'robot'" in told[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/fd")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_handshakes_that_fail_are_counted_and_logged_once(
+    endpoint, credentials, caplog, requests, wrong
+):
+    """gRPC itself tells nothing of them."""
+    for _ in range(3):
+        with pytest.raises(PermissionDenied):
+            transport.connect(endpoint.url, 5.0, credentials=credentials.get(WRONG[wrong][0]))
+    with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
+        wait_until(lambda: endpoint.counts["PermissionDenied"] >= 3)
+        assert requester.call(Message(b"x"), 5.0).header == b"x"
+    told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert len(told) == 1
+    assert "127.0.0.1" in told[0]
+    assert len(requests) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/fd")
+def test_clients_that_come_and_go_are_not_taken_for_handshakes_that_failed(endpoint, credentials):
+    for _ in range(20):
+        with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
+            requester.call(Message(b"x"), 5.0)
+    wait_until(lambda: not endpoint._sockets._asked)
+    assert not endpoint.counts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/fd")
+@pytest.mark.parametrize("with_keys", [False, True], ids=["plain", "with keys"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_one_address_has_so_many_connections_and_no_more(credentials, with_keys, host):
+    server, client = (credentials["server"], credentials["robot"]) if with_keys else (None, None)
+    limits = Limits(connections_per_address=3, handshake=60.0)
+    with transport.serve(
+        Url("grpc", host, 0),
+        lambda message, reply: reply(message),
+        credentials=server,
+        limits=limits,
+    ) as endpoint:
+        url = ANYWHERE.with_port(endpoint.url.port)
+        with transport.connect(url, 5.0, credentials=client) as requester:
+            wait_until(lambda: endpoint._sockets._descriptors)
+            address = ("127.0.0.1", url.port)
+            more = [socket.create_connection(address, 5.0) for _ in range(5)]
+            wait_until(lambda: endpoint.counts["Overloaded"] == 3)
+            assert requester.call(Message(b"x"), 5.0).header == b"x"
+            for each in more:
+                each.close()
+            wait_until(lambda: len(endpoint._sockets._descriptors) == 1)
+            with transport.connect(url, 5.0, credentials=client) as new:
+                assert new.call(Message(b"x"), 5.0).header == b"x"
 
 
 def test_keys_are_added_and_revoked_while_the_server_runs(tmp_path):

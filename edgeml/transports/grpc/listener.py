@@ -44,6 +44,7 @@ from edgeml.core.url import is_loopback, require_no_path
 from edgeml.transports.grpc.health import Health
 from edgeml.transports.grpc.order import Turns
 from edgeml.transports.grpc.protocol import ERRORS, LARGEST_FRAME, SERVICE, STREAMED
+from edgeml.transports.grpc.sockets import Address, Sockets
 from edgeml.transports.grpc.tls import Clients, server_credentials
 
 _GRACE = 0.3  # seconds that an endpoint which closes gives to what is still to be sent
@@ -76,14 +77,14 @@ def _keep_poller() -> None:
 
 def _peer_of(context: _Context, identity: str | None) -> Peer:
     address = context.peer()
-    return Peer(address, address, _host_of(address), identity)
+    return Peer(address, address, _read_address(address)[0], identity)
 
 
 @functools.lru_cache(maxsize=4096)
-def _host_of(address: str) -> str:
-    """Of what gRPC says: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234"."""
-    family, _, rest = unquote(address).partition(":")
-    return rest.rpartition(":")[0].strip("[]") if family in ("ipv4", "ipv6") else address
+def _read_address(text: str) -> Address:
+    """Read what gRPC says: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234"."""
+    host, _, port = unquote(text).partition(":")[2].rpartition(":")
+    return host.strip("[]").partition("%")[0], int(port)
 
 
 class _Reply:
@@ -119,6 +120,7 @@ class Listener(Endpoint):
         self._clients = None if keys is None else Clients(keys[1])
         self._limits = limits
         self._refusals = Refusals(url, self.counts)
+        self._sockets = Sockets(limits, self._refusals, self.secured)
         self._incoming = Quota(limits.bytes_per_client, limits.bytes, "are on their way")
         self._unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
         self._on_request = on_request
@@ -159,13 +161,21 @@ class Listener(Endpoint):
             if keys is None:
                 port = server.add_insecure_port(f"{address}:{url.port}")
             else:
-                port = server.add_secure_port(f"{address}:{url.port}", server_credentials(keys))
+                port = server.add_secure_port(
+                    f"{address}:{url.port}", server_credentials(keys, self._sockets.begin)
+                )
         except RuntimeError as error:
             raise OSError(
                 f"cannot serve {url}: {error}; another port, or 0, may be free"
             ) from error
         await server.start()
+        self._sockets.port = port
+        self._check_sockets()
         return server, tell_url(url, address, port)
+
+    def _check_sockets(self) -> None:
+        if not self._closed:
+            self._loop.later(self._sockets.check(), self._check_sockets)
 
     # Requests, in the loop ----------------------------------------------------------------
 
@@ -269,7 +279,10 @@ class Listener(Endpoint):
 
     def _identify(self, context: _Context) -> str | None:
         """Who asks, by its certificate; None without keys. Raises PermissionDenied."""
-        return None if self._clients is None else self._clients.find(context)
+        if self._clients is None:
+            return None
+        self._sockets.ask(_read_address(context.peer()))
+        return self._clients.find(context)
 
     def _check(self, number: int) -> None:
         if number not in (0, self._number):
@@ -303,7 +316,7 @@ class Listener(Endpoint):
     async def _abort(self, context: _Context, error: EdgemlError) -> Any:
         if not isinstance(error, (Closed, Unreachable)):
             address = context.peer()
-            self._refusals.note(type(error).__name__, address, _host_of(address), error)
+            self._refusals.note(type(error).__name__, address, _read_address(address)[0], error)
         await context.abort(_CODES.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
 
     def _forget(self, key: int) -> None:

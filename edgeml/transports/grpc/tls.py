@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -23,10 +24,22 @@ _MOST_KNOWN = 1 << 12  # certificates that are looked up once
 _Context = Any  # aio.ServicerContext; grpcio is published without types
 
 
-def server_credentials(keys: TlsKeys) -> Any:
-    """What a server's port is given: it takes clients with a certificate of its authority only."""
+def server_credentials(keys: TlsKeys, begin: Callable[[], object]) -> Any:
+    """What a server's port is given: it takes clients with a certificate of its authority only.
+
+    Args:
+        keys: the server's.
+        begin: is called as each handshake begins, in a thread of gRPC's.
+    """
     authority, certificate, key = read_keys(keys)
-    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+    configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
+
+    def fetch() -> None:  # no other certificate
+        begin()
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration, fetch, require_client_authentication=True
+    )
 
 
 def channel_credentials(keys: TlsKeys) -> Any:

@@ -1,0 +1,151 @@
+"""Who is connected to a server: gRPC accepts by itself, and tells nothing of those that it refuses.
+
+But its sockets are among this process's open files, and so is each peer's address. So connections
+beyond what one address may have are cut off, and with keys a connection that ends before anything
+was asked by it is known for one whose handshake failed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from edgeml.core.limits import Limits
+from edgeml.core.refusals import Refusals
+from edgeml.core.tls import NO_KEY
+
+__all__ = ["Address", "Sockets"]
+
+Address = tuple[str, int]
+
+_PERIOD = 1.0  # seconds between two checks, at least
+# What a look takes, 20 us for each file that the process has open, is a tenth of the time at most
+# while others shake hands, and a hundredth otherwise.
+_SPARE_HASTE, _SPARE = 10, 100
+
+
+class Sockets:
+    """Watches over the connections of one server.
+
+    Args:
+        limits: how many one address may have.
+        refusals: where those that fail are counted.
+        secured: whether each has to shake hands by keys.
+    """
+
+    def __init__(self, limits: Limits, refusals: Refusals, secured: bool) -> None:
+        self._limits = limits
+        self._refusals = refusals
+        self._secured = secured
+        self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self._begun = 0  # handshakes
+        self._shaken = 0  # that came to something
+        self._failed = 0  # that are counted as failed
+        self._descriptors: dict[Address, int] = {}  # in the order in which they were seen
+        self._asked: set[Address] = set()
+        self._ended: list[Address] = []  # which had asked for nothing
+        self._next = 0.0  # before which `begin` doesn't look
+        self.port = 0
+        """Of the server; 0 before it has one."""
+
+    def begin(self) -> None:
+        """Note that a handshake begins; in any thread, several at a time."""
+        with self._counting:
+            self._begun += 1
+        if time.monotonic() >= self._next and self._lock.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self._lock.release()
+
+    def ask(self, address: Address) -> None:
+        """Note that something was asked from there, by whoever had shaken hands."""
+        if address not in self._asked:
+            self._asked.add(address)
+            self._shaken += 1
+
+    def check(self) -> float:
+        """Cut off those beyond the limit, and count them and those that failed.
+
+        Returns:
+            In how many seconds to do it again.
+        """
+        begun = self._begun
+        with self._lock:
+            took = self._look()
+            ended, self._ended = self._ended, []
+            known = list(self._descriptors.items())
+        if self._secured:
+            for host, port in ended:
+                self._refusals.note("PermissionDenied", f"{host}:{port}", host, NO_KEY)
+            self._failed += len(ended)
+            under_way = sum(address not in self._asked for address, _ in known)
+            # Those that were over before anybody looked, whose addresses nobody knows.
+            unseen = begun - self._shaken - under_way - self._failed
+            if unseen > 0:
+                self._failed += unseen
+                self._refusals.count("PermissionDenied", unseen)
+        most = self._limits.connections_per_address
+        counts: Counter[str] = Counter()
+        for (host, port), descriptor in known:
+            counts[host] += 1
+            if counts[host] > most and _cut(descriptor, (host, port)):
+                why = f"it has {most} connections (Limits.connections_per_address)"
+                self._refusals.note("Overloaded", f"{host}:{port}", host, why)
+        return max(_PERIOD, _SPARE * took)
+
+    def _look(self) -> float:
+        began = time.monotonic()
+        asked = self._asked.copy()  # by those who were there before
+        found = _find(self.port) if self.port else {}
+        gone = self._descriptors.keys() - found.keys()
+        self._ended.extend(gone - self._asked)
+        for address in gone:
+            del self._descriptors[address]
+        self._asked -= asked - found.keys()
+        for address, descriptor in found.items():
+            self._descriptors[address] = descriptor
+        now = time.monotonic()
+        self._next = now + _SPARE_HASTE * (now - began)
+        return now - began
+
+
+def _find(port: int) -> dict[Address, int]:
+    """This process's TCP connections from a port, by the peer's address, with their descriptors."""
+    found = {}
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with suppress(OSError), _borrow(descriptor) as sock:
+            if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockname()[1] == port:
+                found[_address_of(sock)] = descriptor  # or OSError, if it listens
+    return found
+
+
+def _cut(descriptor: int, address: Address) -> bool:
+    """End a connection, unless its descriptor has become another's."""
+    with suppress(OSError):
+        copy = os.dup(descriptor)  # which stays what it is
+        with socket.socket(fileno=copy) as sock:
+            if _address_of(sock) == address:
+                sock.shutdown(socket.SHUT_RDWR)
+                return True
+    return False
+
+
+def _address_of(sock: socket.socket) -> Address:
+    host, port = sock.getpeername()[:2]
+    return host.removeprefix("::ffff:").partition("%")[0], port  # as gRPC writes it
+
+
+@contextmanager
+def _borrow(descriptor: int) -> Iterator[socket.socket]:
+    sock = socket.socket(fileno=descriptor)
+    try:
+        yield sock
+    finally:
+        sock.detach()
