@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from edgeml.core.client import Timing
 from edgeml.core.dispatch import Caller, answer_with, unknown
 from edgeml.core.errors import Malformed
+from edgeml.core.security import PERMISSIONS
 from edgeml.core.server import Server
 from edgeml.services.base import (
     ClientSettings,
@@ -75,6 +76,7 @@ class InferenceServer(ServiceServer):
         with_context: bool | None = None,
         contract: PolicyContract | None = None,
         check: Check = "first",
+        permission: str = "call",
     ) -> Callable[[F], F]: ...
 
     @overload
@@ -87,6 +89,7 @@ class InferenceServer(ServiceServer):
         with_context: bool | None = None,
         contract: PolicyContract | None = None,
         check: Check = "first",
+        permission: str = "call",
     ) -> F: ...
 
     def register_interface(
@@ -98,6 +101,7 @@ class InferenceServer(ServiceServer):
         with_context: bool | None = None,
         contract: PolicyContract | None = None,
         check: Check = "first",
+        permission: str = "call",
     ) -> F | Callable[[F], F]:
         """Serve ``function(payload) -> result`` under a name, before or after the start.
 
@@ -120,14 +124,20 @@ class InferenceServer(ServiceServer):
                 Malformed, a result a RemoteError.
             check: which calls are checked: ``"first"`` for those of each client until one has
                 passed, ``"all"``, or ``"none"``.
+            permission: what a client's role must allow, with this interface's name, where the
+                server asks for keys: ``"administer"`` for what only its keepers are to do.
 
         Returns:
             The function.
 
         Raises:
-            ValueError: the name is taken, empty, or starts with a slash.
+            ValueError: the name is taken, empty, or starts with a slash; or there is no such
+                permission.
             TypeError: the function isn't callable, or is an ``async def``.
         """
+        if permission not in PERMISSIONS:
+            known = ", ".join(PERMISSIONS)
+            raise ValueError(f"{permission!r} is no permission; known: {known}")
         if not isinstance(name, str) or not name or name.startswith("/"):
             raise ValueError(f"an interface can't be called {name!r}")
         if function is None:
@@ -138,6 +148,7 @@ class InferenceServer(ServiceServer):
                 with_context=with_context,
                 contract=contract,
                 check=check,
+                permission=permission,
             )
         with self._contracts.changing:
             if name in self._interfaces:
@@ -145,7 +156,7 @@ class InferenceServer(ServiceServer):
             made = Function.make(f"interface {name!r}", function, 1, with_context)
             made = made._replace(checks=self._contracts.offer(name, contract, check))
             handler = Single(made) if batching is None else Batcher(made, batching)
-            self._server.register(name, handler, needs="call")
+            self._server.register(name, handler, needs=permission)
             self._interfaces[name] = handler
         return function
 

@@ -531,6 +531,23 @@ def test_interfaces_and_topics_need_what_they_are_registered_with(keyring):
             client.close()
 
 
+def test_an_interface_may_need_another_permission(keyring):
+    keyring.add(key("keeper", "call,administer"))
+    given = Credentials(clients=keyring)
+    with InferenceServer(0, transport="inproc", credentials=given) as server:
+        with pytest.raises(ValueError, match="'rule' is no permission; known: observe, "):
+            server.register_interface("look", print, permission="rule")
+        server.register_interface("look_away", lambda _: "done", permission="administer")
+        with started(server):
+            with client_of(server, of("keeper")) as client:
+                assert client.call("look_away", None) == "done"
+            with (
+                client_of(server, of("viewer")) as client,
+                pytest.raises(PermissionDenied, match="lacks administer:look_away"),
+            ):
+                client.call("look_away", None)
+
+
 def test_a_role_that_changes_counts_within_a_second_and_costs_no_connection(keyring, caplog):
     with serving(keyring) as server:
         topic = server.topic("news", needs="subscribe")
