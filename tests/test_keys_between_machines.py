@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def between(transport: str, record: Path, server: Path | str = "", client: Path 
         text=True,
         timeout=100,
         check=False,
+        env={**os.environ, two_machines.FILES: str(record.parent)},
     )
     assert done.returncode == 0, done.stdout
 
@@ -93,3 +95,11 @@ def test_with_keys_nothing_can_be_read_on_the_way(transport, tmp_path):
     assert readable(tmp_path / "record", {**things(), **secrets}) == set()
     passed = sum(map(len, two_machines.streams_of(tmp_path / "record")))
     assert passed > 5_000_000  # it was recorded, and all of it was said
+
+
+def test_what_is_shared_in_memory_passes_no_network(tmp_path):
+    """Two containers of one machine, say, with a folder in common."""
+    keys = make_server_keys(tmp_path / "keys")
+    between("shm", tmp_path / "record", keys, make_client_keys(keys, "robot"))
+    assert readable(tmp_path / "record", things()) == set()
+    assert sum(map(len, two_machines.streams_of(tmp_path / "record"))) < 10_000

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import select
 import signal
 import socket
@@ -25,8 +26,11 @@ from typing import Any
 import numpy as np
 
 HERE, THERE = "10.99.0.1", "10.99.0.2"
-PORTS = {"action": 6379, "inference": 5557, "trainer": 5555, "broadcast": 5556}
+PORTS = {"action": 6379, "inference": 5557, "trainer": 5555}
 DEADLINE = 60.0  # seconds
+
+FILES = "TEST_FILES"
+"""The environment variable with the directory of the files that ``shm`` connects by."""
 
 ALL_FRAMES = 0x0003  # ETH_P_ALL
 SOL_PACKET, PACKET_RX_RING, PACKET_STATISTICS = 263, 5, 6
@@ -51,22 +55,20 @@ def secret(number: int) -> Any:
 # The two programs ---------------------------------------------------------------------------
 
 
-def configs(transport: str) -> tuple[Any, Any]:
+def url(service: str, transport: str, host: str) -> str:
+    """Where a service is: at a port of its own, or at a file that both machines share."""
+    if transport == "shm":
+        return f"shm://{os.environ[FILES]}/{service}"
+    return f"{transport}://{host}:{PORTS[service]}"
+
+
+def configs() -> tuple[Any, Any]:
     from edgeml import ActionConfig, TrainerConfig
 
     action = ActionConfig(
-        PORTS["action"],
-        action_keys=["key-of-an-action"],
-        observation_keys=["key-of-an-observation"],
-        transport=transport,
+        0, action_keys=["key-of-an-action"], observation_keys=["key-of-an-observation"]
     )
-    trainer = TrainerConfig(
-        PORTS["trainer"],
-        PORTS["broadcast"],
-        request_types=["type-of-a-request"],
-        transport=transport,
-    )
-    return action, trainer
+    return action, TrainerConfig(0, None, request_types=["type-of-a-request"])
 
 
 def serve(transport: str, keys: str) -> None:
@@ -74,15 +76,17 @@ def serve(transport: str, keys: str) -> None:
     from edgeml import ActionServer, InferenceServer, TrainerServer
     from edgeml.data import ReplayBuffer
 
-    config, trainer_config = configs(transport)
-    given: Any = {"host": "0.0.0.0", "credentials": keys or None}
+    def given(service: str) -> Any:
+        return {"url": url(service, transport, "0.0.0.0"), "credentials": keys or None}
+
+    config, trainer_config = configs()
     robot = ActionServer(
         config,
         lambda keys: {"key-of-an-observation": secret(1)},
         lambda key, payload: {"key-of-a-payload": secret(2)},
-        **given,
+        **given("action"),
     )
-    policy = InferenceServer(PORTS["inference"], transport=transport, **given)
+    policy = InferenceServer(**given("inference"))
 
     def answer(payload: Any) -> Any:
         if payload is None:
@@ -91,7 +95,7 @@ def serve(transport: str, keys: str) -> None:
 
     policy.register_interface("name-of-an-interface", answer)
     learner = TrainerServer(
-        trainer_config, request_callback=lambda kind, payload: secret(5), **given
+        trainer_config, request_callback=lambda kind, payload: secret(5), **given("trainer")
     )
     learner.register_data_store("name-of-a-store", ReplayBuffer(100))
     with robot.serving(), policy.serving(), learner.serving():
@@ -109,19 +113,22 @@ def use(transport: str, keys: str) -> None:
     from edgeml import ActionClient, InferenceClient, RemoteError, TrainerClient
     from edgeml.data import QueuedDataStore
 
-    config, trainer_config = configs(transport)
-    given: Any = {"credentials": keys or None, "timeout": 10}
+    def given(service: str) -> Any:
+        at = url(service, transport, HERE)
+        return {"url": at, "credentials": keys or None, "timeout": 10}
+
+    config, trainer_config = configs()
     arrived: SimpleQueue[Any] = SimpleQueue()
 
     def same(got: Any, number: int) -> None:
         assert np.array_equal(got, secret(number)), number
 
-    with ActionClient(HERE, config=config, **given) as robot:
+    with ActionClient(config=config, **given("action")) as robot:
         same(robot.obs()["key-of-an-observation"], 1)
         same(robot.act("key-of-an-action", {"by": secret(8)})["key-of-a-payload"], 2)
         robot.register_obs_callback(arrived.put)
         same(arrived.get(timeout=10)["key-of-an-observation"], 6)
-    with InferenceClient(HERE, PORTS["inference"], transport=transport, **given) as policy:
+    with InferenceClient(**given("inference")) as policy:
         got = policy.call("name-of-an-interface", {"key-of-a-payload": [secret(9), secret(10)]})
         same(got["key-of-a-payload"][0], 3)
         same(got["key-of-a-payload"][1], 4)
@@ -133,11 +140,10 @@ def use(transport: str, keys: str) -> None:
     stores: Any = {"name-of-a-store": store}
     actor = TrainerClient(
         "name-of-an-actor",
-        HERE,
-        trainer_config,
+        config=trainer_config,
         data_stores=stores,
         client_id="id-of-a-client",
-        **given,
+        **given("trainer"),
     )
     with actor:
         actor.recv_network_callback(weights.put)
