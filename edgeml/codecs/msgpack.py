@@ -690,6 +690,8 @@ class _Reader:
 
     def ext(self, code: int, data: memoryview) -> Any:
         if code <= _SCALAR:
+            if code < _ARRAY:
+                raise Malformed(f"unknown ext {code}")
             return self.array(code, data)
         if code == _BYTES:
             return bytes(self.take(data))

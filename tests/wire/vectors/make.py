@@ -332,6 +332,8 @@ def codecs() -> Vector:
         "a key that is nil": (b"\x81\xc0\x01",),
         "an unknown ext": (ext(14, b""),),
         "a negative ext": (ext(-2, b"ab"),),
+        "an array in a negative ext": (ext(-2, descriptor("uint8", 1) + b"\1"),),
+        "an array in ext 0": (ext(0, descriptor("uint8", 1) + b"\1"),),
         "nested 33 deep": (nested,),
         "tuples nested 33 deep": (_nested_tuples(33),),
         "a buffer that is not there": (array,),
