@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 from typing import Any
 
@@ -22,6 +23,10 @@ class Left(SystemExit):
 
 
 _log = logging.getLogger(__name__)
+
+_CALM = 1.0  # seconds after which a failure counts as the first of a row
+_FEW = 3  # failures in a row; from then on there is a pause after each
+_PAUSE = 0.05
 
 Stay = Callable[[], bool]
 """Says whether to go on; asked before each round."""
@@ -61,14 +66,17 @@ class Carrier:
         self._in_round = False  # whether a visitor is in a round, or away
         self._visitors = 0  # who wait for the loop
         self._over = False
+        self._failures = 0  # of rounds, in a row
+        self._failed_at = 0.0
         self._ended = False  # and what is done at the end is done
 
     def start(self) -> None:
         """Run the loop in its own thread, from now on."""
         with self.turn:
             if self._thread is None and not self._over:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()  # raises RuntimeError where there can be no more threads
+                self._thread = thread
 
     @property
     def over(self) -> bool:
@@ -90,24 +98,51 @@ class Carrier:
         me = get_ident()
         over = False
         while not over:
-            with self._changed:
-                self._own = me
-                while (self._carrying or self._visitors) and not self._over:
-                    self._changed.wait()
-                if self._over:
-                    return
-                self._carrying = me
             try:
+                if not self._wait_alone(me):
+                    return
                 over = self._rounds(self._is_alone)
             except Left:
                 return
             except BaseException:
-                _log.exception("%s: the loop failed, and goes on", self._name)
+                with suppress(BaseException):  # there may be no memory even to tell it
+                    self._fail()
+                continue
             with self._changed:
                 self._carrying = 0
                 self._over = over
                 self._changed.notify_all()
         self._finish()
+
+    def _wait_alone(self, me: int) -> bool:
+        """Take the loop once nobody else has it or wants it; False if it is over."""
+        with self._changed:
+            if self._carrying == me:  # since rounds failed
+                self._carrying = 0
+                self._changed.notify_all()
+            self._own = me
+            while (self._carrying or self._visitors) and not self._over:
+                self._changed.wait()
+            if not self._over:
+                self._carrying = me
+            return not self._over
+
+    def _fail(self) -> None:
+        """Tell that rounds failed; pause where they do nothing else, so that no core is kept busy.
+
+        They go on all the same: memory may be had again, or open files.
+        """
+        now = time.monotonic()
+        if now - self._failed_at > _CALM:
+            self._failures = 0
+        self._failures += 1
+        self._failed_at = now
+        if not self._failures & (self._failures - 1):
+            _log.exception(
+                "%s: the loop failed, and goes on (%d in a row)", self._name, self._failures
+            )
+        if self._failures > _FEW:
+            time.sleep(_PAUSE)
 
     def hand_over(self, take: Callable[..., object], *arguments: Any) -> None:
         """Call what takes requests, within a round; it may raise, but for Ctrl-C in a visitor."""
@@ -136,7 +171,8 @@ class Carrier:
                 self._in_round = True
             over = self._rounds(stay)
         except Exception:
-            _log.exception("%s: the loop failed, and goes on", self._name)
+            with suppress(Exception):
+                self._fail()
         finally:
             with self.turn:
                 if self._carrying == me:
@@ -198,9 +234,13 @@ class Carrier:
         """
         with self._changed:
             if self._carrying == self._own and not self._over:
+                stuck, self._thread = self._thread, None
                 self._carrying = 0
-                self._thread = None
-                self.start()
+                try:
+                    self.start()
+                except RuntimeError:  # without a thread it waits for the one that is stuck
+                    self._carrying, self._thread = self._own, stuck
+                    _log.exception("%s: the loop waits for a callback to return", self._name)
 
     def rouse(self) -> None:
         """Have the loop take up what it was given, by its own thread if its carrier is away."""

@@ -299,6 +299,65 @@ def test_whatever_a_round_raises_in_its_own_thread_the_loop_goes_on(loop, caplog
     assert "edgeml test loop: the loop failed, and goes on" in caplog.text
 
 
+def test_a_loop_goes_on_where_there_is_no_memory_to_say_that_it_failed(loop, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edgeml.core.carrier._log.exception", fail)
+        for _ in range(3):
+            loop.do(fail).get(timeout=PATIENCE)
+    assert loop.do().get(timeout=PATIENCE).name == "edgeml test loop"
+
+
+@pytest.mark.parametrize("visited", [False, True])
+def test_a_loop_whose_rounds_all_fail_keeps_no_core_busy_and_goes_on_when_they_can(
+    monkeypatch, caplog, visited
+):
+    """As at the limit of open files."""
+    tried = []
+    broken = threading.Event()
+    broken.set()
+    over = threading.Event()
+
+    def rounds(stay):
+        tried.append(1)
+        if broken.is_set():
+            raise OSError(24, "Too many open files")
+        over.wait(PATIENCE)
+        return True
+
+    carrier = Carrier("edgeml broken loop", rounds, over.set, lambda: None)
+    carrier.start()
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        if visited:
+            carrier.carry(lambda: time.monotonic() < deadline)
+        else:
+            threading.Event().wait(0.1)
+    assert 3 < len(tried) < 50
+    assert 2 <= caplog.text.count("the loop failed, and goes on") < 8
+    broken.clear()
+    over.set()
+    carrier.relieve()
+    assert carrier.wait(PATIENCE)
+
+
+def test_a_loop_that_can_have_no_other_thread_stays_with_the_one_that_is_stuck(loop, monkeypatch):
+    """Which cannot be helped; but it goes on as soon as that is free."""
+
+    def no_more_threads(thread):
+        raise RuntimeError("can't start new thread")
+
+    def strand():
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", no_more_threads)
+            loop.carrier.strand()
+
+    first = loop.do(strand).get(timeout=PATIENCE)
+    assert loop.do().get(timeout=PATIENCE) is first
+
+
 def test_an_error_in_a_visitors_round_is_logged_as_in_the_loops_own_thread(loop, caplog):
     with Visitor(loop) as visitor:
         loop.do(lambda: fail(OSError("no memory"))).get(timeout=PATIENCE)
