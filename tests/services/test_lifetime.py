@@ -15,6 +15,7 @@ from edgeml import (
     ActionServer,
     InferenceClient,
     InferenceServer,
+    PermissionDenied,
     TrainerClient,
     TrainerConfig,
     TrainerServer,
@@ -162,6 +163,28 @@ def test_a_server_tells_where_others_reach_it():
             assert client.interfaces() == []
 
 
-def test_credentials_let_nobody_run_code_from_afar():
-    with pytest.raises((PermissionError, ValueError)):
-        InferenceServer(0, "0.0.0.0", codecs=["cloudpickle"], credentials=object())
+@pytest.mark.parametrize("given", [object(), False, {}])
+def test_what_is_no_credentials_lets_nobody_run_code_from_afar(given):
+    with pytest.raises(TypeError, match="edgeml keygen"):
+        InferenceServer(0, "0.0.0.0", codecs=["cloudpickle"], credentials=given)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "ws", "zmq"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"port_num": 0, "host": "", "transport": "{}"},
+        *({"url": f"{{}}://{at}"} for at in ("0.0.0.0:0", "0.0.0.0:0/x", "[::]:0", "[::]:0/x")),
+    ],
+    ids=lambda where: where.get("url", "no host"),
+)
+def test_no_spelling_of_an_address_lets_everybody_run_code(transport, where):
+    """It is what was bound that decides."""
+    where = {k: v.format(transport) if isinstance(v, str) else v for k, v in where.items()}
+
+    def serve():
+        with InferenceServer(**where, codecs=["cloudpickle"]) as server:
+            server.start(threaded=True)
+
+    with pytest.raises((PermissionDenied, ValueError)):
+        serve()

@@ -88,6 +88,7 @@ def test_a_program_that_is_told_to_end_sends_what_it_holds(transport, number):
 def test_it_goes_the_way_that_it_goes_for_ctrl_c():
     after = """
 try:
+    print("waiting", flush=True)
     time.sleep(60)
 except KeyboardInterrupt as error:
     print(error)
@@ -96,7 +97,7 @@ finally:
 """
     program = actor_program(after=after)
     with learner("zmq") as server, process(program, server.url) as running:
-        assert running.line() == "ready"
+        assert [running.line(), running.line()] == ["ready", "waiting"]
         running.signal(signal.SIGTERM)
         assert [running.line(), running.line()] == ["SIGTERM", "finally"]
         assert running.end() == (0, "")

@@ -400,9 +400,13 @@ def test_calls_that_wait_are_counted_bounded_and_refused_at_the_end():
         policy.held = True
         first = ask(dispatcher, 0)
         policy.entered.get(timeout=PATIENCE)
-        waiting = [ask(dispatcher, n, caller=caller_named(str(n % 7))) for n in range(4096)]
-        assert dispatcher.waiting == 4096
-        with pytest.raises(Overloaded, match="calls waiting already: 4096"):
+        greedy = [ask(dispatcher, n, caller=caller_named("greedy")) for n in range(4096)]
+        with pytest.raises(Overloaded, match=r"calls waiting already: 4096, .* of this client"):
+            ask(dispatcher, 1, caller=caller_named("greedy")).result(PATIENCE)
+        others = [ask(dispatcher, n, caller=caller_named(str(n % 7))) for n in range(3 * 4096)]
+        waiting = [*greedy, *others]
+        assert dispatcher.waiting == len(waiting) == 1 << 14
+        with pytest.raises(Overloaded, match=r"calls waiting already: 16384, .* of all clients"):
             ask(dispatcher, 1).result(PATIENCE)
         closing = threading.Thread(target=dispatcher.close)
         closing.start()
