@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +25,7 @@ import zmq
 import edgeml
 from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Overloaded, Unreachable
 from edgeml.core import Message, Url, load_transport, wire
+from edgeml.core.security import Credentials, CurveKeys
 from pairs import process, run_fresh, threads, took
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
@@ -38,23 +40,39 @@ class Server:
 
     PROGRAM = """
         import sys, time, edgeml
-        with edgeml.InferenceServer(0, transport="zmq") as server:
+        from edgeml.core.security import ClientKey, Credentials, CurveKeys, Keyring
+        keys = None
+        if sys.argv[1:]:
+            public, secret, client = sys.argv[1:]
+            ring = Keyring([ClientKey("client", curve=client)])
+            keys = Credentials(curve=CurveKeys(public, secret), clients=ring)
+        with edgeml.InferenceServer(0, transport="zmq", credentials=keys) as server:
             server.register_interface("echo", lambda payload: payload)
             server.start(threaded=True)
             print(server.port, flush=True)
             sys.stdin.read()
     """
 
-    def __init__(self):
+    def __init__(self, secured: bool = False):
+        arguments = []
+        self.credentials = None
+        if secured:
+            ours, theirs = ([k.decode() for k in zmq.curve_keypair()] for _ in range(2))
+            self.credentials = Credentials(
+                name="client", curve=CurveKeys(*theirs), curve_server=ours[0]
+            )
+            arguments = [*ours, theirs[0]]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(self.PROGRAM)],
+            [sys.executable, "-c", textwrap.dedent(self.PROGRAM), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         self.port = int(self.process.stdout.readline())
 
     def client(self, **kwargs) -> InferenceClient:
-        return InferenceClient("127.0.0.1", self.port, "zmq", **kwargs)
+        return InferenceClient(
+            "127.0.0.1", self.port, "zmq", credentials=self.credentials, **kwargs
+        )
 
     def resident(self) -> int:
         """Bytes of memory in use."""
@@ -151,6 +169,78 @@ def garbage(rng: random.Random, session: bytes) -> list[bytes]:
     number = struct.pack("<Q", rng.getrandbits(64))
     buffers = [rng.randbytes(rng.randrange(100)) for _ in range(rng.choice((0, 0, 1, 5)))]
     return [number + bytes(header), *buffers]
+
+
+GREETINGS = (
+    b"",
+    GREETING,
+    GREETING.replace(b"NULL\0", b"CURVE"),
+    GREETING + READY,
+    b"\xff" + bytes(7) + b"\x01\x7f\x01\x05\0\0",  # ZMTP 2.0
+    b"GET / HTTP/1.1\r\nHost: robot\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"SSH-2.0-OpenSSH_9.6\r\n",
+    b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03",  # TLS
+)
+
+
+def babble(rng: random.Random) -> bytes:
+    """What somebody says who is no client: a greeting, whole or not, and messages, or noise."""
+    said = bytearray(rng.choice(GREETINGS))
+    for _ in range(rng.choice((0, 0, 0, 1, 3))):
+        if said:
+            said[rng.randrange(len(said))] = rng.randrange(256)
+    if rng.random() < 0.2:
+        del said[rng.randrange(len(said) + 1) :]
+    for part in garbage(rng, b""):
+        said += b"\x02" + struct.pack(">Q", len(part)) + part if rng.random() < 0.8 else part
+    return bytes(said)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "curve"])
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_the_good_are_answered_within_a_second_beside_thousands_who_babble(rng, count, secured):
+    """And the server's memory stays as it was."""
+    server = Server(secured)
+    slowest = 0.0
+    over = threading.Event()
+
+    def ask() -> None:
+        nonlocal slowest
+        with server.client() as client:
+            while not over.is_set():
+                began = time.monotonic()
+                assert client.call("echo", "good", 5.0) == "good"
+                slowest = max(slowest, time.monotonic() - began)
+                over.wait(0.01)
+
+    held: deque[socket.socket] = deque()  # who say no more, and stay
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            good = pool.submit(ask)
+            try:
+                for number in range(count):
+                    peer = socket.create_connection(("127.0.0.1", server.port), 5.0)
+                    with contextlib.suppress(OSError):
+                        peer.sendall(babble(rng))
+                    held.append(peer)
+                    if len(held) > 200 or rng.random() < 0.5:
+                        held.popleft().close()
+                    if number == count // 2:
+                        before = server.resident() if sys.platform == "linux" else 0
+            finally:
+                over.set()
+            good.result(10.0)
+        assert slowest < 1.0
+        if sys.platform == "linux":
+            assert server.resident() - before < 16 << 20
+        with server.client() as stranger:
+            assert stranger.call("echo", "new") == "new"
+    finally:
+        for peer in held:
+            peer.close()
+        server.end()
 
 
 def test_random_messages_do_no_harm(server, unharmed, rng):

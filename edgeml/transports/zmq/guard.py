@@ -55,6 +55,8 @@ _TICK = 0.25  # seconds between two looks at those that are connected
 _SPARE = 8  # descriptors that are kept for when there are no others
 _MOST_TOLD = 1000  # addresses and reasons that have been logged
 _UNSEEN = 1 << 16  # bytes of a message that may lie about: of handshakes, say, which nobody counts
+_HANDSHAKE = 64 + 27  # bytes that one takes at least: a greeting, and READY
+_CURVE_HANDSHAKE = 64 + 202 + 259  # a greeting, HELLO, and INITIATE, which takes a key
 _TCP_INFO = struct.Struct("=52xI72xQ")  # of Linux: tcpi_last_data_recv (ms), tcpi_bytes_received
 
 
@@ -68,18 +70,20 @@ class Remote:
         key: that it has shown, in Z85; empty without keys.
         taken: bytes, as they came over TCP, of all messages that the loop has taken from it.
         sent: bytes of all replies given to libzmq.
+        written: how many of them libzmq has written for sure; the others may be unread.
+        marked: how many of them there were when the last one was marked.
     """
 
     __slots__ = (
-        "_marked",
         "_marks",
-        "_written",
         "descriptor",
         "key",
+        "marked",
         "peer",
         "routing_id",
         "sent",
         "taken",
+        "written",
     )
 
     def __init__(self, routing_id: bytes, peer: Peer, descriptor: int, key: str) -> None:
@@ -89,18 +93,9 @@ class Remote:
         self.key = key
         self.taken: float = 0
         self.sent = 0
-        self._written = 0
-        self._marked = 0
+        self.written = 0
+        self.marked = 0
         self._marks: deque[_Mark] = deque()
-
-    @property
-    def unread(self) -> int:
-        """Bytes of replies that libzmq may still have; at times a little more than it has."""
-        return self.sent - self._written
-
-    def mark_due(self, step: int) -> bool:
-        """Whether so many bytes were sent since the last frame that tells of its end."""
-        return self.sent - self._marked >= step
 
     def mark(self, view: memoryview) -> None:
         """Have the end of this view tell that all that was sent until now has been written.
@@ -108,12 +103,12 @@ class Remote:
         It is the last frame of a message, sent from where it lies: libzmq lets go of it when it has
         written it, and all before it.
         """
-        self._marked = self.sent
+        self.marked = self.sent
         self._marks.append(_Mark(view, self))
 
-    def written(self, mark: _Mark) -> None:
+    def reach(self, mark: _Mark) -> None:
         """Take notice that libzmq has written what was sent until this mark."""
-        self._written = max(self._written, mark.sent)
+        self.written = max(self.written, mark.sent)
         with suppress(IndexError):
             while self._marks.popleft() is not mark:
                 pass
@@ -134,7 +129,7 @@ class _Mark(weakref.ref[memoryview]):
 
 
 def _tell(mark: Any) -> None:
-    mark.remote.written(mark)
+    mark.remote.reach(mark)
 
 
 class _Link:
@@ -182,6 +177,7 @@ class Guard:
         self._count = count
         self._forget = forget
         self._links: dict[int, _Link] = {}
+        self._unmet: dict[int, _Link] = {}  # those that may not have shaken hands yet
         self._hosts: Counter[str] = Counter()
         self._spoke: deque[Remote] = deque()
         self._failed: int | None = None  # what was said of the handshake that ends next
@@ -288,33 +284,46 @@ class Guard:
             with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
                 link = _Link(sock.getpeername())
         self._end(descriptor)  # of which nothing was told
-        self._links[descriptor] = link
+        self._links[descriptor] = self._unmet[descriptor] = link
         self._hosts[link.host] += 1
         if self._hosts[link.host] > self._limits.connections_per_address:
-            self._make_room(
-                descriptor,
-                link.host,
-                f"it has {self._limits.connections_per_address} connections already",
-            )
+            most = self._limits.connections_per_address
+            self._make_room(link.host, f"it has {most} connections already")
         elif full:
-            host = self._hosts.most_common(1)[0][0]
-            self._make_room(
-                descriptor, host, f"this process has no files left{what_to_do(errno.EMFILE)}"
-            )
+            why = f"this process has no files left{what_to_do(errno.EMFILE)}"
+            self._make_room(self._hosts.most_common(1)[0][0], why)
 
-    def _make_room(self, newest: int, host: str, why: str) -> None:
-        """End the oldest connection from a host that has said nothing, or the newest of all."""
-        self._note_who_spoke()
-        silent = (
-            descriptor
-            for descriptor, link in self._links.items()  # the oldest first
-            if link.host == host and link.remote is None and not link.told
-        )
-        self._cut(next(silent, newest), "Overloaded", why)
+    def _make_room(self, host: str, why: str) -> None:
+        """End the oldest connection from a host that has not shaken hands, or else its newest."""
+        victim = None
+        met = []
+        for descriptor, link in self._unmet.items():  # the oldest first
+            if self._has_met(descriptor, link):
+                met.append(descriptor)
+            elif link.host == host and not link.told:
+                victim = descriptor
+                break
+        for descriptor in met:
+            del self._unmet[descriptor]
+        if victim is None:
+            newest = reversed(self._links.items())
+            of_host = (each for each, link in newest if link.host == host and not link.told)
+            victim = next(of_host, None)
+        if victim is not None:
+            self._cut(victim, "Overloaded", why)
+
+    def _has_met(self, descriptor: int, link: _Link) -> bool:
+        """Whether enough has come over a connection for a handshake; libzmq tells of no one's."""
+        if link.remote is not None or sys.platform != "linux":
+            return True
+        with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
+            return _ask(sock)[1] >= (_HANDSHAKE if self._keyring is None else _CURVE_HANDSHAKE)
+        return True  # it has gone
 
     def _end(self, descriptor: int) -> None:
         failed, self._failed = self._failed, None
         link = self._links.pop(descriptor, None)
+        self._unmet.pop(descriptor, None)
         name, since = "somebody who has gone", math.inf
         if link is not None:
             name, since = link.name, link.since
@@ -331,7 +340,7 @@ class Guard:
             self._refuse("PermissionDenied", name, "it has the key of another server")
         elif failed:
             self._refuse("Malformed", name, "its handshake is not this server's")
-        elif failed == 0 and time.monotonic() - since >= self._limits.handshake:
+        elif failed == 0 and time.monotonic() - since >= 0.9 * self._limits.handshake:
             self._refuse("HandshakeTimeout", name, "its handshake took too long")
 
     # Who is connected --------------------------------------------------------------------
@@ -378,9 +387,7 @@ class Guard:
             if link.told:
                 continue
             with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
-                idle, received = _TCP_INFO.unpack(
-                    sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-                )
+                idle, received = _ask(sock)
                 taken = 0 if link.remote is None else link.remote.taken
                 before, link.seen = link.seen, (received, taken)
                 under_way = received - taken
@@ -481,6 +488,13 @@ def _shut(descriptor: int, address: tuple[Any, ...]) -> None:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
                 end(sock)
+
+
+def _ask(sock: socket.socket) -> tuple[int, int]:
+    """Ask Linux how long ago a connection's last byte came, in ms, and how many have."""
+    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    idle, received = _TCP_INFO.unpack(told)
+    return idle, received
 
 
 def _waiting(sock: socket.socket) -> bool:

@@ -58,7 +58,7 @@ _MOST_AT_ONCE = 64  # messages that are received before a handler runs again
 _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)  # a plain int: enum flags cost a microsecond
 
 
-_STEP = 1 << 22  # bytes of replies of which one tells when it has been written
+_STEP = 1 << 23  # bytes of replies of which one tells when it has been written
 _SEALED = 33  # bytes that CURVE adds to each frame
 _KEPT = 1 << 16  # bytes of a first frame that is kept until its reply has been given
 
@@ -194,8 +194,9 @@ class Listener(Endpoint):
             head, number, message = receive(self._router, self._most_buffers)
             if remote is None:
                 remote = self._meet(routing_id, head)
-            size = size_on_wire(message, self._sealed) + len(number)
-            remote.taken += size
+                if remote is None:
+                    return
+            remote.taken += size_on_wire(number, message, self._sealed)
         except BaseException:
             if remote is not None:
                 remote.taken = math.inf  # it is not known any more
@@ -203,7 +204,7 @@ class Listener(Endpoint):
         if self.secured and remote.peer.identity is None:
             self.count("PermissionDenied")  # it was revoked just now
         elif len(number) < NUMBER.size or (
-            size > self._most_bytes and message.nbytes > self._most_bytes
+            message.buffers and message.nbytes > self._most_bytes  # one frame is never
         ):
             self.count("Malformed")
             _log.debug("%s: no message of ours from %s", self.url, remote.peer.address)
@@ -211,31 +212,45 @@ class Listener(Endpoint):
             reply = _Reply(self, remote, number, head)
             self._carrier.hand_over(self._on_request, message, reply)
 
-    def _meet(self, routing_id: bytes, head: zmq.Frame) -> Remote:
-        """Get to know who sends a first message."""
+    def _meet(self, routing_id: bytes, head: zmq.Frame) -> Remote | None:
+        """Get to know who sends a first message; None if it had gone before it was looked at."""
+        try:
+            host = str(head.get("Peer-Address")).removeprefix("::ffff:")
+            descriptor = int(head.get(zmq.SRCFD))
+            # ZAP's, which a peer's own property of that name doesn't replace.
+            key = str(head.get("User-Id")) if self._keyring is not None else ""
+        except zmq.ZMQError:
+            return None
         try:
             who = str(head.get(WHO))[:64]
         except zmq.ZMQError:  # no client of ours
             who = routing_id.hex()
-        host = str(head.get("Peer-Address")).removeprefix("::ffff:")
-        key, identity = "", None
+        identity = None
         if self._keyring is not None:
-            key = str(head.get("User-Id"))  # ZAP's, which a peer's own doesn't replace
             with suppress(PermissionDenied):
                 identity = self._keyring.by_curve(key).name
-        peer = Peer(who, f"zmq://{host}", host, identity)
-        remote = Remote(routing_id, peer, int(head.get(zmq.SRCFD)), key)
+        remote = Remote(routing_id, Peer(who, f"zmq://{host}", host, identity), descriptor, key)
         self._remotes[routing_id] = remote
         self._guard.meet(remote)
         return remote
 
     def identify(self, remote: Remote, head: zmq.Frame) -> Peer:
-        """Return who sent a frame, which need not be who had this routing id before."""
-        if head.get(zmq.SRCFD) != remote.descriptor or (
-            self._keyring is not None and head.get("User-Id") != remote.key
-        ):
-            remote = self._meet(remote.routing_id, head)
-        return remote.peer
+        """Return who sent a frame, which need not be who had this routing id before.
+
+        Raises:
+            PermissionDenied: its key has just been revoked, or it has gone.
+        """
+        try:
+            if head.get(zmq.SRCFD) == remote.descriptor and (
+                self._keyring is None or head.get("User-Id") == remote.key
+            ):
+                return remote.peer
+        except zmq.ZMQError:
+            pass
+        met = self._meet(remote.routing_id, head)
+        if met is None or (self.secured and met.peer.identity is None):
+            raise PermissionDenied("who sent this has gone, or has no key any more")
+        return met.peer
 
     def _forget(self, remote: Remote) -> None:
         if self._remotes.get(remote.routing_id) is remote:
@@ -276,21 +291,23 @@ class Listener(Endpoint):
 
     def _send(self, remote: Remote, number: bytes, message: Message) -> None:
         try:
-            size = message.nbytes + NUMBER.size
-            unread = remote.unread
-            if unread and unread + size > self._most_unread:
+            size = NUMBER.size + (message.nbytes if message.buffers else len(message.header))
+            sent = remote.sent + size
+            if sent - remote.written > self._most_unread and remote.written < remote.sent:
                 self._drop(remote, number)
                 return
             # Small buffers are copied by zmq as they are sent; large ones must be ours.
             if message.buffers and max(map(len, message.buffers)) >= ZERO_COPY:
                 message = own(message)
             self._router.send(remote.routing_id, _MORE_NOW)
-            remote.sent += size
-            mark = remote.mark if remote.mark_due(self._step) else None
+            remote.sent = sent
+            mark = remote.mark if sent - remote.marked >= self._step else None
             send(self._router, number, message, mark=mark)
         except zmq.ZMQError as error:
             with self._carrier.turn:
                 self.dropped += 1
+            if error.errno == zmq.EAGAIN:  # too many unread ones, rather than nobody there
+                self.count("Overloaded")
             _log.debug("%s: a reply to %s is dropped: %s", self.url, remote.peer.address, error)
         except BaseException:  # Ctrl-C: what comes next must not be taken for the rest of this
             with suppress(zmq.ZMQError):
@@ -306,7 +323,7 @@ class Listener(Endpoint):
             "%s: %s has %d bytes unread; a reply to it is dropped",
             self.url,
             remote.peer.address,
-            remote.unread,
+            remote.sent - remote.written,
         )
         self._router.send(remote.routing_id, _MORE_NOW)
         self._router.send(DROPPED, zmq.SNDMORE)

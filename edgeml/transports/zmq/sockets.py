@@ -15,7 +15,7 @@ from typing import Any
 import zmq
 import zmq.utils.garbage  # registers with atexit what is to come after our own
 
-from edgeml.core import Message, NotEncodable
+from edgeml.core import Message, NotEncodable, own
 from edgeml.core.forks import leave_to_parent, watch_forks
 
 __all__ = [
@@ -59,6 +59,7 @@ MOST_BUFFERS = 1 << 14
 DROPPED = b""
 """The first frame of what tells that a reply was dropped; the other one is the request's number."""
 
+_SURPLUS = b"\xff"  # no number, as it is too short for one
 _LARGEST_SHORT = 255  # bytes of a frame whose size takes one
 _MORE = int(zmq.SNDMORE)  # a plain int: enum flags cost a microsecond to combine
 
@@ -165,7 +166,7 @@ def send(
         flags = 0 if index == last else _MORE
         if mark is not None and not flags:
             # What is small is the caller's to change, once this has returned.
-            _send_marked(line, bytes(buffer) if buffer.nbytes < ZERO_COPY else buffer, mark)
+            _send_marked(line, own(Message(b"", [buffer])).buffers[0], mark)
         elif buffer.nbytes < ZERO_COPY or _exiting:
             line.send(buffer, flags)
         else:
@@ -192,9 +193,9 @@ def _send_marked(
     line.send(data)
 
 
-def size_on_wire(message: Message, extra: int) -> int:
-    """Bytes that it takes up on a connection where each frame has so many bytes more."""
-    size = len(message.header) + extra
+def size_on_wire(number: bytes, message: Message, extra: int) -> int:
+    """Bytes that a message takes up on a connection where each frame has so many bytes more."""
+    size = len(number) + len(message.header) + extra
     total = size + (9 if size > _LARGEST_SHORT else 2)
     for buffer in message.buffers:
         size = buffer.nbytes + extra
@@ -222,6 +223,6 @@ def receive(line: zmq.Socket[bytes], most: int = MOST_BUFFERS) -> tuple[zmq.Fram
         else:
             surplus = True
     if surplus:
-        return head, b"", Message(b"")
+        return head, _SURPLUS, Message(b"")
     whole = head.bytes if len(head) < ZERO_COPY else head.buffer  # which no copy is made of
     return head, bytes(whole[: NUMBER.size]), Message(bytes(whole[NUMBER.size :]), buffers)
