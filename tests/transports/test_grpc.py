@@ -508,6 +508,115 @@ def test_what_one_client_and_one_host_send_at_a_time_is_bounded(assemblies):
             stranger.channel.close()
 
 
+class HalfSender:
+    """Speaks HTTP/2 by hand: requests on many streams, none of which it ever finishes."""
+
+    DATA, HEADERS, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 4, 6, 8
+    ACK, END_HEADERS = 1, 4
+
+    def __init__(self, port: int, method: str, streams: int):
+        self.sock = socket.create_connection(("127.0.0.1", port), 5.0)
+        self.received = b""
+        self.sent = dict.fromkeys(range(1, 2 * streams, 2), 0)
+        self.windows = dict.fromkeys((0, *self.sent), 65_535)
+        self.first_window = 65_535
+        self.sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        self.send(self.SETTINGS, 0, 0, b"")
+        fields = {":path": method, ":authority": "x", "content-type": "application/grpc"}
+        headers = b"\x83\x86"  # a POST, over http
+        for name, value in (fields | {"te": "trailers"}).items():
+            headers += b"\0" + bytes([len(name)]) + name.encode()
+            headers += bytes([len(value)]) + value.encode()
+        for stream in self.sent:
+            self.send(self.HEADERS, self.END_HEADERS, stream, headers)
+
+    def send(self, kind: int, flags: int, stream: int, content: bytes) -> None:
+        head = len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+        self.sock.sendall(head + content)
+
+    def listen(self) -> None:
+        """Take what windows there are."""
+        self.sock.settimeout(0.05)
+        with contextlib.suppress(TimeoutError):
+            data = self.sock.recv(1 << 16)
+            if not data:
+                raise ConnectionResetError
+            self.received += data
+        self.sock.settimeout(5.0)
+        while len(self.received) >= (end := 9 + int.from_bytes(self.received[:3], "big")):
+            frame, self.received = self.received[:end], self.received[end:]
+            kind, flags = frame[3:5]
+            stream, content = int.from_bytes(frame[5:9], "big"), frame[9:]
+            if kind == self.WINDOW_UPDATE:
+                self.windows[stream] += int.from_bytes(content, "big")
+            elif kind == self.PING and not flags:
+                self.send(self.PING, self.ACK, 0, content)
+            elif kind == self.SETTINGS and not flags:
+                for key, value in struct.iter_unpack(">HI", content):
+                    if key == 4:
+                        for stream in self.sent:
+                            self.windows[stream] += value - self.first_window
+                        self.first_window = value
+                self.send(self.SETTINGS, self.ACK, 0, b"")
+
+    def flood(self) -> int:
+        """Send all but the end of 4 MB on each stream until cut off; returns what was sent."""
+        most = LIMIT - 1000
+        with contextlib.suppress(OSError):
+            while any(sent < most for sent in self.sent.values()):
+                self.listen()
+                for stream, sent in self.sent.items():
+                    size = min(self.windows[0], self.windows[stream], most - sent, 16_000)
+                    if size < 5:
+                        continue
+                    begin = b"" if sent else b"\0" + LIMIT.to_bytes(4, "big")
+                    self.send(self.DATA, 0, stream, begin + bytes(size - len(begin)))
+                    self.sent[stream] += size
+                    self.windows[stream] -= size
+                    self.windows[0] -= size
+        self.sock.close()
+        return sum(self.sent.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for what a connection received")
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(f"/edgeml.Transport/{name}" for name in ("Connect", "Request", "Stream", "Fetch")),
+        *(f"/grpc.health.v1.Health/{name}" for name in ("Check", "List", "Watch")),
+    ],
+)
+def test_requests_that_are_half_sent_are_bounded_for_each_connection(method):
+    """gRPC itself holds 4 MB of each, of as many as there are: 2 GB a second."""
+    limits = Limits(bytes_per_client=1 << 20)
+    with (
+        transport.serve(ANYWHERE, lambda message, reply: reply(message), limits=limits) as served,
+        transport.connect(served.url, 5.0) as good,
+    ):
+        sender = HalfSender(served.url.port, method, streams=200)
+        flooding = ThreadPoolExecutor(1).submit(sender.flood)
+        while not flooding.done():
+            with took(at_most=1.0):
+                assert good.call(Message(b"x"), 5.0).header == b"x"
+        assert flooding.result() < 600 << 20
+        wait_until(lambda: served.counts["Overloaded"] == 1)
+        wait_until(lambda: len(served._sockets._flows) <= 1)
+
+
+def test_a_busy_client_is_not_taken_for_one_that_sends_by_halves():
+    """What is half sent is small however much there is of it."""
+    limits = Limits(bytes_per_client=1 << 20)
+    message = Message(b"x", [memoryview(bytes(1 << 20))])
+    with (
+        transport.serve(ANYWHERE, lambda message, reply: reply(Message(b"y")), limits=limits) as s,
+        transport.connect(s.url, 5.0) as one,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        calls = [pool.submit(one.call, message, 20.0) for _ in range(200)]
+        assert all(call.result().header == b"y" for call in calls)
+        assert not s.counts
+
+
 def test_a_stream_that_stalls_is_given_up_and_counted(assemblies):
     def half():
         yield PREFIX.pack(0, 10 << 20)

@@ -7,6 +7,7 @@ for the whole server, "", and for the service by its name; both are alike.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import IntEnum
 from typing import Any
 
@@ -32,9 +33,14 @@ class _Status(IntEnum):
 
 
 class Health:
-    """Tells that the server serves, until `end`. All of it runs in the server's loop."""
+    """Tells that the server serves, until `end`. All of it runs in the server's loop.
 
-    def __init__(self) -> None:
+    Args:
+        receive: gives the one message of a request.
+    """
+
+    def __init__(self, receive: Callable[[_Context], Awaitable[bytes]]) -> None:
+        self._receive = receive
         self._ended = asyncio.Event()
 
     def handler(self) -> Any:
@@ -42,9 +48,9 @@ class Health:
         return grpc.method_handlers_generic_handler(
             _HEALTH,
             {
-                "Check": grpc.unary_unary_rpc_method_handler(self._check),
-                "List": grpc.unary_unary_rpc_method_handler(self._list),
-                "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+                "Check": grpc.stream_unary_rpc_method_handler(self._check),
+                "List": grpc.stream_unary_rpc_method_handler(self._list),
+                "Watch": grpc.stream_stream_rpc_method_handler(self._watch),
             },
         )
 
@@ -57,8 +63,8 @@ class Health:
             return _Status.SERVICE_UNKNOWN
         return _Status.NOT_SERVING if self._ended.is_set() else _Status.SERVING
 
-    async def _check(self, data: bytes, context: _Context) -> bytes:
-        name = await _read_name(data, context)
+    async def _check(self, _: AsyncIterator[bytes], context: _Context) -> bytes:
+        name = await self._read_name(context)
         status = self._status(name)
         if status is _Status.SERVICE_UNKNOWN:
             known = ", ".join(map(repr, _NAMES))
@@ -67,27 +73,28 @@ class Health:
             )
         return _encode(status)
 
-    async def _list(self, data: bytes, context: _Context) -> bytes:
+    async def _list(self, _: AsyncIterator[bytes], context: _Context) -> bytes:
+        await self._receive(context)
         # A map from names to what `_check` answers.
         entries = [
             _field(1, name.encode()) + _field(2, _encode(self._status(name))) for name in _NAMES
         ]
         return b"".join(_field(1, entry) for entry in entries)
 
-    async def _watch(self, data: bytes, context: _Context) -> None:
-        name = await _read_name(data, context)
+    async def _watch(self, _: AsyncIterator[bytes], context: _Context) -> None:
+        name = await self._read_name(context)
         await context.write(_encode(self._status(name)))
         await self._ended.wait()
         if name in _NAMES:
             await context.write(_encode(self._status(name)))
 
-
-async def _read_name(data: bytes, context: _Context) -> str:
-    try:
-        return _decode_name(data)
-    except (Malformed, UnicodeDecodeError) as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no request about health: {error}")
-        raise  # which abort has done
+    async def _read_name(self, context: _Context) -> str:
+        try:
+            return _decode_name(await self._receive(context))
+        except (Malformed, UnicodeDecodeError) as error:
+            why = f"no request about health: {error}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
+            raise  # which abort has done
 
 
 def _decode_name(data: bytes) -> str:

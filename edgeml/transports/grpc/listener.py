@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 from urllib.parse import unquote
 
@@ -120,7 +120,7 @@ class Listener(Endpoint):
         self._clients = None if keys is None else Clients(keys[1])
         self._limits = limits
         self._refusals = Refusals(url, self.counts)
-        self._sockets = Sockets(limits, self._refusals, self.secured)
+        self._sockets = Sockets(self._later, limits, self._refusals, self.secured)
         self._incoming = Quota(limits.bytes_per_client, limits.bytes, "are on their way")
         self._unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
         self._on_request = on_request
@@ -147,13 +147,14 @@ class Listener(Endpoint):
             ("grpc.server_handshake_timeout_ms", int(1000 * self._limits.handshake)),
         ]
         server = aio.server(options=options)
+        # All of them take streams, since a unary method is told of when its request has come.
         handlers = {
-            "Connect": grpc.unary_unary_rpc_method_handler(self._connect),
-            "Request": grpc.unary_unary_rpc_method_handler(self._request),
+            "Connect": grpc.stream_unary_rpc_method_handler(self._connect),
+            "Request": grpc.stream_unary_rpc_method_handler(self._request),
             "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
-            "Fetch": grpc.unary_stream_rpc_method_handler(self._fetch),
+            "Fetch": grpc.stream_stream_rpc_method_handler(self._fetch),
         }
-        self._health = Health()
+        self._health = Health(self._receive)
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers), self._health.handler())
         )
@@ -173,21 +174,26 @@ class Listener(Endpoint):
         self._check_sockets()
         return server, tell_url(url, address, port)
 
+    def _later(self, seconds: float, function: Callable[..., object]) -> None:
+        self._loop.later(seconds, function)
+
     def _check_sockets(self) -> None:
         if not self._closed:
             self._loop.later(self._sockets.check(), self._check_sockets)
 
     # Requests, in the loop ----------------------------------------------------------------
 
-    async def _connect(self, data: bytes, context: _Context) -> bytes:
+    async def _connect(self, _: AsyncIterator[bytes], context: _Context) -> bytes:
         try:
+            await self._receive(context)
             self._identify(context)
         except EdgemlError as error:
             await self._abort(context, error)
         return PREFIX.pack(self._number, 0)
 
-    async def _request(self, data: bytes, context: _Context) -> bytes:
+    async def _request(self, _: AsyncIterator[bytes], context: _Context) -> bytes:
         try:
+            data = await self._receive(context)
             identity = self._identify(context)
             if len(data) < PREFIX.size:
                 raise Malformed("this is no request of edgeml: it has no prefix")
@@ -219,9 +225,11 @@ class Listener(Endpoint):
                 self._limits.message_bytes,
                 lambda size: incoming.append(self._incoming.take(peer, size)),
             )
-            while (piece := await self._read(context)) is not aio.EOF:
-                assembly.add(piece)
-                self._check(assembly.number)
+            with self._sockets.receiving(_read_address(context.peer())) as flow:
+                while (piece := await self._read(context)) is not aio.EOF:
+                    flow.given += len(piece)
+                    assembly.add(piece)
+                    self._check(assembly.number)
             for held in incoming:
                 held.release()  # from here on core counts it
             answer, unread = await self._answer(assembly.message(), context, identity)
@@ -241,6 +249,15 @@ class Listener(Endpoint):
             if unread is not None:
                 unread.release()
 
+    async def _receive(self, context: _Context) -> bytes:
+        """The one piece of a unary request; raises Malformed if there is none."""
+        with self._sockets.receiving(_read_address(context.peer())) as flow:
+            piece = await context.read()
+            if piece is aio.EOF:
+                raise Malformed("a request without a message")
+            flow.given += len(piece)
+            return bytes(piece)
+
     async def _read(self, context: _Context) -> Any:
         """The next piece of a stream; raises DeadlineExceeded if none comes for too long."""
         reading = asyncio.ensure_future(context.read())
@@ -256,8 +273,9 @@ class Listener(Endpoint):
             f"nothing has come for {self._limits.stall:g} s of a message that is half sent"
         )
 
-    async def _fetch(self, data: bytes, context: _Context) -> None:
+    async def _fetch(self, _: AsyncIterator[bytes], context: _Context) -> None:
         try:
+            data = await self._receive(context)
             self._identify(context)
             if len(data) != PREFIX.size:
                 raise Malformed("this is no fetch of edgeml")

@@ -3,16 +3,21 @@
 But its sockets are among this process's open files, and so is each peer's address. So connections
 beyond what one address may have are cut off, and with keys a connection that ends before anything
 was asked by it is known for one whose handshake failed.
+
+Nor does gRPC bound what it holds of requests that are half sent: 4 MB of each, and there may be
+thousands. But the system counts what each connection has received, and a server knows what it was
+given of that.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from edgeml.core.limits import Limits
@@ -27,18 +32,41 @@ _PERIOD = 1.0  # seconds between two checks, at least
 # What a look takes, 20 us for each file that the process has open, is a tenth of the time at most
 # while others shake hands, and a hundredth otherwise.
 _SPARE_HASTE, _SPARE = 10, 100
+_GLANCE = 0.1  # seconds between two looks at what is half sent, at least
+_ONE = 16 << 20  # bytes that one connection may have half sent, whatever the limits
+# Linux's struct tcp_info has tcpi_bytes_received there, since 4.1.
+_TCP_INFO, _RECEIVED, _RECEIVED_AT = 192, struct.Struct("=Q"), 128
+
+
+class _Flow:
+    """What has come over one connection."""
+
+    def __init__(self) -> None:
+        self.requests = 0  # that are being received
+        self.given = 0  # bytes of them that the server was given
+        self.before = 0  # bytes received when none was
 
 
 class Sockets:
     """Watches over the connections of one server.
 
     Args:
+        later: calls a function in so many seconds.
         limits: how many one address may have.
         refusals: where those that fail are counted.
         secured: whether each has to shake hands by keys.
     """
 
-    def __init__(self, limits: Limits, refusals: Refusals, secured: bool) -> None:
+    def __init__(
+        self,
+        later: Callable[..., object],
+        limits: Limits,
+        refusals: Refusals,
+        secured: bool,
+    ) -> None:
+        self._later = later
+        self._flows: dict[Address, _Flow] = {}
+        self._watching = False
         self._limits = limits
         self._refusals = refusals
         self._secured = secured
@@ -58,6 +86,10 @@ class Sockets:
         """Note that a handshake begins; in any thread, several at a time."""
         with self._counting:
             self._begun += 1
+        self._glance()
+
+    def _glance(self) -> None:
+        """Look, but not all the time, and not if another thread does."""
         if time.monotonic() >= self._next and self._lock.acquire(blocking=False):
             try:
                 self._look()
@@ -69,6 +101,51 @@ class Sockets:
         if address not in self._asked:
             self._asked.add(address)
             self._shaken += 1
+
+    @contextmanager
+    def receiving(self, address: Address) -> Iterator[_Flow]:
+        """While a request is being received from there; say how much was, in its ``given``."""
+        flow = self._flows.get(address)
+        if flow is None:
+            flow = self._flows[address] = _Flow()
+        flow.requests += 1
+        if not self._watching:
+            self._watching = True
+            self._later(_GLANCE, self._watch)
+        try:
+            yield flow
+        finally:
+            flow.requests -= 1
+
+    def _watch(self) -> None:
+        """Cut off those of whose half sent requests gRPC holds too much; soon again, if any are."""
+        began = time.monotonic()
+        self._watching = False
+        held: dict[Address, int] = {}
+        for address, flow in list(self._flows.items()):
+            if address not in self._descriptors:  # it is new, or has gone
+                self._glance()
+            descriptor = self._descriptors.get(address)
+            received = 0 if descriptor is None else _count_received(descriptor, address)
+            if flow.requests:
+                held[address] = received - flow.given - flow.before
+            else:
+                flow.before = received - flow.given  # what isn't a request's
+                if received == 0:
+                    del self._flows[address]
+        left = self._limits.bytes
+        each = max(self._limits.bytes_per_client, _ONE)
+        for address, nbytes in sorted(held.items(), key=lambda item: item[1]):
+            left -= nbytes
+            if nbytes > each or left < 0:
+                host, port = address
+                _cut(self._descriptors[address], address)
+                why = f"{nbytes} bytes of its requests are half sent (Limits.bytes_per_client)"
+                self._refusals.note("Overloaded", f"{host}:{port}", host, why)
+        if held and not self._watching:
+            self._watching = True
+            took = time.monotonic() - began
+            self._later(max(_GLANCE, _SPARE_HASTE * took), self._watch)
 
     def check(self) -> float:
         """Cut off those beyond the limit, and count them and those that failed.
@@ -124,6 +201,16 @@ def _find(port: int) -> dict[Address, int]:
             if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockname()[1] == port:
                 found[_address_of(sock)] = descriptor  # or OSError, if it listens
     return found
+
+
+def _count_received(descriptor: int, address: Address) -> int:
+    """Bytes that a connection has received; 0 where that can't be told."""
+    with suppress(OSError, AttributeError, struct.error), _borrow(descriptor) as sock:
+        if _address_of(sock) == address:
+            told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+            received: int = _RECEIVED.unpack_from(told, _RECEIVED_AT)[0]
+            return received
+    return 0
 
 
 def _cut(descriptor: int, address: Address) -> bool:
