@@ -42,6 +42,7 @@ from edgeml.core.errors import (
     PermissionDenied,
     RemoteError,
     UnknownInterface,
+    printable,
     text_of,
 )
 from edgeml.core.interrupts import insisting
@@ -67,6 +68,7 @@ _SHORT = 0.5e-3  # seconds; to have another thread carry a loop costs a good par
 _ROUND = 1e-3  # seconds of handlers after which a loop gets a round, though more calls wait
 _STUCK = 0.02  # seconds that a handler may take before the loop goes on elsewhere
 _STREAK = 4  # calls that another endpoint brings in a row, after which its loop is carried
+_SMALL = 1 << 16  # bytes of a call that takes next to no room
 _MOST_TOLD = 1000  # refusals that are worth a line, each once
 _MOST_ROUNDS = 64  # that are made for more calls of a batch
 _QUIET = 5  # looks of the watch without a call, after which it rests
@@ -100,6 +102,11 @@ class Caller:
     role: Role = ALL
     revoked: bool = False
 
+    @property
+    def group(self) -> str:
+        """What it shares with others: its key, or else its machine, or else its connection."""
+        return self.identity or self.peer.host or self.peer.id
+
     def require(self, permission: str, name: str) -> None:
         """Raise PermissionDenied unless its key may do this.
 
@@ -110,12 +117,12 @@ class Caller:
         if self.role.allowed is not None and not self.role.allows(permission, name):
             raise PermissionDenied(
                 f"the key of {self.identity!r} has the role {str(self.role)!r}, which lacks "
-                f"{permission}:{name}"
+                f"{permission}:{printable(name)}"
             )
 
     def __str__(self) -> str:
         key = "" if self.identity is None else f" with the key of {self.identity}"
-        return f"{self.label or self.client_id}{key} at {self.peer.address}"
+        return f"{printable(self.label or self.client_id)}{key} at {self.peer.address}"
 
 
 _NOBODY = Caller("", "", Peer("", ""))
@@ -385,7 +392,7 @@ class Turns:
     def begin(self, call: Call) -> bool:
         """Say that a call waits no longer; False if nobody waits for it, which is refused then."""
         self._dispatcher._leave_gatherer(call, self._interface.lane)
-        if (why := self._dispatcher._check_call(call)) is not None:
+        if (why := self._dispatcher._check_call(call, self._interface)) is not None:
             self._dispatcher.refuse(call, why)
             return False
         self._dispatcher._count(call, self._interface)
@@ -450,10 +457,15 @@ class _Interface:
 
 
 class _Line:
-    """What waits, of each client in the order in which it came, and of all clients in turn."""
+    """What waits, of each connection in the order in which it came.
+
+    Groups of connections take turns, and in each group its connections: who opens many of them
+    gets no more turns for that.
+    """
 
     def __init__(self) -> None:
-        self._of: dict[str, deque[tuple[Call, _Interface]]] = {}  # whose turn is next comes first
+        # Whose turn is next comes first.
+        self._groups: dict[str, dict[str, deque[tuple[Call, _Interface]]]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -461,27 +473,44 @@ class _Line:
 
     def append(self, call: Call, interface: _Interface) -> None:
         self._count += 1
-        peer = call.caller.peer.id
-        line = self._of.get(peer)
+        caller = call.caller
+        group = self._groups.get(caller.group)
+        if group is None:
+            self._groups[caller.group] = group = {}
+        line = group.get(caller.peer.id)
         if line is None:
-            self._of[peer] = line = deque()
+            group[caller.peer.id] = line = deque()
         line.append((call, interface))
 
     def popleft(self) -> tuple[Call, _Interface]:
         self._count -= 1
-        peer = next(iter(self._of))
-        line = self._of.pop(peer)
+        name = next(iter(self._groups))
+        group = self._groups.pop(name)
+        peer = next(iter(group))
+        line = group.pop(peer)
         first = line.popleft()
         if line:
-            self._of[peer] = line
+            group[peer] = line
+        if group:
+            self._groups[name] = group
         return first
 
     def clear(self) -> list[Call]:
         """Empty it, and return what calls there were."""
-        calls = [call for line in self._of.values() for call, _ in line]
-        self._of.clear()
-        self._count = 0
-        return calls
+        groups, self._groups, self._count = self._groups, {}, 0
+        return [c for group in groups.values() for line in group.values() for c, _ in line]
+
+
+class _Share:
+    """What somebody has waiting."""
+
+    __slots__ = ("calls", "nbytes")
+
+    def __init__(self) -> None:
+        self.calls = self.nbytes = 0
+
+
+_NONE = _Share()
 
 
 class _Lane:
@@ -496,7 +525,8 @@ class _Lane:
         self.gathered = 0  # calls that gatherers have, and have not begun
         # Of all three:
         self.nbytes = 0
-        self._held: dict[str, list[int]] = {}  # of each client, calls and bytes
+        self._connections: dict[str, _Share] = {}
+        self._groups: dict[str, _Share] = {}
         self._limits = limits
 
     @property
@@ -505,22 +535,36 @@ class _Lane:
         return len(self.waiting) + len(self.early) + self.gathered
 
     def enter(self, call: Call) -> EdgemlError | None:
-        """Count a call that is to wait here, or return why it can't; under the lock."""
+        """Count a call that is to wait here, or return why it can't; under the lock.
+
+        One call is always taken, however large: of each group as far as all have room, and of all.
+        A small one of a connection that has none waiting is taken as long as all have room, so that
+        nobody is kept out by others of its group.
+        """
         limits, size = self._limits, call.nbytes
-        held = self._held.get(call.caller.peer.id)
-        # One call is always taken, however large: of each client, and of them all.
-        if held is not None and (
-            held[0] >= limits.calls_per_client or held[1] + size > limits.bytes_per_client
+        connection = self._connections.get(call.caller.peer.id, _NONE)
+        group = self._groups.get(call.caller.group, _NONE)
+        if connection.calls and (
+            connection.calls >= limits.calls_per_client
+            or connection.nbytes + size > limits.bytes_per_client
         ):
             most = limits.calls_per_client, limits.bytes_per_client
-            return _too_many("of this client", held[0], held[1], *most)
+            return _too_many("of this client", connection.calls, connection.nbytes, *most)
+        half = limits.calls // 2, limits.bytes // 2
+        if (connection.calls and group.calls >= half[0]) or (
+            group.calls and group.nbytes + size > half[1] and (connection.calls or size > _SMALL)
+        ):
+            return _too_many("of one key or machine", group.calls, group.nbytes, *half)
         waiting = self.length
         if waiting >= limits.calls or (waiting and self.nbytes + size > limits.bytes):
             return _too_many("of all clients", waiting, self.nbytes, limits.calls, limits.bytes)
-        if held is None:
-            self._held[call.caller.peer.id] = held = [0, 0]
-        held[0] += 1
-        held[1] += size
+        if connection is _NONE:
+            self._connections[call.caller.peer.id] = connection = _Share()
+        if group is _NONE:
+            self._groups[call.caller.group] = group = _Share()
+        for share in (connection, group):
+            share.calls += 1
+            share.nbytes += size
         self.nbytes += size
         return None
 
@@ -529,20 +573,22 @@ class _Lane:
         if isinstance(call, _Turn):
             return
         self.nbytes -= call.nbytes
-        peer = call.caller.peer.id
-        held = self._held.get(peer)
-        if held is None:  # all were refused meanwhile, as this has been closed
-            return
-        held[0] -= 1
-        held[1] -= call.nbytes
-        if not held[0]:
-            del self._held[peer]
+        caller = call.caller
+        for shares, name in ((self._connections, caller.peer.id), (self._groups, caller.group)):
+            share = shares.get(name)
+            if share is None:  # all were refused meanwhile, as this has been closed
+                return
+            share.calls -= 1
+            share.nbytes -= call.nbytes
+            if not share.calls:
+                del shares[name]
 
     def clear(self) -> list[Call]:
         """Forget all, and return what calls there were, gatherers' apart; under the lock."""
         calls = [*self.waiting.clear(), *self.early]
         self.early.clear()
-        self._held.clear()
+        self._connections.clear()
+        self._groups.clear()
         self.nbytes = self.gathered = 0
         return calls
 
@@ -931,7 +977,7 @@ class Dispatcher:
             self.refuse(call, Closed("the server has been stopped"))
             return
         if not isinstance(call, _Turn):
-            if (why := self._check_call(call)) is not None:
+            if (why := self._check_call(call, interface)) is not None:
                 self.refuse(call, why)
                 return
             self._count(call, interface)
@@ -968,10 +1014,16 @@ class Dispatcher:
         interface.typical += (took - interface.typical) * (0.5 if took < interface.typical else 0.1)
 
     @staticmethod
-    def _check_call(call: Call) -> EdgemlError | None:
-        """Why a call that waited is not to be handled any more, if so."""
-        if call.caller.revoked:
-            return PermissionDenied(f"the key of {call.caller.identity!r} has been revoked")
+    def _check_call(call: Call, interface: _Interface) -> EdgemlError | None:
+        """Why a call that may have waited is not to be handled any more, if so."""
+        caller = call.caller
+        if caller.revoked:
+            return PermissionDenied(f"the key of {caller.identity!r} has been revoked")
+        if interface.needs and caller.role.allowed is not None:
+            try:
+                caller.require(interface.needs, call.name)
+            except PermissionDenied as error:
+                return error
         return DeadlineExceeded(_TOO_LATE) if call.expired else None
 
     def _count(self, call: Call, interface: _Interface) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "UnknownInterface",
     "Unreachable",
     "copy_error",
+    "printable",
     "text_of",
 ]
 
@@ -124,6 +125,12 @@ def text_of(error: BaseException) -> str:
         return str(error)[:_MOST_TEXT]
     except Exception:
         return "(its text cannot be had: __str__ failed)"
+
+
+def printable(text: str, most: int = 200) -> str:
+    """A text that a stranger chose, for a line of people's: of this length, and on that line."""
+    shown = text if len(text) <= most else f"{text[:most]}..."
+    return shown if shown.isprintable() else shown.encode("unicode_escape").decode("ascii")
 
 
 def copy_error(error: _Error) -> _Error:

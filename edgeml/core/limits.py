@@ -26,8 +26,8 @@ class Limits:
             their size.
         calls_per_client: calls of one client that wait or are parked.
         bytes_per_client: what these take up; one call is always taken, however large.
-        calls: calls of all clients that wait.
-        bytes: what these take up.
+        calls: calls of all clients that wait; half of them of one key, or one machine without keys.
+        bytes: what these take up; of one key or machine half as much.
         replies_per_client: bytes of replies that one client has not read.
         subscriptions_per_client: subscriptions of one client to one topic.
         credits: publications that one subscription asks for ahead.

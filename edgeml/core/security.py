@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -100,7 +99,9 @@ class Role:
 
     def allows(self, permission: str, name: str) -> bool:
         """Whether it lets its key do this with what has that name."""
-        return self.allowed is None or _allows(self, permission, name)
+        return self.allowed is None or any(
+            permission == each and fnmatchcase(name, pattern) for each, pattern in self.allowed
+        )
 
     def __str__(self) -> str:
         if self.allowed is None:
@@ -109,13 +110,6 @@ class Role:
             permission if pattern == "*" else f"{permission}:{pattern}"
             for permission, pattern in self.allowed
         )
-
-
-@lru_cache(maxsize=4096)
-def _allows(role: Role, permission: str, name: str) -> bool:
-    return any(
-        permission == each and fnmatchcase(name, pattern) for each, pattern in role.allowed or ()
-    )
 
 
 ALL = Role()

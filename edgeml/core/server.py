@@ -53,6 +53,7 @@ _TICK = 0.25  # seconds
 _LOOK = 0.005  # seconds between two looks whether all is answered
 _UNDER_WAY = 0.1  # seconds that a call may be on its way, or unread, when draining begins
 _DRAINING = "the server is draining: it answers what it has, and then stops; call another, or later"
+_LONGEST = 1e6  # seconds that a caller may say that it waits
 _LONGEST_DETAIL = 1000  # characters
 _NOTHING = Message(b"")
 _MOST_IDS = 1 << 12  # client ids that are remembered to belong to one key
@@ -93,7 +94,10 @@ class _EnvelopeCall(Call):
         # As `Call` does, without the cost of asking it.
         self.name = request.name
         self.caller = session
-        self.deadline = session.seen + request.timeout
+        left = request.timeout
+        if not 0.0 <= left <= _LONGEST:  # it is anybody's: infinite, or no number
+            left = _LONGEST if left > _LONGEST else 0.0
+        self.deadline = session.seen + left
         self.nbytes = message.nbytes
         self.source = source
         self.detail = ""
@@ -219,6 +223,8 @@ class Server:
         self.topic(wire.HEARTBEAT)
         self._sessions: dict[bytes, _Session] = {}
         self._near: Counter[tuple[str, str]] = Counter()  # sessions of each connection and address
+        # All who have shown a key and may have calls here, also after their sessions.
+        self._met: weakref.WeakSet[_Session] = weakref.WeakSet()
         self._owners: dict[str, str] = {}  # of client ids, whose key they belong to
         self._owned: dict[str, OrderedDict[str, None]] = {}  # ids of each key, used last comes last
         self._ended_episodes: weakref.WeakSet[Episode] = weakref.WeakSet()
@@ -510,7 +516,9 @@ class Server:
         if wrong and wrong != self._keys_wrong:
             _log.warning("%s: a key does not count: %s", self.service, wrong)
         self._keys_wrong = wrong
-        for session in list(self._sessions.values()):
+        with self._lock:
+            met = list(self._met)
+        for session in met:
             assert session.proved is not None
             try:
                 now = keys.by_name(session.proved.name)
@@ -518,12 +526,16 @@ class Server:
                     raise PermissionDenied(f"the key of {now.name!r} has been replaced")
                 session.role = now.role
             except PermissionDenied as error:
-                self._cut_off(session, error)
+                if not session.revoked:
+                    self._cut_off(session, error)
 
     def _cut_off(self, session: _Session, why: PermissionDenied) -> None:
         with self._lock:
             session.revoked = True
+            there = session.key in self._sessions
             self._remove(session)
+        if not there:  # it has left, and some calls of it may wait
+            return
         for topic in self._topics.values():
             topic.forget(session.key, why)
         self._end(session.episode)
@@ -549,6 +561,7 @@ class Server:
             raise Overloaded(f"there are {self._near[near[1]]} clients at {peer.host} already")
         if session.identity is not None:
             self._claim(session.client_id, session.identity)
+            self._met.add(session)
         self._near.update(near)
         self._sessions[session.key] = session
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 import numpy as np
 
 from edgeml.core.client import Client
-from edgeml.core.errors import Closed
+from edgeml.core.errors import Closed, printable
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import empty
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
@@ -346,7 +346,7 @@ class ServiceServer(_Service):
         return [
             Peer(
                 caller.client_id,
-                f"{caller.label} at {caller.peer.address}".strip(),
+                f"{printable(caller.label)} at {caller.peer.address}".strip(),
                 caller.peer.host,
                 caller.identity,
             )

@@ -478,9 +478,8 @@ def test_too_much_that_waits_is_refused_with_calls_and_megabytes(dispatcher):
     assert [call.outcome() for call in again] == [None] * 3
 
 
-@pytest.mark.parametrize("limit", ["calls", "calls_per_client"])
-def test_too_many_that_wait_are_refused(limit):
-    limits = Limits(**{limit: 5})
+@pytest.mark.parametrize("limits", [Limits(calls=10), Limits(calls_per_client=5)])
+def test_too_many_that_wait_are_refused(limits):
     with dispatching(limits=limits) as dispatcher, held_up(dispatcher):
         calls = [ask(dispatcher, "echo", n) for n in range(8)]
         for call in calls[5:]:
@@ -547,7 +546,52 @@ def test_what_one_client_has_waiting_leaves_room_for_the_others():
         assert [call.future.done() for call in calls] == [False] * 3 + [True] * 2
         call = ask(dispatcher, "echo", "mine", caller=good)
     assert call.future.result(PATIENCE) == "mine"
-    assert not dispatcher._main._held  # what has been handled is not kept in mind
+    assert not dispatcher._main._connections  # what has been handled is not kept in mind
+    assert not dispatcher._main._groups
+
+
+def connection_of(machine: str, number: int) -> Caller:
+    return Caller(f"{machine} {number}", "", Peer(f"{machine} {number}", "there", machine))
+
+
+def test_who_opens_many_connections_gets_no_more_turns(dispatcher):
+    served = []
+    dispatcher.register("note", answer_with(lambda payload, caller: served.append(payload)))
+    with held_up(dispatcher):
+        calls = [
+            ask(dispatcher, "note", "greedy", caller=connection_of("greedy", n)) for n in range(50)
+        ]
+        good = connection_of("good", 0)
+        calls += [ask(dispatcher, "note", "good", caller=good) for n in range(3)]
+    for call in calls:
+        call.future.result(PATIENCE)
+    assert served[:6] == ["greedy", "good"] * 3
+
+
+def test_one_machine_leaves_room_for_the_others_and_for_its_own_other_clients():
+    limits = Limits(calls=20, calls_per_client=4, bytes=1 << 20)
+    with dispatching(limits=limits) as dispatcher, held_up(dispatcher):
+        greedy = [connection_of("greedy", n) for n in range(6)]
+        many = [ask(dispatcher, "echo", caller=each) for _ in range(5) for each in greedy]
+        refused = [call for call in many if call.future.done()]
+        assert len(many) - len(refused) == 10
+        for call in refused:
+            with pytest.raises(Overloaded, match="of one key or machine at most 10"):
+                call.future.result(0)
+        for caller in (connection_of("good", 0), connection_of("greedy", 99)):
+            assert not ask(dispatcher, "echo", caller=caller).future.done()
+        # One may send so much, but its machine no more; another's is not kept out by that.
+        large = [
+            Foreign(nbytes=400_000, caller=connection_of(where, n))
+            for where, n in [("a", 0), ("a", 1), ("b", 0)]
+        ]
+        for call in large:
+            dispatcher.submit(call)
+        assert isinstance(large[1].outcome(), Overloaded)
+        small = Foreign(nbytes=1000, caller=connection_of("a", 2))
+        dispatcher.submit(small)
+    for call in (large[0], large[2], small):
+        assert call.outcome() is None
 
 
 # Roles ----------------------------------------------------------------------------------------

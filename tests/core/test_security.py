@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -23,7 +24,7 @@ from edgeml import (
 )
 from edgeml.core import wire
 from edgeml.core.client import Client
-from edgeml.core.dispatch import answer_with
+from edgeml.core.dispatch import Caller, answer_with
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
 from edgeml.core.security import ALL, ClientKey, Keyring, Role, digest
@@ -418,6 +419,74 @@ def test_a_revoked_client_is_cut_off_within_a_second(server, keyring):
         with took(at_most=1.0), pytest.raises(PermissionDenied, match="revoked"):
             client.call("note", 2)
     assert served == [1]
+
+
+@pytest.mark.parametrize("how", ["stays", "leaves", "comes again"])
+@pytest.mark.parametrize("change", ["revoked", "limited"])
+def test_calls_that_wait_end_with_the_key_whose_client_sent_them(keyring, how, change):
+    ran = []
+    with serving(keyring, rate_limit=2) as server:
+        note = answer_with(lambda payload, caller: ran.append(payload))
+        server.register("note", note, needs="call")
+        server.dispatcher.start()
+        server.open()
+        with load_transport("inproc").connect(server.urls[0], 5) as requester:
+
+            def ask(kind, session, body=b"", name="", timeout=60.0):
+                header = wire.pack(wire.Request(kind, session, name, timeout, body))
+                return requester.request(Message(header))
+
+            def greet(**extensions):
+                said = {"token": "token of robot", **extensions}
+                hello = wire.pack(wire.Hello(1, "test", "c", "", "msgpack", {}, said))
+                answer = wire.unpack(wire.Answer, ask(wire.HELLO, b"", hello).result(5).header)
+                return wire.unpack(wire.Welcome, answer.body).session
+
+            session = greet()
+            calls = [
+                ask(wire.CALL, session, wire.pack(n), "note", timeout)
+                for n, timeout in enumerate([60.0, 60.0, float("inf"), 60.0])
+            ]
+            calls[0].result(5)
+            if how == "leaves":
+                ask(wire.GOODBYE, session).result(5)
+            elif how == "comes again":
+                greet(resume=session)
+            if change == "revoked":
+                keyring.revoke("robot")
+            else:
+                keyring.add(key("robot", "observe"))
+            for call in calls[2:]:  # one may just have been handled
+                answer = wire.unpack(wire.Answer, call.result(5).header)
+                assert isinstance(wire.error_of(answer), PermissionDenied)
+    assert set(ran) <= {0, 1}
+
+
+def test_what_a_client_calls_itself_and_others_is_one_short_line_in_the_log(server, caplog):
+    caplog.set_level("INFO", "edgeml")
+    label = "x\nWARNING: admin has come\x1b[2J" + "y" * 150
+    hello = wire.Hello(1, "inference", "c", label, "msgpack", {}, {"token": "token of viewer"})
+    with load_transport("inproc").connect(Url.parse(server.url), 5) as requester:
+        header = wire.pack(wire.Request(wire.HELLO, b"", "", 5.0, wire.pack(hello)))
+        requester.call(Message(header), 5)
+    (line,) = [r.message for r in caplog.records if "has come" in r.message]
+    assert line.isprintable()
+    assert server.clients()[0].address.isprintable()
+    with pytest.raises(PermissionDenied) as caught:
+        Caller("c", "", Peer("1", "here"), role=Role.parse("observe")).require("act", "a\n" * 9999)
+    assert len(str(caught.value)) < 600
+    assert str(caught.value).isprintable()
+
+
+def test_names_that_a_role_lacks_are_not_kept_in_mind():
+    role = Role.parse("act:grip*")
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            assert not role.allows("act", f"{number:0100000}")
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_client_that_is_added_while_the_server_runs_comes_in(server, keyring):
