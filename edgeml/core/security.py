@@ -187,7 +187,7 @@ class Keyring:
         self._added = {key.name: key for key in keys}
         self._revoked: set[str] = set()
         self._read: dict[str, ClientKey] = {}
-        self._seen: Any = None
+        self._seen: dict[str, Any] = {}
         self.version = 0
         """Rises whenever somebody was added or revoked."""
         if directory is not None and not directory.is_dir():
@@ -229,26 +229,49 @@ class Keyring:
         if self._directory is None:
             return
         with self._reading:
-            seen = _stamp(self._directory)
-            if seen == self._seen:
-                return
-            found, wrong = {}, None
-            for path in sorted(self._directory.glob("*.json")):
-                try:
-                    check_private(path)
-                    key = ClientKey.read(path)
-                    found[key.name] = key
-                except FileNotFoundError:  # it has just been removed
-                    pass
-                except (ValueError, PermissionDenied) as error:
-                    wrong = error
-            with self._lock:
-                if found != self._read:
-                    self._read = found
-                    self.version += 1
-                self._seen = seen
+            try:
+                wrong = self._read_directory(self._directory)
+            except OSError:  # no file can be opened, say, which mustn't save a key that is revoked
+                self._drop_changed(self._directory)
+                raise
         if wrong is not None:
             raise wrong
+
+    def _read_directory(self, directory: Path) -> Exception | None:
+        """Read all keys anew if any has changed; returns what is wrong with one of them."""
+        seen = _stamp(directory)
+        if seen == self._seen:
+            return None
+        found, wrong = {}, None
+        for path in sorted(directory.glob("*.json")):
+            try:
+                check_private(path)
+                key = ClientKey.read(path)
+                found[key.name] = key
+            except FileNotFoundError:  # it has just been removed
+                pass
+            except (ValueError, PermissionDenied) as error:
+                wrong = error
+        with self._lock:
+            if found != self._read:
+                self._read = found
+                self.version += 1
+            self._seen = seen
+        return wrong
+
+    def _drop_changed(self, directory: Path) -> None:
+        """Let nobody in whose file has gone or changed; to see that takes no file descriptor."""
+        kept = {}
+        for name, key in self._read.items():
+            with suppress(OSError):
+                file = f"{name}.json"
+                if _stamp_of((directory / file).stat()) == self._seen.get(file):
+                    kept[name] = key
+        with self._lock:
+            if len(kept) < len(self._read):
+                self._read = kept
+                self._seen = {}
+                self.version += 1
 
     def by_name(self, name: str) -> ClientKey:
         """Return the key of a client.
@@ -309,21 +332,22 @@ def _check_expiry(key: ClientKey) -> ClientKey:
     return key
 
 
-def _stamp(directory: Path) -> Any:
-    """What changes whenever a file in a directory does."""
-    stamps: list[Any] = []
+def _stamp(directory: Path) -> dict[str, Any]:
+    """What changes whenever a file in a directory does, of each file."""
+    stamps: dict[str, Any] = {}
     try:
         entries = os.scandir(directory)
     except FileNotFoundError:
         return stamps
     with entries:
         for entry in entries:
-            try:
-                now = entry.stat()
-            except FileNotFoundError:
-                continue
-            stamps.append((entry.name, now.st_mtime_ns, now.st_ctime_ns, now.st_ino, now.st_size))
-    return sorted(stamps)
+            with suppress(FileNotFoundError):
+                stamps[entry.name] = _stamp_of(entry.stat())
+    return stamps
+
+
+def _stamp_of(now: os.stat_result) -> tuple[int, ...]:
+    return now.st_mtime_ns, now.st_ctime_ns, now.st_ino, now.st_size
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 import tracemalloc
 from contextlib import contextmanager
@@ -191,6 +193,29 @@ def test_a_folder_that_has_gone_lets_nobody_in(tmp_path):
         ring.by_token("token of a")
     with pytest.raises(FileNotFoundError, match="allowed"):
         Keyring(directory=folder)
+
+
+def test_keys_are_revoked_where_no_file_can_be_opened(tmp_path, monkeypatch):
+    tmp_path.chmod(0o700)
+    for name in "abc":
+        key(name).write(tmp_path / f"{name}.json")
+    ring = Keyring(directory=tmp_path)
+
+    def fail(*args):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        with pytest.raises(OSError, match="too many"):
+            ring.refresh()
+        assert ring.names() == ["a", "b", "c"]
+        (tmp_path / "a.json").unlink()
+        key("b", "observe").write(tmp_path / "b.json")
+        with pytest.raises(OSError, match="too many"):
+            ring.refresh()
+        assert ring.names() == ["c"]
+    ring.refresh()
+    assert ring.names() == ["b", "c"]
 
 
 @pytest.mark.parametrize(
