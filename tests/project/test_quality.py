@@ -10,6 +10,7 @@ import pytest
 from pairs import ROOT
 
 
+@pytest.mark.timeout(300)  # mypy knows nothing of a fresh checkout yet
 @pytest.mark.parametrize(
     "command",
     [
@@ -24,7 +25,7 @@ def test_the_checkout_passes(command):
         [sys.executable, "-m", *command],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         cwd=ROOT,
         check=False,
     )
