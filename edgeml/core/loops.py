@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -57,6 +58,18 @@ class _Loop(asyncio.SelectorEventLoop):
         finally:
             asyncio._set_running_loop(before)
 
+    async def _accept_connection2(
+        self, factory: Any, conn: socket.socket, extra: Any, tls: Any, server: Any, *more: Any
+    ) -> None:
+        """As asyncio does, but for a connection whose server has closed meanwhile: asyncio would
+        keep it open, and the peer would wait for a server that is no more.
+        """
+        if server.sockets:
+            accept = super()._accept_connection2  # type: ignore[misc]
+            await accept(factory, conn, extra, tls, server, *more)
+        else:
+            conn.close()
+
     def polled(self) -> list[int]:
         """The descriptors that it waits for."""
         return [] if self.is_closed() else list(self._selector.get_map())  # type: ignore[attr-defined]
@@ -71,6 +84,9 @@ class _Loop(asyncio.SelectorEventLoop):
             ending = asyncio.wait(tasks, timeout=1.0)
             last = self.create_task(ending)
             self.carry_on(lambda: not last.done())
+        # What was to close a connection may have been cancelled before its first step.
+        for transport in list(self._transports.values()):  # type: ignore[attr-defined]
+            transport.abort()
         self._run_what_is_ready()  # transports that are just being closed are closed then
         self.close()
 

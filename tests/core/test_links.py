@@ -3,10 +3,12 @@
 import asyncio
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from websockets.exceptions import InvalidStatus
@@ -48,6 +50,41 @@ def test_what_fails_is_logged_and_the_loop_goes_on(loop, caplog):
 
     assert loop.start(fine()).result(5) == 1
     wait_until(lambda: "ZeroDivisionError" in caplog.text)
+
+
+def test_who_connects_as_a_server_closes_is_not_left_waiting(loop):
+    async def come_too_late():
+        server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+        peer = socket.create_connection(server.sockets[0].getsockname(), 5)
+        for _ in range(2):  # rounds: in the second the connection has come, and no more than that
+            await asyncio.sleep(0)
+        server.close()
+        return peer
+
+    with loop.start(come_too_late()).result(5) as peer, suppress(ConnectionResetError):
+        peer.settimeout(5)
+        assert peer.recv(1) == b""
+
+
+def test_connections_that_nobody_closed_end_with_the_loop(loop):
+    made = threading.Event()
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport):
+            made.set()
+
+    async def serve():
+        return await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+
+    async def stop():
+        server.close()
+
+    server = loop.start(serve()).result(5)
+    address = server.sockets[0].getsockname()
+    with socket.create_connection(address, 5) as peer, suppress(ConnectionResetError):
+        assert made.wait(5)
+        loop.close(stop)
+        assert peer.recv(1) == b""
 
 
 def test_only_the_first_close_runs_its_last_coroutine_and_all_wait_for_it(loop):
