@@ -226,3 +226,30 @@ def test_environments_take_keys(transport, homes):
                 env.client.call("something", None)
         with pytest.raises(PermissionDenied):
             RemoteEnv(server.url)
+
+
+def test_a_key_that_is_revoked_while_in_use_ends_there(transport, homes):
+    keys = Credentials.load(homes["server"])
+    made = Served("inference", transport, keys)
+    with (
+        started(made.server),
+        InferenceClient(
+            "127.0.0.1", made.server.port, transport, credentials=homes["other"]
+        ) as client,
+    ):
+        client.call("note", 1)
+        keys.clients.revoke("other")
+        began = time.monotonic()
+
+        def ended():
+            try:
+                client.call("note", 2, 1.0)
+            except EdgemlError:
+                return True
+            return False
+
+        wait_until(ended)
+        assert time.monotonic() - began < 2.0  # a second, and what a busy machine takes
+        with pytest.raises(PermissionDenied):
+            client.call("note", 3, 5.0)
+        assert (3,) not in made.done

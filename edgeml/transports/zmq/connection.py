@@ -272,6 +272,9 @@ class Connection(Requester):
                 while True:  # until this way is full, which it stays, as nobody reads there
                     line.send(b"", zmq.DONTWAIT)
             self._dial(line, 0)
+            # There is always room, but for where the server refused to be dialled again: libzmq
+            # takes that way away, and would wait for another without end.
+            line.sndtimeo = 0
         except BaseException:  # Ctrl-C, say
             line.close()
             raise
@@ -306,6 +309,10 @@ class Connection(Requester):
             return line.call(message, timeout)
         except _Woken:
             raise self._copy_why() from None
+        except zmq.Again:  # the server has refused this line
+            told = self._keys is not None
+            refused = explain_refusal(self.url, self._address, self._keys, told)
+            raise refused or self._copy_why() from None
         except zmq.ZMQError as error:
             if self._why is None:
                 raise Unreachable(f"{self.url}: {error}{what_to_do(error.errno)}") from error
