@@ -153,7 +153,9 @@ def test_who_has_not_is_refused_in_time_and_reaches_nothing(kind, transport, wro
         assert made.done == []
         assert made.server.clients() == []
         wait_until(lambda: made.server.stats().get("PermissionDenied", 0) >= 1, 30.0)
-        wait_until(lambda: [r for r in caplog.records if r.levelno >= logging.WARNING])
+        if transport != "grpc" or wrong not in ("none", "expired", "stranger"):
+            # Else gRPC has ended the handshake, and says only that it did.
+            wait_until(lambda: [r for r in caplog.records if r.levelno >= logging.WARNING])
 
 
 @SECURED
