@@ -69,6 +69,9 @@ class TrainerServer(ServiceServer):
     def register_data_store(self, name: str, store: DataStoreBase) -> None:
         """Put what clients of this name upload into ``store``.
 
+        Give a `ReplayBuffer` an ``example``, or the first item of the first client says what all
+        must be like.
+
         Raises:
             ValueError: the name is taken.
         """
