@@ -54,6 +54,8 @@ _ENVIRONMENT = "EDGEML_CREDENTIALS"
 _EVERYTHING = "all"
 _ALLOWED = "allowed"  # the folder of a server's directory that tells whom it lets in
 _LARGEST_FILE = 1 << 20  # bytes
+_REST = 20  # times as long as a look at the folder takes it is left alone ...
+_AHEAD = 1.0  # ... though some looks may be ahead of that by so many seconds, for unknown keys
 
 
 def digest(token: str) -> str:
@@ -188,6 +190,7 @@ class Keyring:
         self._revoked: set[str] = set()
         self._read: dict[str, ClientKey] = {}
         self._seen: dict[str, Any] = {}
+        self._rested = 0.0  # when the looks at the folder will have been paid for by rest
         self.version = 0
         """Rises whenever somebody was added or revoked."""
         if directory is not None and not directory.is_dir():
@@ -229,8 +232,11 @@ class Keyring:
         if self._directory is None:
             return
         with self._reading:
+            began = time.monotonic()
             try:
                 wrong = self._read_directory(self._directory)
+                now = time.monotonic()
+                self._rested = max(self._rested, now) + _REST * (now - began)
             except OSError:  # no file can be opened, say, which mustn't save a key that is revoked
                 self._drop_changed(self._directory)
                 raise
@@ -315,7 +321,8 @@ class Keyring:
 
     def _search(self, fits: Callable[[ClientKey], bool], what: str) -> ClientKey:
         fitting = [key for key in self._all() if fits(key)]
-        if not fitting:  # it may have been made just now
+        # It may have been made just now; but whoever tries many keys isn't to cost many looks.
+        if not fitting and self._rested - time.monotonic() < _AHEAD:
             with suppress(OSError, ValueError, PermissionDenied):  # the keys that can be read count
                 self.refresh()
             fitting = [key for key in self._all() if fits(key)]
@@ -413,8 +420,15 @@ class Credentials:
 
         is_server = (home / _ALLOWED).is_dir()
         token, secret, public = read("token"), read("curve.secret"), read("curve.public")
-        if not is_server and token is None and secret is None and not (home / "key.pem").exists():
-            raise ValueError(f"there are no keys in {home}: make them with `edgeml keygen`")
+        has_keys = secret is not None or (home / "key.pem").exists()
+        if not is_server and token is None:
+            if has_keys and not (home / "server.public").exists():
+                raise ValueError(
+                    f"{home} has a server's keys and no folder {_ALLOWED!r}, so that it would let "
+                    f"nobody in: copy that, too, or `edgeml keygen {home} --client NAME`"
+                )
+            if not has_keys:
+                raise ValueError(f"there are no keys in {home}: {_where_to_look(home)}")
         tls = None
         files = [home / name for name in ("ca.pem", "cert.pem", "key.pem")]
         if all(path.exists() for path in files):
@@ -460,14 +474,19 @@ class Credentials:
         """Return these, if they are a server's.
 
         Raises:
-            ValueError: they are a client's.
+            ValueError: they are a client's, or don't say whom to let in.
         """
-        if self.clients is None and (self.token is not None or self.curve_server is not None):
+        if self.clients is not None or self == Credentials(users=self.users):
+            return self
+        if self.token is not None or self.curve_server is not None:
             raise ValueError(
                 f"these are the keys of a client, {self.name!r}: a server's are in the directory "
                 "that `edgeml keygen DIR` made"
             )
-        return self
+        raise ValueError(
+            "these credentials don't say whom to let in: give clients=, a Keyring, or the "
+            "directory that `edgeml keygen DIR` made"
+        )
 
     def for_client(self) -> Credentials:
         """Return these, if they are a client's.
@@ -485,6 +504,13 @@ class Credentials:
 
 CredentialsLike: TypeAlias = "Credentials | str | os.PathLike[str] | None"
 """What users give as ``credentials=``: see `Credentials.resolve`."""
+
+
+def _where_to_look(home: Path) -> str:
+    inside = [path for path in sorted(home.iterdir()) if (path / "token").exists()]
+    if inside:
+        return f"give one of the folders in it, such as {inside[0]}"
+    return "make them with `edgeml keygen`"
 
 
 def check_private(path: Path) -> None:

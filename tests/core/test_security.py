@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 import tracemalloc
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from edgeml.core.client import Client
 from edgeml.core.dispatch import Caller, answer_with
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
-from edgeml.core.security import ALL, ClientKey, Keyring, Role, digest
+from edgeml.core.security import ALL, ClientKey, CurveKeys, Keyring, Role, digest
 from edgeml.core.server import Server
 from edgeml.core.transport import Endpoint, Peer
 from edgeml.core.url import Url
@@ -308,6 +309,44 @@ def test_a_missing_or_empty_directory_says_what_to_do(tmp_path):
         Credentials.load(tmp_path / "none")
     with pytest.raises(ValueError, match="edgeml keygen"):
         Credentials.load(tmp_path)
+
+
+def test_a_servers_directory_without_its_folder_of_clients_lets_nobody_in(home):
+    for name in ("curve.secret", "curve.public"):
+        (home / "keys" / name).touch(0o600)
+        (home / "keys" / name).write_text("x" * 40)
+    shutil.rmtree(home / "keys/allowed")
+    with pytest.raises(ValueError, match=r"no folder 'allowed'.*--client"):
+        InferenceServer(0, transport="inproc", credentials=home / "keys")
+
+
+def test_credentials_that_do_not_say_whom_to_let_in_are_no_servers():
+    with pytest.raises(ValueError, match="whom to let in"):
+        InferenceServer(0, transport="inproc", credentials=Credentials(curve=CurveKeys("a", "b")))
+    InferenceServer(0, transport="inproc", credentials=Credentials(users=(0,))).stop()
+
+
+def test_the_folder_above_a_clients_keys_is_told_from_it(home):
+    home.chmod(0o700)
+    with pytest.raises(ValueError, match=rf"such as {home}/robot"):
+        Credentials.load(home)
+
+
+def test_who_tries_many_tokens_costs_few_looks_at_the_folder(home, monkeypatch):
+    ring = Credentials.load(home / "keys").clients
+    looks = []
+    real = os.scandir
+
+    def scan(path):
+        looks.append(path)
+        time.sleep(0.01)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    for number in range(100):
+        with pytest.raises(PermissionDenied):
+            ring.by_token(f"token {number}")
+    assert len(looks) <= 10
 
 
 # Tokens ---------------------------------------------------------------------------------------
