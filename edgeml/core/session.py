@@ -163,8 +163,10 @@ class SessionKeeper:
                 self.connect(self._timeout)
                 return
             except (Unreachable, Closed):  # or one that is just stopping
+                if self.closed:
+                    raise Closed("this client has been closed") from None
                 left = deadline - time.monotonic()
-                if left <= 0 or self.closed:
+                if left <= 0:
                     raise
                 if pause == _IMPATIENCE:
                     _log.warning("waiting for a server at %s", self._urls[0])

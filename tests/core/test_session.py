@@ -6,11 +6,12 @@ from contextlib import closing
 
 import pytest
 
-from edgeml import ConfigMismatch, Malformed, NotReady, Unreachable
+from edgeml import Closed, ConfigMismatch, Malformed, NotReady, Unreachable
 from edgeml.core import wire
 from edgeml.core.client import Client
 from edgeml.core.dispatch import answer_with
 from edgeml.core.server import Server
+from edgeml.core.session import SessionKeeper
 from edgeml.core.url import Url, resolve
 
 
@@ -79,6 +80,16 @@ def test_a_server_may_refuse_a_client_for_what_it_asks(transport, error, expecte
         assert not server.callers
         with closing(client_of(server)) as client:
             assert client.call("echo", 1) == 1
+
+
+def test_a_client_that_is_closed_as_nobody_answers_says_that_it_is_closed(monkeypatch):
+    def connect(keeper: SessionKeeper, timeout: float) -> None:
+        keeper.close()
+        raise Unreachable("nobody answers")
+
+    monkeypatch.setattr(SessionKeeper, "connect", connect)
+    with pytest.raises(Closed):
+        Client("inference", [Url("inproc", "", 1)], wait=10.0)
 
 
 def test_not_ready_is_told_as_it_is_and_is_one_kind_of_unreachable():
