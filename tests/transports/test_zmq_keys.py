@@ -221,6 +221,34 @@ def test_keys_that_are_added_are_let_in_and_revoked_ones_cut_off_within_a_second
             served.connect(later)
 
 
+def test_who_calls_and_asks_nothing_else_is_told_of_being_cut_off(keys, served):
+    """A thread's calls go by a connection of its own, and the server ends that one."""
+    with served.connect(keys.client("robot")) as requester:
+
+        def call_on() -> None:
+            while True:
+                requester.call(Message(b"x"), 20.0)
+
+        requester.call(Message(b"x"), 5.0)
+        keys.ring.revoke("robot")
+        with took(5.0), pytest.raises(Unreachable):
+            call_on()
+        assert requester.lost
+
+
+def test_a_call_under_way_is_told_of_being_cut_off(keys):
+    def revoke(message, reply):
+        keys.ring.revoke("robot")
+
+    with (
+        transport.serve(ANYWHERE, revoke, credentials=keys.server) as endpoint,
+        transport.connect(endpoint.url, 5.0, credentials=keys.client("robot")) as requester,
+        took(5.0),
+        pytest.raises(Unreachable),
+    ):
+        requester.call(Message(b"x"), 20.0)
+
+
 def test_a_key_that_is_replaced_is_cut_off_and_one_that_expires_too(keys, served):
     first = keys.client("robot")
     short = keys.client("short", expires=time.time() + 1.0)
