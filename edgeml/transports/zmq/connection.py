@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 _MOST_QUEUED = 64  # requests given to libzmq, which can't be forgotten any more
 _GRACE = 0.3  # seconds that calls under way are given to take their last reply
-_LONGEST = 1 << 30  # ms that a socket is told to wait
+_LOOK = 250  # ms that a call waits before it looks whether there is a way to its peer
 
 
 class _Woken(Exception):
@@ -112,7 +112,7 @@ class _Line:
         deadline = time.monotonic() + timeout
         left = timeout
         while True:
-            milliseconds = max(1, math.ceil(min(left * 1e3, _LONGEST)))
+            milliseconds = max(1, math.ceil(min(left * 1e3, _LOOK)))
             if milliseconds != self._timeout:  # setting it is a system call's worth
                 line.rcvtimeo = self._timeout = milliseconds
             try:
@@ -125,7 +125,8 @@ class _Line:
                     if _dropped(reply) == number:
                         raise _explain_dropped(self._url)
             except zmq.Again:
-                pass
+                if not _look(line) & zmq.POLLOUT:
+                    raise
             left = deadline - time.monotonic()
             if left <= 0:
                 raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
@@ -286,6 +287,13 @@ class Connection(Requester):
             for _ in range(0 if self._ended else 2 * len(self._lines)):
                 self._waker.send(b"", zmq.DONTWAIT)
 
+    def _lose(self, why: PermissionDenied | None) -> None:
+        """End, as a line has lost its peer, who won't have it back."""
+        with self._lock:
+            if self._why is None:
+                self._why = why or Unreachable(f"the connection to {self.url} was lost")
+                self._bell.send(b"")
+
     @property
     def lost(self) -> bool:
         return self._why is not None
@@ -311,8 +319,8 @@ class Connection(Requester):
             raise self._copy_why() from None
         except zmq.Again:  # the server has refused this line
             told = self._keys is not None
-            refused = explain_refusal(self.url, self._address, self._keys, told)
-            raise refused or self._copy_why() from None
+            self._lose(explain_refusal(self.url, self._address, self._keys, told))
+            raise self._copy_why() from None
         except zmq.ZMQError as error:
             if self._why is None:
                 raise Unreachable(f"{self.url}: {error}{what_to_do(error.errno)}") from error
