@@ -1,6 +1,6 @@
 """The seam between what users call and how bytes move; knows no plugin."""
 
-from edgeml.core.codec import Codec
+from edgeml.core.codec import Codec, limited
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
@@ -59,6 +59,7 @@ __all__ = [
     # plugins
     "hookimpl",
     "load_transport",
+    "limited",
     "load_codec",
     # errors
     "EdgemlError",

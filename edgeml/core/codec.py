@@ -6,13 +6,14 @@ answers the hook ``edgeml_codec``, and hold it to `edgeml.testing.CodecTests` by
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Allocator, Message, own
 
-__all__ = ["Codec", "Spoken", "Wrapped", "Wrapping"]
+__all__ = ["Codec", "Spoken", "Wrapped", "Wrapping", "limited"]
 
 
 class Codec(ABC):
@@ -29,8 +30,9 @@ class Codec(ABC):
     server lists it, and refused on a listener beyond loopback that asks for no credentials."""
 
     limits: Limits = DEFAULT_LIMITS
-    """What it keeps to, both ways, of ``nodes``, ``nesting`` and ``buffers``; an instance may have
-    others than its class."""
+    """What it keeps to, both ways, of ``nodes``, ``nesting`` and ``buffers``: before it makes
+    anything of what is more. `limited` gives a copy that has others. A codec that ``executes`` need
+    not: whoever sends it something can do more harm by less."""
 
     @abstractmethod
     def encode(self, value: Any) -> Message:
@@ -67,6 +69,15 @@ class Codec(ABC):
         Raises:
             Malformed: on any bytes that `encode` could not have made.
         """
+
+
+def limited(codec: Codec, limits: Limits) -> Codec:
+    """The codec with these limits; all who have its own share one."""
+    if limits is codec.limits or limits == codec.limits:
+        return codec
+    made = copy.copy(codec)
+    made.limits = limits
+    return made
 
 
 class Wrapped(Codec):

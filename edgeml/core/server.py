@@ -15,7 +15,7 @@ from typing import Any
 
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
-from edgeml.core.codec import Codec, Spoken, Wrapping
+from edgeml.core.codec import Codec, Spoken, Wrapping, limited
 from edgeml.core.dispatch import Call, Caller, Dispatcher, Gatherer, Handler, unknown
 from edgeml.core.episode import Episode
 from edgeml.core.errors import (
@@ -200,7 +200,7 @@ class Server:
         self._config = config or {}
         if isinstance(codecs, str):
             raise ValueError(f"codecs must be a list of names, not {codecs!r}")
-        self._codecs = {name: _limited(load_codec(name), limits) for name in codecs}
+        self._codecs = {name: limited(load_codec(name), limits) for name in codecs}
         given = Credentials.resolve(credentials)
         self._credentials = None if given is None else given.for_server()
         self._keyring = None if given is None else given.clients
@@ -857,15 +857,6 @@ class Server:
         except Exception as error:  # the client is to be told, whatever it sent
             _log.exception("%s: %r could not be agreed with %s", self.service, name, session)
             raise Malformed(f"what was asked of {name!r} could not be agreed: {error}") from error
-
-
-def _limited(codec: Codec, limits: Limits) -> Codec:
-    """The codec with these limits; all who have the usual ones share one."""
-    if limits == codec.limits:
-        return codec
-    made = type(codec)()
-    made.limits = limits
-    return made
 
 
 def _allows(session: _Session, topic: Topic) -> bool:

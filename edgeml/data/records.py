@@ -18,7 +18,6 @@ malice; but nothing in a file is ever executed.
 
 from __future__ import annotations
 
-import copy
 import os
 import struct
 import zlib
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.core.codec import Codec
+from edgeml.core.codec import Codec, limited
 from edgeml.core.errors import Malformed
 from edgeml.core.frames import parts, unframe
 from edgeml.core.limits import DEFAULT_LIMITS
@@ -53,9 +52,7 @@ _sync = getattr(os, "fdatasync", os.fsync)  # macOS has the latter alone
 
 def _make_codec() -> Codec:
     # What lies in a file is more than what a peer sends, and one's own: 16,384 items of 256 nodes.
-    codec = copy.copy(load_codec("msgpack"))
-    codec.limits = replace(DEFAULT_LIMITS, nodes=1 << 22)
-    return codec
+    return limited(load_codec("msgpack"), replace(DEFAULT_LIMITS, nodes=1 << 22))
 
 
 class RecordWriter:

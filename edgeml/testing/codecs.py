@@ -9,8 +9,11 @@ class TestMyCodec(CodecTests):
 
 from __future__ import annotations
 
+import datetime as dt
 import gc
+import sys
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +22,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from edgeml.core.codec import Codec
+from edgeml.core.codec import Codec, Wrapped, limited
 from edgeml.core.errors import Malformed, NotEncodable
+from edgeml.core.limits import Limits
 from edgeml.core.message import Message
 
 __all__ = ["CodecTests", "assert_same"]
@@ -63,6 +67,26 @@ def assert_same(got: Any, sent: Any) -> None:
 def _received(message: Message) -> Message:
     """The message as a transport hands it over: other memory, which nobody may write to."""
     return Message(message.header, [memoryview(bytes(b)) for b in message.buffers])
+
+
+class _Text(str):
+    """One that is equal to nothing but itself."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class _Rows(list[int]):
+    """A list that can be hashed, which no list that arrives can be."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for level in range(depth):
+        value = {"k": value} if level % 2 else [value]
+    return value
 
 
 def _sample() -> dict[str, Any]:
@@ -255,6 +279,55 @@ class CodecTests:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, range(threads)))
 
+    # What the other end makes of it
+
+    def test_what_is_encoded_is_decoded(self) -> None:
+        """What the other end would refuse is refused here already, where somebody can mend it."""
+        modulus = sys.hash_info.modulus
+        for value in (
+            *(_nested(depth) for depth in (8, 30, 33, 100, 900)),
+            *([0] * 600_000, [[]] * 200_000, {str(i): i for i in range(300_000)}),
+            *(dict.fromkeys(range(4096), 0), {i << 32: 0 for i in range(5000)}),
+            *(set(range(5000)), {i * modulus for i in range(100)}, {1.5, (1, "a"), frozenset("b")}),
+            *(2**63, 2**64, -(2**70), 2**9000, "\ud800", {"\ud800": 1}, {_Text("a"): 1, "a": 2}),
+            *({True: 1}, {(1,): 1}, {None: 1}, {_Text("a"), "a"}, {_Rows((1,))}),
+            *(np.frombuffer(b"\x02\x01", bool), np.zeros((1,) * 33), np.zeros((0, 1 << 40))),
+            *([np.zeros(_LARGE, np.uint8)] * 3, dt.datetime(1, 1, 1), dt.timedelta.max),
+        ):
+            try:
+                message = self.codec.encode(value)
+            except NotEncodable:
+                continue
+            self.codec.decode(_received(message))
+
+    def test_what_is_decoded_encodes_to_the_same_bytes(self) -> None:
+        """There is one way to write a value, in each process and after each journey."""
+        if isinstance(self.codec, Wrapped):
+            pytest.skip("what is kept as a file, such as a JPEG, need not be what is made again")
+        self._skip_if_it_executes()
+        for value in (_sample(), [1, 1.0, True, "1", b"1", None, -0.0, {"b": 1, "a": 2}]):
+            message = self.codec.encode(value)
+            again = self.codec.encode(self.codec.decode(_received(message)))
+            assert again.header == message.header
+            assert list(map(bytes, again.buffers)) == list(map(bytes, message.buffers))
+
+    def test_limits(self) -> None:
+        """It keeps to its limits, both ways; a copy with others leaves it as it is."""
+        self._skip_if_it_executes()
+        if isinstance(self.codec, Wrapped):
+            pytest.skip("they are the inner codec's")
+        strict = limited(self.codec, Limits(nodes=1000, nesting=8, buffers=2))
+        large = np.zeros(_LARGE, np.uint8)
+        value: Any
+        for value in ([0] * 900, [[]] * 150, _nested(8), [large] * 2, _nested(7)):
+            assert_same(strict.decode(_received(strict.encode(value))), value)
+        for value in ([0] * 1001, [[]] * 1001, [{"a": 1}] * 501, _nested(9), [large] * 3):
+            with pytest.raises(NotEncodable):
+                strict.encode(value)
+            with pytest.raises(Malformed):
+                strict.decode(_received(self.codec.encode(value)))
+            assert_same(self.round_trip(value), value)
+
     # Bytes that nobody encoded
 
     def test_truncated(self) -> None:
@@ -285,11 +358,17 @@ class CodecTests:
         self._skip_if_it_executes()
         rng = np.random.default_rng(2)
         message = self.codec.encode(_sample())
-        for position in range(len(message.header)):
-            for change in (1, 0x80, 0xFF, *rng.integers(1, 256, 4)):
-                header = bytearray(message.header)
-                header[position] ^= int(change)
-                self.value_or_malformed(bytes(header), list(message.buffers))
+        tracemalloc.start()
+        try:
+            for position in range(len(message.header)):
+                for change in (1, 0x80, 0xFF, *rng.integers(1, 256, 4)):
+                    header = bytearray(message.header)
+                    header[position] ^= int(change)
+                    self.value_or_malformed(bytes(header), list(message.buffers))
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert most < message.nbytes + (1 << 20), "memory was taken for what was merely claimed"
 
     def _skip_if_it_executes(self) -> None:
         if self.codec.executes:

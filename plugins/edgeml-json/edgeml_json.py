@@ -55,21 +55,48 @@ def _unpack(packed: dict[str, Any], buffers: dict[int, memoryview], writable: bo
     return {key[key.startswith("$") :]: value for key, value in packed.items()}
 
 
+def _check_nesting(value: Any, most: int) -> None:
+    level = [value]
+    for _ in range(most + 1):
+        level = [each for each in level if isinstance(each, dict | list | tuple)]
+        if not level:
+            return
+        level = [
+            each
+            for inner in level
+            for each in (inner.values() if isinstance(inner, dict) else inner)
+        ]
+    raise Malformed(f"nested more than {most} deep")
+
+
 class JsonCodec(Codec):
     name: ClassVar[str] = "json"
+
+    def _check(self, message: Message) -> None:
+        text, limits = message.header, self.limits
+        # Those within texts count as well, which is simple, and refuses too much, never too little.
+        nodes = text.count(b",") + text.count(b":") + 4 * (text.count(b"[") + text.count(b"{"))
+        if nodes >= limits.nodes or len(message.buffers) > limits.buffers:
+            raise Malformed("more values, or more large arrays, than are taken in one message")
 
     def encode(self, value: Any) -> Message:
         buffers: list[memoryview] = []
         try:
+            _check_nesting(value, self.limits.nesting)
             text = json.dumps(_pack(value, "value", buffers), ensure_ascii=False)
-            return Message(text.encode(), buffers)
-        except (ValueError, RecursionError) as error:  # half a surrogate pair, a cycle
+            message = Message(text.encode(), buffers)
+            self._check(message)
+            return message
+        except (ValueError, RecursionError) as error:  # half a surrogate pair, a cycle, a limit
             raise NotEncodable(str(error)) from None
 
     def decode(self, message: Message, *, writable: bool = False) -> Any:
+        self._check(message)
         try:
             made = partial(_unpack, buffers=dict(enumerate(message.buffers)), writable=writable)
-            return json.loads(message.header, object_hook=made)
+            value = json.loads(message.header, object_hook=made)
+            _check_nesting(value, self.limits.nesting)
+            return value
         except Exception as error:  # whatever the bytes may cause in json and numpy
             raise Malformed(f"{type(error).__name__}: {error}") from None
 
