@@ -16,56 +16,28 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-_LARGE = 8192  # bytes
-
-
-def mutate(seeds: list[bytes], rng: random.Random) -> bytes:
-    """One of the seeds, changed in one to eight places; seldom one that is large, and slow."""
-    while len(data := bytearray(rng.choice(seeds))) > _LARGE and rng.random() > 0.005:
-        pass
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-        at = rng.randrange(len(data) + 1)
-        kind = rng.randrange(7)
-        if kind == 0 and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1 and at < len(data):
-            data[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-        elif kind == 2:
-            del data[at : at + rng.choice((1, 1, 2, 4, 8, 16))]
-        elif kind == 3:
-            data[at:at] = rng.randbytes(rng.choice((1, 2, 4, 8)))
-        elif kind == 4:
-            other = rng.choice(seeds)
-            begin = rng.randrange(len(other) + 1)
-            data[at:at] = other[begin : begin + rng.choice((2, 8, 32, 128))]
-        elif kind == 5:
-            begin = rng.randrange(len(data) + 1)
-            data[at:at] = data[begin : begin + rng.choice((2, 8, 32, 128))]
-        else:
-            data = data[:at]
-    return bytes(data)
 
 
 def run_mutations(name: str, n: int) -> None:
     """Give a target n inputs, and tell how it went."""
     import targets
+    from mutations import make
 
     raised = targets.watch_threads()
     target = targets.TARGETS[name]()
-    seeds = target.seeds() + [
-        path.read_bytes() for path in sorted(targets.CORPUS.glob(f"{name}-*"))
-    ]
+    messages = target.messages()
+    headers = [message.header for message in messages]
     rng = random.Random(time.time_ns())
     data = b""
     began = time.monotonic()
-    for data in seeds:
+    for data in _seeds(name, target):
         _take(target, name, data)
     before = _memory()
     for count in range(n):
-        data = mutate(seeds, rng)
+        data = make(target, messages, headers, rng)
         _take(target, name, data)
         if raised:
             raise SystemExit(
@@ -78,9 +50,17 @@ def run_mutations(name: str, n: int) -> None:
     print(f"{name}: {n} inputs in {seconds:.0f} s, memory {_memory() - before:+} MB", flush=True)
 
 
-def _take(target: object, name: str, data: bytes) -> None:
+def _seeds(name: str, target: Any) -> list[bytes]:
+    """What a target really gets, and what once was a find."""
+    import targets
+
+    found = [path.read_bytes() for path in sorted(targets.CORPUS.glob(f"{name}-*"))]
+    return [target.wrap(message) for message in target.messages()] + found
+
+
+def _take(target: Any, name: str, data: bytes) -> None:
     try:
-        target.take(data)  # type: ignore[attr-defined]
+        target.take(data)
     except BaseException:
         print(f"{name}: a find, in {_keep(name, data)}", flush=True)
         raise
@@ -117,8 +97,7 @@ def run_atheris(name: str, arguments: list[str]) -> None:
     target = targets.TARGETS[name]()
     folder = Path(f"corpus-{name}")  # in which it also keeps what leads it further
     folder.mkdir(exist_ok=True)
-    known = [path.read_bytes() for path in targets.CORPUS.glob(f"{name}-*")]
-    for data in (*target.seeds(), *known):
+    for data in _seeds(name, target):
         (folder / hashlib.sha1(data).hexdigest()).write_bytes(data)
     atheris.Setup([sys.argv[0], *arguments, str(folder)], target.take)
     atheris.Fuzz()  # ends the process

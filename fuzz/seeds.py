@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgeml.core import Message, wire
-from edgeml.core.frames import frame
 
 VECTORS = Path(__file__).parents[1] / "tests" / "wire" / "vectors"
 
@@ -118,8 +117,3 @@ def hostile_requests() -> Iterator[Message]:
     yield Message(pack([wire.CALL, SESSION * 1000, "echo" * 1000, 2.5, b"\x01"]))
     yield Message(b"\xdd\x00\x01\x86\xa5" + pack(wire.CALL) + b"\x90" * 100_000)
     yield Message(b"\x96\x01\xc4\x00\xa0\x01\xc4\x00" + b"\x91" * 100_000)
-
-
-def framed(messages: Iterable[Message]) -> list[bytes]:
-    """Messages as one piece of bytes each."""
-    return [frame(message) for message in messages]

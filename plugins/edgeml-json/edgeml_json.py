@@ -6,6 +6,7 @@ number of a buffer in place of the numbers; ``$scalar`` likewise, ``$bytes`` and
 
 import base64
 import json
+import re
 from functools import partial
 from typing import Any, ClassVar
 
@@ -55,48 +56,35 @@ def _unpack(packed: dict[str, Any], buffers: dict[int, memoryview], writable: bo
     return {key[key.startswith("$") :]: value for key, value in packed.items()}
 
 
-def _check_nesting(value: Any, most: int) -> None:
-    level = [value]
-    for _ in range(most + 1):
-        level = [each for each in level if isinstance(each, dict | list | tuple)]
-        if not level:
-            return
-        level = [
-            each
-            for inner in level
-            for each in (inner.values() if isinstance(inner, dict) else inner)
-        ]
-    raise Malformed(f"nested more than {most} deep")
-
-
 class JsonCodec(Codec):
     name: ClassVar[str] = "json"
 
-    def _check(self, message: Message) -> None:
-        text, limits = message.header, self.limits
-        # Those within texts count as well, which is simple, and refuses too much, never too little.
-        nodes = text.count(b",") + text.count(b":") + 4 * (text.count(b"[") + text.count(b"{"))
-        if nodes >= limits.nodes or len(message.buffers) > limits.buffers:
-            raise Malformed("more values, or more large arrays, than are taken in one message")
+    def _within_limits(self, message: Message) -> Message:
+        bare = re.sub(rb'(?s)"(?:\\.|[^"\\])*"?|[^][{},:"]+', b"", message.header)
+        nodes = len(bare) + len(bare.translate(None, b",:"))  # an array or map is four
+        for _ in range(self.limits.nesting):  # each time the innermost go
+            bare = re.sub(rb"\[,*\]|{[:,]*}", b"", bare)
+        if (
+            nodes > self.limits.nodes
+            or bare.strip(b",:")
+            or len(message.buffers) > self.limits.buffers
+        ):
+            raise ValueError("too many values, too deep, or too many large arrays")
+        return message
 
     def encode(self, value: Any) -> Message:
         buffers: list[memoryview] = []
         try:
-            _check_nesting(value, self.limits.nesting)
             text = json.dumps(_pack(value, "value", buffers), ensure_ascii=False)
-            message = Message(text.encode(), buffers)
-            self._check(message)
-            return message
+            return self._within_limits(Message(text.encode(), buffers))
         except (ValueError, RecursionError) as error:  # half a surrogate pair, a cycle, a limit
             raise NotEncodable(str(error)) from None
 
     def decode(self, message: Message, *, writable: bool = False) -> Any:
-        self._check(message)
         try:
+            self._within_limits(message)
             made = partial(_unpack, buffers=dict(enumerate(message.buffers)), writable=writable)
-            value = json.loads(message.header, object_hook=made)
-            _check_nesting(value, self.limits.nesting)
-            return value
+            return json.loads(message.header, object_hook=made)
         except Exception as error:  # whatever the bytes may cause in json and numpy
             raise Malformed(f"{type(error).__name__}: {error}") from None
 
