@@ -125,7 +125,7 @@ def process(program: str, *arguments: object) -> Iterator[Process]:
         made.popen.communicate()
 
 
-def run_fresh(program: str, timeout: float = 30.0) -> tuple[str, str]:
+def run_fresh(program: str, timeout: float = 60.0) -> tuple[str, str]:
     """Run a program in a fresh interpreter, which is to end well; returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
