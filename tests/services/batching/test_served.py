@@ -108,7 +108,7 @@ def test_a_client_that_dies_within_a_batch_leaves_the_others_their_answers(serve
         pytest.skip("of one process")
     held = Held()
     server = serve(held)
-    with InferenceClient(url=server.url) as client:
+    with InferenceClient(url=server.url, timeout=60) as client:
         first = client.call_async("policy", {"x": 0.0})
         assert held.entered.wait(10)
         with process(CALLS_ONCE, server.url) as dying:
