@@ -47,6 +47,7 @@ from edgeml.core.errors import (
 )
 from edgeml.core.interrupts import insisting
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
+from edgeml.core.lines import Lines
 from edgeml.core.security import ALL, Role
 from edgeml.core.transport import Endpoint, Peer
 
@@ -69,7 +70,6 @@ _ROUND = 1e-3  # seconds of handlers after which a loop gets a round, though mor
 _STUCK = 0.02  # seconds that a handler may take before the loop goes on elsewhere
 _STREAK = 4  # calls that another endpoint brings in a row, after which its loop is carried
 _SMALL = 1 << 16  # bytes of a call that takes next to no room
-_MOST_TOLD = 1000  # refusals that are worth a line, each once
 _MOST_ROUNDS = 64  # that are made for more calls of a batch
 _QUIET = 5  # looks of the watch without a call, after which it rests
 _TOO_LATE = "nobody waits for this call any more"
@@ -622,6 +622,7 @@ class Dispatcher:
 
     Attributes:
         counts: calls handled, and refusals by the name of their error.
+        lines: of the log, that clients cause.
         at_end: what `run` calls, in its thread, when it has handled the last call.
     """
 
@@ -644,7 +645,7 @@ class Dispatcher:
         self._interval = 1 / rate_limit if rate_limit else 0.0
         self._interfaces: dict[str, _Interface] = {}
         self._limits = limits
-        self._told: set[str] = set()  # of refusals
+        self.lines = Lines(_log)
         self._main = _Lane(limits)
         self._lanes = {"": self._main}
         self._jobs = _Interface("job", _do_job, self._main)
@@ -747,21 +748,14 @@ class Dispatcher:
         if not isinstance(call, _Turn):
             self.counts[type(error).__name__] += 1
             if isinstance(error, PermissionDenied):
-                self.tell(f"{call.caller} may not call {call.name!r}: {text_of(error)}")
+                text = f"{call.caller} may not call {call.name!r}: {text_of(error)}"
+                self.lines.write_once(logging.WARNING, f"{self._service}: {text}")
         try:
             call.fail(error)
         except RuntimeError:
             _log.exception("%s: an error came after the answer", self._service)
         except Exception:  # it is anybody's code, and handlers go on
             _log.exception("%s: an error did not reach its caller", self._service)
-
-    def tell(self, what: str) -> None:
-        """Log a refusal, once: whoever is refused may ask again at once."""
-        if what not in self._told and len(self._told) < _MOST_TOLD:
-            self._told.add(what)
-            _log.warning("%s: %s", self._service, what)
-        else:
-            _log.debug("%s: %s", self._service, what)
 
     def _put(self, call: Call, interface: _Interface) -> None:
         lane = interface.lane
@@ -1043,7 +1037,8 @@ class Dispatcher:
         else:
             told = f"{type(error).__qualname__}: {text_of(error)}"
             what = f"{interface.name} {call.detail}".strip()
-            _log.warning("%s %r failed for %s: %s", self._service, what, call.caller, told)
+            text = f"{self._service} {what!r} failed for {call.caller}: {told}"
+            self.lines.write(logging.WARNING, text)
             _log.debug("the traceback, which the client gets as well:", exc_info=True)
             try:
                 trace = "".join(traceback.format_exception(error))[-20_000:]

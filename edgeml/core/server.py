@@ -470,7 +470,7 @@ class Server:
             self._check_keys()
             for session in silent:
                 self._end(session.episode)
-                _log.info("%s: %s is lost: silent for %g s", self.service, session, _FORGET)
+                self._say(f"{session} is lost: silent for {_FORGET:g} s")
         finally:
             self._alarms.after(_TICK, self._tick)
 
@@ -783,7 +783,7 @@ class Server:
                     self._remove(session)
                 if there:
                     self._end(session.episode)
-                    _log.info("%s: %s has left", self.service, session)
+                    self._say(f"{session} has left")
                 for topic in self._topics.values():
                     topic.forget(session.key)
                 reply(Message(wire.pack(wire.Answer(wire.OK))))
@@ -792,10 +792,14 @@ class Server:
         except EdgemlError as error:
             self._fail(reply, error)
 
+    def _say(self, what: str) -> None:
+        self.dispatcher.lines.write(logging.INFO, f"{self.service}: {what}")
+
     def _fail(self, reply: Reply, error: EdgemlError) -> None:
         self.counts[type(error).__name__] += 1
         if isinstance(error, PermissionDenied):
-            self.dispatcher.tell(f"{reply.peer.address} is refused: {text_of(error)}")
+            text = f"{self.service}: {reply.peer.address} is refused: {text_of(error)}"
+            self.dispatcher.lines.write_once(logging.WARNING, text)
         reply(Message(wire.pack_error(error)))
 
     def _wrap(self, asked: Any, caller: Caller) -> Any:
@@ -840,7 +844,7 @@ class Server:
             self._add(session)
         if wire.RESUME in hello.extensions:
             answers[wire.RESUME] = self._resume(hello.extensions[wire.RESUME], session)
-        _log.info("%s: %s has come", self.service, session)
+        self._say(f"{session} has come")
         topics = {
             topic.name: topic.keep if _allows(session, topic) else 0
             for topic in self._topics.values()
