@@ -14,9 +14,15 @@ wakes a caller that is blocked in its DEALER is a message from the connection's 
 DEALER is connected as well, by a pipe that is filled at first so that no request takes it. Nothing
 of this survives a fork: in the child every connection is closed, and its sockets are left alone.
 
-Copies. Frames from 512 KiB on are sent from where they lie (below that pyzmq's bookkeeping costs
-more than the copy). In `call` they are the user's own memory, which is why an abandoned call closes
-its socket and waits until libzmq has let go.
+Keys. With credentials all is encrypted, and each end knows the other by its key (`curve`). A
+listener's `guard` decides who comes in and watches over connections, in a thread of its own, so
+that the loop has one socket to wait for.
+
+Bounds. libzmq queues what a peer doesn't read, and the frames of a message that doesn't end,
+without a bound in bytes. Replies are counted as they are given to it; now and then one is sent from
+where it lies, however small, and that it is let go of tells that all before it has been written.
+What is coming in is what Linux says has come, less what the loop has taken. A reply beyond the
+bound is dropped, and its number sent behind an empty frame, which tells the client so.
 """
 
 from __future__ import annotations

@@ -173,7 +173,6 @@ class Guard:
         self.url: Url | None = None
         self._limits = limits
         self._keyring = keyring
-        self._version = -1
         self._count = count
         self._forget = forget
         self._links: dict[int, _Link] = {}
@@ -248,8 +247,6 @@ class Guard:
         """Answer libzmq's question whether a key may come in."""
         assert self._keyring is not None
         request = self._zap.recv_multipart()
-        with suppress(ValueError, PermissionDenied, OSError):  # the keys that can be read count
-            self._keyring.refresh()
         answer, address, why = answer_zap(self._keyring, request)
         self._zap.send_multipart(answer)
         if why:
@@ -367,14 +364,17 @@ class Guard:
             self._look_for_unfinished()
 
     def _look_for_revoked(self, keyring: Keyring) -> None:
-        with suppress(ValueError, PermissionDenied, OSError):
-            keyring.refresh()
+        """End connections whose key is no longer let in; core has the keyring read again."""
         for descriptor, link in list(self._links.items()):
-            if link.remote is not None and not link.told:
-                try:
-                    keyring.by_curve(link.remote.key)
-                except PermissionDenied as error:
-                    self._cut(descriptor, "PermissionDenied", str(error))
+            if link.remote is None or link.told:
+                continue
+            try:
+                known = keyring.by_name(link.remote.peer.identity or "").curve
+            except PermissionDenied as error:
+                self._cut(descriptor, "PermissionDenied", str(error))
+            else:
+                if known != link.remote.key:
+                    self._cut(descriptor, "PermissionDenied", "its key has been replaced")
 
     def _look_for_unfinished(self) -> None:
         """End connections with half a message of which too much has come, or nothing for long.

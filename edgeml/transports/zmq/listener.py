@@ -42,6 +42,7 @@ from edgeml.transports.zmq.sockets import (
     WHO,
     ZERO_COPY,
     check,
+    frame_on_wire,
     open_router,
     open_socket,
     receive,
@@ -58,7 +59,7 @@ _MOST_AT_ONCE = 64  # messages that are received before a handler runs again
 _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)  # a plain int: enum flags cost a microsecond
 
 
-_STEP = 1 << 23  # bytes of replies of which one tells when it has been written
+_STEP = 1 << 25  # bytes of replies of which one tells when it has been written
 _SEALED = 33  # bytes that CURVE adds to each frame
 _KEPT = 1 << 16  # bytes of a first frame that is kept until its reply has been given
 
@@ -196,7 +197,10 @@ class Listener(Endpoint):
                 remote = self._meet(routing_id, head)
                 if remote is None:
                     return
-            remote.taken += size_on_wire(number, message, self._sealed)
+            if message.buffers:
+                remote.taken += size_on_wire(number, message, self._sealed)
+            else:
+                remote.taken += frame_on_wire(len(head) + self._sealed)
         except BaseException:
             if remote is not None:
                 remote.taken = math.inf  # it is not known any more

@@ -28,6 +28,7 @@ __all__ = [
     "WHO",
     "ZERO_COPY",
     "check",
+    "frame_on_wire",
     "open_router",
     "open_socket",
     "receive",
@@ -193,14 +194,15 @@ def _send_marked(
     line.send(data)
 
 
+def frame_on_wire(size: int) -> int:
+    """Bytes that a frame of so many takes up on a connection."""
+    return size + (9 if size > _LARGEST_SHORT else 2)
+
+
 def size_on_wire(number: bytes, message: Message, extra: int) -> int:
     """Bytes that a message takes up on a connection where each frame has so many bytes more."""
-    size = len(number) + len(message.header) + extra
-    total = size + (9 if size > _LARGEST_SHORT else 2)
-    for buffer in message.buffers:
-        size = buffer.nbytes + extra
-        total += size + (9 if size > _LARGEST_SHORT else 2)
-    return total
+    head = frame_on_wire(len(number) + len(message.header) + extra)
+    return head + sum(frame_on_wire(buffer.nbytes + extra) for buffer in message.buffers)
 
 
 def receive(line: zmq.Socket[bytes], most: int = MOST_BUFFERS) -> tuple[zmq.Frame, bytes, Message]:
