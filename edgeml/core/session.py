@@ -308,14 +308,15 @@ class SessionKeeper:
 
     def _keep(self) -> None:
         """Keep a heartbeat under way, and make a new session when one is lost."""
-        pause = 0.05
+        pause, told = 0.05, ""
         while not self.closed:
             try:
                 self._beat(self.connect(self._timeout))
-                pause = 0.05
+                pause, told = 0.05, ""
             except Exception as error:
                 if isinstance(error, (ConfigMismatch, PermissionDenied)):
-                    _log.warning("the server came back, but: %s", error)
+                    if told != (told := str(error)):
+                        _log.warning("the server came back, but: %s", error)
                     pause = _PATIENCE
                 elif not isinstance(error, EdgemlError):  # no file descriptor is left, say
                     _log.exception("the connection to the server failed, and is tried again")
