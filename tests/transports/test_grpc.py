@@ -257,6 +257,46 @@ def test_more_than_grpc_takes_in_one_piece_is_refused_and_up_to_that_all_is_take
             send(of(LIMIT + 1))
 
 
+def ask_for(path: bytes, port: int) -> socket.socket:
+    """Ask for a path as no gRPC library does: as it is."""
+    fields = b"\x83\x86\x04" + bytes([len(path)]) + path  # HPACK (RFC 7541): POST, http, and it
+    fields += b"\x41\x01x\x5f\x10application/grpc\x40\x02te\x08trailers"
+    made = socket.create_connection(("127.0.0.1", port), 5)
+    made.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + struct.pack(">3xBBI", 4, 0, 0))
+    made.sendall(struct.pack(">I", len(fields))[1:] + struct.pack(">BBI", 1, 4, 1) + fields)
+    return made
+
+
+def test_a_path_that_is_no_text_ends_neither_the_server_nor_what_is_under_way():
+    parked = []
+
+    def on_request(message: Message, reply) -> None:
+        if message.header == b"park":
+            parked.append(reply)
+        else:
+            reply(message)
+
+    with transport.serve(ANYWHERE, on_request) as endpoint:
+        for count in range(1, 4):
+            with transport.connect(endpoint.url, 5.0) as requester:
+                future = requester.request(Message(b"park"))
+                wait_until(lambda n=count: len(parked) == n)
+                with ask_for(b"/edgeml/\xd1\xff", endpoint.url.port):
+                    wait_until(lambda n=count: endpoint.counts["Malformed"] == n)
+                    parked[-1](Message(b"answered"))
+                    assert future.result(5.0).header == b"answered"
+
+            def answered() -> bool:
+                try:
+                    with transport.connect(endpoint.url, 1.0) as requester:
+                        return requester.call(Message(b"x"), 1.0).header == b"x"
+                except Unreachable:
+                    return False
+
+            with took(at_most=1.0):
+                wait_until(answered)
+
+
 def test_an_http_client_and_noise_do_no_harm(connected, unharmed):
     port = connected[0].url.port
     rng = random.Random(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
@@ -47,7 +48,12 @@ from edgeml.transports.grpc.protocol import ERRORS, LARGEST_FRAME, SERVICE, STRE
 from edgeml.transports.grpc.sockets import Address, Sockets
 from edgeml.transports.grpc.tls import Clients, server_credentials
 
+_log = logging.getLogger(__name__)
+
 _GRACE = 0.3  # seconds that an endpoint which closes gives to what is still to be sent
+_LOOK = 0.1  # seconds between two looks whether grpc.aio has ended by itself
+_DRAIN = 5.0  # seconds that it then has for what is under way
+_MOST_AWAY = 5.0  # seconds until its port must be free again
 _KEPT = 30.0  # seconds that a large reply waits to be fetched
 _COUNTED = 1 << 16  # bytes; smaller replies are held down by how many calls one connection may have
 _MOST_STREAMS = 1 << 13  # under way on one connection; more than an honest client has
@@ -129,18 +135,26 @@ class Listener(Endpoint):
         self._kept: dict[int, tuple[Message, Held]] = {}  # replies that are to be fetched
         self._turns = Turns()
         self._closed = False
+        self._health = Health(self._receive)
         self._loop = Loop(f"edgeml {url}")
         try:
             self._server, self.url = self._loop.start(self._open(url, keys and keys[0])).result()
         except BaseException:
             self._loop.close()
             raise
+        self._loop.start(self._watch(keys and keys[0]))
         watch_forks(self)
 
     async def _open(self, url: Url, keys: TlsKeys | None) -> tuple[aio.Server, Url]:
         _keep_poller()
-        address = find_address(url)
-        self.local = is_loopback(address)
+        self._address = find_address(url)
+        self.local = is_loopback(self._address)
+        server, port = await self._serve(url, keys)
+        self._sockets.port = port
+        self._check_sockets()
+        return server, tell_url(url, self._address, port)
+
+    async def _serve(self, url: Url, keys: TlsKeys | None) -> tuple[aio.Server, int]:
         options = [
             *_OPTIONS,
             # Of TLS, and until HTTP/2 has begun.
@@ -154,25 +168,54 @@ class Listener(Endpoint):
             "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
             "Fetch": grpc.stream_stream_rpc_method_handler(self._fetch),
         }
-        self._health = Health(self._receive)
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers), self._health.handler())
         )
         try:
             if keys is None:
-                port = server.add_insecure_port(f"{address}:{url.port}")
+                port = server.add_insecure_port(f"{self._address}:{url.port}")
             else:
                 port = server.add_secure_port(
-                    f"{address}:{url.port}", server_credentials(keys, self._sockets.begin)
+                    f"{self._address}:{url.port}", server_credentials(keys, self._sockets.begin)
                 )
         except RuntimeError as error:
             raise OSError(
                 f"cannot serve {url}: {error}; another port, or 0, may be free"
             ) from error
         await server.start()
-        self._sockets.port = port
-        self._check_sockets()
-        return server, tell_url(url, address, port)
+        return server, port
+
+    async def _watch(self, keys: TlsKeys | None) -> None:
+        """Serve anew where `grpc.aio` has ended by itself, as it does of a path that isn't UTF-8.
+
+        What is under way is still answered, and to its clients this is the same server.
+        """
+        while not self._closed:
+            try:
+                await self._server.wait_for_termination(_LOOK)
+            except Exception as error:  # of which it has ended
+                if self._closed:
+                    return
+                self._refusals.note("Malformed", "somebody", "", f"grpc.aio has ended: {error!r}")
+                ended = self._server
+                if not await self._serve_again(keys):
+                    return
+                self._loop.start(ended.stop(_DRAIN))
+
+    async def _serve_again(self, keys: TlsKeys | None) -> bool:
+        now = asyncio.get_running_loop().time
+        ends = now() + _MOST_AWAY
+        while not self._closed:
+            try:
+                self._server, _ = await self._serve(self.url, keys)
+                return True
+            except OSError as error:
+                if now() > ends:
+                    _log.error("%s ends, as it can't be served again: %s", self.url, error)
+                    self._loop.do(self.close)
+                    return False
+            await asyncio.sleep(_LOOK / 10)  # the port is not free yet
+        return False
 
     def _later(self, seconds: float, function: Callable[..., object]) -> None:
         self._loop.later(seconds, function)
