@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from concurrent.futures import Future
 
@@ -10,6 +11,8 @@ from edgeml.core.errors import Overloaded, copy_error
 from edgeml.core.message import Message
 
 __all__ = ["Pending"]
+
+_log = logging.getLogger(__name__)
 
 
 class _Asked:
@@ -84,10 +87,7 @@ class Pending:
         future.asked.answered = max(future.asked.answered, number)
         if not future.set_running_or_notify_cancel():
             return False
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+        _give(future, outcome)
         return True
 
     def fail(self, why: Exception) -> None:
@@ -95,4 +95,15 @@ class Pending:
         while self._requests:
             _, future = self._requests.popitem()
             if future.set_running_or_notify_cancel():
-                future.set_exception(copy_error(why))
+                _give(future, copy_error(why))
+
+
+def _give(future: Future[Message], outcome: Message | Exception) -> None:
+    """Settle a future; its callbacks run here, and must not end the thread that all depend on."""
+    try:
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    except SystemExit:  # all other exceptions are logged by the future
+        _log.exception("a future's callback called sys.exit(), which does nothing here")

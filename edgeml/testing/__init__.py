@@ -4,7 +4,7 @@ import pytest
 
 # So that a failing assertion in a suite shows its values; it has to come before the imports.
 pytest.register_assert_rewrite(
-    *(f"edgeml.testing.{each}" for each in ("codecs", "ends", "stores", "transports"))
+    *(f"edgeml.testing.{each}" for each in ("codecs", "ends", "safety", "stores", "transports"))
 )
 
 from edgeml.testing.codecs import CodecTests  # noqa: E402

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 from edgeml.core import (
+    Credentials,
     Endpoint,
     Message,
     OnRequest,
@@ -209,8 +210,9 @@ class Handlers:
 class Child:
     """Another process at work, which ends with its standard input."""
 
-    def __init__(self, role: str, url: str) -> None:
-        program = f"from edgeml.testing import ends; ends.live_in_child({role!r}, {url!r})"
+    def __init__(self, role: str, url: str, keys: str = "") -> None:
+        told = f"{role!r}, {url!r}, {keys!r}"
+        program = f"from edgeml.testing import ends; ends.live_in_child({told})"
         # sys.path, because a plugin may have been put there by hand.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
@@ -247,8 +249,9 @@ class Child:
             pipe.close()
 
 
-def live_in_child(role: str, url: str) -> None:
-    """What a `Child` does."""
+def live_in_child(role: str, url: str, keys: str) -> None:
+    """What a `Child` does, with the keys of a directory, if any."""
+    credentials = Credentials.load(keys) if keys else None
     transport = load_transport(Url.parse(url).scheme)
     parked: list[Reply] = []
 
@@ -259,10 +262,12 @@ def live_in_child(role: str, url: str) -> None:
         else:
             if message.header == b"fork":
                 fork_idly()
+            if message.header == b"memory":
+                message = Message(str(resident_memory()).encode())
             reply(message)
 
     if role == "serve":
-        with transport.serve(Url.parse(url), on_request) as endpoint:
+        with transport.serve(Url.parse(url), on_request, credentials=credentials) as endpoint:
             print(endpoint.url, flush=True)
             sys.stdin.read()
     else:

@@ -45,7 +45,6 @@ from edgeml.testing.ends import (
     MB,
     PATIENCE,
     Child,
-    EndsTests,
     Net,
     Parked,
     as_view,
@@ -62,6 +61,7 @@ from edgeml.testing.ends import (
     until,
     within,
 )
+from edgeml.testing.safety import SafetyTests
 
 __all__ = ["TransportTests"]
 
@@ -75,7 +75,7 @@ _SIZES = (
 T = TypeVar("T")
 
 
-class TransportTests(EndsTests):
+class TransportTests(SafetyTests):
     """Subclass it and set ``url``; see the module's docstring."""
 
     # Messages -----------------------------------------------------------------------------
@@ -454,10 +454,16 @@ class TransportTests(EndsTests):
         assert got.header == b"second"
         assert requester.call(Message(b"third"), PATIENCE).header == b"third"
 
-    def test_a_callback_that_raises_hurts_nobody(self, net: Net, parked: Parked) -> None:
+    @pytest.mark.parametrize("kind", [ValueError, SystemExit])
+    def test_a_callback_that_raises_hurts_nobody(
+        self, net: Net, parked: Parked, kind: type[BaseException]
+    ) -> None:
+        def fail(_: object) -> None:
+            raise kind("a callback's own fault")
+
         requester = net.connect(net.serve(parked))
         future = requester.request(Message(b"first"))
-        future.add_done_callback(lambda _: 1 // 0)
+        future.add_done_callback(fail)
         parked.take()[1](Message(b""))
         future.result(PATIENCE)
         other = requester.request(Message(b"second"))

@@ -22,8 +22,10 @@ from edgeml.core import (
     DEFAULT_LIMITS,
     Closed,
     Credentials,
+    EdgemlError,
     Endpoint,
     Limits,
+    Malformed,
     Message,
     OnRequest,
     Overloaded,
@@ -89,8 +91,9 @@ _ports = _Ports()
 class _Listener(Endpoint):
     local = secured = True
 
-    def __init__(self, url: Url, on_request: OnRequest) -> None:
+    def __init__(self, url: Url, on_request: OnRequest, limits: Limits) -> None:
         self._on_request = on_request
+        self._limits = limits
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[tuple[Message, _Reply] | None] = queue.SimpleQueue()
         self._connections: set[_Connection] = set()
@@ -138,6 +141,13 @@ class _Listener(Endpoint):
 
     def put(self, message: Message, reply: _Reply) -> None:
         """Take a request."""
+        if message.nbytes > self._limits.message_bytes:
+            with self._lock:
+                self.counts["Malformed"] += 1
+            raise Malformed(
+                f"a message of {message.nbytes} bytes; {self.url} takes "
+                f"{self._limits.message_bytes}"
+            )
         if self._inbox.qsize() >= _MOST_WAITING:
             raise Overloaded(f"{_MOST_WAITING} requests to {self.url} are waiting")
         self._inbox.put((message, reply))
@@ -245,7 +255,7 @@ class _Connection(Requester):
             number, future = pending.add()
             try:
                 self.listener.put(message, _Reply(self, pending, number, settle))
-            except Overloaded:
+            except EdgemlError:
                 future.cancel()
                 raise
         return future
@@ -286,7 +296,7 @@ class InprocTransport(Transport):
     ) -> Endpoint:
         """See `Transport.serve`; the credentials are left alone, as nobody is between threads."""
         require_no_path(url)
-        return _Listener(url, on_request)
+        return _Listener(url, on_request, limits)
 
     def connect(
         self, url: Url, timeout: float, *, credentials: Credentials | None = None

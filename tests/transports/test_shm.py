@@ -36,6 +36,7 @@ from edgeml.testing import TransportTests
 from edgeml.transports.shm import channel, memory, segments, sockets
 from edgeml.transports.shm.waiting import Waiter
 from pairs import plain_client, process, wait_until
+from shm_records import FORGET, HEAD, HELLO, MAP, MESSAGE, RETURN, record
 
 ANY = Url.parse("shm://127.0.0.1:0")
 SHM = load_transport("shm")
@@ -81,6 +82,7 @@ class TestElsewhere(TransportTests):
     """Streams, socket files and temporary files in place of what only Linux has."""
 
     url = "shm://127.0.0.1:0"
+    has_paths = True
     between_processes = False  # which would need the patch as well
 
     @pytest.fixture(autouse=True)
@@ -766,10 +768,6 @@ def test_no_server_does_without_a_name_that_another_of_the_same_user_has():
 
 # Garbage ----------------------------------------------------------------------------------
 
-HEAD = struct.Struct("<BBHIIQ")
-HELLO = HEAD.pack(0, 0, 0, 0, 0, 0) + channel._MAGIC + struct.pack("<Q", 1 << 30) + b"stranger" * 2
-MESSAGE, RETURN, MAP, FORGET = 1, 2, 3, 4
-
 
 class Stranger:
     """Speaks to an endpoint by hand."""
@@ -783,8 +781,8 @@ class Stranger:
             self.socket.send(hello)
 
     def send(self, *records):
-        for record in records:
-            self.socket.send(record)
+        for each in records:
+            self.socket.send(each)
 
     def send_segment(self, fd, size, number=1):
         self.send(HEAD.pack(MAP, 0, 0, 1, 0, number) + struct.pack("<Q", size))
@@ -796,17 +794,6 @@ class Stranger:
                 return self.socket.recv(100) == b""
             except ConnectionResetError:
                 return True
-
-
-def record(descriptors=(), header=b"", rest=b"", *, flags=0, count=None, size=None, returns=()):
-    count = len(descriptors) if count is None else count
-    return (
-        HEAD.pack(MESSAGE, flags, len(returns), count, len(header) if size is None else size, 1)
-        + struct.pack(f"<{len(returns)}I", *returns)
-        + b"".join(struct.pack("<IIQQ", *each) for each in descriptors)
-        + header
-        + rest
-    )
 
 
 FORGED = {

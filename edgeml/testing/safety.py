@@ -1,0 +1,702 @@
+"""What every transport promises of keys, limits and hostile peers; a part of `TransportTests`.
+
+Keys are those that ``edgeml keygen`` makes. A transport may secure its channel by them or leave
+them alone; `edgeml.core` does the rest, and refuses to use keys over what is neither secured nor
+within this machine. The last tests are of both together.
+"""
+
+# ruff: noqa: D102 - a test's name says what is promised
+
+from __future__ import annotations
+
+import itertools
+import random
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from edgeml.core import (
+    Credentials,
+    EdgemlError,
+    Limits,
+    Message,
+    Overloaded,
+    Peer,
+    PermissionDenied,
+    Reply,
+    Requester,
+    Unreachable,
+    Url,
+    wire,
+)
+from edgeml.core.security import Keyring
+from edgeml.services import InferenceClient, InferenceServer
+from edgeml.testing.ends import (
+    KB,
+    MB,
+    PATIENCE,
+    Child,
+    EndsTests,
+    Net,
+    as_view,
+    echo,
+    make_message,
+    results_of,
+    until,
+    within,
+)
+
+__all__ = ["SafetyTests"]
+
+_AT_ONCE = 2.0  # seconds in which whoever has the wrong keys is told
+_STALL = 1.0  # seconds that nobody's misbehaviour may hold up anybody else
+_GROWTH = 16 * MB  # that it may cost
+
+_GREETINGS = (  # of other protocols
+    b"",
+    b"\0",
+    b"\0" * 1000,
+    b"\xff" * 1000,
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /x HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
+    b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n\x81\xff\xff",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff\xff\xff\4\0\0\0\0\0",
+    b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL" + b"\0" * 48,
+    b"\xff\0\0\0\0\0\0\0\1\x7f\3\0CURVE" + b"\0" * 47 + b"\2\xff\xff\xff\xff\xff\xff\xff\xff",
+    b"\x16\3\1\xff\xff\1\0\xff\xfc\3\3" + b"\0" * 32,
+    b"SSH-2.0-OpenSSH_9.9\r\n",
+    b"*1\r\n$4\r\nPING\r\n",
+    b"\x80\4\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
+)
+
+
+class SafetyTests(EndsTests):
+    """See `TransportTests`.
+
+    Attributes:
+        has_paths: whether the path of a URL means something to the transport.
+        sees_connections: whether it sees those that come to nothing; a library may hide them.
+        garbage: how many garbage connections are made in a test of them.
+    """
+
+    has_paths: ClassVar[bool] = False
+    sees_connections: ClassVar[bool] = True
+    garbage: ClassVar[int] = 300
+
+    def dial(self, url: Url) -> socket.socket | None:
+        """A bare connection to where an endpoint serves, or None where there is no such thing; to
+        be overridden by a transport that isn't over TCP.
+        """
+        if not self.between_processes:
+            return None
+        return socket.create_connection((url.host or "127.0.0.1", url.port), PATIENCE)
+
+    def overhear(self, net: Net) -> list[bytes]:
+        """What a client says in a short conversation, in pieces; to be overridden likewise."""
+        endpoint = net.serve(echo)
+        over = threading.Event()
+        with socket.create_server(("127.0.0.1", 0)) as tap:
+            said = net.start(_pass_on, tap, endpoint.url, over)
+            try:
+                url = endpoint.url.with_port(tap.getsockname()[1])
+                with net.transport.connect(url, PATIENCE) as requester:
+                    requester.call(make_message(b"header", 100, 300 * KB), PATIENCE)
+            finally:
+                over.set()
+            return max(said.result(PATIENCE), key=lambda pieces: sum(map(len, pieces)))
+
+    @pytest.fixture
+    def keys(self, tmp_path_factory: pytest.TempPathFactory) -> _Keys:
+        """Of a server and two clients, and of another server and its client."""
+        pytest.importorskip("cryptography", reason="edgeml keygen needs it")
+        if not _made:
+            _made.append(_Keys(tmp_path_factory.mktemp("keys")))
+        return _made[0]
+
+    def _prove(self, net: Net, keys: _Keys) -> bool:
+        """Whether the transport has its peers prove who they are by their keys."""
+        peers: list[Peer] = []
+        endpoint = net.serve(_noting(peers), credentials=keys.server())
+        with net.transport.connect(
+            endpoint.url, PATIENCE, credentials=keys.client("robot")
+        ) as requester:
+            requester.call(Message(b""), PATIENCE)
+        endpoint.close()
+        return peers[0].identity is not None
+
+    # Addresses ----------------------------------------------------------------------------
+
+    def test_a_path_that_means_nothing_is_refused(self, net: Net) -> None:
+        if self.has_paths:
+            pytest.skip("a path is an address of this transport")
+        url = replace(Url.parse(self.url), path="/somewhere")
+        with pytest.raises(ValueError, match="somewhere"):
+            net.serve(echo, url)
+        endpoint = net.serve(echo)
+        with pytest.raises(ValueError, match="somewhere"):
+            net.connect_to(replace(endpoint.url, path="/somewhere"))
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "", "0.0.0.0", "here"])
+    def test_what_is_local_is_not_reached_from_elsewhere(self, net: Net, host: str) -> None:
+        here = _own_address()
+        if host == "here" and here is None:
+            pytest.skip("this machine has no address but its own loopback")
+        url = Url.parse(self.url).with_host(here if host == "here" and here else host)
+        endpoint = net.serve(echo, url)
+        if endpoint.local and here is not None:
+            with pytest.raises(OSError, match=r".+"):
+                socket.create_connection((here, endpoint.url.port), 1.0).close()
+        if host in ("127.0.0.1", "localhost"):
+            requester = net.connect(endpoint)
+            assert requester.call(Message(b"x"), PATIENCE).header == b"x"
+            assert requester.local == endpoint.local
+
+    # Keys ---------------------------------------------------------------------------------
+
+    def test_without_keys_only_what_stays_on_the_machine_is_secured(self, net: Net) -> None:
+        endpoint = net.serve(echo, Url.parse(self.url).with_host("0.0.0.0"))
+        assert endpoint.local or not endpoint.secured
+        endpoint = net.serve(echo)
+        assert net.connect(endpoint).secured == endpoint.secured
+
+    def test_keys_secure_a_channel_and_tell_who_asks_or_are_left_alone(
+        self, net: Net, keys: _Keys
+    ) -> None:
+        peers: list[Peer] = []
+        endpoint = net.serve(_noting(peers), credentials=keys.server())
+        for name in ("robot", "viewer"):
+            requester = net.connect(endpoint, credentials=keys.client(name))
+            sent = make_message(b"x", 10, 5 * MB)
+            assert requester.call(sent, PATIENCE).header == b"x"
+            assert requester.request(sent).result(PATIENCE).header == b"x"
+            assert requester.secured == endpoint.secured
+            assert {peer.identity for peer in peers} in ({None}, {name})
+            assert peers[0].identity is None or endpoint.secured
+            peers.clear()
+
+    @pytest.mark.parametrize("wrong", ["nothing", "another server's", "expired", "revoked"])
+    def test_who_has_the_wrong_keys_is_denied_at_once_counted_and_told(
+        self, net: Net, keys: _Keys, wrong: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        if not self._prove(net, keys):
+            pytest.skip("this transport asks for no keys: core does")
+        server, client = keys.wrong(wrong)
+        peers: list[Peer] = []
+        endpoint = net.serve(_noting(peers), credentials=server)
+        with within(_AT_ONCE), pytest.raises(PermissionDenied):
+            net.connect(endpoint, credentials=client).call(Message(b""), PATIENCE)
+        if wrong in ("expired", "revoked") or (wrong == "nothing" and self.sees_connections):
+            assert until(lambda: endpoint.counts["PermissionDenied"] > 0, _AT_ONCE)
+            assert "refuse" in caplog.text
+        right = net.connect(endpoint, credentials=keys.client("viewer"))
+        assert right.call(Message(b""), PATIENCE).header == b""
+        assert [peer.identity for peer in peers] == ["viewer"]
+
+    @pytest.mark.parametrize("server", ["another", "without keys"])
+    def test_a_server_that_is_not_the_one_whose_key_we_have_is_refused_at_once(
+        self, net: Net, keys: _Keys, server: str
+    ) -> None:
+        if not self._prove(net, keys):
+            pytest.skip("this transport asks for no keys")
+        peers: list[Peer] = []
+        credentials = keys.server("other") if server == "another" else None
+        endpoint = net.serve(_noting(peers), credentials=credentials)
+        with within(_AT_ONCE), pytest.raises(PermissionDenied):
+            net.connect(endpoint, credentials=keys.client("robot")).call(Message(b""), PATIENCE)
+        assert not peers
+
+    def test_keys_that_lack_what_the_transport_needs_are_refused_with_what_to_do(
+        self, net: Net, keys: _Keys
+    ) -> None:
+        if not self._prove(net, keys):
+            pytest.skip("this transport asks for no keys")
+        with pytest.raises(ValueError, match="edgeml keygen"):
+            net.serve(echo, credentials=Credentials(clients=Keyring()))
+        endpoint = net.serve(echo, credentials=keys.server())
+        with pytest.raises(ValueError, match="edgeml keygen"):
+            net.connect(endpoint, credentials=Credentials("robot", token="its token"))
+
+    def test_who_is_let_in_may_change_while_a_server_runs(self, net: Net, keys: _Keys) -> None:
+        if not self._prove(net, keys):
+            pytest.skip("this transport asks for no keys: core does")
+        server = keys.server()
+        ring = server.clients
+        assert ring is not None
+        robot = ring.by_name("robot")
+        ring.revoke("robot")
+        endpoint = net.serve(echo, credentials=server)
+        with within(_AT_ONCE), pytest.raises(PermissionDenied):
+            net.connect(endpoint, credentials=keys.client("robot")).call(Message(b""), PATIENCE)
+        ring.add(robot)
+        requester = net.connect(endpoint, credentials=keys.client("robot"))
+        assert requester.call(Message(b"in"), PATIENCE).header == b"in"
+
+    # Limits -------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("how", ["call", "request"])
+    def test_a_message_beyond_the_limit_reaches_nobody_and_hurts_nobody(
+        self, net: Net, how: str
+    ) -> None:
+        sizes: list[int] = []
+
+        def on_request(message: Message, reply: Reply) -> None:
+            sizes.append(message.nbytes)
+            reply(Message(b""))
+
+        endpoint = net.serve(on_request, limits=Limits(message_bytes=MB))
+        good = net.connect(endpoint)
+        message = make_message(b"", 4 * MB)
+        requester = net.connect(endpoint)
+        ask: Callable[[], Message] = {
+            "call": lambda: requester.call(message, 2.0),
+            "request": lambda: requester.wait_for(requester.request(message), 2.0),
+        }[how]
+        with pytest.raises(EdgemlError):
+            ask()
+        good.call(make_message(b"", 900_000), PATIENCE)
+        net.connect(endpoint).call(make_message(b"", 800_000), PATIENCE)
+        assert sizes == [900_000, 800_000]
+
+    def test_connections_from_one_address_are_limited(self, net: Net) -> None:
+        if not self.sees_connections:
+            pytest.skip("this transport doesn't see connections that say nothing")
+        endpoint = net.serve(echo, limits=Limits(connections_per_address=8))
+        good = net.connect(endpoint)
+        good.call(Message(b""), PATIENCE)
+        good.request(Message(b"")).result(PATIENCE)
+        dialled: list[socket.socket] = []
+        try:
+            for _ in range(12):
+                made = self.dial(endpoint.url)
+                if made is None:
+                    pytest.skip("nothing can be dialled")
+                dialled.append(made)
+            assert until(lambda: endpoint.counts["Overloaded"] >= 4)
+            assert good.call(Message(b"x"), PATIENCE).header == b"x"
+        finally:
+            for made in dialled:
+                made.close()
+
+        def comes_in() -> bool:
+            try:
+                with net.transport.connect(endpoint.url, 1.0) as requester:
+                    return requester.call(Message(b"y"), 1.0).header == b"y"
+            except EdgemlError:
+                return False
+
+        assert until(comes_in)
+
+    def test_who_says_nothing_is_cut_off(self, net: Net) -> None:
+        endpoint = net.serve(echo, limits=Limits(handshake=0.3))
+        good = net.connect(endpoint)
+        silent = self.dial(endpoint.url)
+        if silent is None:
+            pytest.skip("nothing can be dialled")
+        with silent:
+            silent.settimeout(PATIENCE)
+            with suppress(ConnectionError):
+                while silent.recv(4 * KB):  # it may speak first
+                    pass
+        if self.sees_connections:
+            assert until(lambda: endpoint.counts["HandshakeTimeout"] == 1)
+        time.sleep(0.5)
+        assert good.call(Message(b"x"), PATIENCE).header == b"x"  # which has said who it is
+
+    def test_peers_from_one_place_have_one_host(self, net: Net) -> None:
+        peers: list[Peer] = []
+        endpoint = net.serve(_noting(peers))
+        for _ in range(2):
+            net.connect(endpoint).call(Message(b""), PATIENCE)
+        assert peers[0].host == peers[1].host
+        assert peers[0].id != peers[1].id
+
+    # Garbage ------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("protected", [False, True], ids=["plain", "with keys"])
+    def test_garbage_connections_hold_up_nobody_and_cost_no_memory(
+        self, net: Net, keys: _Keys, protected: bool
+    ) -> None:
+        self.bombard(net, keys, self.garbage, protected=protected)
+
+    def bombard(self, net: Net, keys: _Keys, count: int, *, protected: bool) -> None:
+        """Make garbage connections to a server in another process, beside a good client."""
+        if not self.between_processes:
+            pytest.skip("this transport stays within one process")
+        if protected and not self._prove(net, keys):
+            pytest.skip("this transport asks for no keys")
+        pieces = self.overhear(net)
+        rng = random.Random(count)
+        home = str(keys.home / "server") if protected else ""
+        slow: deque[tuple[socket.socket, bytes]] = deque()
+        stop = threading.Event()
+        with ExitStack() as opened:
+            server = Child("serve", self.url, home)
+            opened.callback(server.end)
+            opened.callback(_close_all, slow)
+            url = Url.parse(server.line())
+            credentials = keys.client("robot") if protected else None
+
+            def connect() -> Requester:
+                return net.transport.connect(url, PATIENCE, credentials=credentials)
+
+            good, counting = _Good(connect), _Good(connect)
+            opened.callback(good.close)
+            opened.callback(counting.close)
+            opened.callback(stop.set)
+            slowest = net.start(good.keep_asking, Message(b"x"), stop)
+            memory: list[int] = []
+            connected = 0
+            for index in range(count):
+                if index in (count // 3, 2 * count // 3, count - 1):
+                    memory.append(int(counting.ask(Message(b"memory")).header))
+                try:
+                    made = self.dial(url)
+                except OSError:
+                    continue
+                assert made is not None
+                connected += 1
+                said = _garble(pieces, rng)
+                if rng.random() < 0.2:  # one byte at a time, and never to the end
+                    slow.append((made, b"".join(said)))
+                else:
+                    _say(made, said, rng)
+                for _ in range(min(len(slow), 5)):
+                    made, rest = slow.popleft()
+                    if not rest or len(slow) > 40:
+                        made.close()
+                        continue
+                    with suppress(OSError):
+                        made.send(rest[:1])
+                    slow.append((made, rest[1:]))
+            stop.set()
+            assert slowest.result(PATIENCE) < _STALL
+            assert connected > count // 2
+            grown = [after - before for before, after in itertools.pairwise(memory)]
+            assert min(grown) < _GROWTH  # a library's pools fill once; what leaks grows on
+            again = _Good(connect)
+            opened.callback(again.close)
+            assert again.ask(Message(b"x")).header == b"x"
+
+    # Together with the core ---------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        "wrong", ["nothing", "another server's", "expired", "revoked", "another's token"]
+    )
+    def test_a_server_with_keys_runs_nothing_for_who_has_the_wrong_ones(
+        self, net: Net, keys: _Keys, wrong: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        credentials, bad = keys.wrong(wrong)
+        ran: list[str] = []
+        with self._server(credentials) as server:
+            server.register_interface("note", ran.append)
+            if not _starts_with_keys(server):
+                return  # it refuses what it can't honour, which is as well
+            with within(_AT_ONCE), pytest.raises(PermissionDenied):
+                InferenceClient(url=server.url, credentials=bad, timeout=PATIENCE)
+            if wrong in ("expired", "revoked", "another's token"):
+                assert until(lambda: server.stats().get("PermissionDenied", 0) > 0, _AT_ONCE)
+                assert "refuse" in caplog.text
+            with InferenceClient(url=server.url, credentials=keys.client("viewer")) as client:
+                client.call("note", "right")
+                assert ran == ["right"]
+
+    def test_who_is_revoked_is_cut_off_within_a_second(self, net: Net, keys: _Keys) -> None:
+        credentials = keys.server()
+        ran: list[str] = []
+        with self._server(credentials) as server:
+            server.register_interface("note", ran.append)
+            if not _starts_with_keys(server):
+                return
+            with InferenceClient(url=server.url, credentials=keys.client("robot")) as client:
+                client.call("note", "before")
+                assert credentials.clients is not None
+                credentials.clients.revoke("robot")
+                with within(1.0):
+                    assert until(lambda: not server.clients())
+
+                def denied() -> bool:
+                    try:
+                        client.call("note", "after", timeout=0.5)
+                    except PermissionDenied:
+                        return True
+                    except EdgemlError:  # what was under way as the connection was cut
+                        pass
+                    return False
+
+                assert until(denied, 2 * _AT_ONCE)
+        assert ran == ["before"]
+
+    def test_a_flood_of_one_client_leaves_the_others_answered(self, net: Net) -> None:
+        with self._server(None) as server:
+            server.register_interface("work", lambda _: time.sleep(0.005))
+            server.start(threaded=True)
+            with (
+                InferenceClient(url=server.url) as flooding,
+                InferenceClient(url=server.url) as good,
+            ):
+                asked = [flooding.call_async("work", None) for _ in range(1000)]
+                for turn in range(10):
+                    good.call("work", None)
+                    # In turns, not after all of them; some come before the good one asks at all.
+                    assert sum(each.done() for each in asked) < 400 + 40 * turn
+
+    def test_one_connection_does_not_take_all_sessions(self, net: Net) -> None:
+        with self._server(None) as server:
+            server.register_interface("echo", lambda value: value)
+            server.start(threaded=True)
+            requester = net.connect_to(Url.parse(server.url))
+            hello = wire.Hello(wire.PROTOCOL, "inference", "greedy", "", "msgpack", {})
+            header = wire.pack(wire.Request(wire.HELLO, b"", "", 5.0, wire.pack(hello)))
+            asked = [requester.request(Message(header)) for _ in range(100)]
+            answers = [wire.unpack(wire.Answer, each.header) for each in results_of(asked)]
+            welcome = [answer for answer in answers if answer.status == wire.OK]
+            assert 0 < len(welcome) <= Limits().sessions_per_connection
+            assert server.stats()["Overloaded"] == 100 - len(welcome)
+            with InferenceClient(url=server.url) as client:
+                assert client.call("echo", 1) == 1
+
+    def test_garbage_envelopes_hold_up_nobody(self, net: Net) -> None:
+        with self._server(None) as server:
+            server.register_interface("echo", lambda value: value)
+            server.start(threaded=True)
+            url = Url.parse(server.url)
+            rng = random.Random(7)
+            with InferenceClient(url=server.url) as client:
+                requester = net.connect_to(url)
+                stop = threading.Event()
+                good = _Good(lambda: net.transport.connect(url, PATIENCE))
+                ping = Message(wire.pack(wire.Request(wire.PING, b"", "", 5.0, b"")))
+                slowest = net.start(good.keep_asking, ping, stop)
+                under_way: deque[Future[Message]] = deque()
+                for _ in range(10 * self.garbage):
+                    with suppress(Overloaded, Unreachable):
+                        under_way.append(requester.request(_garble_envelope(rng)))
+                    if len(under_way) > 20:
+                        with suppress(EdgemlError):
+                            under_way.popleft().result(PATIENCE)
+                    if requester.lost:
+                        requester = net.connect_to(url)
+                stop.set()
+                assert slowest.result(PATIENCE) < _STALL
+                good.close()
+                assert client.call("echo", [1, 2]) == [1, 2]
+
+    def _server(self, credentials: Credentials | None) -> InferenceServer:
+        return InferenceServer(url=self.url, credentials=credentials)
+
+
+# Keys -------------------------------------------------------------------------------------
+
+
+class _Keys:
+    """Directories as users make them, for all tests of a process.
+
+    Attributes:
+        home: where they are.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        for server, client in (("server", "robot"), ("server", "viewer"), ("other", "stranger")):
+            subprocess.run(
+                [sys.executable, "-m", "edgeml", "keygen", self.home / server, "--client", client],
+                check=True,
+                capture_output=True,
+            )
+
+    def server(self, name: str = "server") -> Credentials:
+        """A server's, with a keyring that the test may change."""
+        loaded = Credentials.load(self.home / name)
+        assert loaded.clients is not None
+        ring = Keyring(loaded.clients.by_name(client) for client in loaded.clients.names())
+        return replace(loaded, clients=ring)
+
+    def client(self, name: str) -> Credentials:
+        """A client's."""
+        server = "other" if name == "stranger" else "server"
+        return Credentials.load(self.home / server / "clients" / name)
+
+    def wrong(self, how: str) -> tuple[Credentials, Credentials | None]:
+        """A server's, and what a client has who is not let in."""
+        server, robot = self.server(), self.client("robot")
+        ring = server.clients
+        assert ring is not None
+        if how == "nothing":
+            return server, None
+        if how == "another server's":
+            return server, self.client("stranger")
+        if how == "another's token":
+            return server, replace(robot, token=self.client("stranger").token)
+        if how == "expired":
+            ring.add(replace(ring.by_name("robot"), expires=time.time() - 1))
+        else:
+            ring.revoke("robot")
+        return server, robot
+
+
+_made: list[_Keys] = []
+
+
+def _starts_with_keys(server: InferenceServer) -> bool:
+    """Start a server with keys; False if its transport can't be used with any."""
+    try:
+        server.start(threaded=True)
+    except (PermissionDenied, ValueError):
+        return False
+    return True
+
+
+def _noting(peers: list[Peer]) -> Callable[[Message, Reply], None]:
+    def on_request(message: Message, reply: Reply) -> None:
+        peers.append(reply.peer)
+        reply(message)
+
+    return on_request
+
+
+# Garbage ----------------------------------------------------------------------------------
+
+
+def _own_address() -> str | None:
+    """An address of this machine by which others reach it, if it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent; it is nobody's (RFC 5737)
+        except OSError:
+            return None
+        address: str = probe.getsockname()[0]
+    return None if address.startswith("127.") else address
+
+
+def _pass_on(tap: socket.socket, url: Url, over: threading.Event) -> list[list[bytes]]:
+    """Connect whoever comes to where `url` is served; returns what each of them says."""
+    said: list[list[bytes]] = []
+    with selectors.DefaultSelector() as selector, ExitStack() as opened:
+
+        def forward(source: socket.socket, target: socket.socket, pieces: list[bytes]) -> None:
+            data = b""
+            with suppress(OSError):
+                if data := source.recv(64 * KB):
+                    pieces.append(data)
+                    target.sendall(data)
+            if not data:
+                selector.unregister(source)
+                with suppress(OSError):
+                    target.shutdown(socket.SHUT_WR)
+
+        selector.register(tap, selectors.EVENT_READ)
+        while not over.is_set():
+            for key, _ in selector.select(0.02):
+                if key.fileobj is not tap:
+                    forward(*key.data)
+                    continue
+                client = opened.enter_context(tap.accept()[0])
+                server = opened.enter_context(socket.create_connection((url.host, url.port)))
+                said.append([])
+                read = selectors.EVENT_READ
+                selector.register(client, read, (client, server, said[-1]))
+                selector.register(server, read, (server, client, []))
+    return said
+
+
+def _garble(pieces: list[bytes], rng: random.Random) -> list[bytes]:
+    """What is nearly a conversation, or another protocol's, or nothing like one."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return [rng.choice(_GREETINGS)]
+    if kind == 1 or not pieces:
+        return [rng.randbytes(rng.choice((1, 9, 64, 1000, 60_000)))]
+    said = list(pieces[: rng.randrange(1, len(pieces) + 1)])
+    if kind == 2:  # cut short
+        said[-1] = said[-1][: rng.randrange(len(said[-1]) + 1)]
+        return said
+    for _ in range(rng.randrange(1, 4)):
+        at = rng.randrange(len(said))
+        piece = bytearray(said[at])
+        for _ in range(rng.choice((1, 1, 2, 30))):
+            if piece:
+                piece[rng.randrange(len(piece))] = rng.randrange(256)
+        said[at] = bytes(piece)
+    return said
+
+
+def _say(made: socket.socket, said: list[bytes], rng: random.Random) -> None:
+    with made, suppress(OSError):
+        made.settimeout(0.5)
+        for piece in said:
+            made.sendall(piece)
+        if rng.random() < 0.5:
+            made.settimeout(0.02)
+            made.recv(4 * KB)
+
+
+def _garble_envelope(rng: random.Random) -> Message:
+    """A request that is nearly one of edgeml's, or nothing like it."""
+    kind = rng.randrange(256) if rng.random() < 0.1 else rng.randrange(8)
+    body = rng.choice((b"", rng.randbytes(20), wire.pack({"a": [1] * 20}), b"\xc1", b"\xdf" * 9))
+    request = wire.pack(wire.Request(kind, rng.randbytes(16), "echo", rng.random(), body))
+    header = bytearray(request)
+    for _ in range(rng.choice((0, 1, 1, 3, 30))):
+        header[rng.randrange(len(header))] = rng.randrange(256)
+    if rng.random() < 0.3:
+        del header[rng.randrange(len(header)) :]
+    sizes = rng.choice(((), (), (0,), (5, 0, 3), (100_000,)))
+    return Message(bytes(header), [as_view(np.zeros(size, np.uint8)) for size in sizes])
+
+
+def _close_all(slow: deque[tuple[socket.socket, bytes]]) -> None:
+    for made, _ in slow:
+        made.close()
+
+
+class _Good:
+    """A client that asks over another connection where one is lost, as core's does."""
+
+    def __init__(self, connect: Callable[[], Requester]) -> None:
+        self._connect = connect
+        self._requester = connect()
+
+    def ask(self, message: Message) -> Message:
+        """The answer, which comes sooner or later, or the test ends by its own timeout."""
+        while True:
+            try:
+                return self._requester.call(message, PATIENCE)
+            except Unreachable:
+                self._requester.close()
+                time.sleep(0.01)
+                with suppress(Unreachable):
+                    self._requester = self._connect()
+
+    def keep_asking(self, message: Message, stop: threading.Event) -> float:
+        """Ask until told to stop.
+
+        Returns:
+            The longest time until an answer, in seconds, less what a busy machine explains.
+        """
+        slowest = late = 0.0
+        paused = time.monotonic()
+        while not stop.wait(0.005):
+            began = time.monotonic()
+            late = max(late, began - paused - 0.005)
+            self.ask(message)
+            paused = time.monotonic()
+            slowest = max(slowest, paused - began)
+        return slowest - 10 * late
+
+    def close(self) -> None:
+        """End its connection."""
+        self._requester.close()
