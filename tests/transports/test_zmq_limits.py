@@ -332,6 +332,21 @@ def test_of_one_address_no_more_come_in_when_all_have_shaken_hands():
                 elsewhere.hear(lambda: b"12345678x" in elsewhere.heard)
 
 
+def test_a_descriptor_that_is_somebody_elses_by_now_is_left_alone():
+    """A connection may have gone, and its descriptor be a user's, before it is looked at."""
+    with (
+        served(connections_per_address=1) as endpoint,
+        Peer(endpoint.url.port),
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as theirs,
+    ):
+        endpoint._guard._accept(theirs.fileno())
+        theirs.sendall(b"goes on")
+        with listener.accept()[0] as other:
+            assert other.recv(100) == b"goes on"
+        assert not endpoint.counts
+
+
 OUT_OF_FILES = """
 import os, resource, threading, time
 from edgeml.core import Message, Url, load_transport

@@ -271,15 +271,18 @@ class Guard:
     def _accept(self, descriptor: int) -> None:
         full = not self._spare
         try:
-            with _borrow(descriptor) as sock:
-                link = _Link(sock.getpeername())
+            link = self._find_link(descriptor)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 return  # it has gone already
             full = True
             self._release_spare()
-            with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
-                link = _Link(sock.getpeername())
+            try:
+                link = self._find_link(descriptor, duplicate=False)
+            except OSError:
+                return
+        if link is None:
+            return
         self._end(descriptor)  # of which nothing was told
         self._links[descriptor] = self._unmet[descriptor] = link
         self._hosts[link.host] += 1
@@ -289,6 +292,13 @@ class Guard:
         elif full:
             why = f"this process has no files left{what_to_do(errno.EMFILE)}"
             self._make_room(self._hosts.most_common(1)[0][0], why)
+
+    def _find_link(self, descriptor: int, *, duplicate: bool = True) -> _Link | None:
+        """Look at a connection; None if somebody else's has its descriptor by now."""
+        with _borrow(descriptor, duplicate=duplicate) as sock:
+            if self.url is None or sock.getsockname()[1] != self.url.port:
+                return None
+            return _Link(sock.getpeername())
 
     def _make_room(self, host: str, why: str) -> None:
         """End the oldest connection from a host that has not shaken hands, or else its newest."""
