@@ -22,8 +22,8 @@ class Limits:
         message_bytes: of one message, all its buffers included.
         buffers: of one message.
         nesting: of containers in one message.
-        nodes: values and containers in the header of one message; arrays count once, whatever
-            their size.
+        nodes: values and keys in the header of one message; a list, a map or an array counts four,
+            whatever its size.
         calls_per_client: calls of one client that wait or are parked.
         bytes_per_client: what these take up; one call is always taken, however large.
         calls: calls of all clients that wait; half of them of one key, or one machine without keys.
