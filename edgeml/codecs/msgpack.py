@@ -97,7 +97,7 @@ import numpy as np
 
 from edgeml.core.codec import Codec
 from edgeml.core.errors import Malformed, NotEncodable
-from edgeml.core.limits import Limits
+from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Allocator, Message, aligned, copy, own, owned
 from edgeml.core.plugins import hookimpl
 from edgeml.core.tokens import HEAVY, MANY, TEXT_OR_INT, check
@@ -131,6 +131,22 @@ class MsgpackCodec(Codec):
 
     name: ClassVar[str] = "msgpack"
 
+    def __init__(self) -> None:
+        self.limits = DEFAULT_LIMITS
+
+    @property
+    def limits(self) -> Limits:
+        """See `Codec.limits`."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        # Bytes of a header that can't have too many nodes; and too few to do harm before it is
+        # looked at. Small messages are many, so these are not worked out for each.
+        self._bounded = limits.nodes // HEAVY
+        self._small = min(_SMALL_HEADER, self._bounded)
+
     def encode(self, value: Any) -> Message:
         """Encode a value; arrays and bytes of more than 8 KiB become buffers that alias them.
 
@@ -148,7 +164,7 @@ class MsgpackCodec(Codec):
         return own(self._encode(value, allocate), allocate)
 
     def _encode(self, value: Any, allocate: Allocator | None) -> Message:
-        limits = self.limits
+        limits = self._limits
         try:
             try:
                 walk = _Walk(value, allocate, limits.nesting)
@@ -159,7 +175,7 @@ class MsgpackCodec(Codec):
                 header = _pack(walk.value(value, 0))
         except _Refused as refused:
             raise NotEncodable(f"value{refused.path} {refused.why}") from None
-        if len(header) * HEAVY > limits.nodes:
+        if len(header) > self._bounded:
             try:
                 _check(header, limits)
             except Malformed as error:
@@ -181,15 +197,14 @@ class MsgpackCodec(Codec):
             Malformed: whatever else the bytes are, also if a dtype needs ``ml_dtypes`` and that
                 isn't installed.
         """
-        header, limits = message.header, self.limits
-        # Of a small one there is too little to do harm before it is looked at.
-        small = len(header) <= _SMALL_HEADER and len(header) * HEAVY <= limits.nodes
+        header = message.header
+        small = len(header) <= self._small
         try:
             if not small:
-                _check(header, limits)
+                _check(header, self._limits)
             if message.buffers or writable:
-                if len(message.buffers) > limits.buffers:
-                    raise Malformed(f"more than {limits.buffers} buffers")
+                if len(message.buffers) > self._limits.buffers:
+                    raise Malformed(f"more than {self._limits.buffers} buffers")
                 reader = _Reader(message.buffers, writable)
                 value = _unpack(header, ext_hook=reader.ext)
                 if reader.unused:
@@ -197,7 +212,7 @@ class MsgpackCodec(Codec):
             else:
                 value = _unpack_alone(header)
             if small and type(value) in _LOOKED_INTO:
-                _check_value(value, header, limits)
+                _check_value(value, header, self._limits)
         except Malformed:
             raise
         except _Refused as refused:
