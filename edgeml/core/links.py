@@ -387,8 +387,8 @@ class _Listener(Endpoint):
         self._refusals = Refusals(url, self.counts)
         unless = ("PermissionDenied", NO_KEY) if tls else ("Malformed", "it speaks something else")
         self._loop = Loop(f"edgeml {url}")
-        gate = Gate(limits, self._refusals, self._loop.later, unless)
-        accept = _Accept(self, tls, gate)
+        self._gate = Gate(limits, self._refusals, self._loop.later, unless)
+        accept = _Accept(self, tls, self._gate)
         try:
             self.url, self._stop_listening = self._loop.start(listen(url, accept)).result()
             if self._clients is not None:

@@ -1,5 +1,7 @@
 """gRPC with keys: who is let in, who is told what, and what is readable on the way."""
 
+import os
+import random
 import socket
 import sys
 import threading
@@ -16,6 +18,7 @@ from edgeml.core.tls import read_keys
 from pairs import took, wait_until
 
 ANYWHERE = Url("grpc", "127.0.0.1", 0)
+COUNT = 800  # of garbage connections; ten thousand did no harm either
 
 transport = load_transport("grpc")
 
@@ -37,6 +40,12 @@ def keys(tmp_path_factory):
 @pytest.fixture
 def credentials(keys):
     return {name: Credentials.load(directory) for name, directory in keys.items()}
+
+
+def resident() -> int:
+    """Bytes of memory in use."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
@@ -356,3 +365,56 @@ def test_a_url_with_a_path_is_refused():
         transport.serve(url, lambda *_: None)
     with pytest.raises(ValueError, match="/x"):
         transport.connect(url, 1.0)
+
+
+# Whatever comes ---------------------------------------------------------------------------
+
+GREETINGS = (
+    b"",
+    b"\xff" + bytes(8) + b"\x7f",
+    b"SSH-2.0-x\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4" + bytes(5),
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/fd")
+@pytest.mark.parametrize("with_keys", [False, True], ids=["plain", "with keys"])
+def test_garbage_connections_do_no_harm(credentials, with_keys):
+    """Of many kinds, and a good client is answered within a second; no memory is left behind."""
+    rng = random.Random(7)
+    server, client = (credentials["server"], credentials["robot"]) if with_keys else (None, None)
+    with (
+        transport.serve(
+            ANYWHERE, lambda message, reply: reply(message), credentials=server
+        ) as endpoint,
+        transport.connect(endpoint.url, 5.0, credentials=client) as good,
+    ):
+        address = ("127.0.0.1", endpoint.url.port)
+        slow = [socket.create_connection(address, 5.0) for _ in range(50)]
+
+        def flood(count):
+            for index in range(count):
+                with socket.create_connection(address, 5.0) as peer:
+                    peer.sendall(rng.choice(GREETINGS) + rng.randbytes(rng.choice((0, 10, 1000))))
+                if index % 20 == 0:
+                    with took(at_most=1.0):
+                        assert good.call(Message(b"x"), 5.0).header == b"x"
+
+        flood(200)
+        wait_until(lambda: len(endpoint._sockets._descriptors) <= 60)
+        before = resident()
+        flood(COUNT)
+        wait_until(lambda: len(endpoint._sockets._descriptors) <= 60)
+        assert resident() - before < 16 << 20
+        for each in slow:
+            each.close()
+        with (
+            took(at_most=2.0),
+            transport.connect(endpoint.url, 5.0, credentials=client) as new,
+        ):
+            assert new.call(Message(b"new"), 5.0).header == b"new"
+        if with_keys:
+            wait_until(lambda: endpoint.counts["PermissionDenied"] > COUNT // 2)
