@@ -148,6 +148,8 @@ class _Connection(socket.socket):
 
     def close(self) -> None:
         gate, self.gate = self.gate, None
+        self.__dict__.pop("recv", None)  # or it would refer to itself
+        self.__dict__.pop("recv_into", None)
         super().close()
         if gate is not None:
             gate.leave(self)

@@ -1,4 +1,7 @@
-"""What an end refuses by itself is counted each time, and logged once for each host and reason."""
+"""What an end refuses by itself is counted each time, and logged once for each host and reason.
+
+What keys are refused for is told in full; of the rest one of each kind tells enough.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Refusals:
             why: for people to read.
         """
         self._counts[kind] += 1
-        told = (host, str(why))
+        told = (host, str(why) if kind == "PermissionDenied" else kind)
         if told in self._told or len(self._told) >= _MOST:
             return
         self._told.add(told)
