@@ -1331,7 +1331,10 @@ def test_a_request_waits_for_the_one_that_it_comes_after_but_not_for_ever(monkey
     assert asyncio.run(run()) == [1, 3, 4, 9]
 
 
-@pytest.mark.parametrize("value", ["", "lane", "lane 1", "lane 1 x", "lane 1 2 3"])
+LONG = f"{'x' * 100} 1 0"
+
+
+@pytest.mark.parametrize("value", [LONG, "", "lane", "lane 1", "lane 1 x", "lane 1 2 3"])
 def test_an_order_that_makes_no_sense_is_malformed(value):
     with pytest.raises(Malformed, match="edgeml-order"):
         asyncio.run(order.Turns().take([("edgeml-order", value)]))

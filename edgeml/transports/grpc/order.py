@@ -20,6 +20,7 @@ __all__ = ["Lane", "Turns"]
 
 _KEY = "edgeml-order"
 _MOST_LANES = 1 << 14  # that a server remembers; beyond these the oldest are forgotten
+_LONGEST = 100  # characters; the name of a lane is remembered
 _PATIENCE = 5.0  # seconds that a request waits for one that was cancelled, and so may never come
 
 _Metadata = tuple[tuple[str, str], ...]
@@ -78,6 +79,8 @@ class Turns:
                 await self._take(str(value))
 
     async def _take(self, value: str) -> None:
+        if len(value) > _LONGEST:
+            raise Malformed(f"{_KEY} of {len(value)} characters; {_LONGEST} are the most")
         try:
             name, *numbers = value.split(" ")
             number, after = map(int, numbers)
