@@ -19,6 +19,7 @@ class Limits:
 
     Attributes:
         hello_bytes: of what comes before there is a session.
+        header_bytes: of one message without its buffers: all but arrays and bytes over 8 KiB.
         message_bytes: of one message, all its buffers included.
         buffers: of one message.
         nesting: of containers in one message.
@@ -41,6 +42,7 @@ class Limits:
     """
 
     hello_bytes: int = 1 << 16
+    header_bytes: int = 1 << 26
     message_bytes: int = 1 << 31
     buffers: int = 1 << 14
     nesting: int = 32

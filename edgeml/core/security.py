@@ -156,7 +156,7 @@ class ClientKey:
             if key.expires is not None:
                 key = replace(key, expires=float(key.expires))
             return key
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path} does not describe a client's key: {error}") from None
 
     def write(self, path: Path) -> None:
@@ -278,6 +278,11 @@ class Keyring:
                 self._read = kept
                 self._seen = {}
                 self.version += 1
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a client of that name is let in; its key may have expired."""
+        with self._lock:
+            return (name in self._added or name in self._read) and name not in self._revoked
 
     def by_name(self, name: str) -> ClientKey:
         """Return the key of a client.
@@ -526,6 +531,8 @@ def check_private(path: Path) -> None:
         raise FileNotFoundError(
             f"there is no {path}: make keys with `edgeml keygen`, or copy them here"
         ) from None
+    if not stat.S_ISREG(now.st_mode) and not stat.S_ISDIR(now.st_mode):
+        raise ValueError(f"{path} is neither a file nor a directory")  # to open it may block
     if stat.S_IMODE(now.st_mode) & 0o077:
         mode = "700" if path.is_dir() else "600"
         raise PermissionDenied(f"others can read {path}: chmod {mode} {path}")

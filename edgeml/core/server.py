@@ -575,7 +575,15 @@ class Server:
             self._claim(client_id, identity)
 
     def _claim(self, client_id: str, identity: str) -> None:
-        """Use a client id in the name of a key: it is that key's from the first time on."""
+        """Use a client id in the name of a key: it is that key's from the first time on.
+
+        One that is the name of a key is that key's before: nobody can be first.
+        """
+        if client_id != identity and self._keyring is not None and client_id in self._keyring:
+            raise PermissionDenied(
+                f"the client id {client_id!r} is the name of another key than that of "
+                f"{identity!r}: choose another client_id"
+            )
         owner = self._owners.setdefault(client_id, identity)
         if owner != identity:
             raise PermissionDenied(
@@ -741,6 +749,9 @@ class Server:
         try:
             if self._closed:
                 raise Closed("the server has been stopped")
+            if len(message.header) > self._limits.hello_bytes and not self._knows(message.header):
+                reply(Message(wire.pack(wire.Answer(wire.NO_SESSION))))
+                return
             request = wire.unpack(wire.Request, message.header)
             if request.kind == wire.HELLO:
                 reply(Message(self._hello(request.body, message, reply.peer)))
@@ -791,6 +802,19 @@ class Server:
                 raise Malformed(f"unknown kind of request: {request.kind}")
         except EdgemlError as error:
             self._fail(reply, error)
+
+    def _knows(self, header: bytes) -> bool:
+        """Whether a large header is of a session, before anything of it is copied."""
+        limits = self._limits
+        if len(header) > limits.header_bytes:
+            raise Malformed(
+                f"a header of {len(header)} bytes, and {limits.header_bytes} are taken: send what "
+                "is large as arrays or bytes"
+            )
+        head = wire.unpack(wire.Head, header)
+        if head.kind in (wire.HELLO, wire.PING):
+            raise Malformed(f"a hello of {len(header)} bytes, and {limits.hello_bytes} are taken")
+        return head.session in self._sessions
 
     def _say(self, what: str) -> None:
         self.dispatcher.lines.write(logging.INFO, f"{self.service}: {what}")

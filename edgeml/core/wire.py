@@ -44,6 +44,7 @@ __all__ = [
     "TOKEN",
     "Answer",
     "Credit",
+    "Head",
     "Hello",
     "Pong",
     "Request",
@@ -113,6 +114,13 @@ class Request(msgspec.Struct, array_like=True, frozen=True, gc=False):
     name: str
     timeout: float
     body: bytes
+
+
+class Head(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The beginning of a `Request`, to be had without a copy of the rest."""
+
+    kind: int
+    session: bytes
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -240,7 +248,7 @@ pack = msgspec.msgpack.Encoder().encode
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Request, Answer, Result, Hello, Welcome, Pong, Credit)
+    for kind in (Request, Head, Answer, Result, Hello, Welcome, Pong, Credit)
 }
 _arguments = msgspec.msgpack.Decoder(list[str])
 

@@ -149,6 +149,16 @@ def test_expired_and_revoked_keys_are_refused_with_what_to_do():
     assert ring.by_name("gone").name == "gone"
 
 
+def test_what_is_no_file_blocks_nobody(tmp_path):
+    tmp_path.chmod(0o700)
+    key("a").write(tmp_path / "a.json")
+    ring = Keyring(directory=tmp_path)
+    os.mkfifo(tmp_path / "b.json", 0o600)
+    with pytest.raises(ValueError, match=r"b\.json is neither a file"):
+        ring.refresh()
+    assert ring.names() == ["a"]
+
+
 def test_a_folder_of_keys_is_read_again_when_it_changes(tmp_path):
     tmp_path.chmod(0o700)
     key("a").write(tmp_path / "a.json")
@@ -231,6 +241,7 @@ def test_keys_are_revoked_where_no_file_can_be_opened(tmp_path, monkeypatch):
         '{"name": "b", "role": "all", "token": 3}',
         '{"name": "b", "role": "all", "expires": "soon"}',
         '{"name": "b", "role": "all", "more": 1}',
+        "[" * 100_000,
     ],
 )
 def test_a_file_that_is_no_key_lets_nobody_in_and_keeps_nobody_out(tmp_path, text):
@@ -626,6 +637,13 @@ def test_a_client_id_is_that_of_the_key_that_first_used_it(server):
         client_of(server, of("viewer"), client_id="arm")
 
 
+def test_a_keys_name_is_its_own_client_id_from_the_start(server):
+    with pytest.raises(PermissionDenied, match="'robot' is the name of another key"):
+        client_of(server, of("viewer"), client_id="robot")
+    with client_of(server, of("robot"), client_id="robot") as client:
+        assert client.call("echo", 1) == 1
+
+
 def test_nobody_can_make_a_server_forget_whose_an_id_is(server, monkeypatch):
     monkeypatch.setattr("edgeml.core.server._MOST_IDS", 3)
     with client_of(server, of("robot"), client_id="arm"):
@@ -749,6 +767,30 @@ def test_a_large_hello_is_refused_before_it_is_decoded(server):
         error = wire.error_of(answer)
         assert isinstance(error, Malformed)
         assert "a hello of" in str(error)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(header_bytes=1 << 20)])
+def test_a_large_header_is_not_copied_before_it_is_known_whose_it_is(limits):
+    server = InferenceServer(0, transport="inproc", limits=limits)
+    server.register_interface("size", len)
+    body = wire.pack("x" * (30 << 20))
+    with server, started(server), client_of(server) as client:
+        for session in (b"", b"0" * 16):
+            header = wire.pack(wire.Request(wire.CALL, session, "size", 5.0, body))
+            with load_transport("inproc").connect(Url.parse(server.url), 5) as requester:
+                tracemalloc.start()
+                try:
+                    answer = requester.call(Message(header), 5)
+                    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+                finally:
+                    tracemalloc.stop()
+            status = wire.unpack(wire.Answer, answer.header).status
+            assert (status == wire.NO_SESSION) is (limits == Limits())  # and it is sent again
+        if limits == Limits():
+            assert client.call("size", "x" * (30 << 20)) == 30 << 20
+        else:
+            with pytest.raises(Malformed, match="a header of 3"):
+                client.call("size", "x" * (30 << 20))
 
 
 @pytest.mark.parametrize(
