@@ -456,13 +456,13 @@ class Guard:
         _shut(descriptor, link.address)
 
     def _refuse(self, kind: str, address: str, why: str) -> None:
-        self._count(kind)
         told = (address.rpartition(":")[0] or address, why)  # with any port
         if told not in self._told:
             if len(self._told) >= _MOST_TOLD:
                 self._told.clear()
             self._told.add(told)
             _log.warning("%s refuses %s: %s (told once for this address)", self.url, address, why)
+        self._count(kind)  # last: who sees it counted finds it logged
 
 
 @contextmanager
