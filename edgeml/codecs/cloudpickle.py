@@ -1,7 +1,9 @@
 """Pickle for whatever Python objects there are, callables included; for friends only.
 
-Decoding runs code of the sender's choice. A server offers this codec only where the user lists it,
-and both ends need the packages, in versions that fit, whose classes the values are of.
+Decoding runs code of the sender's choice. A server offers this codec only where the user lists it.
+Beyond this machine neither end speaks it but over a transport that vouches for the other by its
+keys; within, any user who reaches the port can run code as the server's, but over shm. Both ends
+need the packages, in versions that fit, whose classes the values are of.
 
 On the wire: the header is a pickle of protocol 5, the buffers are its out-of-band buffers in
 order. Those of up to 8 KiB stay in the header.

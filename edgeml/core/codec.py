@@ -27,7 +27,8 @@ class Codec(ABC):
 
     executes: ClassVar[bool] = False
     """Whether decoding can run code that the sender chose. Such a codec is offered only where a
-    server lists it, and refused on a listener beyond loopback that asks for no credentials."""
+    server lists it; beyond this machine it is refused at either end where the transport does not
+    vouch for who is on the other (`Endpoint.secured`)."""
 
     limits: Limits = DEFAULT_LIMITS
     """What it keeps to, both ways, of ``nodes``, ``nesting`` and ``buffers``: before it makes
