@@ -10,6 +10,7 @@ within this machine. The last tests are of both together.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import selectors
 import socket
@@ -89,11 +90,15 @@ class SafetyTests(EndsTests):
 
     Attributes:
         has_paths: whether the path of a URL means something to the transport.
+        has_handshake: whether a connection begins with one also where there are no keys. Else
+            nobody can tell who is silent from who has nothing to say, and who has no keys isn't
+            told that it lacks them.
         sees_connections: whether it sees those that come to nothing; a library may hide them.
         garbage: how many garbage connections are made in a test of them.
     """
 
     has_paths: ClassVar[bool] = False
+    has_handshake: ClassVar[bool] = True
     sees_connections: ClassVar[bool] = True
     garbage: ClassVar[int] = 300
 
@@ -137,6 +142,10 @@ class SafetyTests(EndsTests):
             requester.call(Message(b""), PATIENCE)
         endpoint.close()
         return peers[0].identity is not None
+
+    def _denied(self, client: Credentials | None) -> type[EdgemlError]:
+        """What a client is told that has the wrong keys, or none."""
+        return PermissionDenied if client is not None or self.has_handshake else EdgemlError
 
     # Addresses ----------------------------------------------------------------------------
 
@@ -197,11 +206,11 @@ class SafetyTests(EndsTests):
         server, client = keys.wrong(wrong)
         peers: list[Peer] = []
         endpoint = net.serve(_noting(peers), credentials=server)
-        with within(_AT_ONCE), pytest.raises(PermissionDenied):
+        with within(_AT_ONCE), pytest.raises(self._denied(client)):
             net.connect(endpoint, credentials=client).call(Message(b""), PATIENCE)
         if wrong in ("expired", "revoked") or (wrong == "nothing" and self.sees_connections):
             assert until(lambda: endpoint.counts["PermissionDenied"] > 0, _AT_ONCE)
-            assert "refuse" in caplog.text
+            assert until(lambda: "refuse" in caplog.text, _AT_ONCE)
         right = net.connect(endpoint, credentials=keys.client("viewer"))
         assert right.call(Message(b""), PATIENCE).header == b""
         assert [peer.identity for peer in peers] == ["viewer"]
@@ -301,6 +310,8 @@ class SafetyTests(EndsTests):
         assert until(comes_in)
 
     def test_who_says_nothing_is_cut_off(self, net: Net) -> None:
+        if not self.has_handshake:
+            pytest.skip("the silent can't be told from those that have nothing to say")
         endpoint = net.serve(echo, limits=Limits(handshake=0.3))
         good = net.connect(endpoint)
         silent = self.dial(endpoint.url)
@@ -383,7 +394,7 @@ class SafetyTests(EndsTests):
                         made.send(rest[:1])
                     slow.append((made, rest[1:]))
             stop.set()
-            assert slowest.result(PATIENCE) < _STALL
+            assert slowest.result(PATIENCE) < _STALL * _busyness()
             assert connected > count // 2
             grown = [after - before for before, after in itertools.pairwise(memory)]
             assert min(grown) < _GROWTH  # a library's pools fill once; what leaks grows on
@@ -405,11 +416,11 @@ class SafetyTests(EndsTests):
             server.register_interface("note", ran.append)
             if not _starts_with_keys(server):
                 return  # it refuses what it can't honour, which is as well
-            with within(_AT_ONCE), pytest.raises(PermissionDenied):
+            with within(_AT_ONCE), pytest.raises(self._denied(bad)):
                 InferenceClient(url=server.url, credentials=bad, timeout=PATIENCE)
             if wrong in ("expired", "revoked", "another's token"):
                 assert until(lambda: server.stats().get("PermissionDenied", 0) > 0, _AT_ONCE)
-                assert "refuse" in caplog.text
+                assert until(lambda: "refuse" in caplog.text, _AT_ONCE)
             with InferenceClient(url=server.url, credentials=keys.client("viewer")) as client:
                 client.call("note", "right")
                 assert ran == ["right"]
@@ -491,7 +502,7 @@ class SafetyTests(EndsTests):
                     if requester.lost:
                         requester = net.connect_to(url)
                 stop.set()
-                assert slowest.result(PATIENCE) < _STALL
+                assert slowest.result(PATIENCE) < _STALL * _busyness()
                 good.close()
                 assert client.call("echo", [1, 2]) == [1, 2]
 
@@ -663,6 +674,11 @@ def _close_all(slow: deque[tuple[socket.socket, bytes]]) -> None:
         made.close()
 
 
+def _busyness() -> float:
+    """How many there are for each core; 1 where nobody waits for one."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 class _Good:
     """A client that asks over another connection where one is lost, as core's does."""
 
@@ -685,17 +701,14 @@ class _Good:
         """Ask until told to stop.
 
         Returns:
-            The longest time until an answer, in seconds, less what a busy machine explains.
+            The longest time until an answer, in seconds.
         """
-        slowest = late = 0.0
-        paused = time.monotonic()
+        slowest = 0.0
         while not stop.wait(0.005):
             began = time.monotonic()
-            late = max(late, began - paused - 0.005)
             self.ask(message)
-            paused = time.monotonic()
-            slowest = max(slowest, paused - began)
-        return slowest - 10 * late
+            slowest = max(slowest, time.monotonic() - began)
+        return slowest
 
     def close(self) -> None:
         """End its connection."""

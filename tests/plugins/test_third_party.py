@@ -98,10 +98,11 @@ def test_both_are_found_without_being_told_of(python: Path, tmp_path: Path) -> N
     assert Path(file).is_relative_to(python.parent.parent)
 
 
+@pytest.mark.timeout(300)  # of the transport it is the whole suite
 @pytest.mark.parametrize("plugin", ["edgeml-websocket", "edgeml-json"])
 def test_their_own_tests_pass(plugin: str, place: Path, python: Path) -> None:
     command = [python, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"]
-    printed = run([*command, place / "plugins" / plugin / "tests"], place)
+    printed = run([*command, place / "plugins" / plugin / "tests"], place, timeout=280)
     passed = re.search(r"(\d+) passed", printed)
     assert passed, printed
     assert int(passed[1]) > 90

@@ -73,7 +73,8 @@ def test_the_package_of_an_afternoon_passes_the_suite(
     write(package, files)
     offline = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
     run(package, "pip", "install", *offline, "--target", site, ".")
-    printed = run(tmp_path, "pytest", "-q", "-W", "error", package / "tests", path=site)
+    pytest_ = ["pytest", "-q", "-W", "error", f"--basetemp={tmp_path / 'temporary'}"]
+    printed = run(tmp_path, *pytest_, package / "tests", path=site)
     assert re.search(r"\d\d passed", printed), printed
     check(package, module)
 
