@@ -66,6 +66,7 @@ _MOST_REFUSALS = 4096  # that wait to be sent to one peer
 _SOON = 0.5  # seconds in which a server usually answers who connects
 _GRACE = 0.5  # seconds that an end which closes gives to what is still to be sent
 _LOOK = 0.3  # seconds from one look at who has been revoked to the next
+_TURN = 0.001  # seconds that a link may work off what has come before the others have their turn
 
 
 class Link(Protocol):
@@ -255,15 +256,21 @@ class _Traffic:
             arrived: is given each message.
             refused: is given the number of each for which there is no room.
         """
+        worked = 0.0  # seconds since the others had their turn
         try:
             while True:
+                if worked > _TURN:
+                    worked = 0.0
+                    await asyncio.sleep(0)  # `receive` doesn't wait while there is something
                 piece = await self._link.receive()
+                began = time.perf_counter()
                 if len(piece) < PREFIX.size:
                     raise Malformed("a piece without a prefix")
                 number, size = PREFIX.unpack_from(piece)
                 if len(piece) == PREFIX.size + size:
                     arrived(number, unframe(memoryview(piece)[PREFIX.size :]))
                     del piece  # or it lives until the next one arrives
+                    worked += time.perf_counter() - began
                     continue
                 held: list[Held] = []
                 try:
@@ -276,8 +283,10 @@ class _Traffic:
                     self._watch(None)
                     for each in held:
                         each.release()
+                began = time.perf_counter()
                 arrived(number, message)
                 del piece, message
+                worked += time.perf_counter() - began
         except Exception as error:  # the link's, or of what is no message
             return self._why or error
         finally:

@@ -256,3 +256,28 @@ def test_who_speaks_something_else_is_cut_off_and_nobody_is_hurt(endpoint, reque
 def test_a_web_page_is_refused(endpoint):
     with pytest.raises(InvalidStatus, match="403"):
         connect(str(endpoint.url), origin="http://localhost:8000")
+
+
+def test_links_take_turns_however_much_each_has_sent():
+    order: list[bytes] = []
+    go = threading.Event()
+
+    def take(message, reply):
+        if message.header == b"first":
+            assert go.wait(5)
+        else:
+            time.sleep(0.002)  # so much work it is
+            order.append(message.header)
+
+    with (
+        load_transport("ws").serve(Url("ws"), take) as endpoint,
+        connect(str(endpoint.url), compression=None) as one,
+        connect(str(endpoint.url), compression=None) as other,
+    ):
+        one.send(piece(1, Message(b"first")))
+        for peer, name in ((one, b"one"), (other, b"other")):
+            for number in range(2, 22):
+                peer.send(piece(number, Message(name)))
+        go.set()
+        wait_until(lambda: len(order) == 40)
+    assert {b"one", b"other"} == set(order[:6])
