@@ -410,7 +410,7 @@ def test_a_reply_that_is_none_is_malformed(piece):
 def test_a_large_reply_that_can_not_be_fetched_is_an_error():
     def behave(data, context):
         if len(data) != PREFIX.size:  # a request
-            return PREFIX.pack(1, 1000)
+            return PREFIX.pack(1, LIMIT)
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "too late")
 
     with Strange(behave) as server, transport.connect(server.url, 5.0) as requester:
@@ -420,6 +420,65 @@ def test_a_large_reply_that_can_not_be_fetched_is_an_error():
         ):
             with pytest.raises(Malformed, match="too late"):
                 send()
+
+
+PIECE = bytes(1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("promised", "first"),
+    [
+        (0, 1 << 40),
+        (LIMIT - PREFIX.size, 3 << 30),  # which would have come in one piece
+        ((4 << 30) + 1, 3 << 30),
+        (1 << 62, 3 << 30),
+        (LIMIT, 3 << 30),
+        (LIMIT, LIMIT),
+    ],
+)
+@pytest.mark.parametrize("ask", ASK)
+def test_a_large_reply_that_is_not_as_promised_is_malformed_and_read_no_further(
+    promised, first, ask
+):
+    sent, ended = [], threading.Event()
+
+    def endless(context):
+        context.add_callback(ended.set)
+        yield PREFIX.pack(0, first) + PIECE
+        while not ended.is_set():
+            sent.append(len(PIECE))
+            yield PIECE
+
+    def behave(data, context):
+        if len(data) != PREFIX.size:  # a request
+            return PREFIX.pack(77, promised)
+        return endless(context)
+
+    with Strange(behave) as server, transport.connect(server.url, 5.0) as requester:
+        with pytest.raises(Malformed), took(at_most=2.5):
+            ask(requester, SMALL)
+        assert not requester.lost
+        if sent:
+            assert ended.wait(5.0)
+        assert sum(sent) <= 100 << 20
+
+
+def test_a_reply_to_what_is_large_is_read_no_further_than_its_prefix_says():
+    ended = threading.Event()
+
+    def endless(data, context):
+        context.add_callback(ended.set)
+        yield PREFIX.pack(0, 10)
+        while not ended.is_set():
+            yield PIECE
+
+    with Strange(endless) as server, transport.connect(server.url, 5.0) as requester:
+        for ask in ASK:
+            ended.clear()
+            with pytest.raises(Malformed), took(at_most=2.5):
+                ask(requester, LARGE)
+            assert ended.wait(5.0)
+        assert not requester.lost
 
 
 @pytest.mark.parametrize("welcome", [b"", bytes(15), bytes(17)])

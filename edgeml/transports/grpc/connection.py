@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -28,7 +28,7 @@ from edgeml.core import (
 )
 from edgeml.core.errors import copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
-from edgeml.core.pieces import PREFIX, Assembly, Parts, cut, flatten
+from edgeml.core.pieces import LARGEST, PREFIX, Assembly, Parts, cut, flatten
 from edgeml.core.tls import client_keys
 from edgeml.core.url import leads_to_loopback, require_no_path
 from edgeml.transports.grpc.failures import explain_failure, find_proxy
@@ -114,8 +114,9 @@ class Connection(Requester):
                     return _assemble(self._stream(sending, timeout=timeout, metadata=metadata))
             piece = self._request(b"".join(content), timeout=timeout, metadata=metadata)
             if _read_key(piece):
+                size = _read_promise(piece)
                 left = max(0.001, deadline - time.monotonic())
-                return _assemble(self._fetch(self._ask_for(piece), timeout=left))
+                return _assemble(self._fetch(self._ask_for(piece), timeout=left), size)
             return _read_reply(piece)
         except (grpc.RpcError, ValueError) as error:
             raise self._explain(error, timeout) from None
@@ -183,9 +184,10 @@ class Connection(Requester):
         try:
             piece = calls[0].result()
             if _read_key(piece):
+                size = _read_promise(piece)
                 calls.append(self._fetch(self._ask_for(piece)))
                 if number in self._pending:
-                    self._receive(number, calls[-1])
+                    self._receive(number, calls[-1], size)
                 else:  # cancelled just now
                     calls[-1].cancel()
                 return
@@ -194,13 +196,13 @@ class Connection(Requester):
             outcome = self._explain(error, 0)
         self._pending.settle(number, outcome)
 
-    def _receive(self, number: int, call: Any) -> None:
+    def _receive(self, number: int, call: Any, size: int | None = None) -> None:
         """Receive a large reply, or the reply to what is large, in a thread of its own."""
 
         def run() -> None:
             outcome: Message | Exception
             try:
-                outcome = _assemble(call)
+                outcome = _assemble(call, size)
             except Exception as error:
                 # One that was cancelled tells nothing about the connection.
                 outcome = self._explain(error, 0) if number in self._pending else error
@@ -283,6 +285,14 @@ def _read_key(piece: bytes) -> int:
     return int(PREFIX.unpack_from(piece)[0])
 
 
+def _read_promise(piece: bytes) -> int:
+    """How large the reply is that is to be fetched."""
+    size = int(PREFIX.unpack_from(piece)[1])
+    if not LARGEST_FRAME < size <= LARGEST:
+        raise Malformed(f"a reply of {size} bytes that is to be fetched")
+    return size
+
+
 def _read_reply(piece: bytes) -> Message:
     """The message of a reply that came in one piece."""
     frame = memoryview(piece)[PREFIX.size :]
@@ -291,8 +301,18 @@ def _read_reply(piece: bytes) -> Message:
     return unframe(frame)
 
 
-def _assemble(received: Iterable[bytes]) -> Message:
-    assembly = Assembly()
-    for piece in received:
-        assembly.add(piece)
-    return assembly.message()
+def _assemble(call: Any, size: int | None = None) -> Message:
+    """The message that a call streams, of the size that was promised, if one was."""
+
+    def check(announced: int) -> None:
+        if size not in (None, announced):
+            raise Malformed(f"a reply of {announced} bytes; {size} were promised")
+
+    assembly = Assembly(admit=check)
+    try:
+        for piece in call:
+            assembly.add(piece)
+        return assembly.message()
+    finally:
+        call.cancel()  # or the server would go on; a call that has ended doesn't mind
+        del assembly  # or what has come lives until the error, which is the call, is collected
