@@ -53,6 +53,7 @@ _MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH: one side h
 _CRYPTOGRAPHIC = 0x11000001  # ZMQ_PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC: made for another server's key
 _TICK = 0.25  # seconds between two looks at those that are connected
 _SPARE = 8  # descriptors that are kept for when there are no others
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _MOST_TOLD = 1000  # addresses and reasons that have been logged
 _UNSEEN = 1 << 16  # bytes of a message that may lie about: of handshakes, say, which nobody counts
 _HANDSHAKE = 64 + 27  # bytes that one takes at least: a greeting, and READY
@@ -97,6 +98,11 @@ class Remote:
         self.marked = 0
         self._marks: deque[_Mark] = deque()
 
+    @property
+    def marks(self) -> int:
+        """How many marks there are of which libzmq has told nothing yet."""
+        return len(self._marks)
+
     def mark(self, view: memoryview) -> None:
         """Have the end of this view tell that all that was sent until now has been written.
 
@@ -135,7 +141,7 @@ def _tell(mark: Any) -> None:
 class _Link:
     """A connection of the ROUTER's."""
 
-    __slots__ = ("address", "host", "remote", "seen", "since", "told")
+    __slots__ = ("address", "base", "host", "remote", "seen", "since", "told")
 
     def __init__(self, address: tuple[Any, ...]) -> None:
         self.address = address
@@ -144,6 +150,7 @@ class _Link:
         self.remote: Remote | None = None  # once it has said something
         self.seen: tuple[int, float] = (0, 0)  # bytes received and taken, at the last look
         self.told = False  # that it is about to end
+        self.base = 0  # bytes that the process had when half a message was first seen, or 0
 
     @property
     def name(self) -> str:
@@ -392,7 +399,7 @@ class Guard:
         libzmq hands out whole messages, and knows no bound for one of many frames; but what a peer
         has sent, less what was taken from it, is what it has under way.
         """
-        unfinished = []
+        unfinished: dict[int, float] = {}  # bytes of each
         for descriptor, link in list(self._links.items()):
             if link.told:
                 continue
@@ -402,22 +409,44 @@ class Guard:
                 before, link.seen = link.seen, (received, taken)
                 under_way = received - taken
                 if under_way < _UNSEEN or taken != before[1]:
-                    continue  # the loop takes what there is
-                if under_way > self._limits.message_bytes:
+                    pass  # the loop takes what there is
+                elif under_way > self._limits.message_bytes:
                     self._cut(descriptor, "Malformed", f"a message of {under_way} bytes and more")
                 elif (
                     idle > self._limits.stall * 1e3 and received == before[0] and not _waiting(sock)
                 ):
                     self._cut(descriptor, "Stalled", "no further byte of a message came for long")
                 else:
-                    unfinished.append((under_way, descriptor))
+                    unfinished[descriptor] = under_way
+                    link.base = link.base or _resident()
+                    continue
+            link.base = 0
         most = max(self._limits.bytes, self._limits.message_bytes)
-        total = sum(size for size, _ in unfinished)
-        for size, descriptor in sorted(unfinished, reverse=True):
+        total = sum(unfinished.values())
+        for descriptor in sorted(unfinished, key=unfinished.__getitem__, reverse=True):
             if total <= most:
-                return
+                break
             self._cut(descriptor, "Overloaded", "too much of too many messages is under way")
-            total -= size
+            total -= unfinished.pop(descriptor)
+        self._look_at_memory(unfinished)
+
+    def _look_at_memory(self, unfinished: dict[int, float]) -> None:
+        """End the oldest of half messages if the process has grown by far more than has come.
+
+        libzmq takes 64 bytes for each frame, however small, and tells of none before the last one
+        has come. Something else may be what grows; then a client has to send once more.
+        """
+        links = [
+            (self._links[each].base, each) for each in unfinished if not self._links[each].told
+        ]
+        if not links:
+            return
+        base, oldest = min(links)
+        if (
+            base
+            and _resident() - base > self._limits.bytes_per_client + 4 * self._links[oldest].seen[0]
+        ):
+            self._cut(oldest, "Overloaded", "a message of countless small frames, it seems")
 
     def _keep_spare(self) -> None:
         """Keep descriptors for later, or let go of them if there are no others.
@@ -463,6 +492,15 @@ class Guard:
             self._told.add(told)
             _log.warning("%s refuses %s: %s (told once for this address)", self.url, address, why)
         self._count(kind)  # last: who sees it counted finds it logged
+
+
+def _resident() -> int:
+    """Bytes of memory that this process uses, as Linux tells; 0 if no file can be opened."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except OSError:
+        return 0
 
 
 @contextmanager

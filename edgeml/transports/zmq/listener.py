@@ -61,6 +61,7 @@ _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)  # a plain int: enum flags cost a mi
 
 _STEP = 1 << 25  # bytes of replies of which one tells when it has been written
 _SEALED = 33  # bytes that CURVE adds to each frame
+_LITTLE = 1 << 16  # bytes of replies that anybody may have unread
 _KEPT = 1 << 16  # bytes of a first frame that is kept until its reply has been given
 
 
@@ -108,7 +109,10 @@ class Listener(Endpoint):
         self._most_buffers = min(limits.buffers, MOST_BUFFERS)
         self._most_bytes = limits.message_bytes
         self._most_unread = limits.replies_per_client
-        self._step = min(_STEP, self._most_unread // 4)
+        self._step = self._widest = min(_STEP, self._most_unread // 4)
+        self._most_of_all = limits.bytes
+        self._share = math.inf  # bytes that one may have unread, as far as that is known
+        self._given = 0  # bytes since all were weighed
         self._sealed = _SEALED if self.secured else 0
         self._remotes: dict[bytes, Remote] = {}
         self._counting = threading.Lock()
@@ -297,7 +301,14 @@ class Listener(Endpoint):
         try:
             size = NUMBER.size + (message.nbytes if message.buffers else len(message.header))
             sent = remote.sent + size
-            if sent - remote.written > self._most_unread and remote.written < remote.sent:
+            self._given += size
+            if self._given * 16 > self._most_of_all:
+                self._weigh()
+            # One mark may have been written, and libzmq not have told of it yet.
+            if remote.marks > 1 and (
+                sent - remote.written > self._most_unread
+                or remote.marked - remote.written + size > self._share
+            ):
                 self._drop(remote, number)
                 return
             # Small buffers are copied by zmq as they are sent; large ones must be ours.
@@ -317,6 +328,21 @@ class Listener(Endpoint):
             with suppress(zmq.ZMQError):
                 self._router.send(b"", zmq.DONTWAIT)
             raise
+
+    def _weigh(self) -> None:
+        """See what all peers together have not read, and what share of it each may have.
+
+        What was sent after a peer's last mark may have been written or not: the more of that there
+        is, the sooner marks are set.
+        """
+        self._given = 0
+        half = self._most_of_all // 2
+        remotes = list(self._remotes.values())
+        unsure = sum(remote.sent - remote.marked for remote in remotes)
+        self._step = min(self._widest, _LITTLE) if unsure > half else self._widest
+        known = [remote.marked - remote.written for remote in remotes]
+        slow = sum(unread > _LITTLE for unread in known)
+        self._share = max(half // slow, _LITTLE) if sum(known) > half else math.inf
 
     def _drop(self, remote: Remote, number: bytes) -> None:
         """Send word that a reply is dropped, in place of it, to a peer that reads too slowly."""
