@@ -106,10 +106,11 @@ def run_atheris(name: str, arguments: list[str]) -> None:
 def main() -> None:
     """See the module."""
     logging.disable(logging.CRITICAL)
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         import targets
 
-        raise SystemExit(f"{__doc__}\nTargets: {', '.join(targets.TARGETS)}")
+        print(f"{__doc__}\nTargets: {', '.join(targets.TARGETS)}")
+        return
     name, arguments = sys.argv[1], sys.argv[2:]
     if arguments and all(Path(each).is_file() for each in arguments):
         run_files(name, arguments)
