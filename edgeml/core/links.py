@@ -80,7 +80,8 @@ class Link(Protocol):
         """Send a piece, and return when there is room for the next."""
 
     async def receive(self) -> bytes:
-        """The next piece. Raises any exception when the connection is lost."""
+        """The next piece. Raises any exception when the connection is lost, and an `Overloaded`
+        where it was ended for what its peer doesn't read."""
 
     async def close(self) -> object:
         """Send what was given, then end the connection; `abort` follows if this takes long."""
@@ -436,7 +437,7 @@ class _Listener(Endpoint):
         self._links[traffic] = peer, certificate
         try:
             why = await traffic.receive(arrived, refused)
-            if isinstance(why, (Malformed, DeadlineExceeded)):
+            if isinstance(why, (Malformed, DeadlineExceeded, Overloaded)):
                 self._note(peer, why)
         finally:
             self._links.pop(traffic, None)
