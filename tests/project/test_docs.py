@@ -458,7 +458,7 @@ def test_every_function_class_and_argument_that_is_named_exists(page: str) -> No
 # Commands -----------------------------------------------------------------------------------
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TOOLS = {"tox", "ruff", "mypy", "lint-imports", "sphinx-build", "python3", "."} | {
+TOOLS = {"hatchling", "tox", "ruff", "mypy", "lint-imports", "sphinx-build", "python3", "."} | {
     *("scp", "rm", "export", "pip-audit"),
 }
 FROM_ELSEWHERE = {
