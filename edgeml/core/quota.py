@@ -26,6 +26,12 @@ class Held:
         nbytes, self._nbytes = self._nbytes, 0
         self._quota._give_back(self._keys, nbytes)
 
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
 
 class Quota:
     """Counts the bytes held for each peer, for each host, of which one may have half, and in all.

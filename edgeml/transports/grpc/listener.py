@@ -55,6 +55,8 @@ _LOOK = 0.1  # seconds between two looks whether grpc.aio has ended by itself
 _DRAIN = 5.0  # seconds that it then has for what is under way
 _MOST_AWAY = 5.0  # seconds until its port must be free again
 _KEPT = 30.0  # seconds that a large reply waits to be fetched
+_EARLY = 1 << 27  # bytes that one connection may have waiting for their turn
+_EACH = 1 << 14  # bytes that each of those counts for, beside its own
 _COUNTED = 1 << 16  # bytes; smaller replies are held down by how many calls one connection may have
 _MOST_STREAMS = 1 << 13  # under way on one connection; more than an honest client has
 _OPTIONS = [
@@ -128,6 +130,9 @@ class Listener(Endpoint):
         self._refusals = Refusals(url, self.counts)
         self._sockets = Sockets(self._later, limits, self._refusals, self.secured)
         self._incoming = Quota(limits.bytes_per_client, limits.bytes, "are on their way")
+        self._early = Quota(
+            min(_EARLY, limits.bytes_per_client), limits.bytes // 2, "wait for their turn"
+        )
         self._unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
         self._on_request = on_request
         self._number = secrets.randbits(64) | 1  # of this server; 0 stands for any
@@ -245,7 +250,9 @@ class Listener(Endpoint):
             frame = memoryview(data)[PREFIX.size :]
             if len(frame) != size:
                 raise Malformed("a request that is not as long as its prefix says")
-            answer, held = await self._answer(unframe(frame), context, identity)
+            message = unframe(frame)
+            await self._take_turn(context, identity, size)
+            answer, held = await self._answer(message, context, identity)
         except EdgemlError as error:
             await self._abort(context, error)
         if isinstance(answer, bytes):
@@ -273,9 +280,11 @@ class Listener(Endpoint):
                     flow.given += len(piece)
                     assembly.add(piece)
                     self._check(assembly.number)
+            message = assembly.message()
+            await self._take_turn(context, identity, 0)  # as it is counted already
             for held in incoming:
                 held.release()  # from here on core counts it
-            answer, unread = await self._answer(assembly.message(), context, identity)
+            answer, unread = await self._answer(message, context, identity)
         except EdgemlError as error:
             assembly = None  # or what has come lives as long as gRPC keeps the error
             await self._abort(context, error)
@@ -349,11 +358,17 @@ class Listener(Endpoint):
         if number not in (0, self._number):
             raise Unreachable("the server has restarted since this client connected")
 
+    async def _take_turn(self, context: _Context, identity: str | None, nbytes: int) -> None:
+        """Wait for a request's turn, if it came too early, and count it meanwhile."""
+        await self._turns.take(
+            context.invocation_metadata(),
+            lambda: self._early.take(_peer_of(context, identity), nbytes + _EACH),
+        )
+
     async def _answer(
         self, message: Message, context: _Context, identity: str | None
     ) -> tuple[_Answer, Held | None]:
         """The answer, and what it is counted as until it has been read, if it is large."""
-        await self._turns.take(context.invocation_metadata())
         if self._closed:
             raise Closed(f"{self.url} has closed")
         reply = _Reply(self, context, identity)

@@ -9,10 +9,13 @@ rule, says nothing at all.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import threading
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 from edgeml.core import Malformed
 
@@ -59,7 +62,8 @@ class _Turns:
 
     def __init__(self) -> None:
         self.passed_on = 0  # the newest
-        self.waiting: list[tuple[int, asyncio.Future[None]]] = []
+        # Sorted by the number that each comes after; the second number tells equal ones apart.
+        self.waiting: list[tuple[int, int, asyncio.Future[None]]] = []
 
 
 class Turns:
@@ -67,18 +71,27 @@ class Turns:
 
     def __init__(self) -> None:
         self._lanes: OrderedDict[str, _Turns] = OrderedDict()
+        self._serial = itertools.count()
 
-    async def take(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+    async def take(
+        self,
+        metadata: Iterable[tuple[str, str | bytes]] | None,
+        hold: Callable[[], AbstractContextManager[object]],
+    ) -> None:
         """Return when it is a request's turn; it is to be passed on before anything is awaited.
+
+        Args:
+            metadata: of the request.
+            hold: gives what is entered while the request waits, or raises what it is refused with.
 
         Raises:
             Malformed: the metadata makes no sense.
         """
         for key, value in metadata or ():
             if key == _KEY:
-                await self._take(str(value))
+                await self._take(str(value), hold)
 
-    async def _take(self, value: str) -> None:
+    async def _take(self, value: str, hold: Callable[[], AbstractContextManager[object]]) -> None:
         if len(value) > _LONGEST:
             raise Malformed(f"{_KEY} of {len(value)} characters; {_LONGEST} are the most")
         try:
@@ -94,15 +107,20 @@ class Turns:
         else:
             self._lanes.move_to_end(name)
         if after > lane.passed_on:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            lane.waiting.append((after, turn))
-            await asyncio.wait((turn,), timeout=_PATIENCE)
-            turn.cancel()
+            with hold():
+                await self._wait(lane, after)
         lane.passed_on = max(lane.passed_on, number)
-        waiting, lane.waiting = lane.waiting, []
-        for entry in waiting:
-            if entry[0] <= lane.passed_on:
-                if not entry[1].done():
-                    entry[1].set_result(None)
-            elif not entry[1].done():
-                lane.waiting.append(entry)
+        ready = bisect_left(lane.waiting, (lane.passed_on + 1,))
+        for *_, turn in lane.waiting[:ready]:
+            turn.set_result(None)
+        del lane.waiting[:ready]
+
+    async def _wait(self, lane: _Turns, after: int) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (after, next(self._serial), turn)
+        insort(lane.waiting, entry)
+        try:
+            await asyncio.wait((turn,), timeout=_PATIENCE)
+        finally:
+            if not turn.done():  # it waits no more, but is still there
+                del lane.waiting[bisect_left(lane.waiting, entry)]
