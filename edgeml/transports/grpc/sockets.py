@@ -11,6 +11,7 @@ given of that.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -26,12 +27,15 @@ from edgeml.core.tls import NO_KEY
 
 __all__ = ["Address", "Sockets"]
 
+_log = logging.getLogger(__name__)
+
 Address = tuple[str, int]
 
 _PERIOD = 1.0  # seconds between two checks, at least
 # What a look takes, 20 us for each file that the process has open, is a tenth of the time at most
 # while others shake hands, and a hundredth otherwise.
 _SPARE_HASTE, _SPARE = 10, 100
+_SILENCE = 60.0  # seconds between two lines in the log about a want of descriptors, at least
 _GLANCE = 0.1  # seconds between two looks at what is half sent, at least
 _ONE = 16 << 20  # bytes that one connection may have half sent, whatever the limits
 # Linux's struct tcp_info has tcpi_bytes_received there, since 4.1.
@@ -78,6 +82,7 @@ class Sockets:
         self._descriptors: dict[Address, int] = {}  # in the order in which they were seen
         self._asked: set[Address] = set()
         self._ended: list[Address] = []  # which had asked for nothing
+        self._silent = 0.0  # until then about a want of descriptors
         self._next = 0.0  # before which `begin` doesn't look
         self.port = 0
         """Of the server; 0 before it has one."""
@@ -180,7 +185,14 @@ class Sockets:
     def _look(self) -> float:
         began = time.monotonic()
         asked = self._asked.copy()  # by those who were there before
-        found = _find(self.port) if self.port else {}
+        try:
+            found = _find(self.port) if self.port else {}
+        except OSError as error:  # out of descriptors: what is known stays so
+            self._next = began + _PERIOD
+            if began >= self._silent:
+                self._silent = began + _SILENCE
+                _log.warning("port %d can't see who is connected for now: %s", self.port, error)
+            return 0.0
         gone = self._descriptors.keys() - found.keys()
         self._ended.extend(gone - self._asked)
         for address in gone:
