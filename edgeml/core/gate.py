@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from edgeml.core.limits import Limits
+from edgeml.core.loops import LACKING
 from edgeml.core.refusals import Refusals
 from edgeml.core.url import Url, find_address, format_host
 
@@ -111,10 +112,18 @@ class Gate:
 
 class _Listening(socket.socket):
     gate: Gate
+    rests = False
 
     def accept(self) -> tuple[socket.socket, Any]:
+        if self.rests:  # asyncio would ask a hundred times, and each time plan to ask again
+            self.rests = False
+            raise BlockingIOError
         while True:
-            accepted, address = super().accept()
+            try:
+                accepted, address = super().accept()
+            except OSError as error:
+                self.rests = error.errno in LACKING
+                raise
             admitted = self.gate.admit(accepted, address)
             if admitted is not None:
                 return admitted, address

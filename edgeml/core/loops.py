@@ -20,6 +20,7 @@ A transport whose connections carry pieces of bytes need not know any of this: s
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Callable, Coroutine
@@ -30,9 +31,13 @@ from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.core.errors import Closed
 from edgeml.core.forks import drop_descriptors, leave_to_parent, watch_forks
 
-__all__ = ["Loop"]
+__all__ = ["LACKING", "Loop"]
 
 _log = logging.getLogger(__name__)
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Errors of accepting a connection after which asyncio tries again in a second."""
+
+_ONCE_A = 60.0  # seconds, is such a lack told
 _MOMENT = 0.1  # seconds that a callback has to return before a loop that closes leaves it behind
 
 T = TypeVar("T")
@@ -44,6 +49,8 @@ def _do_nothing() -> None: ...
 
 class _Loop(asyncio.SelectorEventLoop):
     """Run by whoever calls `carry_on`, a round at a time."""
+
+    lack_told = float("-inf")  # when
 
     def carry_on(self, stay: Stay) -> None:
         """Run at least one round, which waits for nothing where ``stay()`` is false."""
@@ -272,4 +279,10 @@ class Loop:
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    _log.error("%s", context["message"], exc_info=context.get("exception"))
+    error = context.get("exception")
+    if isinstance(loop, _Loop) and isinstance(error, OSError) and error.errno in LACKING:
+        if loop.time() - loop.lack_told > _ONCE_A:
+            loop.lack_told = loop.time()
+            _log.error("%s: %s; told once a minute", context["message"], error)
+        return
+    _log.error("%s", context["message"], exc_info=error)

@@ -1,6 +1,7 @@
 """The loop that asyncio's transports run in, and what such a transport does for them all."""
 
 import asyncio
+import errno
 import os
 import queue
 import socket
@@ -281,3 +282,18 @@ def test_links_take_turns_however_much_each_has_sent():
         go.set()
         wait_until(lambda: len(order) == 40)
     assert {b"one", b"other"} == set(order[:6])
+
+
+def test_a_lack_of_descriptors_is_told_in_one_line_and_rested_from(endpoint, monkeypatch, caplog):
+    asked = []
+
+    def accept(sock):
+        asked.append(time.monotonic())
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    with socket.create_connection(("127.0.0.1", endpoint.url.port), 5):
+        wait_until(lambda: len(asked) >= 3)
+    assert asked[2] - asked[0] > 1.0
+    assert caplog.text.count("out of system resource") == 1
+    assert "Traceback" not in caplog.text
