@@ -438,8 +438,8 @@ class Subscription:
         try:
             self._function(value)
         except Exception:
-            self.errors += 1
             _log.exception("the subscriber's function for %r failed", self.topic)
+            self.errors += 1  # last: who sees it counted finds it logged
         self._busy = time.monotonic() - began
 
 

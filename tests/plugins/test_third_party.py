@@ -112,7 +112,8 @@ def test_their_own_tests_pass(plugin: str, place: Path, python: Path) -> None:
 @pytest.mark.parametrize("plugin", ["edgeml-websocket", "edgeml-json"])
 def test_each_is_a_few_lines(plugin: str) -> None:
     (module,) = (ROOT / "plugins" / plugin).glob("*.py")
-    assert len(module.read_text().splitlines()) < 95  # what a codec must refuse takes ten of them
+    # What a codec must refuse takes ten of them, and TLS and pongs that nobody reads twenty.
+    assert len(module.read_text().splitlines()) < 115
 
 
 SERVER = """
