@@ -136,3 +136,20 @@ def run_fresh(program: str, timeout: float = 60.0) -> tuple[str, str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
+
+
+def make_keys(home: Path) -> dict[str, Path]:
+    """Make directories of keys: of a server, of two clients, and of another server and its client.
+
+    The second client's have expired.
+    """
+    from edgeml.cli.keygen import make_client_keys, make_server_keys
+
+    ours, theirs = make_server_keys(home / "ours"), make_server_keys(home / "theirs")
+    return {
+        "server": ours,
+        "robot": make_client_keys(ours, "robot"),
+        "expired": make_client_keys(ours, "expired", days=-0.5),
+        "other server": theirs,
+        "stranger": make_client_keys(theirs, "stranger"),
+    }

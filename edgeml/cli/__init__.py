@@ -237,23 +237,21 @@ def _url(text: str) -> Url:
 
 
 def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
-    return seconds
+    return _amount(text, 1e6, "time in seconds")
 
 
 def _days(text: str) -> float:
+    return _amount(text, 36500, "number of days, up to 36500")
+
+
+def _amount(text: str, most: float, what: str) -> float:
     try:
-        days = float(text)
+        amount = float(text)
     except ValueError:
-        days = 0.0
-    if not 0 < days <= 36500:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of days, up to 36500")
-    return days
+        amount = 0.0
+    if not 0 < amount <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
+    return amount
 
 
 def _size(text: str) -> int:

@@ -593,6 +593,16 @@ class _Lane:
         return calls
 
 
+def _check_role(call: Call, interface: _Interface) -> PermissionDenied | None:
+    """Why its caller's key doesn't allow a call, if so."""
+    if interface.needs and call.caller.role.allowed is not None:
+        try:
+            call.caller.require(interface.needs, call.name)
+        except PermissionDenied as error:
+            return error
+    return None
+
+
 def _too_many(whose: str, waiting: int, held: int, calls: int, nbytes: int) -> Overloaded:
     return Overloaded(
         f"calls waiting already: {waiting}, of {held / 1e6:.1f} MB; {whose} at most {calls}, or "
@@ -705,12 +715,9 @@ class Dispatcher:
         if interface is None:
             self.refuse(call, unknown("interface", call.name, self._interfaces))
             return
-        if interface.needs and call.caller.role.allowed is not None:
-            try:
-                call.caller.require(interface.needs, call.name)
-            except PermissionDenied as error:
-                self.refuse(call, error)
-                return
+        if (denied := _check_role(call, interface)) is not None:
+            self.refuse(call, denied)
+            return
         if self._interval:
             caller = call.caller
             now = time.monotonic()
@@ -1013,11 +1020,8 @@ class Dispatcher:
         caller = call.caller
         if caller.revoked:
             return PermissionDenied(f"the key of {caller.identity!r} has been revoked")
-        if interface.needs and caller.role.allowed is not None:
-            try:
-                caller.require(interface.needs, call.name)
-            except PermissionDenied as error:
-                return error
+        if (denied := _check_role(call, interface)) is not None:
+            return denied
         return DeadlineExceeded(_TOO_LATE) if call.expired else None
 
     def _count(self, call: Call, interface: _Interface) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import os
 import queue
 import random
 import shutil
@@ -24,7 +23,8 @@ from edgeml.core.links import LinkTransport
 from edgeml.core.pieces import PREFIX
 from edgeml.core.security import SERVER_NAME, Keyring
 from edgeml.core.tls import client_context
-from pairs import took, wait_until
+from edgeml.testing.ends import resident_memory
+from pairs import make_keys, took, wait_until
 
 ANYWHERE = Url("ws", "127.0.0.1", 0)
 COUNT = 400  # of garbage connections; ten thousand did no harm either
@@ -32,16 +32,7 @@ COUNT = 400  # of garbage connections; ten thousand did no harm either
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
-    """Directories of keys: of a server, of two clients, and of another server and its client."""
-    home = tmp_path_factory.mktemp("keys")
-    ours, theirs = make_server_keys(home / "ours"), make_server_keys(home / "theirs")
-    return {
-        "server": ours,
-        "robot": make_client_keys(ours, "robot"),
-        "expired": make_client_keys(ours, "expired", days=-0.5),
-        "other server": theirs,
-        "stranger": make_client_keys(theirs, "stranger"),
-    }
+    return make_keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture
@@ -50,10 +41,9 @@ def credentials(keys):
 
 
 def resident() -> int:
-    """Bytes of memory in use."""
+    """Bytes of memory in use, but for garbage."""
     gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_memory()
 
 
 @pytest.fixture

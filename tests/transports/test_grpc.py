@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import socket
@@ -31,6 +30,7 @@ from edgeml import (
 from edgeml.core import Limits, Message, Url, load_transport, wire
 from edgeml.core.frames import frame
 from edgeml.core.pieces import Assembly
+from edgeml.testing.ends import resident_memory
 from edgeml.transports.grpc import order
 from edgeml.transports.grpc.failures import find_proxy
 from pairs import process, run_fresh, started, took, wait_until
@@ -122,12 +122,6 @@ def assemblies(monkeypatch):
 
     monkeypatch.setattr("edgeml.transports.grpc.listener.Assembly", Watched)
     return known
-
-
-def resident() -> int:
-    """Bytes of memory in use."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # Strangers --------------------------------------------------------------------------------
@@ -559,12 +553,12 @@ def test_streams_that_claim_4_gib_and_send_nothing_take_no_memory(assemblies):
         transport.serve(ANYWHERE, lambda message, reply: None, limits=all_of_it) as endpoint,
         Stranger(endpoint.url.port) as stranger,
     ):
-        before = resident()
+        before = resident_memory()
         method = stranger.channel.stream_stream("/edgeml.Transport/Stream")
         calls = [method(nothing_more(), timeout=20) for _ in range(8)]
         wait_until(lambda: len(assemblies) == 8)
         assert stranger.connect()
-        assert resident() - before < 64 << 20
+        assert resident_memory() - before < 64 << 20
         for call in calls:
             call.cancel()
         over.set()

@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import os
 import random
 import socket
 import sys
@@ -19,8 +18,9 @@ from edgeml.core import Credentials, Limits, Message, Unreachable, Url, load_tra
 from edgeml.core.refusals import Refusals
 from edgeml.core.security import SERVER_NAME, ClientKey, Keyring
 from edgeml.core.tls import read_keys
+from edgeml.testing.ends import resident_memory
 from edgeml.transports.grpc.sockets import Sockets
-from pairs import took, wait_until
+from pairs import make_keys, took, wait_until
 
 ANYWHERE = Url("grpc", "127.0.0.1", 0)
 COUNT = 800  # of garbage connections; ten thousand did no harm either
@@ -30,16 +30,7 @@ transport = load_transport("grpc")
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
-    """Directories of keys: of a server, of two clients, and of another server and its client."""
-    home = tmp_path_factory.mktemp("keys")
-    ours, theirs = make_server_keys(home / "ours"), make_server_keys(home / "theirs")
-    return {
-        "server": ours,
-        "robot": make_client_keys(ours, "robot"),
-        "expired": make_client_keys(ours, "expired", days=-0.5),
-        "other server": theirs,
-        "stranger": make_client_keys(theirs, "stranger"),
-    }
+    return make_keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture
@@ -48,10 +39,9 @@ def credentials(keys):
 
 
 def resident() -> int:
-    """Bytes of memory in use."""
+    """Bytes of memory in use, but for garbage."""
     gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_memory()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import random
 import socket
 import struct
@@ -16,6 +15,7 @@ import zmq
 from edgeml.core import DeadlineExceeded, Message, Overloaded, Unreachable, Url, load_transport
 from edgeml.core.limits import Limits
 from edgeml.core.security import ClientKey, Credentials, CurveKeys, Keyring
+from edgeml.testing.ends import resident_memory
 from pairs import process, run_fresh, took, wait_until
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
@@ -84,12 +84,6 @@ def ask(endpoint) -> None:
         assert requester.call(Message(b"new"), 5.0).header == b"new"
 
 
-def resident() -> int:
-    """Bytes of memory that this process uses."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 # Replies that nobody reads --------------------------------------------------------------
 
 
@@ -107,14 +101,14 @@ def test_who_does_not_read_its_replies_is_kept_a_bounded_number_of_them(size, co
     limit = 1 << 22
     with served(on_request, replies_per_client=limit) as endpoint, Peer(endpoint.url.port) as peer:
         ask(endpoint)
-        before = resident() if sys.platform == "linux" else 0
+        before = resident_memory() if sys.platform == "linux" else 0
         for sent in range(count):
             peer.send(struct.pack("<Q", sent) + b"much")
         wait_until(lambda: len(answered) == count)
         assert endpoint.counts["Overloaded"] > count // 2
         ask(endpoint)
         if sys.platform == "linux":
-            assert resident() - before < 32 << 20
+            assert resident_memory() - before < 32 << 20
         # It is told which replies it will never get; once it reads, it is answered again.
         heard = bytearray()
         while b"\x01\x00\x00\x08" + struct.pack("<Q", count - 1) not in heard[-100:]:
@@ -139,7 +133,7 @@ def test_what_many_do_not_read_is_bounded_together():
         contextlib.ExitStack() as stack,
     ):
         ask(endpoint)
-        before = resident()
+        before = resident_memory()
         for _ in range(30):
             peer = stack.enter_context(Peer(endpoint.url.port))
             for number in range(20):
@@ -147,7 +141,7 @@ def test_what_many_do_not_read_is_bounded_together():
             ask(endpoint)
         wait_until(lambda: endpoint.counts["Overloaded"] > 100)
         # The system itself takes some MB of each; of 480 MB the rest is refused.
-        assert resident() - before < 128 << 20
+        assert resident_memory() - before < 128 << 20
         with transport.connect(endpoint.url, 5.0) as requester:  # who reads gets all
             for _ in range(50):
                 assert len(requester.call(Message(b"much"), 5.0).buffers[0]) == 1 << 20
@@ -157,14 +151,14 @@ def test_what_many_do_not_read_is_bounded_together():
 def test_a_message_of_countless_small_frames_is_cut_off():
     with served(bytes_per_client=1 << 25) as endpoint, Peer(endpoint.url.port) as peer:
         ask(endpoint)
-        before = resident()
+        before = resident_memory()
         frames = b"\x01\x00" * (1 << 15)
         with contextlib.suppress(OSError):
             for _ in range(300):  # 19 MB, which would take 600
                 peer.socket.sendall(frames)
                 ask(endpoint)
         wait_until(lambda: endpoint.counts["Overloaded"] == 1)
-        assert resident() - before < 400 << 20
+        assert resident_memory() - before < 400 << 20
         ask(endpoint)
 
 
@@ -258,12 +252,12 @@ def test_a_message_beyond_the_limits_is_not_handed_over_but_counted():
 @LINUX
 def test_a_message_that_never_ends_is_cut_off():
     with served(message_bytes=4 << 20) as endpoint, Peer(endpoint.url.port) as peer:
-        before = resident()
+        before = resident_memory()
         with contextlib.suppress(OSError):
             while not peer.is_cut():
                 peer.send(bytes(1 << 18), more=True)
         wait_until(lambda: endpoint.counts["Malformed"] == 1)
-        assert resident() - before < 512 << 20  # as much as comes between two looks
+        assert resident_memory() - before < 512 << 20  # as much as comes between two looks
         ask(endpoint)
 
 

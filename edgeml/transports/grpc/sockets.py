@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from edgeml.core.descriptors import borrow, count_received, end_connection
 from edgeml.core.limits import Limits
 from edgeml.core.refusals import Refusals
 from edgeml.core.tls import NO_KEY
@@ -38,8 +39,6 @@ _SPARE_HASTE, _SPARE = 10, 100
 _SILENCE = 60.0  # seconds between two lines in the log about a want of descriptors, at least
 _GLANCE = 0.1  # seconds between two looks at what is half sent, at least
 _ONE = 16 << 20  # bytes that one connection may have half sent, whatever the limits
-# Linux's struct tcp_info has tcpi_bytes_received there, since 4.1.
-_TCP_INFO, _RECEIVED, _RECEIVED_AT = 192, struct.Struct("=Q"), 128
 
 
 class _Flow:
@@ -209,7 +208,7 @@ def _find(port: int) -> dict[Address, int]:
     """This process's TCP connections from a port, by the peer's address, with their descriptors."""
     found = {}
     for descriptor in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError), _borrow(descriptor) as sock:
+        with suppress(OSError), borrow(descriptor) as sock:
             if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockname()[1] == port:
                 found[_address_of(sock)] = descriptor  # or OSError, if it listens
     return found
@@ -217,34 +216,17 @@ def _find(port: int) -> dict[Address, int]:
 
 def _count_received(descriptor: int, address: Address) -> int:
     """Bytes that a connection has received; 0 where that can't be told."""
-    with suppress(OSError, AttributeError, struct.error), _borrow(descriptor) as sock:
+    with suppress(OSError, AttributeError, struct.error), borrow(descriptor) as sock:
         if _address_of(sock) == address:
-            told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
-            received: int = _RECEIVED.unpack_from(told, _RECEIVED_AT)[0]
-            return received
+            return count_received(sock)[1]
     return 0
 
 
 def _cut(descriptor: int, address: Address) -> bool:
     """End a connection, unless its descriptor has become another's."""
-    with suppress(OSError):
-        copy = os.dup(descriptor)  # which stays what it is
-        with socket.socket(fileno=copy) as sock:
-            if _address_of(sock) == address:
-                sock.shutdown(socket.SHUT_RDWR)
-                return True
-    return False
+    return end_connection(descriptor, lambda sock: _address_of(sock) == address)
 
 
 def _address_of(sock: socket.socket) -> Address:
     host, port = sock.getpeername()[:2]
     return host.removeprefix("::ffff:").partition("%")[0], port  # as gRPC writes it
-
-
-@contextmanager
-def _borrow(descriptor: int) -> Iterator[socket.socket]:
-    sock = socket.socket(fileno=descriptor)
-    try:
-        yield sock
-    finally:
-        sock.detach()

@@ -15,21 +15,21 @@ import math
 import os
 import secrets
 import socket
-import struct
 import sys
 import termios
 import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from edgeml.core.advice import what_to_do
+from edgeml.core.descriptors import borrow, count_received, end_connection
 from edgeml.core.errors import PermissionDenied
 from edgeml.core.limits import Limits
 from edgeml.core.security import Keyring
@@ -58,7 +58,7 @@ _MOST_TOLD = 1000  # addresses and reasons that have been logged
 _UNSEEN = 1 << 16  # bytes of a message that may lie about: of handshakes, say, which nobody counts
 _HANDSHAKE = 64 + 27  # bytes that one takes at least: a greeting, and READY
 _CURVE_HANDSHAKE = 64 + 202 + 259  # a greeting, HELLO, and INITIATE, which takes a key
-_TCP_INFO = struct.Struct("=52xI72xQ")  # of Linux: tcpi_last_data_recv (ms), tcpi_bytes_received
+_TCP = (socket.AF_INET6, socket.SOCK_STREAM, 0)  # said, so that the system need not be asked
 
 
 class Remote:
@@ -302,7 +302,7 @@ class Guard:
 
     def _find_link(self, descriptor: int, *, duplicate: bool = True) -> _Link | None:
         """Look at a connection; None if somebody else's has its descriptor by now."""
-        with _borrow(descriptor, duplicate=duplicate) as sock:
+        with borrow(descriptor, _TCP, duplicate=duplicate) as sock:
             if self.url is None or sock.getsockname()[1] != self.url.port:
                 return None
             return _Link(sock.getpeername())
@@ -330,8 +330,10 @@ class Guard:
         """Whether enough has come over a connection for a handshake; libzmq tells of no one's."""
         if link.remote is not None or sys.platform != "linux":
             return True
-        with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
-            return _ask(sock)[1] >= (_HANDSHAKE if self._keyring is None else _CURVE_HANDSHAKE)
+        with suppress(OSError), borrow(descriptor, _TCP) as sock:
+            return count_received(sock)[1] >= (
+                _HANDSHAKE if self._keyring is None else _CURVE_HANDSHAKE
+            )
         return True  # it has gone
 
     def _end(self, descriptor: int) -> None:
@@ -403,8 +405,8 @@ class Guard:
         for descriptor, link in list(self._links.items()):
             if link.told:
                 continue
-            with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
-                idle, received = _ask(sock)
+            with suppress(OSError), borrow(descriptor, _TCP) as sock:
+                idle, received = count_received(sock)
                 taken = 0 if link.remote is None else link.remote.taken
                 before, link.seen = link.seen, (received, taken)
                 under_way = received - taken
@@ -503,46 +505,9 @@ def _resident() -> int:
         return 0
 
 
-@contextmanager
-def _borrow(descriptor: int, *, duplicate: bool = True) -> Iterator[socket.socket]:
-    """A socket of libzmq's to look at; a duplicate is the same one for as long as it is held."""
-    number = os.dup(descriptor) if duplicate else descriptor
-    try:
-        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=number)
-    except BaseException:
-        if duplicate:
-            os.close(number)
-        raise
-    try:
-        yield sock
-    finally:
-        if duplicate:
-            sock.close()
-        else:
-            sock.detach()
-
-
 def _shut(descriptor: int, address: tuple[Any, ...]) -> None:
     """End the connection to this address, which has that descriptor unless it has ended already."""
-
-    def end(sock: socket.socket) -> None:
-        if sock.getpeername() == address:
-            sock.shutdown(socket.SHUT_RDWR)
-
-    try:
-        with _borrow(descriptor) as sock:
-            end(sock)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            with suppress(OSError), _borrow(descriptor, duplicate=False) as sock:
-                end(sock)
-
-
-def _ask(sock: socket.socket) -> tuple[int, int]:
-    """Ask Linux how long ago a connection's last byte came, in ms, and how many have."""
-    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-    idle, received = _TCP_INFO.unpack(told)
-    return idle, received
+    end_connection(descriptor, lambda sock: bool(sock.getpeername() == address), _TCP)
 
 
 def _waiting(sock: socket.socket) -> bool:
