@@ -38,7 +38,7 @@ _PERIOD = 1.0  # seconds between two checks, at least
 _SPARE_HASTE, _SPARE = 10, 100
 _SILENCE = 60.0  # seconds between two lines in the log about a want of descriptors, at least
 _GLANCE = 0.1  # seconds between two looks at what is half sent, at least
-_ONE = 16 << 20  # bytes that one connection may have half sent, whatever the limits
+_ONE = 16 << 20  # bytes that may be half sent, whatever the limits: of one connection, and in all
 
 
 class _Flow:
@@ -137,7 +137,7 @@ class Sockets:
                 flow.before = received - flow.given  # what isn't a request's
                 if received == 0:
                     del self._flows[address]
-        left = self._limits.bytes
+        left = max(self._limits.bytes, _ONE)
         each = max(self._limits.bytes_per_client, _ONE)
         for address, nbytes in sorted(held.items(), key=lambda item: item[1]):
             left -= nbytes
