@@ -1,7 +1,7 @@
 """What every test is held to: it leaves no thread, no child process and no temporary file.
 
-And the websocket plugin is made to look installed, here and in child processes, so that the tests
-of the services run over it too; tests/plugins/test_third_party.py really installs it.
+And the plugins of this repository are made to look installed, here and in child processes, so that
+the tests of the services run over them too; tests/plugins/test_third_party.py really installs them.
 """
 
 import os
@@ -22,14 +22,25 @@ else:
 
 from pairs import ROOT, TRANSPORTS, threads
 
-PLUGIN = ROOT / "plugins" / "edgeml-websocket"
-_installed = pytest.StashKey[tuple[Path, str | None]]()
+_added = pytest.StashKey[tuple[Path, list[str], str | None]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put the plugin on the path, with what an installer would have written about it."""
-    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text())["project"]
-    site = Path(tempfile.mkdtemp(prefix="plugin-for-edgeml-"))
+    """Put the plugins on the path, with what an installer would have written about them."""
+    site = Path(tempfile.mkdtemp(prefix="plugins-for-edgeml-"))
+    added = [str(site)]
+    for file in sorted(ROOT.glob("plugins/*/pyproject.toml")):
+        added.append(str(file.parent))
+        _describe(tomllib.loads(file.read_text())["project"], site)
+    # What one process of hundreds has compiled, the others need not.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    config.stash[_added] = site, added, os.environ.get("PYTHONPATH")
+    sys.path += added
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *added]))
+
+
+def _describe(project: dict[str, Any], site: Path) -> None:
+    """Write a distribution's name, version and entry points where Python looks for them."""
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
@@ -38,20 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
     (info / "entry_points.txt").write_text(
         "".join(
             f"[{group}]\n" + "".join(f"{name} = {module}\n" for name, module in entries.items())
-            for group, entries in project["entry-points"].items()
+            for group, entries in project.get("entry-points", {}).items()
         )
     )
-    # What one process of hundreds has compiled, the others need not.
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    config.stash[_installed] = site, os.environ.get("PYTHONPATH")
-    added = [str(site), str(PLUGIN)]
-    sys.path += added
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *added]))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    site, path = config.stash[_installed]
-    sys.path[:] = [each for each in sys.path if each not in (str(site), str(PLUGIN))]
+    site, added, path = config.stash[_added]
+    sys.path[:] = [each for each in sys.path if each not in added]
     if path is None:
         del os.environ["PYTHONPATH"]
     else:

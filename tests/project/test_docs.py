@@ -466,8 +466,10 @@ FROM_ELSEWHERE = {
     "tox-uv",
     "pip-audit",
     "torchrl",
-    "edgeml-json",
-    "edgeml-websocket",
+    *(
+        tomllib.loads(file.read_text())["project"]["name"]
+        for file in ROOT.glob("plugins/*/pyproject.toml")
+    ),
 }  # what pip may be asked for
 
 

@@ -117,12 +117,13 @@ def test_the_wheel_runs_from_where_it_is_unpacked(
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
-def test_a_plugins_wheel_holds_its_module_alone(plugin: Path, tmp_path: Path) -> None:
+def test_a_plugins_wheel_holds_its_modules_alone(plugin: Path, tmp_path: Path) -> None:
     tree = tmp_path / plugin.name
-    shutil.copytree(plugin, tree)
+    shutil.copytree(plugin, tree, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "token").write_text("secret")
     (tree / "tests" / "key.pem").write_text("secret")
     sdist, wheel = build(tree, tmp_path / "dist")
-    module = f"{plugin.name.replace('-', '_')}.py"
-    assert {name for name in names_in(wheel) if ".dist-info/" not in name} == {module}
-    assert names_in(sdist) <= {module, "README.md", "pyproject.toml", "PKG-INFO"}
+    modules = {str(path.relative_to(plugin)) for path in plugin.rglob("*.py")}
+    modules = {name for name in modules if not name.startswith("tests/")}
+    assert {name for name in names_in(wheel) if ".dist-info/" not in name} == modules
+    assert names_in(sdist) <= {*modules, "README.md", "pyproject.toml", "PKG-INFO"}
