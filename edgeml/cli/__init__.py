@@ -53,9 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plugins = commands.add_parser(
         "plugins",
-        help="list transports and codecs, and what is wrong with them",
-        description="List every installed transport and codec, with the package that it comes "
-        "from. Loads each; exits with 1 if one can't be used.",
+        help="list transports, codecs and doors, and what is wrong with them",
+        description="List every installed transport, codec and door, with the package that it "
+        "comes from. Loads each; exits with 1 if one can't be used.",
     )
     plugins.set_defaults(run=_plugins)
 

@@ -1,16 +1,16 @@
-"""``edgeml plugins``: the transports and codecs that are installed, and what is wrong with them."""
+"""``edgeml plugins``: what is installed of each kind, and what is wrong with it."""
 
 from __future__ import annotations
 
-from edgeml.core import PluginError, load_codec, load_transport
-from edgeml.core.plugins import Found, find
+from edgeml.core import PluginError
+from edgeml.core.plugins import KINDS, Found, find, load
 
 __all__ = ["run"]
 
 
 def run() -> int:
-    """Load and print every transport and codec; 1 if one of them can't be used."""
-    found = [*find("transport"), *find("codec")]
+    """Load and print every plugin; 1 if one of them can't be used."""
+    found = [each for kind in KINDS for each in find(kind)]
     width = max([len(each.name) for each in found], default=0)
     packages = max([len(each.package) for each in found], default=0)
     failed = 0
@@ -31,10 +31,7 @@ def run() -> int:
 def _failure(each: Found) -> str | None:
     """Why a plugin can't be used, in one line; None if it can."""
     try:
-        if each.kind == "transport":
-            load_transport(each.name)
-        else:
-            load_codec(each.name)
+        load(each.kind, each.name)
     except PluginError as error:
         return " ".join(str(error).split())
     return None

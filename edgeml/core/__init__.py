@@ -1,6 +1,7 @@
 """The seam between what users call and how bytes move; knows no plugin."""
 
 from edgeml.core.codec import Codec, limited
+from edgeml.core.door import Dispatch, Door, Guest
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
@@ -19,7 +20,7 @@ from edgeml.core.frames import frame, unframe
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message, Owned, copy, is_owned, own, pooled, root_of
 from edgeml.core.pending import Pending
-from edgeml.core.plugins import hookimpl, load_codec, load_transport
+from edgeml.core.plugins import hookimpl, load_codec, load_door, load_transport
 from edgeml.core.security import Credentials
 from edgeml.core.transport import (
     Endpoint,
@@ -43,6 +44,9 @@ __all__ = [
     "Limits",
     "DEFAULT_LIMITS",
     "Codec",
+    "Door",
+    "Dispatch",
+    "Guest",
     "Message",
     "Url",
     "find_address",
@@ -61,6 +65,7 @@ __all__ = [
     "load_transport",
     "limited",
     "load_codec",
+    "load_door",
     # errors
     "EdgemlError",
     "Unreachable",

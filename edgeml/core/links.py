@@ -11,6 +11,7 @@ client's key.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import ssl
 import threading
@@ -55,6 +56,8 @@ from edgeml.core.transport import Endpoint, OnRequest, Peer, Reply, Requester, T
 from edgeml.core.url import Url, is_loopback, leads_to_loopback, require_no_path
 
 __all__ = ["LARGEST_PIECE", "Accept", "Link", "LinkTransport", "Listening"]
+
+_numbers = itertools.count(1)  # of connections, all listeners' together, since ids are compared
 
 LARGEST_PIECE = 1 << 20
 """Bytes; a link refuses a larger one before it takes memory for it."""
@@ -390,7 +393,6 @@ class _Listener(Endpoint):
         self._incoming = Quota(limits.bytes_per_client, limits.bytes, "are on their way")
         self._unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
         self._links: dict[_Traffic, tuple[Peer, bytes]] = {}  # with the certificate of each
-        self._accepted = 0
         self._lock = threading.Lock()
         tls = None if keys is None else server_context(keys[0])
         self.secured = keys is not None
@@ -410,9 +412,8 @@ class _Listener(Endpoint):
 
     async def welcome(self, link: Link, address: object) -> None:
         """Serve a peer until it has gone."""
-        self._accepted += 1
         host = str(address[0]) if isinstance(address, tuple) else str(address)
-        peer = Peer(str(self._accepted), str(address), host)
+        peer = Peer(f"{self.url.scheme} {next(_numbers)}", str(address), host)
         certificate = b""
         if self._clients is not None:
             try:

@@ -1,4 +1,4 @@
-"""Transports and codecs by name, from whatever packages are installed.
+"""Transports, codecs and doors by name, from whatever packages are installed.
 
 The entry point's name is the name that users write, so listing them loads nothing and using one
 loads that one alone. What is loaded registers with pluggy and answers a hook; the built-in plugins
@@ -10,23 +10,33 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 import pluggy
 
 from edgeml.core.codec import Codec
+from edgeml.core.door import Door
 from edgeml.core.errors import PluginError, text_of
 from edgeml.core.transport import Transport
 
-__all__ = ["Found", "find", "hookimpl", "load_codec", "load_transport"]
+__all__ = [
+    "KINDS",
+    "Found",
+    "find",
+    "hookimpl",
+    "load",
+    "load_codec",
+    "load_door",
+    "load_transport",
+]
 
 hookspec = pluggy.HookspecMarker("edgeml")
 hookimpl = pluggy.HookimplMarker("edgeml")
-"""Marks a plugin's answer to one of the two hooks below."""
+"""Marks a plugin's answer to one of the hooks below."""
 
 
 class Hooks:
-    """The two hooks; a plugin's module answers the one of its entry-point group."""
+    """The hooks; a plugin's module answers the one of its entry-point group."""
 
     @hookspec(firstresult=True)
     def edgeml_transport(self) -> type[Transport]:  # type: ignore[empty-body]
@@ -36,6 +46,10 @@ class Hooks:
     def edgeml_codec(self) -> type[Codec]:  # type: ignore[empty-body]
         """The codec class of the module that the ``edgeml.codecs`` entry point names."""
 
+    @hookspec(firstresult=True)
+    def edgeml_door(self) -> type[Door]:  # type: ignore[empty-body]
+        """The door class of the module that the ``edgeml.doors`` entry point names."""
+
 
 def _manager() -> pluggy.PluginManager:
     made = pluggy.PluginManager("edgeml")
@@ -43,11 +57,12 @@ def _manager() -> pluggy.PluginManager:
     return made
 
 
-# One for each kind, since one module may well offer one of each.
-_managers = {"transport": _manager(), "codec": _manager()}
-_lock = threading.RLock()  # a plugin may load another while it is being imported
+KINDS: dict[str, type] = {"transport": Transport, "codec": Codec, "door": Door}
+"""The kinds of plugin, and what each is a subclass of."""
 
-T = TypeVar("T")
+# One for each kind, since one module may well offer one of each.
+_managers = {kind: _manager() for kind in KINDS}
+_lock = threading.RLock()  # a plugin may load another while it is being imported
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class Found:
     """An installed plugin, loaded or not.
 
     Attributes:
-        kind: ``"transport"`` or ``"codec"``.
+        kind: one of `KINDS`.
         name: the entry point's name.
         package: the distribution that it comes from, with its version.
         entry: what loads it.
@@ -68,7 +83,7 @@ class Found:
 
 
 def find(kind: str) -> list[Found]:
-    """List the installed plugins of a kind, ``"transport"`` or ``"codec"``; loads none of them."""
+    """List the installed plugins of a kind, one of `KINDS`; loads none of them."""
     found = {}
     for entry in entry_points(group=f"edgeml.{kind}s"):
         package = _package(entry)
@@ -85,7 +100,7 @@ def _package(entry: EntryPoint) -> str:
         return "a package without metadata"
 
 
-def _load(kind: str, name: str, base: type[T]) -> T:
+def _load(kind: str, name: str) -> Any:
     """Load the class that a plugin offers, check that it can be used, and make one."""
     installed = find(kind)
     matches = [f for f in installed if f.name == name]
@@ -98,9 +113,9 @@ def _load(kind: str, name: str, base: type[T]) -> T:
     found = matches[0]
     try:
         loaded = _ask(kind, found.entry)
-        problem = _unusable(loaded, kind, name, base)
+        problem = _unusable(loaded, kind, name)
         if not problem:
-            return loaded()  # type: ignore[no-any-return]
+            return loaded()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit() among them: it ends nothing here
@@ -128,8 +143,9 @@ def _ask(kind: str, entry: EntryPoint) -> Any:
             raise
 
 
-def _unusable(loaded: Any, kind: str, name: str, base: type) -> str | None:
+def _unusable(loaded: Any, kind: str, name: str) -> str | None:
     """What is wrong with what a plugin answered; None if nothing is."""
+    base = KINDS[kind]
     if loaded is None:
         return f"does not answer the hook edgeml_{kind}"
     if not (isinstance(loaded, type) and issubclass(loaded, base)):
@@ -141,23 +157,33 @@ def _unusable(loaded: Any, kind: str, name: str, base: type) -> str | None:
     return None
 
 
-_transports: dict[str, Transport] = {}
-_codecs: dict[str, Codec] = {}
+_loaded: dict[tuple[str, str], Any] = {}
 
 
-def load_transport(name: str) -> Transport:
-    """The transport of that name, loaded when first asked for.
+def load(kind: str, name: str) -> Any:
+    """The plugin of that kind and name, loaded when first asked for.
 
     Raises:
         PluginError: not installed, broken, or claimed by two packages; the text says which.
     """
-    if name not in _transports:
-        _transports[name] = _load("transport", name, Transport)  # type: ignore[type-abstract]
-    return _transports[name]
+    if (kind, name) not in _loaded:
+        _loaded[kind, name] = _load(kind, name)
+    return _loaded[kind, name]
+
+
+def load_transport(name: str) -> Transport:
+    """The transport of that name; see `load`."""
+    made: Transport = load("transport", name)
+    return made
 
 
 def load_codec(name: str) -> Codec:
-    """The codec of that name, loaded when first asked for; raises as `load_transport` does."""
-    if name not in _codecs:
-        _codecs[name] = _load("codec", name, Codec)  # type: ignore[type-abstract]
-    return _codecs[name]
+    """The codec of that name; see `load`."""
+    made: Codec = load("codec", name)
+    return made
+
+
+def load_door(name: str) -> Door:
+    """The door of that name; see `load`."""
+    made: Door = load("door", name)
+    return made

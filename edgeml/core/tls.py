@@ -1,8 +1,8 @@
 """TLS, by the certificates of `edgeml.core.security`: what transports need of it, in one place.
 
-Always mutual, and always of one's own authority: a server takes none but its clients, a client none
-but its server, whatever their hosts are called. A certificate alone lets nobody in: the server's
-`Keyring` knows each by its fingerprint, and so it can be revoked.
+Always mutual but at a door, and always of one's own authority: a server takes none but its clients,
+a client none but its server, whatever their hosts are called. A certificate alone lets nobody in:
+the server's `Keyring` knows each by its fingerprint, and so it can be revoked.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "NO_KEY",
     "client_context",
     "client_keys",
+    "door_context",
     "explain_refusal",
     "read_keys",
     "server_context",
@@ -89,6 +90,11 @@ def server_context(keys: TlsKeys) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     context.num_tickets = 0  # what is resumed would ask nobody for a certificate
     return context
+
+
+def door_context(keys: TlsKeys) -> ssl.SSLContext:
+    """What a door needs for a connection: its clients have no certificates, and show tokens."""
+    return _context(ssl.PROTOCOL_TLS_SERVER, keys)
 
 
 def client_context(keys: TlsKeys) -> ssl.SSLContext:

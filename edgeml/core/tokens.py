@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from edgeml.core.errors import Malformed
 
-__all__ = ["HEAVY", "MANY", "TEXT", "TEXT_OR_INT", "Keys", "check"]
+__all__ = ["HEAVY", "MANY", "TEXT", "TEXT_OR_BYTES", "TEXT_OR_INT", "Keys", "check"]
 
 _RAW, _EXT, _LIST, _MAP = range(4)
 # What a token's first byte says: its whole size where that is fixed (0 where not) ...
@@ -30,6 +30,7 @@ _HEADS = (
     | {0xDE + n: (_MAP, 2 << n, 0) for n in range(2)}
 )
 _STRS = {*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB}
+_BYTES = {0xC4, 0xC5, 0xC6}
 _INTS = {*range(128), *range(0xCC, 0xD4), *range(0xE0, 256)}
 
 
@@ -53,6 +54,7 @@ class Keys:
 
 TEXT = Keys("a str", _STRS)
 TEXT_OR_INT = Keys("a str or an int", _STRS | _INTS)
+TEXT_OR_BYTES = Keys("a str or bytes", _STRS | _BYTES)
 
 MANY = 4096
 """In a map of more pairs than this all keys are str, whose hashes nobody can choose: ints can be

@@ -46,10 +46,9 @@ def installed(tmp_path, monkeypatch):
         for each in plugin.get_plugins():
             if getattr(each, "__name__", "").startswith("plugin_"):
                 plugin.unregister(each)
-    for cache in (plugins_module._transports, plugins_module._codecs):
-        for name in list(cache):
-            if type(cache[name]).__module__.startswith("plugin_"):
-                del cache[name]
+    for key, loaded in list(plugins_module._loaded.items()):
+        if type(loaded).__module__.startswith("plugin_"):
+            del plugins_module._loaded[key]
     for name in set(sys.modules) - modules:
         if name.startswith("plugin_"):
             del sys.modules[name]
@@ -206,7 +205,7 @@ def test_two_packages_that_claim_one_name_are_both_named(installed):
 
 def test_a_name_that_a_builtin_has_can_not_be_taken(installed, monkeypatch):
     installed("inproc", TRANSPORT, package="thief")
-    monkeypatch.delitem(plugins_module._transports, "inproc", raising=False)
+    monkeypatch.delitem(plugins_module._loaded, ("transport", "inproc"), raising=False)
     with pytest.raises(PluginError, match=r"claimed by edgeml.* and thief 1\.0"):
         load_transport("inproc")
     assert load_transport("zmq").name == "zmq"
