@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from edgeml.core.client import Client
 from edgeml.core.url import Url
 from edgeml.services.base import ServiceServer
+from edgeml.testing.stopwatch import Stopwatch
 
 ROOT = Path(__file__).parents[1]
 """Of the repository."""
@@ -57,11 +58,12 @@ def plain_client(server: ServiceServer, **settings: Any) -> Iterator[Client]:
 
 @contextmanager
 def took(at_most: float, at_least: float = 0.0) -> Iterator[None]:
-    """Check how long something takes, in seconds."""
-    began = time.monotonic()
+    """Check how long something takes, in seconds: at most by a `Stopwatch`."""
+    began, watch = time.monotonic(), Stopwatch()
     yield
-    seconds = time.monotonic() - began
-    assert at_least <= seconds <= at_most, f"it took {seconds:.3f} s"
+    passed, seconds = time.monotonic() - began, watch.seconds
+    assert at_least <= passed, f"it took {passed:.3f} s"
+    assert seconds <= at_most, f"it took {seconds:.3f} s"
 
 
 @contextmanager

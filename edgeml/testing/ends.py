@@ -34,6 +34,7 @@ from edgeml.core import (
     Url,
     load_transport,
 )
+from edgeml.testing.stopwatch import Stopwatch
 
 PATIENCE = 10.0  # seconds that a test waits for what should come at once
 KB = 1 << 10
@@ -348,10 +349,10 @@ def until(condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Check that a block takes less than so long."""
-    began = time.monotonic()
+    """Check that a block takes less than so long, by a `Stopwatch`."""
+    watch = Stopwatch()
     yield
-    took = time.monotonic() - began
+    took = watch.seconds
     assert took < seconds, f"took {took:.2f} s"
 
 

@@ -46,6 +46,7 @@ from edgeml.core import (
     Url,
     load_transport,
 )
+from edgeml.testing.stopwatch import Stopwatch
 
 KB, MB = 1 << 10, 1 << 20
 PATIENCE = 20.0  # seconds that anything may take which should come at once
@@ -238,11 +239,12 @@ class Server(Role):
 
     def gone(self, number: int) -> float:
         """Answer a client that has died until that is seen to be dropped; returns when it was."""
+        began, watch = time.monotonic(), Stopwatch()
         before = self._endpoint.dropped
         for reply in self._parked.pop(number):
             reply(compose(wide(), Said(PARK, number, 0)))
             if until(lambda: self._endpoint.dropped > before, 0.03):
-                return time.monotonic()
+                return began + watch.seconds
         raise AssertionError("replies to a client that has died are not dropped")
 
     def answer_parked(self, number: int, count: int, nbytes: int, together: bool) -> float:
@@ -252,12 +254,12 @@ class Server(Role):
         message = compose(nbytes, Said(PARK, number, 0))
         slowest = 0.0
         for some in [replies] if together else [[reply] for reply in replies]:
-            began = time.monotonic()
+            watch = Stopwatch()
             if together:
                 self._endpoint.reply_many(some, message)
             else:
                 some[0](message)
-            slowest = max(slowest, time.monotonic() - began)
+            slowest = max(slowest, watch.seconds)
         return slowest
 
     def dropped(self) -> int:
@@ -334,11 +336,12 @@ class Client(Role):
 
     def lost(self) -> float:
         """Find that all that was under way has failed as unreachable; returns when it had."""
+        began, watch = time.monotonic(), Stopwatch()
         self._join()
         for future in (*self._under_way.values(), *self._parked):
             if error := future.exception(PATIENCE):  # none for the last to arrive
                 assert isinstance(error, (Unreachable, Overloaded)), error
-        when = time.monotonic()
+        when = began + watch.seconds
         for requester in self._requesters:
             assert _says_unreachable(requester)
         self.disconnect()
@@ -379,9 +382,9 @@ class Client(Role):
     def _call(self, requester: Requester, nbytes: int, back: int) -> Message:
         number = next(self._numbers)
         message = compose(nbytes, Said(ANSWER, number, back))
-        began = time.monotonic()
+        watch = Stopwatch()
         reply = requester.call(message, PATIENCE)
-        self._slowest = max(self._slowest, time.monotonic() - began)
+        self._slowest = max(self._slowest, watch.seconds)
         self._take(number, reply)
         return reply
 
@@ -423,12 +426,12 @@ class Client(Role):
         message = compose(nbytes, Said(ANSWER, 0, 0))
         refused, slowest = 0, 0.0
         for _ in range(count):
-            began = time.monotonic()
+            watch = Stopwatch()
             try:
                 self._parked.append(requester.request(message))
             except Overloaded:
                 refused += 1
-            slowest = max(slowest, time.monotonic() - began)
+            slowest = max(slowest, watch.seconds)
         return refused, slowest
 
     def tally(self) -> dict[str, int]:
@@ -619,6 +622,12 @@ class Zygote:
 
     def __enter__(self) -> Zygote:
         return self
+
+    def kill_all(self) -> None:
+        """Kill those that are left, of a test that failed."""
+        for child in list(self._children):
+            os.kill(child.pid, signal.SIGKILL)
+            child.status()
 
     def __exit__(self, *_: object) -> None:
         for child in self._children:

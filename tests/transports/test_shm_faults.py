@@ -18,7 +18,7 @@ from shm_faults import KB, MB, Child, Held, Zygote, is_alive, names_left, until
 
 SCHEME = "shm"
 ANYWHERE = f"{SCHEME}://127.0.0.1:0"
-STALL = 1.0  # seconds that nothing may take
+STALL = 1.0  # seconds that nothing may take, but for what other programs have the machine do
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -32,13 +32,22 @@ def how_many(quick: int, slow: int, minutes: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", values)
 
 
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """What all processes are forked from, so that they start in milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEML_SHM_LIMIT_MB", "512")
+        zygote = Zygote()
+    with zygote:
+        yield zygote
+
+
 @pytest.fixture
-def spawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spawn]:
+def spawn(zygote: Zygote) -> Iterator[Spawn]:
     """Starts processes, and finds no file that they leave behind."""
-    monkeypatch.setenv("EDGEML_SHM_LIMIT_MB", "512")
     before = names_left()
-    with Zygote() as zygote:
-        yield zygote.spawn
+    yield zygote.spawn
+    zygote.kill_all()
     assert until(lambda: names_left() <= before, 3.0), names_left() - before
 
 

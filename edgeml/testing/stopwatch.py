@@ -1,0 +1,56 @@
+"""How long something takes, on a machine that has other things to do as well."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+
+__all__ = ["Stopwatch"]
+
+
+class Stopwatch:
+    """Tells how long it has run, less what the machine kept this process waiting meanwhile.
+
+    A bound on time is there for what waits in vain: for a peer, a lock, a timer. What waits for a
+    processor that other programs have is no fault of what is tested, and Linux tells how long each
+    thread does. The one that waited most counts, so never more than has passed; where nobody else
+    wants the processors that is nothing, and elsewhere than on Linux it is not known.
+    """
+
+    def __init__(self) -> None:
+        self._waits, self._steals = _waits(), _steals()
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        passed = time.monotonic() - self._began
+        return max(0.0, passed - _most(self._waits, _waits()) - _most(self._steals, _steals()))
+
+
+def _most(before: dict[str, float], now: dict[str, float]) -> float:
+    return max((now[each] - before.get(each, 0.0) for each in now), default=0.0)
+
+
+def _waits() -> dict[str, float]:
+    """Seconds that each thread of this process has waited for a processor."""
+    waits = {}
+    with suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError), open(f"/proc/self/task/{thread}/schedstat") as file:
+                waits[thread] = int(file.read().split()[1]) / 1e9
+    return waits
+
+
+def _steals() -> dict[str, float]:
+    """Seconds for which each processor of a virtual machine was given to other machines."""
+    steals = {}
+    with suppress(OSError), open("/proc/stat") as file:
+        for line in file:
+            if not line.startswith("cpu"):
+                break
+            name, *ticks = line.split()
+            steals[name] = int(ticks[7]) / os.sysconf("SC_CLK_TCK")
+    steals.pop("cpu", None)  # all together
+    return steals
