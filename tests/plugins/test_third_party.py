@@ -109,11 +109,12 @@ def test_their_own_tests_pass(plugin: str, place: Path, python: Path) -> None:
     assert "failed" not in printed
 
 
-@pytest.mark.parametrize("plugin", ["edgeml-websocket", "edgeml-json"])
-def test_each_is_a_few_lines(plugin: str) -> None:
-    (module,) = (ROOT / "plugins" / plugin).glob("*.py")
+@pytest.mark.parametrize(
+    "module", ["edgeml-websocket/edgeml_websocket/__init__.py", "edgeml-json/edgeml_json.py"]
+)
+def test_each_is_a_few_lines(module: str) -> None:
     # What a codec must refuse takes ten of them, and TLS and pongs that nobody reads twenty.
-    assert len(module.read_text().splitlines()) < 115
+    assert len((ROOT / "plugins" / module).read_text().splitlines()) < 115
 
 
 SERVER = """
