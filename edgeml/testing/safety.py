@@ -10,12 +10,8 @@ within this machine. The last tests are of both together.
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import selectors
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +19,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -59,30 +54,14 @@ from edgeml.testing.ends import (
     until,
     within,
 )
+from edgeml.testing.garbage import bombard, busyness, pass_on
+from edgeml.testing.keys import Keys, make_keys
 
 __all__ = ["SafetyTests"]
 
 _AT_ONCE = 2.0  # seconds in which whoever has the wrong keys is told
 _STALL = 1.0  # seconds that nobody's misbehaviour may hold up anybody else
 _GROWTH = 16 * MB  # that it may cost
-
-_GREETINGS = (  # of other protocols
-    b"",
-    b"\0",
-    b"\0" * 1000,
-    b"\xff" * 1000,
-    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"POST /x HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
-    b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n\x81\xff\xff",
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff\xff\xff\4\0\0\0\0\0",
-    b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL" + b"\0" * 48,
-    b"\xff\0\0\0\0\0\0\0\1\x7f\3\0CURVE" + b"\0" * 47 + b"\2\xff\xff\xff\xff\xff\xff\xff\xff",
-    b"\x16\3\1\xff\xff\1\0\xff\xfc\3\3" + b"\0" * 32,
-    b"SSH-2.0-OpenSSH_9.9\r\n",
-    b"*1\r\n$4\r\nPING\r\n",
-    b"\x80\4\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
-)
 
 
 class SafetyTests(EndsTests):
@@ -115,7 +94,7 @@ class SafetyTests(EndsTests):
         endpoint = net.serve(echo)
         over = threading.Event()
         with socket.create_server(("127.0.0.1", 0)) as tap:
-            said = net.start(_pass_on, tap, endpoint.url, over)
+            said = net.start(pass_on, tap, endpoint.url, over)
             try:
                 url = endpoint.url.with_port(tap.getsockname()[1])
                 with net.transport.connect(url, PATIENCE) as requester:
@@ -125,14 +104,11 @@ class SafetyTests(EndsTests):
             return max(said.result(PATIENCE), key=lambda pieces: sum(map(len, pieces)))
 
     @pytest.fixture
-    def keys(self, tmp_path_factory: pytest.TempPathFactory) -> _Keys:
+    def keys(self, tmp_path_factory: pytest.TempPathFactory) -> Keys:
         """Of a server and two clients, and of another server and its client."""
-        pytest.importorskip("cryptography", reason="edgeml keygen needs it")
-        if not _made:
-            _made.append(_Keys(tmp_path_factory.mktemp("keys")))
-        return _made[0]
+        return make_keys(tmp_path_factory)
 
-    def _prove(self, net: Net, keys: _Keys) -> bool:
+    def _prove(self, net: Net, keys: Keys) -> bool:
         """Whether the transport has its peers prove who they are by their keys."""
         peers: list[Peer] = []
         endpoint = net.serve(_noting(peers), credentials=keys.server())
@@ -183,7 +159,7 @@ class SafetyTests(EndsTests):
         assert net.connect(endpoint).secured == endpoint.secured
 
     def test_keys_secure_a_channel_and_tell_who_asks_or_are_left_alone(
-        self, net: Net, keys: _Keys
+        self, net: Net, keys: Keys
     ) -> None:
         peers: list[Peer] = []
         endpoint = net.serve(_noting(peers), credentials=keys.server())
@@ -199,7 +175,7 @@ class SafetyTests(EndsTests):
 
     @pytest.mark.parametrize("wrong", ["nothing", "another server's", "expired", "revoked"])
     def test_who_has_the_wrong_keys_is_denied_at_once_counted_and_told(
-        self, net: Net, keys: _Keys, wrong: str, caplog: pytest.LogCaptureFixture
+        self, net: Net, keys: Keys, wrong: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         if not self._prove(net, keys):
             pytest.skip("this transport asks for no keys: core does")
@@ -217,7 +193,7 @@ class SafetyTests(EndsTests):
 
     @pytest.mark.parametrize("server", ["another", "without keys"])
     def test_a_server_that_is_not_the_one_whose_key_we_have_is_refused_at_once(
-        self, net: Net, keys: _Keys, server: str
+        self, net: Net, keys: Keys, server: str
     ) -> None:
         if not self._prove(net, keys):
             pytest.skip("this transport asks for no keys")
@@ -229,7 +205,7 @@ class SafetyTests(EndsTests):
         assert not peers
 
     def test_keys_that_lack_what_the_transport_needs_are_refused_with_what_to_do(
-        self, net: Net, keys: _Keys
+        self, net: Net, keys: Keys
     ) -> None:
         if not self._prove(net, keys):
             pytest.skip("this transport asks for no keys")
@@ -239,7 +215,7 @@ class SafetyTests(EndsTests):
         with pytest.raises(ValueError, match="edgeml keygen"):
             net.connect(endpoint, credentials=Credentials("robot", token="its token"))
 
-    def test_who_is_let_in_may_change_while_a_server_runs(self, net: Net, keys: _Keys) -> None:
+    def test_who_is_let_in_may_change_while_a_server_runs(self, net: Net, keys: Keys) -> None:
         if not self._prove(net, keys):
             pytest.skip("this transport asks for no keys: core does")
         server = keys.server()
@@ -339,25 +315,22 @@ class SafetyTests(EndsTests):
 
     @pytest.mark.parametrize("protected", [False, True], ids=["plain", "with keys"])
     def test_garbage_connections_hold_up_nobody_and_cost_no_memory(
-        self, net: Net, keys: _Keys, protected: bool
+        self, net: Net, keys: Keys, protected: bool
     ) -> None:
         self.bombard(net, keys, self.garbage, protected=protected)
 
-    def bombard(self, net: Net, keys: _Keys, count: int, *, protected: bool) -> None:
+    def bombard(self, net: Net, keys: Keys, count: int, *, protected: bool) -> None:
         """Make garbage connections to a server in another process, beside a good client."""
         if not self.between_processes:
             pytest.skip("this transport stays within one process")
         if protected and not self._prove(net, keys):
             pytest.skip("this transport asks for no keys")
         pieces = self.overhear(net)
-        rng = random.Random(count)
         home = str(keys.home / "server") if protected else ""
-        slow: deque[tuple[socket.socket, bytes]] = deque()
         stop = threading.Event()
         with ExitStack() as opened:
             server = Child("serve", self.url, home)
             opened.callback(server.end)
-            opened.callback(_close_all, slow)
             url = Url.parse(server.line())
             credentials = keys.client("robot") if protected else None
 
@@ -370,31 +343,17 @@ class SafetyTests(EndsTests):
             opened.callback(stop.set)
             slowest = net.start(good.keep_asking, Message(b"x"), stop)
             memory: list[int] = []
-            connected = 0
-            for index in range(count):
+
+            def dial(index: int) -> socket.socket:
                 if index in (count // 3, 2 * count // 3, count - 1):
                     memory.append(int(counting.ask(Message(b"memory")).header))
-                try:
-                    made = self.dial(url)
-                except OSError:
-                    continue
+                made = self.dial(url)
                 assert made is not None
-                connected += 1
-                said = _garble(pieces, rng)
-                if rng.random() < 0.2:  # one byte at a time, and never to the end
-                    slow.append((made, b"".join(said)))
-                else:
-                    _say(made, said, rng)
-                for _ in range(min(len(slow), 5)):
-                    made, rest = slow.popleft()
-                    if not rest or len(slow) > 40:
-                        made.close()
-                        continue
-                    with suppress(OSError):
-                        made.send(rest[:1])
-                    slow.append((made, rest[1:]))
+                return made
+
+            connected = bombard(dial, pieces, count)
             stop.set()
-            assert slowest.result(PATIENCE) < _STALL * _busyness()
+            assert slowest.result(PATIENCE) < _STALL * busyness()
             assert connected > count // 2
             grown = [after - before for before, after in itertools.pairwise(memory)]
             assert min(grown) < _GROWTH  # a library's pools fill once; what leaks grows on
@@ -408,7 +367,7 @@ class SafetyTests(EndsTests):
         "wrong", ["nothing", "another server's", "expired", "revoked", "another's token"]
     )
     def test_a_server_with_keys_runs_nothing_for_who_has_the_wrong_ones(
-        self, net: Net, keys: _Keys, wrong: str, caplog: pytest.LogCaptureFixture
+        self, net: Net, keys: Keys, wrong: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         credentials, bad = keys.wrong(wrong)
         ran: list[str] = []
@@ -425,7 +384,7 @@ class SafetyTests(EndsTests):
                 client.call("note", "right")
                 assert ran == ["right"]
 
-    def test_who_is_revoked_is_cut_off_within_a_second(self, net: Net, keys: _Keys) -> None:
+    def test_who_is_revoked_is_cut_off_within_a_second(self, net: Net, keys: Keys) -> None:
         credentials = keys.server()
         ran: list[str] = []
         with self._server(credentials) as server:
@@ -502,7 +461,7 @@ class SafetyTests(EndsTests):
                     if requester.lost:
                         requester = net.connect_to(url)
                 stop.set()
-                assert slowest.result(PATIENCE) < _STALL * _busyness()
+                assert slowest.result(PATIENCE) < _STALL * busyness()
                 good.close()
                 assert client.call("echo", [1, 2]) == [1, 2]
 
@@ -511,55 +470,6 @@ class SafetyTests(EndsTests):
 
 
 # Keys -------------------------------------------------------------------------------------
-
-
-class _Keys:
-    """Directories as users make them, for all tests of a process.
-
-    Attributes:
-        home: where they are.
-    """
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        for server, client in (("server", "robot"), ("server", "viewer"), ("other", "stranger")):
-            subprocess.run(
-                [sys.executable, "-m", "edgeml", "keygen", self.home / server, "--client", client],
-                check=True,
-                capture_output=True,
-            )
-
-    def server(self, name: str = "server") -> Credentials:
-        """A server's, with a keyring that the test may change."""
-        loaded = Credentials.load(self.home / name)
-        assert loaded.clients is not None
-        ring = Keyring(loaded.clients.by_name(client) for client in loaded.clients.names())
-        return replace(loaded, clients=ring)
-
-    def client(self, name: str) -> Credentials:
-        """A client's."""
-        server = "other" if name == "stranger" else "server"
-        return Credentials.load(self.home / server / "clients" / name)
-
-    def wrong(self, how: str) -> tuple[Credentials, Credentials | None]:
-        """A server's, and what a client has who is not let in."""
-        server, robot = self.server(), self.client("robot")
-        ring = server.clients
-        assert ring is not None
-        if how == "nothing":
-            return server, None
-        if how == "another server's":
-            return server, self.client("stranger")
-        if how == "another's token":
-            return server, replace(robot, token=self.client("stranger").token)
-        if how == "expired":
-            ring.add(replace(ring.by_name("robot"), expires=time.time() - 1))
-        else:
-            ring.revoke("robot")
-        return server, robot
-
-
-_made: list[_Keys] = []
 
 
 def _starts_with_keys(server: InferenceServer) -> bool:
@@ -593,68 +503,6 @@ def _own_address() -> str | None:
     return None if address.startswith("127.") else address
 
 
-def _pass_on(tap: socket.socket, url: Url, over: threading.Event) -> list[list[bytes]]:
-    """Connect whoever comes to where `url` is served; returns what each of them says."""
-    said: list[list[bytes]] = []
-    with selectors.DefaultSelector() as selector, ExitStack() as opened:
-
-        def forward(source: socket.socket, target: socket.socket, pieces: list[bytes]) -> None:
-            data = b""
-            with suppress(OSError):
-                if data := source.recv(64 * KB):
-                    pieces.append(data)
-                    target.sendall(data)
-            if not data:
-                selector.unregister(source)
-                with suppress(OSError):
-                    target.shutdown(socket.SHUT_WR)
-
-        selector.register(tap, selectors.EVENT_READ)
-        while not over.is_set():
-            for key, _ in selector.select(0.02):
-                if key.fileobj is not tap:
-                    forward(*key.data)
-                    continue
-                client = opened.enter_context(tap.accept()[0])
-                server = opened.enter_context(socket.create_connection((url.host, url.port)))
-                said.append([])
-                read = selectors.EVENT_READ
-                selector.register(client, read, (client, server, said[-1]))
-                selector.register(server, read, (server, client, []))
-    return said
-
-
-def _garble(pieces: list[bytes], rng: random.Random) -> list[bytes]:
-    """What is nearly a conversation, or another protocol's, or nothing like one."""
-    kind = rng.randrange(4)
-    if kind == 0:
-        return [rng.choice(_GREETINGS)]
-    if kind == 1 or not pieces:
-        return [rng.randbytes(rng.choice((1, 9, 64, 1000, 60_000)))]
-    said = list(pieces[: rng.randrange(1, len(pieces) + 1)])
-    if kind == 2:  # cut short
-        said[-1] = said[-1][: rng.randrange(len(said[-1]) + 1)]
-        return said
-    for _ in range(rng.randrange(1, 4)):
-        at = rng.randrange(len(said))
-        piece = bytearray(said[at])
-        for _ in range(rng.choice((1, 1, 2, 30))):
-            if piece:
-                piece[rng.randrange(len(piece))] = rng.randrange(256)
-        said[at] = bytes(piece)
-    return said
-
-
-def _say(made: socket.socket, said: list[bytes], rng: random.Random) -> None:
-    with made, suppress(OSError):
-        made.settimeout(0.5)
-        for piece in said:
-            made.sendall(piece)
-        if rng.random() < 0.5:
-            made.settimeout(0.02)
-            made.recv(4 * KB)
-
-
 def _garble_envelope(rng: random.Random) -> Message:
     """A request that is nearly one of edgeml's, or nothing like it."""
     kind = rng.randrange(256) if rng.random() < 0.1 else rng.randrange(8)
@@ -667,16 +515,6 @@ def _garble_envelope(rng: random.Random) -> Message:
         del header[rng.randrange(len(header)) :]
     sizes = rng.choice(((), (), (0,), (5, 0, 3), (100_000,)))
     return Message(bytes(header), [as_view(np.zeros(size, np.uint8)) for size in sizes])
-
-
-def _close_all(slow: deque[tuple[socket.socket, bytes]]) -> None:
-    for made, _ in slow:
-        made.close()
-
-
-def _busyness() -> float:
-    """How many there are for each core; 1 where nobody waits for one."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class _Good:
