@@ -10,20 +10,28 @@ dimensions) as many as the product of its leading dimensions. All else is the ot
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 
 from edgeml.core.codec import Codec, Wrapped
 from edgeml.core.errors import Malformed, NotEncodable
-from edgeml.core.message import Allocator, Message, empty, pooled, private, together
-from edgeml.images.formats import Format, Pixels, check, decode_into, readable, resize
+from edgeml.core.message import Allocator, Message, empty, pooled, private
+from edgeml.images.formats import (
+    MOST_BYTES,
+    Format,
+    Pixels,
+    check,
+    decode_into,
+    in_threads,
+    readable,
+    resize,
+)
 
 __all__ = ["MARK", "ImageCodec", "Plan"]
 
@@ -31,20 +39,15 @@ MARK = b"\xc1"
 """What the header of a message with images begins with."""
 
 _MOST_DEPTH = 32
-_MOST_BYTES = 1 << 28  # of all images of a message, decoded
 _MOST_FILES = 1 << 13
 _MOST_NAMES = 1 << 10  # of leaves, that are remembered
 _MOST_SIDE = 65_500  # pixels, of a JPEG
-_MOST_THREADS = 8
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
-_WORTH_A_THREAD = 1 << 17  # bytes of pixels; a thread takes 60 us to start, these some 200
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(tuple[bytes, list[tuple[list[str | int], str, list[int]]]]).decode
 
 Path: TypeAlias = tuple[Any, ...]
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class Plan:
@@ -96,7 +99,7 @@ class Plan:
         rest = walk.value(value, (), "") if self else value
         n_bytes = sum(math.prod(image.shape) for image in walk.images)
         n_files = sum(_n_files(image.shape) for image in walk.images)
-        if n_bytes > _MOST_BYTES or n_files > _MOST_FILES:
+        if n_bytes > MOST_BYTES or n_files > _MOST_FILES:
             raise NotEncodable(
                 f"value has {n_files} images of {n_bytes >> 20} MiB: send them in several parts"
             )
@@ -146,7 +149,7 @@ class ImageCodec(Wrapped):
         if not images and not message.header.startswith(MARK):
             return message
         jobs = [(image, pixels) for image in images for pixels in _each(image.pixels)]
-        files = _in_threads(_encode_file, jobs, sum(image.pixels.nbytes for image in images))
+        files = in_threads(_encode_file, jobs, sum(image.pixels.nbytes for image in images))
         entries = [[image.path, image.format.name, image.shape] for image in images]
         header = MARK + _pack([message.header, entries])
         return Message(header, [*message.buffers, *(memoryview(file) for file in files)])
@@ -166,8 +169,8 @@ class ImageCodec(Wrapped):
             raise Malformed(f"not a message with images: {error}") from None
         shapes = [_checked(format, shape) for _, format, shape in entries]
         n_bytes, n_files = sum(map(math.prod, shapes)), sum(map(_n_files, shapes))
-        if n_bytes > _MOST_BYTES:
-            raise Malformed(f"images of {n_bytes} bytes; at most {_MOST_BYTES} in a message")
+        if n_bytes > MOST_BYTES:
+            raise Malformed(f"images of {n_bytes} bytes; at most {MOST_BYTES} in a message")
         n_others = len(message.buffers) - n_files
         if n_others < 0:
             raise Malformed(f"{len(message.buffers)} buffers for {n_files} images")
@@ -186,7 +189,7 @@ class ImageCodec(Wrapped):
             for (_, format, _), (_, parts), array in zip(entries, pairs, arrays, strict=True)
             for file, out in zip(parts, _each(array), strict=True)
         ]
-        _in_threads(lambda job: decode_into(*job), jobs, n_bytes)
+        in_threads(lambda job: decode_into(*job), jobs, n_bytes)
         return _put(rest, places, arrays if writable else list(map(_read_only, arrays)))
 
 
@@ -316,30 +319,6 @@ def _encode_file(job: tuple[_Image, Pixels]) -> bytes:
         return image.format.encode(pixels)
     except (ValueError, OSError) as error:  # what a library says
         raise _refuse(image.path, f"can't become a {image.format.name} file: {error}") from None
-
-
-def _in_threads(function: Callable[[A], B], jobs: Sequence[A], n_bytes: int) -> list[B]:
-    """Do several jobs at a time, where they are worth it; raises what the first that fails does."""
-    helpers = min(len(jobs), os.cpu_count() or 1, n_bytes // _WORTH_A_THREAD, _MOST_THREADS) - 1
-    if helpers < 1:
-        return [function(job) for job in jobs]
-    results: list[Any] = [None] * len(jobs)
-    left = iter(enumerate(jobs))
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        for i, job in left:  # whoever is free takes the next
-            if errors:
-                return
-            try:
-                results[i] = function(job)
-            except BaseException as error:
-                errors.append(error)
-
-    together(work, helpers)
-    if errors:
-        raise errors[0]
-    return results
 
 
 # Putting images into their places ---------------------------------------------------------

@@ -6,30 +6,42 @@ and no memory taken, unless it says exactly what the message says.
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
 from edgeml.core.errors import Malformed
+from edgeml.core.message import together
 from edgeml.extras import has_pillow, has_simplejpeg, load_pillow, load_simplejpeg
 from edgeml.images.files import decode_image, encode_image
 
 __all__ = [
+    "MOST_BYTES",
     "Format",
     "Jpeg",
     "Pixels",
     "Png",
     "check",
     "decode_into",
+    "in_threads",
     "readable",
     "resize",
 ]
 
 Pixels: TypeAlias = "np.ndarray[Any, Any]"
+A = TypeVar("A")
+B = TypeVar("B")
+
+MOST_BYTES = 1 << 28
+"""Of all images of a message, decoded."""
 
 _BILINEAR = 2  # Pillow's number
+_MOST_THREADS = 8
+_WORTH_A_THREAD = 1 << 17  # bytes of pixels; a thread takes 60 us to start, these some 200
 _MOST_SEGMENTS = 1000  # of a JPEG, before its size is told
 _BASELINE = (0xC0, 0xC1)
 _PNG_HEAD = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
@@ -208,3 +220,30 @@ def _png_shape(data: memoryview) -> tuple[int, int, int]:
     if depth != 8 or color not in _PNG_CHANNELS:
         raise Malformed(f"a PNG of {depth} bits and color type {color}: 8 bits; gray, RGB or RGBA")
     return height, width, _PNG_CHANNELS[color]
+
+
+# Several at a time ------------------------------------------------------------------------
+
+
+def in_threads(function: Callable[[A], B], jobs: Sequence[A], n_bytes: int) -> list[B]:
+    """Do several jobs at a time, where they are worth it; raises what the first that fails does."""
+    helpers = min(len(jobs), os.cpu_count() or 1, n_bytes // _WORTH_A_THREAD, _MOST_THREADS) - 1
+    if helpers < 1:
+        return [function(job) for job in jobs]
+    results: list[Any] = [None] * len(jobs)
+    left = iter(enumerate(jobs))
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        for i, job in left:  # whoever is free takes the next
+            if errors:
+                return
+            try:
+                results[i] = function(job)
+            except BaseException as error:
+                errors.append(error)
+
+    together(work, helpers)
+    if errors:
+        raise errors[0]
+    return results

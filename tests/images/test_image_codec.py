@@ -220,7 +220,7 @@ def test_several_images_are_done_in_several_threads(monkeypatch):
         return encode(self, pixels)
 
     monkeypatch.setattr(Png, "encode", meet)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     large = RNG.integers(0, 256, (4, 200, 300, 3), np.uint8)
     before = threading.active_count()
     assert_same(round_trip({"image": large}), {"image": large})
