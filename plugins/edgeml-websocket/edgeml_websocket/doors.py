@@ -171,6 +171,15 @@ class WebSocketDoor(Door):
     def answer_health(self, state: ServerState) -> tuple[int, str, bytes]:
         """Return the status, the content type and the body for whoever asks for `health`."""
 
+    def admits(self, state: ServerState) -> bool:
+        """Whether a client is to be let in; else its request is answered as one for `health` is.
+
+        For a protocol whose clients try a connection again that wasn't opened, but nothing later.
+        By default all are let in, and their calls refused while the server isn't ready.
+        """
+        del state
+        return True
+
     @abstractmethod
     async def talk(self, visit: Visit) -> None:
         """Talk with one client until its connection is over.
@@ -234,10 +243,11 @@ class _Listener(Endpoint):
         )
 
     def _look_at(self, connection: ServerConnection, request: Request) -> Response | None:
-        if request.path.partition("?")[0] != self._door.health:
+        state = self._dispatch.state
+        if request.path.partition("?")[0] != self._door.health and self._door.admits(state):
             return None
         self._gate.greet(connection.remote_address)
-        status, kind, body = self._door.answer_health(self._dispatch.state)
+        status, kind, body = self._door.answer_health(state)
         response = connection.respond(status, "")
         response.body = body
         for name, value in (("Content-Type", kind), ("Content-Length", str(len(body)))):
