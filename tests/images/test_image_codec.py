@@ -20,7 +20,6 @@ from edgeml.core.errors import Malformed, NotEncodable
 from edgeml.core.message import Message, is_owned
 from edgeml.extras import has_simplejpeg
 from edgeml.images import ImageCodec, Jpeg, Plan, Png
-from edgeml.images import codec as module
 from edgeml.testing import CodecTests
 from edgeml.testing.codecs import assert_same
 
