@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hmac
 import logging
-import secrets
 import threading
 import time
 import weakref
@@ -17,6 +16,7 @@ from edgeml.core import wire
 from edgeml.core.alarms import Alarms
 from edgeml.core.codec import Codec, Spoken, Wrapping, limited
 from edgeml.core.dispatch import Call, Caller, Dispatcher, Gatherer, Handler, unknown
+from edgeml.core.door import Door
 from edgeml.core.episode import Episode
 from edgeml.core.errors import (
     Closed,
@@ -28,9 +28,10 @@ from edgeml.core.errors import (
     PermissionDenied,
     text_of,
 )
+from edgeml.core.guests import Entrance, Known
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message
-from edgeml.core.plugins import load_codec, load_transport
+from edgeml.core.plugins import load_codec, load_door, load_transport
 from edgeml.core.security import ClientKey, Credentials, CredentialsLike, digest
 from edgeml.core.state import ServerState
 from edgeml.core.streams import Topic
@@ -61,21 +62,15 @@ _PORT_TRIES = 16  # to find a port that is free for all transports
 _FORGET = 30.0  # seconds without a sign of life after which a session ends
 
 
-class _Session(Caller):
-    """One client, from its hello on."""
+class _Session(Known):
+    """One client that speaks our envelope, from its hello on."""
 
     def __init__(
         self, hello: wire.Hello, peer: Peer, codec: Codec, proved: ClientKey | None
     ) -> None:
-        super().__init__(hello.client_id, hello.label, peer)
-        if proved is not None:
-            self.identity, self.role = proved.name, proved.role
-            self.proof = (proved.curve, proved.certificate, proved.token)
-        self.proved = proved
-        self.key = secrets.token_bytes(16)
+        super().__init__(hello.client_id, hello.label, peer, proved, _FORGET)
         self.codec = codec
         self.spoken = Spoken(codec, codec)
-        self.seen = time.monotonic()
 
 
 class _EnvelopeCall(Call):
@@ -221,16 +216,17 @@ class Server:
         self.dispatcher.at_end = self._run_last
         self._topics: dict[str, Topic] = {}
         self.topic(wire.HEARTBEAT)
-        self._sessions: dict[bytes, _Session] = {}
+        self._sessions: dict[bytes, Known] = {}
         self._near: Counter[tuple[str, str]] = Counter()  # sessions of each connection and address
         # All who have shown a key and may have calls here, also after their sessions.
-        self._met: weakref.WeakSet[_Session] = weakref.WeakSet()
+        self._met: weakref.WeakSet[Known] = weakref.WeakSet()
         self._owners: dict[str, str] = {}  # of client ids, whose key they belong to
         self._owned: dict[str, OrderedDict[str, None]] = {}  # ids of each key, used last comes last
         self._ended_episodes: weakref.WeakSet[Episode] = weakref.WeakSet()
         self._due: deque[Callable[[], object]] = deque()  # in the handlers' thread, ...
         self._over = False  # ... which ends
         self._listeners: list[_Listener] = []
+        self._doors: list[tuple[Url, Entrance, Callable[[], str]]] = []
         self._lock = threading.Lock()
         self.state = ServerState("starting", 0.0)
         """What the server is at."""
@@ -287,6 +283,11 @@ class Server:
         return [each.endpoint for each in self._listeners if each.endpoint]
 
     @property
+    def doors(self) -> list[Url]:
+        """Where other people's clients reach this server, the real ports filled in."""
+        return [each.endpoint.url for _, each, _ in self._doors if each.endpoint is not None]
+
+    @property
     def callers(self) -> list[Caller]:
         """The clients that have been heard from of late."""
         return list(self._sessions.values())
@@ -295,10 +296,14 @@ class Server:
         """Counts since the start: calls, and everything that was refused or dropped, by reason; and
         ``waiting``, the calls that wait for a handler now.
         """
+        entrances = [each for _, each, _ in self._doors]
         ends = self._endpoints()
+        ends += [each.endpoint for each in entrances if each.endpoint is not None]
         counts = self.counts + self.dispatcher.counts
         for end in ends:
             counts.update(end.counts)
+        for each in entrances:
+            counts.update(each.counts)
         return {
             **counts,
             "waiting": self.dispatcher.waiting,
@@ -337,6 +342,8 @@ class Server:
             self.close()
             raise
         try:
+            for door in self._doors:
+                self._open_door(*door)
             self._check_reach()
         except BaseException:
             self.close()
@@ -348,17 +355,14 @@ class Server:
         """See, by what has been bound, that nobody gets in who shouldn't; say who does."""
         open_to_all = []
         for end in self._endpoints():
-            if end.secured:
-                continue
-            if self._keyring is not None and not end.local:
-                raise PermissionDenied(
-                    f"{end.url} can't be protected by keys: {end.url.scheme} sends clear text; "
-                    "listen on 127.0.0.1, or by zmq or grpc, or tunnel it (see docs/security.md)"
-                )
-            if not end.local:
+            if self._is_open_to_all(end):
                 self._refuse_code_of_strangers(end.url)
                 open_to_all.append(end.url)
-            elif self._keyring is None and any(codec.executes for codec in self._codecs.values()):
+            elif (
+                not end.secured
+                and self._keyring is None
+                and any(codec.executes for codec in self._codecs.values())
+            ):
                 _log.warning(
                     "%s on %s: any user of this machine can run code as yours; use shm, give "
                     "credentials=, or leave such codecs out",
@@ -366,13 +370,73 @@ class Server:
                     end.url,
                 )
         if open_to_all:
-            _log.warning(
-                "%s on %s: WHOEVER REACHES THIS MACHINE CAN USE IT, and all is sent in clear text. "
-                "Make keys with `edgeml keygen keys --client NAME`, and give credentials='keys' "
-                "here and the folder keys/clients/NAME to that client (see docs/security.md)",
-                self.service,
-                ", ".join(map(str, open_to_all)),
+            self._warn_of(open_to_all)
+
+    def _is_open_to_all(self, end: Endpoint) -> bool:
+        """Whether others reach it, unprotected; raises PermissionDenied where there are keys."""
+        if end.secured or end.local:
+            return False
+        if self._keyring is not None:
+            raise PermissionDenied(
+                f"{end.url} can't be protected by keys: {end.url.scheme} sends clear text; "
+                "listen on 127.0.0.1, or by zmq or grpc, or tunnel it (see docs/security.md)"
             )
+        return True
+
+    def _warn_of(self, urls: list[Url]) -> None:
+        _log.warning(
+            "%s on %s: WHOEVER REACHES THIS MACHINE CAN USE IT, and all is sent in clear text. "
+            "Make keys with `edgeml keygen keys --client NAME`, and give credentials='keys' "
+            "here and the folder keys/clients/NAME to that client (see docs/security.md)",
+            self.service,
+            ", ".join(map(str, urls)),
+        )
+
+    def open_door(self, url: Url, entrance: Entrance, choose: Callable[[], str]) -> Url:
+        """Let other people's clients in at ``url``, now or when the server starts.
+
+        Args:
+            url: where, and by its scheme which door.
+            entrance: where it leads.
+            choose: names the entrance's interface, once there are interfaces.
+
+        Returns:
+            Where that is: with the real port, once the server has started.
+
+        Raises:
+            PluginError, OSError, ValueError: it can't be opened.
+            PermissionDenied: the server asks for keys, and the door can't protect them there.
+            RuntimeError: the server has been stopped.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the server was stopped before; make a new one")
+            opened = self._opened
+            if not opened:
+                self._doors.append((url, entrance, choose))
+                return url
+        self._open_door(url, entrance, choose)
+        with self._lock:
+            self._doors.append((url, entrance, choose))
+            closed = self._closed
+        if closed:
+            entrance.close()
+            raise Closed("the server has been stopped")
+        assert entrance.endpoint is not None
+        return entrance.endpoint.url
+
+    def _open_door(self, url: Url, entrance: Entrance, choose: Callable[[], str]) -> None:
+        entrance.interface = choose()
+        door: Door = load_door(url.scheme)
+        made = door.open(url, entrance, credentials=self._credentials, limits=self._limits)
+        try:
+            if self._is_open_to_all(made):
+                self._warn_of([made.url])
+        except PermissionDenied:
+            made.close()
+            raise
+        entrance.endpoint = made
+        _log.info("%s: %r is served on %s as well", self.service, entrance.interface, made.url)
 
     def _listen(self, *, raising: bool) -> bool:
         """Open every address. Where the system picks the port, all transports get the same one, so
@@ -453,6 +517,8 @@ class Server:
         for session in sessions:
             self._end(session.episode)
         self.dispatcher.close()
+        for _, entrance, _ in self._doors:
+            entrance.close()
         for listener in self._listeners:
             if listener.endpoint is not None:
                 listener.endpoint.close()
@@ -464,19 +530,21 @@ class Server:
             for topic in self._topics.values():
                 topic.tick()
             with self._lock:
-                silent = [s for s in self._sessions.values() if now - s.seen > _FORGET]
+                silent = [s for s in self._sessions.values() if now - s.seen > s.forget]
                 for session in silent:
                     self._remove(session)
             self._check_keys()
             for session in silent:
                 self._end(session.episode)
-                self._say(f"{session} is lost: silent for {_FORGET:g} s")
+                self._say(f"{session} is lost: silent for {session.forget:g} s")
+            for _, entrance, _ in list(self._doors):
+                entrance.look()
         finally:
             self._alarms.after(_TICK, self._tick)
 
     # Keys ---------------------------------------------------------------------------------
 
-    def _identify(self, peer: Peer, hello: wire.Hello) -> ClientKey | None:
+    def _identify(self, peer: Peer, token: object) -> ClientKey | None:
         """Whose key a client has shown, by its connection, its token, or both; None without keys.
 
         Raises:
@@ -485,12 +553,11 @@ class Server:
         keys = self._keyring
         if keys is None:
             return None
-        token = hello.extensions.get(wire.TOKEN)
         if peer.identity is None:
             if not isinstance(token, str):
                 raise PermissionDenied(
                     "this server asks for keys: give credentials=, the folder that `edgeml keygen "
-                    "DIR --client NAME` made there"
+                    "DIR --client NAME` made there (other programs show the text of its file token)"
                 )
             return keys.by_token(token)
         proved = keys.by_name(peer.identity)
@@ -529,7 +596,7 @@ class Server:
                 if not session.revoked:
                     self._cut_off(session, error)
 
-    def _cut_off(self, session: _Session, why: PermissionDenied) -> None:
+    def _cut_off(self, session: Known, why: PermissionDenied) -> None:
         with self._lock:
             session.revoked = True
             there = session.key in self._sessions
@@ -544,7 +611,7 @@ class Server:
 
     # Sessions -----------------------------------------------------------------------------
 
-    def _add(self, session: _Session) -> None:
+    def _add(self, session: Known) -> None:
         """Take a session in; under the lock.
 
         Raises:
@@ -596,10 +663,38 @@ class Server:
         if len(ids) > _MOST_IDS:  # of random ids, one for each start of a program
             del self._owners[ids.popitem(last=False)[0]]
 
-    def _remove(self, session: _Session) -> None:
+    def admit(
+        self, peer: Peer, token: str | None, make: Callable[[ClientKey | None], Known]
+    ) -> Known:
+        """Take a client in that has come by a door; see `Dispatch.enter`."""
+        if self._closed:
+            raise Closed("the server has been stopped")
+        if self._draining:
+            raise NotReady(_DRAINING)
+        try:
+            made = make(self._identify(peer, token))
+            with self._lock:
+                self._add(made)
+        except EdgemlError as error:
+            self._count_refusal(peer, error)
+            raise
+        self._say(f"{made} has come")
+        return made
+
+    def dismiss(self, known: Known) -> None:
+        """Forget a client, if it is there."""
+        with self._lock:
+            there = known.key in self._sessions
+            self._remove(known)
+        if there:
+            self._end(known.episode)
+            self._say(f"{known} has left")
+
+    def _remove(self, session: Known) -> None:
         """Forget a session, if it is there; under the lock."""
         if self._sessions.pop(session.key, None) is None:
             return
+        session.left = True
         for place in (("connection", session.peer.id), ("address", session.peer.host)):
             self._near[place] -= 1
             if not self._near[place]:
@@ -769,17 +864,13 @@ class Server:
                 reply(Message(wire.pack(wire.Answer(wire.OK, wire.pack(pong)))))
                 return
             session = self._sessions.get(request.session)
-            if session is None:
+            if not isinstance(session, _Session):
                 reply(Message(wire.pack(wire.Answer(wire.NO_SESSION))))
                 return
             session.seen = time.monotonic()
             if request.kind == wire.CALL:
                 call = _EnvelopeCall(request, session, message, reply, listener.endpoint)
-                # Only now, since a server that drains waits for calls that there are.
-                if self._open_to_calls or self._is_late(call):
-                    self.dispatcher.submit(call)
-                else:
-                    self.dispatcher.refuse(call, self._not_ready())
+                self.submit(call)
             elif request.kind == wire.NEXT:
                 credit = wire.unpack(wire.Credit, request.body)
                 topic = self._topics.get(request.name)
@@ -789,12 +880,7 @@ class Server:
                     session.require(topic.needs, topic.name)
                 topic.park(session.key, session.spoken.encoder, credit, reply, listener.answer)
             elif request.kind == wire.GOODBYE:
-                with self._lock:
-                    there = session.key in self._sessions
-                    self._remove(session)
-                if there:
-                    self._end(session.episode)
-                    self._say(f"{session} has left")
+                self.dismiss(session)
                 for topic in self._topics.values():
                     topic.forget(session.key)
                 reply(Message(wire.pack(wire.Answer(wire.OK))))
@@ -802,6 +888,14 @@ class Server:
                 raise Malformed(f"unknown kind of request: {request.kind}")
         except EdgemlError as error:
             self._fail(reply, error)
+
+    def submit(self, call: Call) -> None:
+        """Have a call answered, if the server is ready; never raises."""
+        # The call is there before the look, since a server that drains waits for those that are.
+        if self._open_to_calls or self._is_late(call):
+            self.dispatcher.submit(call)
+        else:
+            self.dispatcher.refuse(call, self._not_ready())
 
     def _knows(self, header: bytes) -> bool:
         """Whether a large header is of a session, before anything of it is copied."""
@@ -820,11 +914,14 @@ class Server:
         self.dispatcher.lines.write(logging.INFO, f"{self.service}: {what}")
 
     def _fail(self, reply: Reply, error: EdgemlError) -> None:
+        self._count_refusal(reply.peer, error)
+        reply(Message(wire.pack_error(error)))
+
+    def _count_refusal(self, peer: Peer, error: EdgemlError) -> None:
         self.counts[type(error).__name__] += 1
         if isinstance(error, PermissionDenied):
-            text = f"{self.service}: {reply.peer.address} is refused: {text_of(error)}"
+            text = f"{self.service}: {peer.address} is refused: {text_of(error)}"
             self.dispatcher.lines.write_once(logging.WARNING, text)
-        reply(Message(wire.pack_error(error)))
 
     def _wrap(self, asked: Any, caller: Caller) -> Any:
         """Agree with a client on what is around its codec."""
@@ -841,7 +938,7 @@ class Server:
                 f"a hello of {message.nbytes} bytes, and {self._limits.hello_bytes} are taken"
             )
         hello = wire.unpack(wire.Hello, body)
-        proved = self._identify(peer, hello)
+        proved = self._identify(peer, hello.extensions.get(wire.TOKEN))
         differences = [
             f"{name}: the server has {ours!r}, the client has {theirs!r}"
             for name, ours, theirs in [

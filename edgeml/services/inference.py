@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from edgeml.core.client import Timing
 from edgeml.core.dispatch import Caller, answer_with, unknown
 from edgeml.core.errors import Malformed
+from edgeml.core.guests import Entrance, Passage
+from edgeml.core.plugins import load_door
 from edgeml.core.security import PERMISSIONS
 from edgeml.core.server import Server
+from edgeml.core.url import Url
 from edgeml.services.base import (
     ClientSettings,
     ServerSettings,
@@ -36,6 +39,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _LIST = "/interfaces"
 _CONTRACT = "/contract"
 _RESET = "/reset"
+_USUAL = "policy"  # what an interface is called that doors mean where there are several
 _LONGEST_ID = 200  # characters
 
 
@@ -47,6 +51,9 @@ class InferenceServer(ServiceServer):
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
             ``"zmq"``.
+        doors: where other people's clients come in, by URLs such as ``"openpi://0.0.0.0:8000"``,
+            to call the server's one interface, or of several the one called ``"policy"``;
+            `open_door` says more.
         settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
             ``advertise``, ``credentials``, ``limits``: see `ServiceServer`.
     """
@@ -56,6 +63,8 @@ class InferenceServer(ServiceServer):
         port_num: int | None = None,
         host: str | None = None,
         transport: str | None = None,
+        *,
+        doors: Sequence[str] = (),
         **settings: Unpack[ServerSettings],
     ) -> None:
         super().__init__("inference", host=host, port=port_num, transport=transport, **settings)
@@ -65,6 +74,10 @@ class InferenceServer(ServiceServer):
         self._server.register(_LIST, answer_with(lambda payload, _: sorted(interfaces)))
         self._server.register(_CONTRACT, answer_with(lambda name, _: contracts.tell(name)))
         self._server.register(_RESET, answer_with(partial(_reset, self._server)))
+        if isinstance(doors, str):
+            raise ValueError(f"doors must be a list of URLs, not {doors!r}")
+        for door in doors:
+            self.open_door(door)
 
     @overload
     def register_interface(
@@ -160,6 +173,66 @@ class InferenceServer(ServiceServer):
             self._interfaces[name] = handler
         return function
 
+    def open_door(
+        self,
+        url: str,
+        interface: str | None = None,
+        *,
+        names: Mapping[str, str] | None = None,
+        before: Callable[[Any], Any] | None = None,
+        after: Callable[[Any], Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float = 60.0,
+    ) -> str:
+        """Let other people's clients call an interface, in their own protocol.
+
+        Their calls are calls as any others: in the same batches, with a session each, by the same
+        limits, keys and contracts. Before the start the door is opened as the server starts.
+
+        Args:
+            url: where, and by its scheme which door: ``"openpi://0.0.0.0:8000"``. ``edgeml
+                plugins`` lists those that are installed.
+            interface: the function that the protocol means; by default the only one that there is,
+                or the one called ``"policy"``.
+            names: of an observation's keys, theirs and ours: ``{"observation/image": "image"}``.
+                In results that are dicts ours become theirs.
+            before: ``before(observation)`` makes the function's payload of theirs, after ``names``;
+                it runs wherever calls come in, so keep it short.
+            after: ``after(result)`` makes their result of the function's, before ``names``.
+            metadata: what clients are told of the policy, where their protocol has a place for it.
+            timeout: seconds that a call may take, as most of these protocols name no deadline.
+
+        Returns:
+            Where clients reach it; once the server has started, with the real port.
+
+        Raises:
+            ValueError: this is no URL, or it isn't clear which interface is meant, or ``names``
+                give two keys one name.
+            UnknownInterface: there is no such interface.
+            PluginError: no such door is installed.
+            OSError: the address is taken.
+            PermissionDenied: the server asks for keys, and this door sends clear text there.
+            RuntimeError: the server has been stopped.
+        """
+        place = Url.parse(url)
+        load_door(place.scheme)
+        interfaces, contracts = self._interfaces, self._contracts  # not self, which may be dropped
+        entrance = Entrance(
+            self._server,
+            place.scheme,
+            interface or "",
+            Passage(dict(names or {}), before, after),
+            dict(metadata or {}),
+            timeout,
+            lambda name: contracts.tell(name) if name in interfaces else None,
+        )
+        choose = partial(_choose, interfaces, url, interface)
+        return str(self._server.open_door(place, entrance, choose))
+
+    def doors(self) -> list[str]:
+        """Return where other people's clients reach it; none until it is started."""
+        return [str(url) for url in self._server.doors]
+
     def swap(
         self,
         name: str,
@@ -225,6 +298,23 @@ class InferenceServer(ServiceServer):
             return self._interfaces[name]
         except KeyError:
             raise unknown("interface", name, self._interfaces) from None
+
+
+def _choose(interfaces: Mapping[str, object], url: str, interface: str | None) -> str:
+    """Name the interface that a door leads to."""
+    if interface is not None:
+        if interface not in interfaces:
+            raise unknown("interface", interface, interfaces)
+        return interface
+    if len(interfaces) == 1:
+        return next(iter(interfaces))
+    if _USUAL in interfaces:
+        return _USUAL
+    known = ", ".join(sorted(interfaces)) or "none"
+    raise ValueError(
+        f"which interface does {url} mean? There are {known}, and none is called {_USUAL!r}: say "
+        f"so by open_door({url!r}, interface=...)"
+    )
 
 
 def _do_nothing(fraction: float, detail: str) -> None:
