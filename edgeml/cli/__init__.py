@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="see what works on this machine, and whether a server answers",
-        description="Try every transport on this machine, show versions and limits, and ask "
-        "servers who they are. Exits with 1 if something doesn't work.",
+        description="Try every transport and door on this machine, show versions and limits, and "
+        "ask servers who they are. Exits with 1 if something doesn't work.",
     )
     _add_transports(doctor)
     doctor.add_argument(

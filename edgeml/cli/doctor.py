@@ -23,18 +23,21 @@ from edgeml.cli.probe import (
     serve_here,
 )
 from edgeml.core import (
+    Door,
     EdgemlError,
     Malformed,
     PermissionDenied,
+    Transport,
     Unreachable,
     Url,
+    load_door,
     load_transport,
 )
 from edgeml.core.plugins import find
 from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.url import resolve
 from edgeml.core.wire import PROTOCOL
-from edgeml.services import InferenceClient
+from edgeml.services import InferenceClient, InferenceServer
 
 __all__ = ["run"]
 
@@ -67,11 +70,17 @@ def run(
     print("\nTransports: a server and a client, in this process and then in two")
     needs = {}
     works = True
+    usable = []
     for name in names:
         here, need = _try_transport(name, timeout)
         works &= here
+        usable += [name] * here
         if need is not None:
             needs[name] = need
+    if usable and (doors := sorted({each.name for each in find("door")})):
+        print("\nDoors for other people's clients: opened and closed again")
+        for name in doors:
+            works &= _try_door(name, usable[0])
     print("\nOpen files")
     _tell_open_files(needs)
     works &= _tell_keys(credentials)
@@ -102,14 +111,33 @@ def _try_transport(name: str, timeout: float) -> tuple[bool, tuple[int, int] | N
     except Exception as error:  # a transport may be anybody's
         print(f"  {name:<8} FAILED: {one_line(error)}")
         return False, None
+    _tell_report(name, said, load_transport(name))
+    return True, need
+
+
+def _try_door(name: str, transport: str) -> bool:
+    """Open a door of a server for a moment; whether it works."""
+    try:
+        with InferenceServer(0, transport=transport, credentials=NO_KEYS) as server:
+            server.register_interface("policy", lambda observation: observation)
+            server.open_door(f"{name}://127.0.0.1:0")
+            server.start(threaded=True)
+            url = server.doors()[0]
+    except Exception as error:  # a door may be anybody's
+        print(f"  {name:<8} FAILED: {one_line(error)}")
+        return False
+    _tell_report(name, f"ok, listened at {url}", load_door(name))
+    return True
+
+
+def _tell_report(name: str, said: str, plugin: Transport | Door) -> None:
     print(f"  {name:<8} {said}")
     try:
-        report = load_transport(name).report()
+        report = plugin.report()
     except Exception as error:
         report = {"of itself it can't tell": one_line(error)}
     for key, value in report.items():
         print(f"           {key}: {value}")
-    return True, need
 
 
 def _count_descriptors(url: Url, base: int, timeout: float) -> tuple[int, int] | None:

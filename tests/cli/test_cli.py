@@ -331,6 +331,47 @@ def test_doctor_goes_on_after_a_transport_that_fails(installed):
     assert line_of(done, "  inproc ", "ok")
 
 
+DOOR = """
+from edgeml.core import Door, Endpoint, hookimpl
+
+class End(Endpoint):
+    local = True
+
+    def __init__(self, url):
+        self.url = url.with_port(4321)
+
+    def close(self):
+        pass
+
+class Mine(Door):
+    name = {name!r}
+
+    def report(self):
+        return {"speaks": "in riddles"}
+
+    def open(self, url, dispatch, *, credentials, limits):
+        return End(url)
+
+@hookimpl
+def edgeml_door():
+    return Mine
+"""
+
+
+def test_doctor_opens_every_door(installed):
+    installed("mine", DOOR, package="one", kind="door")
+    fails = DOOR.replace("return End(url)", "raise OSError('the hinges are gone')")
+    env = installed("stuck", fails, package="two", kind="door")
+    done = edgeml("doctor", "--transport", "inproc", env=env)
+    assert done.returncode == 1
+    assert line_of(done, "  mine ", "ok, listened at mine://127.0.0.1:4321")
+    assert line_of(done, "speaks: in riddles")
+    assert line_of(done, "  stuck ", "FAILED: OSError: the hinges are gone")
+    listed = edgeml("plugins", env=env)
+    assert listed.returncode == 0
+    assert line_of(listed, "door ", "mine ", "one 1.5", "ok")
+
+
 # Keys -------------------------------------------------------------------------------------
 
 
