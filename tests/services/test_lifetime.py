@@ -74,6 +74,14 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _only_what_the_test_makes_is_collected():
+    """Else each collection looks at all that other tests have loaded, and holds up everybody."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def drop(kept):
     """Let go of what a list has, and see that there is a warning."""
 

@@ -405,7 +405,8 @@ def test_draining_under_load_loses_no_call_that_was_taken(transport):
 
 
 @pytest.mark.parametrize("end", ["time", "stop"])
-def test_draining_gives_up_at_its_time_and_is_ended_by_a_stop(transport, end):
+def test_draining_gives_up_at_its_time_and_is_ended_by_a_stop(transport, end, monkeypatch):
+    monkeypatch.setattr("edgeml.core.dispatch._GRACE", 0.2)  # for the handler that is held
     server = InferenceServer(0, transport=transport)
     gate = Gate()
     server.register_interface("gate", gate)

@@ -747,7 +747,7 @@ def test_stop_sends_what_updates_that_were_asked_for_wait_for(transport, caplog)
     hold = threading.Event()
     with (
         no_thread_left(),
-        learner(transport, data_callback=lambda name, batch: hold.wait(0.5)) as server,
+        learner(transport, data_callback=lambda name, batch: hold.wait(0.2)) as server,
     ):
         with actor(server, store := filled(5)) as client:
             first = client.update_async()
@@ -761,7 +761,8 @@ def test_stop_sends_what_updates_that_were_asked_for_wait_for(transport, caplog)
     assert "not sent" not in caplog.text
 
 
-def test_stop_does_not_wait_long_for_updates_that_were_asked_for(transport, caplog):
+def test_stop_does_not_wait_long_for_updates_that_were_asked_for(transport, caplog, monkeypatch):
+    monkeypatch.setattr("edgeml.services.trainer.updates._LAST_UPDATE", 0.3)
     hold = threading.Event()
     with (
         no_thread_left(),
@@ -845,8 +846,9 @@ def test_async_updates_go_on_after_failures_of_any_kind(transport, caplog):
 
 @pytest.mark.parametrize("state", ["stopped", "silent"])
 def test_stop_is_quick_when_the_learner_does_not_answer_and_tells_what_is_unsent(
-    transport, caplog, state
+    transport, caplog, state, monkeypatch
 ):
+    monkeypatch.setattr("edgeml.services.trainer.updates._LAST_UPDATE", 0.3)
     hold = threading.Event()
     with (
         no_thread_left(),

@@ -244,12 +244,19 @@ def test_the_end_of_a_program_that_finds_no_learner_starts_no_thread_and_tells(t
 # stop() -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """The seconds that stopping may spend on what hasn't been sent."""
+    monkeypatch.setattr("edgeml.services.trainer.updates._LAST_UPDATE", 0.3)
+    return 0.3
+
+
 @pytest.mark.parametrize("background", [True, False])
-def test_stop_does_not_wait_for_an_update_of_another_thread(transport, background, caplog):
+def test_stop_does_not_wait_for_an_update_of_another_thread(transport, background, caplog, soon):
     """One that has a lot to send, to a learner that takes its time."""
     with (
         no_thread_left(),
-        learner(transport, data_callback=lambda *_: time.sleep(1.0)) as server,
+        learner(transport, data_callback=lambda *_: time.sleep(0.4)) as server,
         ThreadPoolExecutor(1) as pool,
     ):
         client = actor(server, filled(100_000))
@@ -265,8 +272,8 @@ def test_stop_does_not_wait_for_an_update_of_another_thread(transport, backgroun
         assert "update() was not called" not in caplog.text
 
 
-def test_stop_ends_in_time_although_each_message_is_answered_in_time(transport):
-    with learner(transport, data_callback=lambda *_: time.sleep(0.4)) as server:
+def test_stop_ends_in_time_although_each_message_is_answered_in_time(transport, soon):
+    with learner(transport, data_callback=lambda *_: time.sleep(soon / 3)) as server:
         client = actor(server, filled(100_000))
         client.start_async_update(60)
         with took(at_most=5.0):
