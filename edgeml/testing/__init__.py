@@ -4,11 +4,15 @@ import pytest
 
 # So that a failing assertion in a suite shows its values; it has to come before the imports.
 pytest.register_assert_rewrite(
-    *(f"edgeml.testing.{each}" for each in ("codecs", "ends", "safety", "stores", "transports"))
+    *(
+        f"edgeml.testing.{each}"
+        for each in ("codecs", "doors", "ends", "safety", "stores", "transports")
+    )
 )
 
 from edgeml.testing.codecs import CodecTests  # noqa: E402
+from edgeml.testing.doors import DoorClient, DoorTests, Refused  # noqa: E402
 from edgeml.testing.stores import StoreTests  # noqa: E402
 from edgeml.testing.transports import TransportTests  # noqa: E402
 
-__all__ = ["CodecTests", "StoreTests", "TransportTests"]
+__all__ = ["CodecTests", "DoorClient", "DoorTests", "Refused", "StoreTests", "TransportTests"]

@@ -209,11 +209,18 @@ class Handlers:
 
 
 class Child:
-    """Another process at work, which ends with its standard input."""
+    """Another process at work, which ends with its standard input.
 
-    def __init__(self, role: str, url: str, keys: str = "") -> None:
+    Args:
+        role: what it does.
+        url: where.
+        keys: a directory of them.
+        module: of `edgeml.testing`, whose ``live_in_child`` takes all this.
+    """
+
+    def __init__(self, role: str, url: str, keys: str = "", module: str = "ends") -> None:
         told = f"{role!r}, {url!r}, {keys!r}"
-        program = f"from edgeml.testing import ends; ends.live_in_child({told})"
+        program = f"from edgeml.testing import {module}; {module}.live_in_child({told})"
         # sys.path, because a plugin may have been put there by hand.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
