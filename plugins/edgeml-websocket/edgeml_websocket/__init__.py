@@ -14,7 +14,7 @@ from edgeml.core import Overloaded, Transport, Url, find_address, hookimpl, tell
 from edgeml.core.links import LARGEST_PIECE, Accept, LinkTransport, Listening
 from edgeml.core.security import SERVER_NAME
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(f"{__name__}.connections")
 _log.setLevel(logging.CRITICAL)  # whose handshake fails is counted, and must not fill a log
 
 _CALM = 1 << 15  # bytes to be sent, up to which a peer is one that reads

@@ -1,24 +1,26 @@
 """What doors have in common whose clients come by WebSocket: all but the protocol they speak.
 
-A door subclasses `WebSocketDoor` and says how to talk with one client; here is how connections come
-about, how much of them is kept, and how they end.
+A door subclasses `WebSocketDoor` and says how to talk with one client; how connections come about,
+what is kept of them, and how they end is here and in `edgeml_websocket.frames`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import itertools
 import logging
 import socket
 import ssl
-import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
-from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request, Response
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
+from websockets.version import version
 
 from edgeml.core import (
     DEFAULT_LIMITS,
@@ -30,6 +32,7 @@ from edgeml.core import (
     Guest,
     Limits,
     Peer,
+    PermissionDenied,
     Url,
     find_address,
     tell_url,
@@ -37,16 +40,19 @@ from edgeml.core import (
 from edgeml.core.carrier import Stay
 from edgeml.core.gate import Gate
 from edgeml.core.loops import Loop
+from edgeml.core.quota import Quota
 from edgeml.core.refusals import Refusals
 from edgeml.core.state import ServerState
 from edgeml.core.tls import door_context, server_keys
 from edgeml.core.url import is_loopback, require_no_path
+from edgeml_websocket.frames import Connection
 
 __all__ = ["Visit", "WebSocketDoor"]
 
 _log = logging.getLogger(__name__)
-_numbers = itertools.count(1)
-_GRACE = 0.5  # seconds that a door which closes gives to what is still to be sent
+_numbers = itertools.count(1)  # of connections
+_SCRATCH = 1 << 14
+_GRACE = 0.5  # seconds that an end which closes gives to what is still to be sent
 
 
 class Visit:
@@ -61,26 +67,42 @@ class Visit:
     """
 
     def __init__(
-        self, connection: ServerConnection, loop: Loop, dispatch: Dispatch, limits: Limits
+        self,
+        connection: Connection,
+        request: Request,
+        loop: Loop,
+        dispatch: Dispatch,
+        limits: Limits,
+        dropped: Callable[[], object],
     ) -> None:
-        assert connection.request is not None
-        self.path = connection.request.path.partition("?")[0]
-        raw = connection.request.headers.raw_items()
-        self.headers: Mapping[str, str] = {name.lower(): value for name, value in raw}
-        address = connection.remote_address
-        self.peer = Peer(str(next(_numbers)), str(address), str(address[0]))
+        self.path = request.path.partition("?")[0]
+        self.headers: Mapping[str, str] = {
+            name.lower(): value for name, value in request.headers.raw_items()
+        }
+        self.peer = connection.peer
         self.dispatch = dispatch
         self.limits = limits
         self._connection = connection
         self._loop = loop
+        self._dropped = dropped
         self._guests: list[Guest] = []
         self._waiting: set[asyncio.Future[bytes]] = set()
+        self._over = False
 
     def enter(self, token: str | None = None, label: str = "") -> Guest:
-        """Let the client in, until the connection ends; see `Dispatch.enter`."""
+        """Let the client in, until the connection ends; see `Dispatch.enter`.
+
+        Raises:
+            PermissionDenied, Overloaded, NotReady, Closed: as there.
+        """
         guest = self.dispatch.enter(self.peer, label=label, token=token)
         self._guests.append(guest)
         return guest
+
+    def leave(self, guest: Guest) -> None:
+        """Let one that was let in leave before the connection ends."""
+        self._guests.remove(guest)
+        guest.leave()
 
     async def receive(self) -> bytes | str:
         """Return the next message: bytes, or a text.
@@ -88,10 +110,7 @@ class Visit:
         Raises:
             EOFError: the connection is over.
         """
-        try:
-            return await self._connection.recv()
-        except ConnectionClosed:
-            raise EOFError from None
+        return await self._connection.receive()
 
     async def send(self, data: bytes | str) -> None:
         """Send a message, and return when there is room for the next.
@@ -99,10 +118,7 @@ class Visit:
         Raises:
             EOFError: the connection is over.
         """
-        try:
-            await self._connection.send(data)
-        except ConnectionClosed:
-            raise EOFError from None
+        await self._connection.send(data)
 
     async def call(
         self,
@@ -124,13 +140,15 @@ class Visit:
             EOFError: the connection is over.
             EdgemlError: why there is no result.
         """
+        if self._over:
+            raise EOFError
         waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def answer(value: Any) -> None:
-            self._loop.do(_settle, waiting, encode(value))
+            self._loop.do(self._settle, waiting, encode(value))
 
         def fail(error: EdgemlError) -> None:
-            self._loop.do(_fail, waiting, error)
+            self._loop.do(self._fail, waiting, error)
 
         self._waiting.add(waiting)
         try:
@@ -139,26 +157,27 @@ class Visit:
         finally:
             self._waiting.discard(waiting)
 
+    def _settle(self, waiting: asyncio.Future[bytes], data: bytes) -> None:
+        if waiting.done():
+            self._dropped()
+        else:
+            waiting.set_result(data)
+
+    def _fail(self, waiting: asyncio.Future[bytes], error: Exception) -> None:
+        if not waiting.done():
+            waiting.set_exception(error)
+
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """End the connection behind what was sent, and say why."""
         await self._connection.close(code, reason)
 
-    def _leave(self) -> None:
+    def _end(self) -> None:
         """Forget what waits, as the connection is over."""
-        for waiting in self._waiting:
-            _fail(waiting, EOFError())
+        self._over = True
+        for waiting in list(self._waiting):
+            self._fail(waiting, EOFError())
         while self._guests:
             self._guests.pop().leave()
-
-
-def _settle(waiting: asyncio.Future[bytes], data: bytes) -> None:
-    if not waiting.done():
-        waiting.set_result(data)
-
-
-def _fail(waiting: asyncio.Future[bytes], error: Exception) -> None:
-    if not waiting.done():
-        waiting.set_exception(error)
 
 
 class WebSocketDoor(Door):
@@ -166,6 +185,10 @@ class WebSocketDoor(Door):
 
     health: ClassVar[str]
     """A path that is answered by plain HTTP, for those who look whether the server is well."""
+
+    def report(self) -> dict[str, str]:
+        """See `Door.report`."""
+        return {"websockets": version}
 
     @abstractmethod
     def answer_health(self, state: ServerState) -> tuple[int, str, bytes]:
@@ -179,6 +202,13 @@ class WebSocketDoor(Door):
         """
         del state
         return True
+
+    def admit(self, visit: Visit) -> None:
+        """Look at a client before its connection is accepted.
+
+        An EdgemlError from here is told by HTTP: 401 for PermissionDenied, else 503. So a protocol
+        has this refuse a client that has no words for it.
+        """
 
     @abstractmethod
     async def talk(self, visit: Visit) -> None:
@@ -211,61 +241,113 @@ class _Listener(Endpoint):
     ) -> None:
         self._door = door
         self._dispatch = dispatch
-        self._limits = limits
-        self._visits: set[Visit] = set()
-        self._lock = threading.Lock()
+        self.limits = limits
+        self.incoming = Quota(limits.bytes_per_client, limits.bytes, "are on their way")
+        self.unread = Quota(limits.replies_per_client, limits.bytes, "have not been read")
+        self.scratch = memoryview(bytearray(_SCRATCH))
+        self._visits: dict[Connection, Visit] = {}
+        self._talks: dict[Connection, asyncio.Task[None]] = {}
         self._refusals = Refusals(url, self.counts)
         self._loop = Loop(f"edgeml {url}")
-        unless = ("Malformed", "it speaks something else")
-        self._gate = Gate(limits, self._refusals, self._loop.later, unless)
+        self._gate = Gate(
+            limits, self._refusals, self._loop.later, ("Malformed", "it speaks something else")
+        )
         try:
             sock = self._gate.bind(url)
             self.local = is_loopback(sock.getsockname()[0])
             keys = None if self.local else server_keys(url, credentials)
-            self.secured = keys is not None
             tls = None if keys is None else door_context(keys[0])
+            self.secured = tls is not None
             self._server = self._loop.start(self._listen(sock, tls)).result()
         except BaseException:
             self._loop.close()
             raise
         self.url = tell_url(url, find_address(url), sock.getsockname()[1])
 
-    async def _listen(self, sock: socket.socket, tls: ssl.SSLContext | None) -> Server:
-        return await serve(
-            self._welcome,
-            sock=sock,
-            ssl=tls,
-            process_request=self._look_at,
-            max_size=self._limits.message_bytes,
-            open_timeout=None,
-            ping_timeout=None,
-            compression=None,
+    async def _listen(
+        self, sock: socket.socket, tls: ssl.SSLContext | None
+    ) -> asyncio.AbstractServer:
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(lambda: Connection(self), sock=sock, ssl=tls)
+
+    # What connections ask -----------------------------------------------------------------
+
+    def begin(self, connection: Connection) -> Peer:
+        address = connection.address
+        return Peer(str(next(_numbers)), str(address), str(address[0]))
+
+    def answer(self, connection: Connection, http: ServerProtocol, request: Request) -> bool:
+        visit = Visit(
+            connection, request, self._loop, self._dispatch, self.limits, self._count_dropped
         )
-
-    def _look_at(self, connection: ServerConnection, request: Request) -> Response | None:
+        status, text = 0, ""
         state = self._dispatch.state
-        if request.path.partition("?")[0] != self._door.health and self._door.admits(state):
-            return None
-        self._gate.greet(connection.remote_address)
-        status, kind, body = self._door.answer_health(state)
-        response = connection.respond(status, "")
-        response.body = body
-        for name, value in (("Content-Type", kind), ("Content-Length", str(len(body)))):
-            del response.headers[name]
-            response.headers[name] = value
-        return response
+        if visit.path == self._door.health or not self._door.admits(state):
+            status, kind, body = self._door.answer_health(state)
+            response = http.reject(status, "")
+            for name, value in (("Content-Type", kind), ("Content-Length", str(len(body)))):
+                del response.headers[name]
+                response.headers[name] = value
+            response.body = body
+        else:
+            response = http.accept(request)
+            if response.status_code == 101:
+                status, text = self._admit(visit)
+            if status:
+                response = http.reject(status, f"{text}\n")
+        http.send_response(response)
+        if response.status_code == 101:
+            self._visits[connection] = visit
+        if status or response.status_code == 101:
+            self._gate.greet(connection.address)
+        return response.status_code == 101
 
-    async def _welcome(self, connection: ServerConnection) -> None:
-        self._gate.greet(connection.remote_address)
-        visit = Visit(connection, self._loop, self._dispatch, self._limits)
-        self._visits.add(visit)
+    def _admit(self, visit: Visit) -> tuple[int, str]:
+        """Why a client isn't let in, as HTTP says it; 0 if it is."""
+        if _is_web_page(visit.headers):
+            error = PermissionDenied("web pages are not let in")
+            self.note(visit.peer, error)
+            return 403, str(error)
+        try:
+            self._door.admit(visit)
+        except EdgemlError as why:
+            visit._end()
+            return 401 if isinstance(why, PermissionDenied) else 503, str(why)
+        return 0, ""
+
+    def open(self, connection: Connection) -> None:
+        talk = self._talk(connection, self._visits[connection])
+        self._talks[connection] = asyncio.get_running_loop().create_task(talk)
+
+    async def _talk(self, connection: Connection, visit: Visit) -> None:
+        code, reason = 1000, ""
         try:
             await self._door.talk(visit)
         except EOFError:
             pass
-        finally:
-            self._visits.discard(visit)
-            visit._leave()
+        except EdgemlError as error:
+            self.note(visit.peer, error)
+            code, reason = 1011, str(error)
+        except Exception:
+            _log.exception("%s: talking with %s failed", self.url, visit.peer.address)
+            code, reason = 1011, "the server has a fault, which its log tells"
+        await connection.close(code, reason)
+
+    def note(self, peer: Peer, why: EdgemlError) -> None:
+        self._refusals.note(type(why).__name__, peer.address, peer.host, why)
+
+    def end(self, connection: Connection) -> None:
+        visit = self._visits.pop(connection, None)
+        talk = self._talks.pop(connection, None)
+        if visit is not None:
+            visit._end()
+        if talk is not None:
+            self._loop.later(_GRACE, talk.cancel)  # it ends by itself, unless it doesn't listen
+
+    def _count_dropped(self) -> None:
+        self.dropped += 1
+
+    # Endpoint -----------------------------------------------------------------------------
 
     def carry(self, stay: Stay) -> bool:
         return self._loop.carry(stay)
@@ -280,6 +362,24 @@ class _Listener(Endpoint):
         self._loop.close(self._stop, _GRACE)
 
     async def _stop(self) -> None:
-        self._server.close(close_connections=False)
-        closing = (visit.close(1001) for visit in self._visits)
+        self._server.close()
+        closing = (connection.close(1001, "the server stops") for connection in self._visits)
         await asyncio.gather(*closing, return_exceptions=True)
+
+
+def _is_web_page(headers: Mapping[str, str]) -> bool:
+    """Whether a browser connects for a page, which need not know what its visitor's machine can
+    reach. Some libraries name an origin as well: the very address that they connect to. A page is
+    at no bare address of ours, since none is served here; a name may be made to lead here.
+    """
+    origin = headers.get("origin")
+    if origin is None:
+        return False
+    with suppress(ValueError):
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        if urlsplit(origin).netloc == headers.get("host"):
+            if host in ("localhost", socket.gethostname().lower()):
+                return False
+            ipaddress.ip_address(host)
+            return False
+    return True

@@ -1,0 +1,457 @@
+"""The server's side of WebSocket (RFC 6455) over one connection, for messages of some hundred KB.
+
+The handshake is read by websockets. The frames are not: a message of 301 KB goes through five
+buffers there and two here (the one that the system fills, and the message), which is half of a
+call's time. And what a frame is going to take up is counted before any of it is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Protocol
+
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
+
+from edgeml.core import DeadlineExceeded, EdgemlError, Limits, Malformed, Overloaded, Peer
+from edgeml.core.quota import Held, Quota
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # where websockets was not compiled
+    from websockets.utils import apply_mask
+
+__all__ = ["Connection", "Host"]
+
+_HEAD = 1 << 14  # bytes that a request may have
+_PIECE = 1 << 20  # bytes of a frame that are unmasked at a time
+_OVERHEAD = 256  # bytes that a frame which waits takes beside its own
+_CALM = 1 << 15  # bytes to be sent, up to which a peer is one that reads
+_MOST_PONGS = 1 << 14  # bytes of them that a peer which doesn't read may have
+_JOINED = 1 << 16  # bytes, up to which a copy costs less than a second call of the system
+_LINGER = 1.0  # seconds that a peer has to read why its connection ends
+_MOST_REASON = 120  # bytes
+
+_CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
+_BAD_PROTOCOL, _BAD_TEXT, _POLICY, _TOO_LARGE, _LATER = 1002, 1007, 1008, 1009, 1013
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.CRITICAL)  # whose handshake fails is counted, and must not fill a log
+
+
+class Host(Protocol):
+    """What a connection asks of the listener that it came by."""
+
+    limits: Limits
+    incoming: Quota
+    unread: Quota
+    scratch: memoryview
+    """What the system fills with a connection's next frames, all connections' in turn."""
+
+    def begin(self, connection: Connection) -> Peer:
+        """Take a new connection."""
+
+    def answer(self, connection: Connection, http: ServerProtocol, request: Request) -> bool:
+        """Answer a request by `ServerProtocol.send_response`, and say whether it was let in."""
+
+    def open(self, connection: Connection) -> None:
+        """Talk with a peer that was let in, and has been told so."""
+
+    def note(self, peer: Peer, why: EdgemlError) -> None:
+        """Count why a connection is ended."""
+
+    def end(self, connection: Connection) -> None:
+        """Forget a connection, which is over."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection, whose peer is believed nothing. All of it is called in one event loop."""
+
+    peer: Peer
+    address: tuple[Any, ...]
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._loop = asyncio.get_running_loop()
+        self._lost: asyncio.Future[None] = self._loop.create_future()
+        self._over = False  # nothing more is received or sent
+        self._closing = False  # a close frame was sent
+        # In
+        self._take = self._take_request
+        self._rest = b""  # of what came, the beginning of what has not come whole
+        self._heard = 0.0  # when something came
+        self._stall: asyncio.TimerHandle | None = None
+        self._kind = 0  # of the message that is under way; 0 for none
+        self._parts: list[bytes] = []  # of it
+        self._size = 0  # of it
+        self._held: list[Held] = []  # for it
+        self._whole = False  # whether the frame under way is its last
+        self._left = 0  # bytes of the frame that have not come
+        self._mask = b""
+        self._piece: memoryview | None = None  # where the next of them go
+        self._filled = 0  # of the piece
+        self._messages: deque[tuple[bytes | str, list[Held]]] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        # Out
+        self._full = False
+        self._writers: list[asyncio.Future[None]] = []
+        self._pongs = 0  # bytes of those that it hasn't read
+
+    # What asyncio calls -------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(_CALM)
+        self.address = transport.get_extra_info("peername") or ("", 0)
+        _watch_for_its_end(transport.get_extra_info("socket"))
+        self.peer = self._host.begin(self)
+
+    def connection_lost(self, why: Exception | None) -> None:
+        self._end()
+        if self._stall is not None:
+            self._stall.cancel()
+        self._parts.clear()
+        self._piece = None
+        held = [each for _, some in self._messages for each in some] + self._held
+        self._messages.clear()
+        for each in held:
+            each.release()
+        if not self._lost.done():
+            self._lost.set_result(None)
+        self._host.end(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._host.scratch if self._piece is None else self._piece[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._heard = time.monotonic()
+        if self._piece is not None:
+            self._filled += nbytes
+            if self._filled == len(self._piece):
+                self._take_piece(self._piece)
+        elif self._rest:
+            data, self._rest = self._rest + self._host.scratch[:nbytes], b""
+            self._take(data)
+        else:
+            self._take(bytes(self._host.scratch[:nbytes]))
+        if self._stall is None and self._half_read:
+            self._watch(self._host.limits.stall)
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._pongs = 0
+        self._wake_writers()
+
+    # In -----------------------------------------------------------------------------------
+
+    def _take_request(self, data: bytes) -> None:
+        head, there, more = data.partition(b"\r\n\r\n")
+        if not there:
+            self._rest = data
+            if len(data) > _HEAD:
+                self._transport.abort()
+            return
+        http = ServerProtocol(logger=_log)
+        http.receive_data(head + there)
+        (request,) = http.events_received() or (None,)
+        if isinstance(request, Request):
+            let_in = self._host.answer(self, http, request)
+        else:  # it is none
+            let_in = False
+            http.send_response(http.reject(400, "This is no request for a WebSocket.\n"))
+        self._transport.write(b"".join(http.data_to_send()))
+        if not let_in:
+            self._hang_up()
+            return
+        self._take = self._take_frames
+        self._host.open(self)
+        if more:
+            self._take_frames(more)
+
+    def _take_frames(self, data: bytes) -> None:
+        at, end = 0, len(data)
+        while end - at >= 2 and not self._over:
+            first, second = data[at], data[at + 1]
+            length = second & 127
+            begin = at + 6 + (0 if length < 126 else 2 if length == 126 else 8)
+            if not second & 128 or first & 0x70 or first & 15 not in (0, 1, 2, 8, 9, 10):
+                self._fail(_BAD_PROTOCOL, Malformed("this is no frame of a WebSocket"))
+                return
+            if end < begin:
+                break
+            if length > 125:
+                length = int.from_bytes(data[at + 2 : begin - 4], "big")
+            mask = data[begin - 4 : begin]
+            if first & 8:
+                if not first & 128 or length > 125:
+                    self._fail(_BAD_PROTOCOL, Malformed("a frame of control in parts"))
+                    return
+                if end < begin + length:
+                    break
+                at = begin + length
+                self._control(first & 15, apply_mask(data[begin:at], mask))
+                continue
+            if not self._begin(first, length):
+                return
+            got = data[begin : begin + length]
+            at = begin + len(got)
+            if len(got) == length:
+                self._parts.append(apply_mask(got, mask))
+                self._finish()
+            else:
+                self._left, self._mask = length, mask
+                self._piece = memoryview(bytearray(min(length, _PIECE)))
+                self._piece[: len(got)] = got
+                self._filled = len(got)
+        self._rest = b"" if self._over else data[at:]
+
+    def _begin(self, first: int, length: int) -> bool:
+        """Make room for a frame of a message, or end the connection."""
+        kind = first & 15
+        if (kind == _CONTINUATION) != bool(self._kind):
+            self._fail(_BAD_PROTOCOL, Malformed("the parts of two messages are mixed"))
+            return False
+        self._kind = self._kind or kind
+        self._whole = bool(first & 128)
+        self._size += length
+        most = self._host.limits.message_bytes
+        if self._size > most:
+            text = f"a message of {self._size} bytes, and {most} are the most"
+            self._fail(_TOO_LARGE, Malformed(text))
+            return False
+        try:
+            self._held.append(self._host.incoming.take(self.peer, length + _OVERHEAD))
+        except Overloaded as error:
+            self._fail(_LATER, error)
+            return False
+        return True
+
+    def _take_piece(self, piece: memoryview) -> None:
+        """Take a piece of a frame, which has come whole."""
+        self._parts.append(apply_mask(piece, self._mask))
+        self._left -= len(piece)
+        self._filled = 0
+        if not self._left:
+            self._piece = None
+            self._finish()
+        elif self._left < len(piece):
+            self._piece = piece[: self._left]
+
+    def _finish(self) -> None:
+        """Take a frame, which has come whole."""
+        if not self._whole:
+            return
+        data = b"".join(self._parts)
+        message: bytes | str = data
+        kind, held = self._kind, self._held
+        self._kind, self._parts, self._size, self._held = 0, [], 0, []
+        if self._closing:  # what comes now comes too late
+            for each in held:
+                each.release()
+            return
+        if kind == _TEXT:
+            try:
+                message = str(data, "utf-8")
+            except UnicodeDecodeError:
+                self._held = held
+                self._fail(_BAD_TEXT, Malformed("a text that is not UTF-8"))
+                return
+        self._messages.append((message, held))
+        if self._reader is None:
+            self._transport.pause_reading()  # until what came has been taken
+        elif not self._reader.done():
+            self._reader.set_result(None)
+
+    def _control(self, kind: int, content: bytes) -> None:
+        if kind == _CLOSE:
+            if not self._closing:
+                self._send_close(content)
+            self._hang_up()
+        elif kind == _PING and not self._closing:
+            if self._full:
+                self._pongs += len(content) + 2
+                if self._pongs > _MOST_PONGS:
+                    text = "it does not read the pongs that it asks for"
+                    self._host.note(self.peer, Overloaded(text))
+                    self._transport.abort()
+                    return
+            self._transport.write(_head(_PONG, len(content)) + content)
+
+    @property
+    def _half_read(self) -> bool:
+        return bool(self._kind or self._rest) and self._take == self._take_frames
+
+    def _watch(self, seconds: float) -> None:
+        self._stall = self._loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        """See whether a message that is half read goes on."""
+        self._stall = None
+        if self._over or not self._half_read:
+            return
+        limit = self._host.limits.stall
+        left = self._heard + limit - time.monotonic()
+        if self._messages:  # nobody reads on
+            self._watch(limit)
+        elif left <= 0:
+            text = f"nothing came for {limit:g} s of a message that is half sent"
+            self._fail(_POLICY, DeadlineExceeded(text))
+        else:
+            self._watch(left)
+
+    async def receive(self) -> bytes | str:
+        """Return the next message.
+
+        Raises:
+            EOFError: the connection is over.
+        """
+        while not self._messages:
+            if self._over:
+                raise EOFError
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        if self._over:
+            raise EOFError
+        message, held = self._messages.popleft()
+        for each in held:
+            each.release()
+        if not self._messages:
+            self._transport.resume_reading()
+        return message
+
+    # Out ----------------------------------------------------------------------------------
+
+    async def send(self, data: bytes | str) -> None:
+        """Send a message, and return when there is room for the next.
+
+        Raises:
+            EOFError: the connection is over.
+        """
+        kind = _BINARY
+        if isinstance(data, str):
+            kind, data = _TEXT, data.encode("utf-8", "replace")
+        if self._over or self._closing:
+            raise EOFError
+        head = _head(kind, len(data))
+        if len(data) <= _JOINED:
+            self._transport.write(head + data)
+        else:
+            self._transport.write(head)
+            self._transport.write(data)
+        if not self._full:
+            return
+        try:
+            with self._host.unread.take(self.peer, _OVERHEAD + len(data)):
+                await self._drain()
+        except (Overloaded, DeadlineExceeded) as error:
+            self._host.note(self.peer, error)
+            self._transport.abort()
+            raise EOFError from None
+
+    async def _drain(self) -> None:
+        """Wait until the peer has read most of what it was sent, as long as it reads at all."""
+        limit = self._host.limits.stall
+        while self._full and not self._over:
+            before = self._transport.get_write_buffer_size()
+            writer: asyncio.Future[None] = self._loop.create_future()
+            self._writers.append(writer)
+            await asyncio.wait((writer,), timeout=limit)
+            if not writer.done():
+                self._writers.remove(writer)
+                if self._transport.get_write_buffer_size() == before:
+                    raise DeadlineExceeded(f"it read nothing for {limit:g} s of what it was sent")
+        if self._over:
+            raise EOFError
+
+    async def close(self, code: int, reason: str) -> None:
+        """End the connection behind what was sent, and say why; returns when it is over."""
+        if not (self._over or self._closing):
+            self._send_close(code.to_bytes(2, "big") + _cut(reason))
+            self._transport.resume_reading()  # the peer's close frame
+        await asyncio.wait((self._lost,), timeout=_LINGER)
+        self._transport.abort()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._transport.abort()
+
+    def _send_close(self, content: bytes) -> None:
+        self._closing = True
+        self._transport.write(_head(_CLOSE, len(content)) + content)
+
+    def _fail(self, code: int, why: EdgemlError) -> None:
+        """End the connection for what its peer did."""
+        self._host.note(self.peer, why)
+        if not self._closing:
+            self._send_close(code.to_bytes(2, "big") + _cut(str(why)))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Say no more, and let the peer read what was said: what it sends is passed over."""
+        self._end()
+        self._take = self._pass_over
+        self._rest, self._piece = b"", None
+        self._transport.resume_reading()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+            self._loop.call_later(_LINGER, self._transport.abort)
+        else:
+            self._transport.close()
+
+    def _pass_over(self, data: bytes) -> None: ...
+
+    def _end(self) -> None:
+        """Have nobody wait for this connection any more."""
+        self._over = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+        self._wake_writers()
+
+    def _wake_writers(self) -> None:
+        for writer in self._writers:
+            if not writer.done():
+                writer.set_result(None)
+        self._writers.clear()
+
+
+def _head(kind: int, length: int) -> bytes:
+    if length < 126:
+        return bytes((128 | kind, length))
+    if length < 1 << 16:
+        return bytes((128 | kind, 126)) + length.to_bytes(2, "big")
+    return bytes((128 | kind, 127)) + length.to_bytes(8, "big")
+
+
+def _cut(reason: str) -> bytes:
+    """As much of a reason as a close frame takes."""
+    return reason.encode("utf-8", "replace")[:_MOST_REASON].decode("utf-8", "ignore").encode()
+
+
+def _watch_for_its_end(sock: socket.socket | None) -> None:
+    """Have the system find out within half a minute that a peer's machine has vanished."""
+    options: Mapping[str, int] = {
+        "TCP_KEEPIDLE": 10,
+        "TCP_KEEPINTVL": 5,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": 30_000,
+    }
+    if sock is None:
+        return
+    with suppress(OSError):  # it has gone
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
