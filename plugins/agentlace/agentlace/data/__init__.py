@@ -1,0 +1,1 @@
+"""Stores, buffers and datasets, by the names that agentlace has for them."""
