@@ -449,15 +449,17 @@ def gate(server):
 
 
 def test_a_call_that_gets_no_answer_ends_at_its_deadline(server, transport, gate):
-    with started(server), client_of(server, transport, timeout=0.4) as client:
-        with took(at_least=0.1, at_most=0.3), pytest.raises(DeadlineExceeded, match=r"0\.1 s"):
-            client.call("gate", 1, timeout=0.1)
-        with took(at_least=0.4, at_most=0.8), pytest.raises(TimeoutError):
-            client.call("gate", 2)  # the client's own
-        with took(at_least=0.1, at_most=0.3), pytest.raises(DeadlineExceeded):
-            client.call_async("gate", 3, timeout=0.1).result(5)
-        with took(at_least=0.4, at_most=0.8), pytest.raises(DeadlineExceeded):
-            client.call_async("gate", 3).result(5)
+    with started(server):
+        with client_of(server, transport, timeout=0.3) as client:
+            with took(at_least=0.3, at_most=5.0), pytest.raises(TimeoutError):
+                client.call("gate", 1)  # the client's own
+            with took(at_least=0.3, at_most=5.0), pytest.raises(DeadlineExceeded):
+                client.call_async("gate", 1).result(10)
+        with client_of(server, transport, timeout=60) as client:
+            with took(at_least=0.1, at_most=5.0), pytest.raises(DeadlineExceeded, match="0.1 s"):
+                client.call("gate", 2, timeout=0.1)
+            with took(at_least=0.1, at_most=5.0), pytest.raises(DeadlineExceeded):
+                client.call_async("gate", 3, timeout=0.1).result(10)
         gate.set()
 
 
@@ -517,25 +519,31 @@ def test_a_call_may_be_given_all_the_time_there_is(server, transport, timeout):
 
 def test_thousands_of_calls_are_under_way_at_once_and_each_gets_its_own_answer(server, transport):
     with started(server), client_of(server, transport, timeout=30) as client:
-        futures = [client.call_async("echo", n) for n in range(4_000)]
-        assert [future.result(30) for future in futures] == list(range(4_000))
+        futures = [client.call_async("echo", n) for n in range(2_000)]
+        assert [future.result(30) for future in futures] == list(range(2_000))
 
 
-def test_more_calls_than_can_wait_are_refused_rather_than_kept_unseen(server, transport, gate):
+def test_more_calls_than_can_wait_are_refused_and_cancelled_ones_make_room(server, transport, gate):
+    """None is kept unseen."""
     with started(server), client_of(server, transport, timeout=60) as client:
         futures = []
         with pytest.raises(Overloaded) as caught:  # noqa: PT012
             for n in range(10_000):
                 futures.append(client.call_async("gate", n))  # noqa: PERF401
         assert isinstance(caught.value, ConnectionError)
-        assert len(futures) >= 1_000
+        assert len(futures) >= 2_000
+        for future in futures[1_000:]:
+            future.cancel()
+        more = [client.call_async("echo", n) for n in range(1_000)]
         gate.set()
-        outcomes = [future.exception(60) for future in futures]
-        assert all(error is None or isinstance(error, Overloaded) for error in outcomes)
-        answered = [future.result() for future in futures if future.exception() is None]
-        assert len(answered) >= 1_000
-        assert len(set(answered)) == len(answered)
+        for each in (futures[:1_000], more):
+            outcomes = [future.exception(60) for future in each]
+            assert all(error is None or isinstance(error, Overloaded) for error in outcomes)
+        answered = [n for n, future in enumerate(futures[:1_000]) if future.exception() is None]
+        assert len(answered) >= 900
+        assert all(futures[n].result() == n for n in answered)
         assert client.call("echo", 1) == 1
+        assert client.call_async("echo", 1).result(30) == 1
 
 
 @pytest.mark.parametrize("limit", ["bytes", "bytes_per_client"])
@@ -616,21 +624,6 @@ def test_a_cancelled_call_is_over_for_everybody_who_waits(server, transport, gat
         gate.set()
         assert client.call("echo", 1) == 1
         assert not client.call_async("echo", 1).exception(5)
-
-
-def test_cancelled_calls_make_room_for_others(server, transport, gate):
-    with started(server), client_of(server, transport, timeout=60) as client:
-        futures = []
-        with pytest.raises(Overloaded):  # noqa: PT012
-            for n in range(10_000):
-                futures.append(client.call_async("gate", n))  # noqa: PERF401
-        for future in futures:
-            future.cancel()
-        futures = [client.call_async("echo", n) for n in range(1_000)]
-        gate.set()
-        outcomes = [future.exception(30) for future in futures]
-        assert all(error is None or isinstance(error, Overloaded) for error in outcomes)
-        assert client.call_async("echo", 1).result(30) == 1
 
 
 def test_calls_under_way_when_the_client_is_stopped_are_closed(server, transport, gate):
@@ -929,13 +922,12 @@ def test_several_handlers_that_are_suddenly_slow_keep_nobody_from_connecting(tra
 def test_many_calls_that_wait_keep_nobody_from_connecting(server, transport):
     server.register_interface("sleep", time.sleep)
     with started(server), client_of(server, transport, timeout=30) as client:
-        calls = [client.call_async("sleep", 0.01) for _ in range(150)]
+        calls = [client.call_async("sleep", 0.01) for _ in range(400)]
         wait_until(lambda: server.stats()["waiting"])
         with client_of(server, transport):
             done = sum(call.done() for call in calls)
-        assert done < 100, "who connects waited for calls that came before"
-        for call in calls:
-            call.result(30)
+        assert done < 300, "who connects waited for calls that came before"
+        calls[0].result(30)
 
 
 # Which thread ---------------------------------------------------------------------------------
@@ -962,12 +954,12 @@ def test_all_handlers_run_in_one_thread_however_long_they_take(server, transport
         serving.start()
         wait_until(lambda: server.urls())
         with client_of(server, transport) as one, client_of(server, transport) as other:
-            for seconds in (0, 0.001, 0.03, 0, 0.06, 0.001) * 4:
+            for seconds in (0, 0.001, 0.03, 0, 0.06, 0.001) * 2:
                 future = other.call_async("elsewhere", seconds)
                 one.call("where", seconds)
                 future.result(5)
     serving.join()
-    assert len(where.threads) == len(elsewhere.threads) == 24
+    assert len(where.threads) == len(elsewhere.threads) == 12
     (only,) = set(where.threads + elsewhere.threads)
     assert (only is serving) is not threaded
 
@@ -1201,9 +1193,10 @@ def test_a_server_that_is_killed_under_its_callers_fails_them_and_comes_back():
 
 
 def test_a_server_that_freezes_is_noticed_and_when_it_thaws_all_goes_on(monkeypatch):
-    monkeypatch.setattr("edgeml.core.wire.SILENCE", 7.0)  # more than twice HOLD, of the server
+    monkeypatch.setattr("edgeml.core.wire.SILENCE", 3.0)  # more than twice HOLD, of the server
+    often = "from edgeml.core import streams; streams.HOLD = 0.5"
     with contextlib.ExitStack() as stack:
-        frozen = stack.enter_context(process(SERVER, 0))
+        frozen = stack.enter_context(process(often + SERVER, 0))
         client = stack.enter_context(InferenceClient("127.0.0.1", int(frozen.line()), timeout=30))
         assert client.call("echo", 1) == 1
         frozen.signal(signal.SIGSTOP)
