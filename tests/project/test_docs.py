@@ -92,6 +92,13 @@ PAIRS = [
         ["(4,) Discrete(2)", "an episode of "],
     ),
     Pair(
+        *("docs/guides/vla-eval.md", "vla_eval", 8000),
+        [
+            "{'actions': {'name': 'actions', 'dims': 7,",
+            "action 3 [2. 2. 2. 2. 2. 2. 2.]\naction 4 [4. 4. 4. 4. 4. 4. 4.]\n",
+        ],
+    ),
+    Pair(
         *("docs/guides/shared-memory.md", "camera", 6380),
         ["frames (480, 640, 3) copied on the way: 0"],
         ends=True,
@@ -172,6 +179,7 @@ ALONE = {
     ("docs/security.md", "keys_first.py"): ["I am robot\n", "\nwithout keys: "],
     ("docs/security.md", "keys_limits.py"): ["refused so far: 0"],
     ("docs/security.md", "codec_cloudpickle.py"): ["42"],
+    ("docs/guides/vla-eval.md", "vla_eval_names.py"): ["vla-eval://127.0.0.1:"],
     ("docs/guides/contracts.md", "contract.py"): [
         "50.0 Hz",
         "action: the order of names: at 0 expected 'elbow', the server has 'shoulder'",
@@ -190,7 +198,7 @@ PACKAGES = {  # which test_contributing.py installs and holds to the suites
 }
 
 PROGRAM = re.compile(r"# ([\w/]+\.py)\n(.*)", re.DOTALL)
-PORT = re.compile(r"\b(5555|5557|5558|6379|6380)\b")
+PORT = re.compile(r"\b(5555|5557|5558|6379|6380|8000)\b")
 
 
 def programs_of(page: str) -> dict[str, str]:
