@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from websockets.datastructures import Headers
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 from websockets.version import version
@@ -53,6 +54,7 @@ _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)  # of connections
 _SCRATCH = 1 << 14
 _GRACE = 0.5  # seconds that an end which closes gives to what is still to be sent
+_LOOK = 0.3  # seconds from one look at who has been revoked to the next
 
 
 class Visit:
@@ -60,10 +62,11 @@ class Visit:
 
     Attributes:
         path: that the client asked for, without what follows a question mark.
-        headers: of its request, by names in lower case; of two of one name the last.
+        headers: of its request, in whatever case it wrote their names; of two of one name the last.
         peer: who it is.
         dispatch: where calls go.
         limits: what it may make the door hold.
+        guests: as whom it was let in.
     """
 
     def __init__(
@@ -76,16 +79,15 @@ class Visit:
         dropped: Callable[[], object],
     ) -> None:
         self.path = request.path.partition("?")[0]
-        self.headers: Mapping[str, str] = {
-            name.lower(): value for name, value in request.headers.raw_items()
-        }
+        last = {name.lower(): value for name, value in request.headers.raw_items()}
+        self.headers: Mapping[str, str] = Headers(last)
         self.peer = connection.peer
         self.dispatch = dispatch
         self.limits = limits
         self._connection = connection
         self._loop = loop
         self._dropped = dropped
-        self._guests: list[Guest] = []
+        self.guests: list[Guest] = []
         self._waiting: set[asyncio.Future[bytes]] = set()
         self._over = False
 
@@ -96,13 +98,8 @@ class Visit:
             PermissionDenied, Overloaded, NotReady, Closed: as there.
         """
         guest = self.dispatch.enter(self.peer, label=label, token=token)
-        self._guests.append(guest)
+        self.guests.append(guest)
         return guest
-
-    def leave(self, guest: Guest) -> None:
-        """Let one that was let in leave before the connection ends."""
-        self._guests.remove(guest)
-        guest.leave()
 
     async def receive(self) -> bytes | str:
         """Return the next message: bytes, or a text.
@@ -176,8 +173,8 @@ class Visit:
         self._over = True
         for waiting in list(self._waiting):
             self._fail(waiting, EOFError())
-        while self._guests:
-            self._guests.pop().leave()
+        while self.guests:
+            self.guests.pop().leave()
 
 
 class WebSocketDoor(Door):
@@ -259,6 +256,8 @@ class _Listener(Endpoint):
             tls = None if keys is None else door_context(keys[0])
             self.secured = tls is not None
             self._server = self._loop.start(self._listen(sock, tls)).result()
+            if credentials is not None:
+                self._loop.do(self._look_at_keys)
         except BaseException:
             self._loop.close()
             raise
@@ -269,6 +268,13 @@ class _Listener(Endpoint):
     ) -> asyncio.AbstractServer:
         loop = asyncio.get_running_loop()
         return await loop.create_server(lambda: Connection(self), sock=sock, ssl=tls)
+
+    def _look_at_keys(self) -> None:
+        """End the connections of those who are let in no more; the calls of each were refused."""
+        for connection, visit in list(self._visits.items()):
+            if any(guest.left for guest in visit.guests):
+                connection.end(1008, "its key is not, or no longer, one of the server's")
+        self._loop.later(_LOOK, self._look_at_keys)
 
     # What connections ask -----------------------------------------------------------------
 

@@ -376,16 +376,17 @@ class Connection(asyncio.BufferedProtocol):
         if self._over:
             raise EOFError
 
-    async def close(self, code: int, reason: str) -> None:
-        """End the connection behind what was sent, and say why; returns when it is over."""
+    def end(self, code: int, reason: str) -> None:
+        """End the connection behind what was sent, and say why; `close` waits for it."""
         if not (self._over or self._closing):
             self._send_close(code.to_bytes(2, "big") + _cut(reason))
             self._transport.resume_reading()  # the peer's close frame
-        await asyncio.wait((self._lost,), timeout=_LINGER)
-        self._transport.abort()
+            self._loop.call_later(_LINGER, self._transport.abort)
 
-    def abort(self) -> None:
-        """End the connection at once."""
+    async def close(self, code: int, reason: str) -> None:
+        """End the connection as `end` does; returns when it is over."""
+        self.end(code, reason)
+        await asyncio.wait((self._lost,), timeout=_LINGER)
         self._transport.abort()
 
     def _send_close(self, content: bytes) -> None:

@@ -1,0 +1,188 @@
+"""What openpi's clients and servers say: MessagePack, with numpy's arrays and scalars as maps.
+
+==================  ==================================================================
+value               map, whose keys are bytes; str are read as well
+==================  ==================================================================
+array               ``__ndarray__``: true, ``data``, ``dtype`` (``"<f4"``), ``shape``
+scalar              ``__npgeneric__``: true, ``data`` (a number), ``dtype``
+array, read only    ``nd``: true, ``data``, ``type``, ``kind``, ``shape``
+scalar, read only   ``nd``: false, ``data`` (bytes), ``type``, ``kind``
+==================  ==================================================================
+
+Arrays of structs, objects and complex numbers are neither read nor written: openpi's ends refuse
+them, since an array of objects made of somebody's bytes crashes Python.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edgeml.core import DEFAULT_LIMITS, Limits, Malformed, NotEncodable
+from edgeml.core.arrays import restore
+from edgeml.core.tokens import TEXT_OR_BYTES, check
+
+__all__ = ["check_message", "read", "read_keys", "restored", "write"]
+
+_KINDS = "biufSU"
+_NUMBERS = {"b": (bool, int), "i": (int,), "u": (int,), "f": (int, float)}
+_FEW = 4096  # bytes
+
+
+# In ---------------------------------------------------------------------------------------
+
+
+def check_message(data: bytes | str, limits: Limits) -> bytes:
+    """Return a message that may be decoded.
+
+    Raises:
+        Malformed: it is a text, or no MessagePack, or has too many values, or too deep.
+    """
+    if isinstance(data, str):
+        raise Malformed("a text: the messages of this protocol are binary, in MessagePack")
+    check(data, nodes=limits.nodes, nesting=limits.nesting, keys=TEXT_OR_BYTES)
+    return data
+
+
+def read(data: bytes | str, limits: Limits = DEFAULT_LIMITS) -> Any:
+    """Return the value of a message; arrays are read-only views of what was received.
+
+    Raises:
+        Malformed: it has none.
+    """
+    try:
+        return restored(msgspec.msgpack.decode(check_message(data, limits)))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"this is no MessagePack: {error}") from None
+
+
+_keys = msgspec.msgpack.Decoder(dict[Any, msgspec.Raw])
+
+
+def read_keys(data: bytes, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of a few keys of a checked message, which is a map, by their names.
+
+    Raises:
+        Malformed: it is none.
+    """
+    try:
+        there = _keys.decode(data)
+        return {
+            name: restored(msgspec.msgpack.decode(there[name])) for name in names if name in there
+        }
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"a message of this protocol is a map: {error}") from None
+
+
+def restored(value: Any) -> Any:
+    """Return a decoded value with its arrays and scalars.
+
+    Raises:
+        Malformed: one of them is none.
+    """
+    if type(value) is dict:
+        if b"__ndarray__" in value or "__ndarray__" in value:
+            return _array(_field(value, "data"), _field(value, "dtype"), _field(value, "shape"))
+        if b"__npgeneric__" in value or "__npgeneric__" in value:
+            return _scalar(_field(value, "data"), _field(value, "dtype"))
+        if (b"nd" in value or "nd" in value) and (b"kind" in value or "kind" in value):
+            return _native(value)
+        return {key: restored(each) for key, each in value.items()}
+    if type(value) is list:
+        return [restored(each) for each in value]
+    return value
+
+
+def _field(value: dict[Any, Any], name: str) -> Any:
+    return value.get(name.encode(), value.get(name))
+
+
+def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray[Any, Any]:
+    array = restore(data, dtype, shape, _KINDS)
+    if array.dtype.byteorder == ">":  # as native clients' arrays come
+        array = array.astype(array.dtype.newbyteorder("="))
+        array.flags.writeable = False
+    return array
+
+
+def _scalar(data: Any, dtype: Any) -> Any:
+    made = restore(b"", dtype, (0,), _KINDS).dtype
+    if made.kind in _NUMBERS and type(data) not in _NUMBERS[made.kind]:
+        raise Malformed(f"a scalar of dtype {made.str} is no {type(data).__name__}")
+    if made.kind in "SU" and (type(data) is not (bytes if made.kind == "S" else str)):
+        raise Malformed(f"a scalar of dtype {made.str} is no {type(data).__name__}")
+    if made.kind in "iu" and not np.iinfo(made).min <= data <= np.iinfo(made).max:
+        raise Malformed(f"{data} is no {made.name}")
+    with np.errstate(over="ignore"):
+        return made.type(data)
+
+
+def _native(value: dict[Any, Any]) -> Any:
+    dtype, kind = _field(value, "type"), _field(value, "kind")
+    if isinstance(kind, bytes):
+        kind = kind.decode("latin-1")
+    many = _field(value, "nd")
+    array = _array(_field(value, "data"), dtype, _field(value, "shape") if many else ())
+    if kind not in ("", array.dtype.kind):
+        raise Malformed(f"an array of dtype {array.dtype.str} is not of kind {kind!r:.20}")
+    return array if many else array[()]
+
+
+# Out --------------------------------------------------------------------------------------
+
+
+def write(value: Any) -> bytes:
+    """Return a value's message.
+
+    Raises:
+        NotEncodable: it has something that the protocol doesn't carry; the text says what to do.
+    """
+    try:
+        data = _encode(value)
+        # Their readers take no other keys, and neither do ours.
+        check(data, nodes=len(data) * 4, nesting=DEFAULT_LIMITS.nesting, keys=TEXT_OR_BYTES)
+    except NotEncodable:
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise NotEncodable(
+            "openpi's clients take dicts whose keys are str, lists, str, bytes, bools, numbers of "
+            f"up to 64 bits, None, and numpy's arrays and scalars: {error}"
+        ) from None
+    return data
+
+
+def _plain(value: Any) -> Any:
+    """Return a numpy value as the map that stands for it."""
+    if isinstance(value, np.generic):
+        _require_kind(value.dtype)
+        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+    if isinstance(value, getattr(sys.modules.get("jax"), "Array", ())):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        _require_kind(value.dtype)
+        array = np.asarray(value, value.dtype.newbyteorder("<"), order="C")
+        few = array.nbytes < _FEW
+        return {
+            b"__ndarray__": True,
+            b"data": array.tobytes() if few else array.reshape(-1).view(np.uint8).data,
+            b"dtype": array.dtype.str,
+            b"shape": array.shape,
+        }
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"it has a {type(value).__module__}.{type(value).__qualname__}")
+
+
+_encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
+
+
+def _require_kind(dtype: np.dtype[Any]) -> None:
+    if dtype.kind not in _KINDS:
+        raise NotEncodable(
+            f"openpi's clients take no arrays of dtype {dtype}: convert it first, as by "
+            ".astype(np.float32)"
+        )
