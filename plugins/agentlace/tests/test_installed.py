@@ -8,8 +8,9 @@ import sys
 PROGRAM = """
 import sys
 import agentlace.action, agentlace.inference, agentlace.trainer, agentlace.internal.utils
-import agentlace.data.data_store
-heavy = {"jax", "tensorflow", "tensorflow_datasets", "cv2", "PIL", "gymnasium", "lz4"}
+import agentlace.data.data_store, agentlace.data.tfds, agentlace.data.jaxrl_data_store
+import agentlace.data.sampler, agentlace.data.trajectory_buffer
+heavy = {"jax", "tensorflow", "tensorflow_datasets", "cv2", "PIL", "gymnasium", "pickle5", "lz4"}
 print(sorted(heavy & set(sys.modules)))
 """
 
