@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeml.core.errors import Malformed
 
-__all__ = ["restore"]
+__all__ = ["restore", "to_native"]
 
 # Of those that `numpy.dtype` understands: no field names, no nested shapes, no aliases of old.
 _PLAIN = re.compile(r"[<>=|]?[A-Za-z?][0-9]{0,9}|[a-z]{3,7}[0-9]{0,3}")
@@ -34,7 +34,10 @@ def _dtype(text: str) -> Dtype:
 def restore(
     data: object, dtype: object, shape: object, kinds: str = "biuf"
 ) -> np.ndarray[Any, Dtype]:
-    """Return an array of received bytes, without a copy: as read-only as they are.
+    """Return a read-only array of received bytes.
+
+    Without a copy, but for one whose bytes are in the other order: what functions get is in this
+    machine's, as from native clients.
 
     Args:
         data: bytes or a memoryview, in C order.
@@ -68,6 +71,15 @@ def restore(
             f"and {nbytes} came"
         )
     try:
-        return np.frombuffer(data, made).reshape(shape) if needed else np.empty(shape, made)
+        array = np.frombuffer(data, made).reshape(shape) if needed else np.empty(shape, made)
     except ValueError:  # sizes beside a zero may be more than numpy can multiply
         raise Malformed(f"{shape!r:.100} is no shape") from None
+    return to_native(array)
+
+
+def to_native(array: np.ndarray[Any, Dtype]) -> np.ndarray[Any, Dtype]:
+    """Return an array whose bytes are in this machine's order, read-only: itself if they are."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    array.flags.writeable = False
+    return array
