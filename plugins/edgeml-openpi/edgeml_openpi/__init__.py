@@ -20,7 +20,7 @@ from edgeml_websocket.doors import Visit, WebSocketDoor
 from edgeml.core import Door, EdgemlError, Guest, Limits, Malformed, RemoteError, hookimpl
 from edgeml.core.errors import printable
 from edgeml.core.state import ServerState
-from edgeml_openpi.codec import check_message, read, read_keys, write
+from edgeml_openpi.codec import Data, check_message, read, read_keys, write
 from edgeml_openpi.config import configure
 
 __all__ = ["OpenpiDoor"]
@@ -46,7 +46,7 @@ class OpenpiDoor(WebSocketDoor):
         text = "OK\n" if ready else f"{state}\n"
         return 200 if ready else 503, "text/plain; charset=utf-8", text.encode()
 
-    def admit(self, visit: Visit) -> None:
+    def welcome(self, visit: Visit) -> None:
         """Let the client in now: openpi's has no words for a refusal later."""
         scheme, _, key = visit.headers.get("authorization", "").partition(" ")
         token = key.strip() if scheme.lower() in ("api-key", "bearer") else None
@@ -93,7 +93,7 @@ class _Timed:
         previous: seconds that the call before took, with the sending of its answer.
     """
 
-    def __init__(self, message: bytes | str, limits: Limits, previous: float | None) -> None:
+    def __init__(self, message: Data | str, limits: Limits, previous: float | None) -> None:
         self._message = message
         self._limits = limits
         self._previous = previous
@@ -147,7 +147,7 @@ async def _talk_of_sessions(visit: Visit) -> None:
         await visit.send(answer)
 
 
-async def _answer(visit: Visit, session: _Session, message: bytes | str) -> bytes:
+async def _answer(visit: Visit, session: _Session, message: Data | str) -> bytes:
     data = check_message(message, visit.limits)
     asked = read_keys(data, ("endpoint", "session_id"))
     endpoint = asked.get("endpoint", "infer")
@@ -160,7 +160,7 @@ async def _answer(visit: Visit, session: _Session, message: bytes | str) -> byte
     return await visit.call(session.guest, lambda: _observation(data, visit), write, len(data))
 
 
-def _observation(data: bytes, visit: Visit) -> Any:
+def _observation(data: Data, visit: Visit) -> Any:
     """Return what of a request is the observation's, and not the protocol's."""
     observation = read(data, visit.limits)
     observation.pop("endpoint", None)

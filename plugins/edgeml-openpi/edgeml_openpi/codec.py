@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -26,7 +26,9 @@ from edgeml.core import DEFAULT_LIMITS, Limits, Malformed, NotEncodable
 from edgeml.core.arrays import restore
 from edgeml.core.tokens import TEXT_OR_BYTES, check
 
-__all__ = ["check_message", "read", "read_keys", "restored", "write"]
+__all__ = ["Data", "check_message", "read", "read_keys", "restored", "write"]
+
+Data: TypeAlias = "bytes | bytearray"
 
 _KINDS = "biufSU"
 _NUMBERS = {"b": (bool, int), "i": (int,), "u": (int,), "f": (int, float)}
@@ -36,7 +38,7 @@ _FEW = 4096  # bytes
 # In ---------------------------------------------------------------------------------------
 
 
-def check_message(data: bytes | str, limits: Limits) -> bytes:
+def check_message(data: Data | str, limits: Limits) -> Data:
     """Return a message that may be decoded.
 
     Raises:
@@ -44,11 +46,11 @@ def check_message(data: bytes | str, limits: Limits) -> bytes:
     """
     if isinstance(data, str):
         raise Malformed("a text: the messages of this protocol are binary, in MessagePack")
-    check(data, nodes=limits.nodes, nesting=limits.nesting, keys=TEXT_OR_BYTES)
+    check(data, nodes=limits.nodes, nesting=limits.nesting, keys=TEXT_OR_BYTES)  # type: ignore[arg-type]
     return data
 
 
-def read(data: bytes | str, limits: Limits = DEFAULT_LIMITS) -> Any:
+def read(data: Data | str, limits: Limits = DEFAULT_LIMITS) -> Any:
     """Return the value of a message; arrays are read-only views of what was received.
 
     Raises:
@@ -63,7 +65,7 @@ def read(data: bytes | str, limits: Limits = DEFAULT_LIMITS) -> Any:
 _keys = msgspec.msgpack.Decoder(dict[Any, msgspec.Raw])
 
 
-def read_keys(data: bytes, names: tuple[str, ...]) -> dict[str, Any]:
+def read_keys(data: Data, names: tuple[str, ...]) -> dict[str, Any]:
     """Return the values of a few keys of a checked message, which is a map, by their names.
 
     Raises:

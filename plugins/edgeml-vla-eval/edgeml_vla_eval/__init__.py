@@ -137,7 +137,7 @@ async def _answer(
     visit: Visit, guest: Guest, received: Received, data: bytes | str
 ) -> bytes | None:
     """Do what a message asks for, and return the answer, if there is one."""
-    assert isinstance(data, bytes)
+    assert not isinstance(data, str)
     match received.type:
         case "observation":
             return await visit.call(

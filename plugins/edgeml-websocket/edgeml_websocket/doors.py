@@ -101,8 +101,8 @@ class Visit:
         self.guests.append(guest)
         return guest
 
-    async def receive(self) -> bytes | str:
-        """Return the next message: bytes, or a text.
+    async def receive(self) -> bytes | bytearray | str:
+        """Return the next message: a text, or else bytes, which nobody changes any more.
 
         Raises:
             EOFError: the connection is over.
@@ -200,7 +200,7 @@ class WebSocketDoor(Door):
         del state
         return True
 
-    def admit(self, visit: Visit) -> None:
+    def welcome(self, visit: Visit) -> None:
         """Look at a client before its connection is accepted.
 
         An EdgemlError from here is told by HTTP: 401 for PermissionDenied, else 503. So a protocol
@@ -315,7 +315,7 @@ class _Listener(Endpoint):
             self.note(visit.peer, error)
             return 403, str(error)
         try:
-            self._door.admit(visit)
+            self._door.welcome(visit)
         except EdgemlError as why:
             visit._end()
             return 401 if isinstance(why, PermissionDenied) else 503, str(why)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
+import numpy as np
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
@@ -30,7 +31,7 @@ except ImportError:  # where websockets was not compiled
 __all__ = ["Connection", "Host"]
 
 _HEAD = 1 << 14  # bytes that a request may have
-_PIECE = 1 << 20  # bytes of a frame that are unmasked at a time
+_WHOLE = 1 << 20  # bytes of a frame, for which memory is taken at once
 _OVERHEAD = 256  # bytes that a frame which waits takes beside its own
 _CALM = 1 << 15  # bytes to be sent, up to which a peer is one that reads
 _MOST_PONGS = 1 << 14  # bytes of them that a peer which doesn't read may have
@@ -88,15 +89,16 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = 0.0  # when something came
         self._stall: asyncio.TimerHandle | None = None
         self._kind = 0  # of the message that is under way; 0 for none
-        self._parts: list[bytes] = []  # of it
+        self._parts: list[bytes | bytearray] = []  # of it
         self._size = 0  # of it
         self._held: list[Held] = []  # for it
         self._whole = False  # whether the frame under way is its last
-        self._left = 0  # bytes of the frame that have not come
         self._mask = b""
-        self._piece: memoryview | None = None  # where the next of them go
-        self._filled = 0  # of the piece
-        self._messages: deque[tuple[bytes | str, list[Held]]] = deque()
+        self._frame: bytearray | np.ndarray[Any, Any] | None = None  # that comes in parts
+        self._room = self._host.scratch  # of the frame, where its next bytes go
+        self._filled = 0  # bytes of it
+        self._clear = 0  # bytes of it that are unmasked
+        self._messages: deque[tuple[bytes | bytearray | str, list[Held]]] = deque()
         self._reader: asyncio.Future[None] | None = None
         # Out
         self._full = False
@@ -117,8 +119,7 @@ class Connection(asyncio.BufferedProtocol):
         self._end()
         if self._stall is not None:
             self._stall.cancel()
-        self._parts.clear()
-        self._piece = None
+        self._forget()
         held = [each for _, some in self._messages for each in some] + self._held
         self._messages.clear()
         for each in held:
@@ -128,14 +129,12 @@ class Connection(asyncio.BufferedProtocol):
         self._host.end(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._host.scratch if self._piece is None else self._piece[self._filled :]
+        return self._room
 
     def buffer_updated(self, nbytes: int) -> None:
         self._heard = time.monotonic()
-        if self._piece is not None:
-            self._filled += nbytes
-            if self._filled == len(self._piece):
-                self._take_piece(self._piece)
+        if self._frame is not None:
+            self._fill(self._frame, nbytes)
         elif self._rest:
             data, self._rest = self._rest + self._host.scratch[:nbytes], b""
             self._take(data)
@@ -209,10 +208,13 @@ class Connection(asyncio.BufferedProtocol):
                 self._parts.append(apply_mask(got, mask))
                 self._finish()
             else:
-                self._left, self._mask = length, mask
-                self._piece = memoryview(bytearray(min(length, _PIECE)))
-                self._piece[: len(got)] = got
-                self._filled = len(got)
+                # Memory that isn't zeroed is none until something comes.
+                large = length > _WHOLE
+                self._frame = np.empty(length, np.uint8) if large else bytearray(length)
+                self._room = memoryview(self._frame)
+                self._room[: len(got)] = got
+                self._mask, self._filled, self._clear = mask, 0, 0
+                self._fill(self._frame, len(got))
         self._rest = b"" if self._over else data[at:]
 
     def _begin(self, first: int, length: int) -> bool:
@@ -236,23 +238,29 @@ class Connection(asyncio.BufferedProtocol):
             return False
         return True
 
-    def _take_piece(self, piece: memoryview) -> None:
-        """Take a piece of a frame, which has come whole."""
-        self._parts.append(apply_mask(piece, self._mask))
-        self._left -= len(piece)
-        self._filled = 0
-        if not self._left:
-            self._piece = None
-            self._finish()
-        elif self._left < len(piece):
-            self._piece = piece[: self._left]
+    def _fill(self, frame: bytearray | np.ndarray[Any, Any], nbytes: int) -> None:
+        """Take more of a frame that comes in parts."""
+        self._room = self._room[nbytes:]
+        self._filled += nbytes
+        end = self._filled & ~7
+        if end > self._clear:
+            words = np.frombuffer(frame, np.uint64, (end - self._clear) // 8, self._clear)
+            np.bitwise_xor(words, np.frombuffer(self._mask * 2, np.uint64)[0], words)
+            self._clear = end
+        if self._room:
+            return
+        for at in range(end, len(frame)):
+            frame[at] ^= self._mask[at & 3]
+        self._parts.append(frame if isinstance(frame, bytearray) else frame.tobytes())
+        self._frame, self._room = None, self._host.scratch
+        self._finish()
 
     def _finish(self) -> None:
         """Take a frame, which has come whole."""
         if not self._whole:
             return
-        data = b"".join(self._parts)
-        message: bytes | str = data
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        message: bytes | bytearray | str = data
         kind, held = self._kind, self._held
         self._kind, self._parts, self._size, self._held = 0, [], 0, []
         if self._closing:  # what comes now comes too late
@@ -309,7 +317,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._watch(left)
 
-    async def receive(self) -> bytes | str:
+    async def receive(self) -> bytes | bytearray | str:
         """Return the next message.
 
         Raises:
@@ -334,7 +342,7 @@ class Connection(asyncio.BufferedProtocol):
 
     # Out ----------------------------------------------------------------------------------
 
-    async def send(self, data: bytes | str) -> None:
+    async def send(self, data: bytes | bytearray | str) -> None:
         """Send a message, and return when there is room for the next.
 
         Raises:
@@ -404,13 +412,18 @@ class Connection(asyncio.BufferedProtocol):
         """Say no more, and let the peer read what was said: what it sends is passed over."""
         self._end()
         self._take = self._pass_over
-        self._rest, self._piece = b"", None
+        self._forget()
         self._transport.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
             self._loop.call_later(_LINGER, self._transport.abort)
         else:
             self._transport.close()
+
+    def _forget(self) -> None:
+        """Let go of what came, and wasn't taken."""
+        self._rest, self._parts = b"", []
+        self._frame, self._room = None, self._host.scratch
 
     def _pass_over(self, data: bytes) -> None: ...
 
