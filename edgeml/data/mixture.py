@@ -20,11 +20,22 @@ class Samples(Protocol):
     """What a mixture is made of: a replay buffer, or another mixture."""
 
     def sample(
-        self, batch_size: int, *, keys: Iterable[Any] | None = None, out: Any = None
+        self,
+        batch_size: int,
+        *,
+        keys: Iterable[Any] | None = None,
+        out: Any = None,
+        pack_obs_and_next_obs: bool = False,
     ) -> dict[Any, Any]:
         """Draw a batch."""
 
-    def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
+    def empty_batch(
+        self,
+        batch_size: int,
+        keys: Iterable[Any] | None = None,
+        *,
+        pack_obs_and_next_obs: bool = False,
+    ) -> dict[Any, Any]:
         """Return a batch to write to."""
 
 
@@ -75,16 +86,22 @@ class Mixture:
         self._owed = np.zeros(len(shares))  # what earlier batches were short of, or over (below 0)
 
     def sample(
-        self, batch_size: int, *, keys: Iterable[Any] | None = None, out: Any = None
+        self,
+        batch_size: int,
+        *,
+        keys: Iterable[Any] | None = None,
+        out: Any = None,
+        pack_obs_and_next_obs: bool = False,
     ) -> dict[Any, Any]:
-        """Draw a batch; see `ReplayBuffer.sample`.
+        """Draw a batch; see `ReplayBuffer.sample`. Functions among the sources pack by themselves.
 
         Raises:
             ValueError: what the sources raise, or they don't agree in structure.
         """
         batch_size = check_size(batch_size)
         keys = None if keys is None else tuple(keys)
-        batch = self.empty_batch(batch_size, keys) if out is None else out
+        options: dict[str, Any] = {"pack_obs_and_next_obs": True} if pack_obs_and_next_obs else {}
+        batch = self.empty_batch(batch_size, keys, **options) if out is None else out
         start = 0
         parts = self._divide(batch_size)
         for number, (source, n) in enumerate(zip(self._sources, parts, strict=True)):
@@ -95,26 +112,43 @@ class Mixture:
                 if callable(source):
                     _copy(source(n, keys), part, "batch")
                 else:
-                    source.sample(n, keys=keys, out=part)
+                    source.sample(n, keys=keys, out=part, **options)
             start += n
         return batch
 
-    def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
+    def empty_batch(
+        self,
+        batch_size: int,
+        keys: Iterable[Any] | None = None,
+        *,
+        pack_obs_and_next_obs: bool = False,
+    ) -> dict[Any, Any]:
         """Return a batch as `sample` gives it, with anything in it, for its ``out``."""
+        options: dict[str, Any] = {"pack_obs_and_next_obs": True} if pack_obs_and_next_obs else {}
         batch_size = check_size(batch_size)
         first = self._sources[0]
         with self._name_source(0):
             if not callable(first):
-                return first.empty_batch(batch_size, keys)
+                return first.empty_batch(batch_size, keys, **options)
             batch: dict[Any, Any] = _make_empty(first(1, keys), batch_size)
             return batch
 
     def prefetch(
-        self, batch_size: int, *, device: Any = None, depth: int = 2, keys: Any = None
+        self,
+        batch_size: int,
+        *,
+        device: Any = None,
+        depth: int = 2,
+        keys: Any = None,
+        pack_obs_and_next_obs: bool = False,
     ) -> Prefetch[dict[Any, Any]]:
         """Return an endless iterator of samples drawn ahead; see `ReplayBuffer.prefetch`."""
         keys = None if keys is None else tuple(keys)  # an iterator would do for one batch only
-        return Prefetch(lambda: self.sample(batch_size, keys=keys), device=device, depth=depth)
+
+        def sample() -> dict[Any, Any]:
+            return self.sample(batch_size, keys=keys, pack_obs_and_next_obs=pack_obs_and_next_obs)
+
+        return Prefetch(sample, device=device, depth=depth)
 
     @contextmanager
     def _name_source(self, number: int) -> Iterator[None]:

@@ -26,6 +26,7 @@ class Plan:
         skeleton: its structure, with the numbers of the leaves.
         specs: of an item's part of each leaf the shape and the dtype.
         added: those of the selector's keys that are wanted, and their leaves.
+        packed: the pairs of leaves of which the first has the frames of both.
         sized: the shapes, for the last batch size, of the batch's leaves; and whether each is
             small.
     """
@@ -33,6 +34,7 @@ class Plan:
     skeleton: Any
     specs: dict[int, tuple[tuple[int, ...], np.dtype[Any]]]
     added: Sequence[tuple[str, int]] = ()
+    packed: Sequence[tuple[int, int]] = ()
     sized: dict[int, list[tuple[int, tuple[int, ...], np.dtype[Any], bool]]] = field(
         default_factory=dict
     )

@@ -16,7 +16,7 @@ from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
 from edgeml.data.selectors import Selector, UniformSelector
 from edgeml.data.transitions import LANE, Transitions, count_spare_rows, transition_example
-from edgeml.data.tree import Array, fill, leaves_of
+from edgeml.data.tree import Array, fill, leaves_of, prune
 
 __all__ = ["ReplayBuffer", "ReplayBufferDataStore"]
 
@@ -42,7 +42,8 @@ class ReplayBuffer(DataStoreBase):
     fill one buffer in turn, say how many ``lanes`` there are and give each item the key ``lane``,
     from 0: `VectorTransitions` makes such items of gymnasium's vector environments. Of large
     observations (above 1 KiB) each is kept once: what one transition led to, and what the
-    next one started from.
+    next one started from. Where they come as stacks of frames, (T, H, W, C), which move on by one
+    from step to step, each frame is kept once. What is not, byte for byte, the same is kept apart.
 
     Args:
         capacity: how many items are held at most.
@@ -107,7 +108,7 @@ class ReplayBuffer(DataStoreBase):
         self._columns: Columns
         self._transitions: Transitions
         self._added: dict[str, int] = {}  # keys that samples have besides, and their leaves
-        self._plans: dict[Any, Plan] = {}  # by the keys that are wanted
+        self._plans: dict[Any, Plan] = {}  # by the keys that are wanted, and whether packed
         if example is not None:
             self._set_schema(self._make_schema(example))
 
@@ -203,6 +204,7 @@ class ReplayBuffer(DataStoreBase):
         out: dict[Any, Any] | None = None,
         max_policy_lag: int | None = None,
         policy_version: int | None = None,
+        pack_obs_and_next_obs: bool = False,
     ) -> dict[Any, Any]:
         """Draw items with replacement; uniformly, unless the selector does otherwise.
 
@@ -217,6 +219,11 @@ class ReplayBuffer(DataStoreBase):
             max_policy_lag: only items whose ``policy_version`` (a number in each item: of the
                 weights that it was made with) is behind by no more than this.
             policy_version: behind which (default: that of the newest item).
+            pack_obs_and_next_obs: give stacks of frames once for both observations, so that less
+                is moved to a device. Each part of ``observations`` that is a stack in a sample,
+                (batch_size, T, H, W, C) or with more axes, has T + 1 frames, of which the first T
+                are the observation's and the last T the next one's, and is left out of
+                ``next_observations``.
 
         Returns:
             The structure of an item as nested dicts, tuples and lists among it keyed by position
@@ -226,32 +233,37 @@ class ReplayBuffer(DataStoreBase):
         Raises:
             TypeError: batch_size is no integer.
             ValueError: batch_size is below 1; the store is empty, or has nothing that new; an
-                unknown key; ``out`` doesn't fit.
+                unknown key; ``out`` doesn't fit; there are no stacks to pack, or those of an item
+                don't overlap by all but one frame.
         """
         with self.lock:
             batch_size = check_size(batch_size)
-            plan = self._find_plan(keys)
+            plan = self._find_plan(keys, pack_obs_and_next_obs)
             arrays = (
                 plan.make_arrays(batch_size) if out is None else plan.take_arrays(batch_size, out)
             )
             least = self._compute_least_version(max_policy_lag, policy_version)
             rows = self._draw(batch_size, self._rng if rng is None else rng, least)
-            if self._transitions.is_plain:
-                self._columns.take(rows, arrays)
-            else:
-                self._transitions.take(rows, arrays, self._added.get("discounts", -1))
+            discounts = self._added.get("discounts", -1)
+            self._transitions.take(rows, arrays, discounts, plan.packed)
             if plan.added:
                 self._selector.fill_added(rows, {key: arrays[leaf] for key, leaf in plan.added})
             return plan.build(arrays) if out is None else out
 
-    def empty_batch(self, batch_size: int, keys: Iterable[Any] | None = None) -> dict[Any, Any]:
+    def empty_batch(
+        self,
+        batch_size: int,
+        keys: Iterable[Any] | None = None,
+        *,
+        pack_obs_and_next_obs: bool = False,
+    ) -> dict[Any, Any]:
         """Return a batch as `sample` gives it, with anything in it, for its ``out``.
 
         Raises:
             ValueError: as `sample`.
         """
         with self.lock:
-            plan = self._find_plan(keys)
+            plan = self._find_plan(keys, pack_obs_and_next_obs)
             return plan.build(plan.make_arrays(check_size(batch_size)))
 
     def prefetch(
@@ -263,14 +275,29 @@ class ReplayBuffer(DataStoreBase):
             batch_size: how many items each has.
             device: a JAX device, or sharding, to put them on; None for numpy arrays.
             depth: how many are kept ready.
-            options: ``keys``, ``rng`` and the like, for `sample`; no ``out``, as each batch has
-                its own memory.
+            options: ``keys``, ``pack_obs_and_next_obs`` and the like, for `sample`; no ``out``, as
+                each batch has its own memory.
         """
         if options.get("out") is not None:
             raise ValueError("batches drawn ahead have memory of their own: give no out")
         if options.get("keys") is not None:
             options["keys"] = tuple(options["keys"])  # an iterator would do for one batch only
         return Prefetch(lambda: self.sample(batch_size, **options), device=device, depth=depth)
+
+    def get_iterator(
+        self,
+        queue_size: int = 2,
+        sample_args: Mapping[str, Any] | None = None,
+        device: Any = None,
+    ) -> Prefetch[dict[Any, Any]]:
+        """Return what `prefetch` does, under the name and with the arguments that SERL has for it.
+
+        Args:
+            queue_size: how many batches are kept ready.
+            sample_args: for `sample`; ``batch_size`` among them.
+            device: a JAX device, or sharding, to put them on; None for numpy arrays.
+        """
+        return self.prefetch(**(sample_args or {}), device=device, depth=queue_size)
 
     # What checkpoints need ------------------------------------------------------------------
 
@@ -372,12 +399,12 @@ class ReplayBuffer(DataStoreBase):
         leaves = self._columns.split(grabbed, self.allocate)
         return Batch.from_columns(fill(self._schema.skeleton, leaves), first_id)
 
-    def _find_plan(self, keys: Iterable[Any] | None) -> Plan:
+    def _find_plan(self, keys: Iterable[Any] | None, pack: bool) -> Plan:
         if isinstance(keys, str):
             raise ValueError(f"keys are a list of keys, got {keys!r}")
         keys = None if keys is None else tuple(keys)
         try:
-            return self._plans[keys]
+            return self._plans[keys, pack]
         except KeyError:
             pass
         schema = self._schema
@@ -396,9 +423,16 @@ class ReplayBuffer(DataStoreBase):
             if unknown := [key for key in keys if key not in skeleton]:
                 raise ValueError(f"no such keys: {unknown}; there are {list(skeleton)}")
             skeleton = {key: skeleton[key] for key in keys}
+        packed = transitions.find_packed() if pack else []
+        if packed and "observations" not in skeleton:
+            raise ValueError("pack_obs_and_next_obs packs observations: have them among the keys")
+        for leaf, _ in packed:
+            (n, *frame), dtype = specs[leaf]
+            specs[leaf] = (n + 1, *frame), dtype
+        skeleton = prune(skeleton, [following for _, following in packed])
         wanted = {leaf: specs[leaf] for leaf in leaves_of(skeleton, skeleton)}
         added = [(key, skeleton[key]) for key in self._selector.added if key in skeleton]
-        plan = self._plans[keys] = Plan(skeleton, wanted, added)
+        plan = self._plans[keys, pack] = Plan(skeleton, wanted, added, packed)
         return plan
 
     def _compute_least_version(self, lag: int | None, version: int | None) -> int | None:

@@ -23,7 +23,7 @@ __all__ = ["Schema"]
 
 
 class Schema:
-    """The structure of an item, with the shape and dtype of each leaf.
+    """The structure of an item, with the shape, the dtype and the path of each leaf.
 
     Args:
         example: an item.
@@ -42,8 +42,8 @@ class Schema:
         self.keyed: Skeleton = key_by_position(self.skeleton)
         self.shapes: list[tuple[int, ...]] = []
         self.dtypes: list[np.dtype[Any]] = []
-        self._paths = [path_of(keys) for keys in paths_of(self.skeleton)]
-        for path, leaf in zip(self._paths, leaves_of(self.skeleton, example), strict=True):
+        self.paths = [path_of(keys) for keys in paths_of(self.skeleton)]
+        for path, leaf in zip(self.paths, leaves_of(self.skeleton, example), strict=True):
             array = _as_array(leaf)
             if array is None or not is_plain(array.dtype):
                 raise ValueError(f"{path}: expected an array or a number, got {describe(leaf)}")
@@ -116,7 +116,7 @@ class Schema:
                     "example or the first item: give it as a float there, such as 0.0"
                 )
         raise ValueError(
-            f"{self._paths[i]}: expected shape {shape} {dtype}, got {describe(leaf)}{beyond}"
+            f"{self.paths[i]}: expected shape {shape} {dtype}, got {describe(leaf)}{beyond}"
         )
 
 

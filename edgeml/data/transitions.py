@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.data.columns import Columns, Order, as_slice, equal_bytes
+from edgeml.data.columns import Columns, Order, as_slice, equal_bytes, is_stack
 from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
 from edgeml.data.spaces import zeros_of
@@ -95,6 +95,7 @@ class Transitions:
         lanes: int,
     ) -> None:
         leaves = _Leaves.find(schema)
+        self._schema = schema
         self.is_plain = n_step == frame_stack == 1
         if leaves is None and not (self.is_plain and lanes == 1):
             raise ValueError(
@@ -130,6 +131,30 @@ class Transitions:
         if self._stack > 1 and self._leaves and any(leaf in pair for pair in self._leaves.pairs):
             return (self._stack, *shape)
         return shape
+
+    def find_packed(self) -> list[tuple[int, int]]:
+        """Return the pairs of leaves, an observation and the next one, that can be packed.
+
+        Raises:
+            ValueError: there are none; or n_step is such that they don't overlap.
+        """
+        shapes, packed = self._schema.shapes, []
+        for pair in self._leaves.pairs if self._leaves else ():
+            shape = self.shape_of(pair[0], shapes[pair[0]])
+            if is_stack(shape):
+                packed.append(pair)
+                if self._n_step > 1 and shape[0] > 1:
+                    raise ValueError(
+                        "pack_obs_and_next_obs needs stacks that are one frame apart, and those "
+                        f"of n_step={self._n_step} are further: leave it out"
+                    )
+        if not packed:
+            raise ValueError(
+                "pack_obs_and_next_obs needs transitions with stacks of frames, (T, H, W, C), "
+                "among observations and next_observations; make the store with frame_stack=, or "
+                "leave it out"
+            )
+        return packed
 
     # What comes in --------------------------------------------------------------------------
 
@@ -292,19 +317,37 @@ class Transitions:
 
     # What goes out --------------------------------------------------------------------------
 
-    def take(self, index: Array, outs: Mapping[int, Array], added: int) -> None:
+    def take(
+        self,
+        index: Array,
+        outs: Mapping[int, Array],
+        added: int,
+        packed: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Write the transitions that begin in these rows into a batch.
 
         Args:
             index: (n,) rows.
             outs: arrays by the numbers of their leaves.
             added: the leaf of ``discounts``.
+            packed: those of `find_packed` whose first one has the frames of both.
+
+        Raises:
+            ValueError: an item's next observation is not its own one frame on.
         """
         leaves, columns = self._leaves, self.columns
+        if self.is_plain and not packed:
+            columns.take(index, outs)
+            return
         assert leaves is not None
         outs = dict(outs)
         rows, taken = self._look_ahead(index)
         last = rows[-1]
+        for pair in packed:
+            self._take_packed(pair, index, last, outs.pop(pair[0]))
+        if self.is_plain:
+            columns.take(index, outs)
+            return
         if leaves.rewards in outs:
             within = np.arange(self._n_step)[:, None] < taken
             rewards = columns.look(leaves.rewards, rows).astype(np.float64)
@@ -324,6 +367,22 @@ class Transitions:
             columns.take(index, outs)
         if ahead:
             columns.take(last, ahead)
+
+    def _take_packed(self, pair: tuple[int, int], index: Array, last: Array, out: Array) -> None:
+        a, b = pair
+        if self._stack > 1:
+            self.columns.take_stacks(a, self._look_back(index), out, (b, last))
+            return
+        told = self.columns.take_packed(pair, index, last, out)
+        if not told.all():
+            first = int(self._ring.find_ids(index)[np.argmin(told)])
+            raise ValueError(
+                f"{self._schema.paths[b]} of the item {first} does not begin with the frames that "
+                f"{self._schema.paths[a]} ends with, so one array can't tell both: leave out "
+                "pack_obs_and_next_obs, or see to it that all items are made of one stack of "
+                "frames that moves on (next_observations are what the action led to, before a "
+                "reset)"
+            )
 
     def _look_ahead(self, index: Array) -> tuple[Array, Array]:
         """The n rows of each run from these on, (n, B), the last repeated; and how many it has."""

@@ -9,7 +9,7 @@ A namedtuple counts as the dict that it is, which is also how codecs carry it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "nest",
     "path_of",
     "paths_of",
+    "prune",
     "skeleton_of",
     "transpose",
 ]
@@ -202,6 +203,15 @@ def nest(parts: Iterable[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
             raise ValueError(f"the name {name!r} is taken already, or part of another")
         node[last] = value
     return tree
+
+
+def prune(skeleton: Skeleton, leaves: Container[int]) -> Skeleton:
+    """Return a skeleton of dicts without some leaves."""
+    return {
+        key: child if type(child) is int else prune(child, leaves)
+        for key, child in skeleton.items()
+        if type(child) is not int or child not in leaves
+    }
 
 
 def paths_of(skeleton: Skeleton, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -6,19 +6,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edgeml.data import Batch, PrioritizedReplayBuffer, ReplayBuffer
 
 SIDE = 33  # an image of more than 1 KiB, which is kept once
+DEPTH = 3  # frames in a stack that comes as one
+
+Frames = tuple[int, ...]
 
 
-def observation(t: int) -> dict[str, Any]:
-    """One like no other t's; the image repeats itself after 251."""
+def observation(t: int, frames: Frames | None = None) -> dict[str, Any]:
+    """One like no other t's; images repeat themselves after 251.
+
+    Args:
+        t: when it was.
+        frames: of its stack, the oldest first (default: as they come one after the other).
+    """
+    frames = frames or tuple(range(t + 1 - DEPTH, t + 1))
+    stack = np.stack([np.full((SIDE, SIDE, 1), f % 251, np.uint8) for f in frames])
+    stack[:, :-1] = 7  # they differ in their last row only
     return {
         "image": np.full((SIDE, SIDE), t % 251, np.uint8),
         "state": np.array([t, -t], np.float32),
+        "stack": stack,
     }
 
 
@@ -29,10 +42,11 @@ def transition(
     terminated: bool,
     truncated: bool,
     lane: int | None = None,
+    frames: tuple[Frames | None, Frames | None] = (None, None),
 ) -> dict[str, Any]:
     return {
-        "observations": observation(obs),
-        "next_observations": observation(following),
+        "observations": observation(obs, frames[0]),
+        "next_observations": observation(following, frames[1]),
         "actions": np.int64(item_id),
         "rewards": np.float32(item_id % 7 - 2),
         "masks": np.float32(not terminated),
@@ -83,12 +97,13 @@ class Model(RuleBasedStateMachine):
         self.cuts: set[int] = set()  # ids before which there was an interruption
         self.latest = 0
         self.clock = 0
+        self.frames: dict[int, Frames] = {}  # of each observation those in its stack
         self.newest: dict[int, int] = {}  # of each lane the id of its newest item
         self.ended: set[int] = set()  # ids upon which nothing follows
 
     # Inserting ------------------------------------------------------------------------------
 
-    def make_item(self, ending: str, follows: bool, lane: int) -> dict[str, Any]:
+    def make_item(self, ending: str, follows: bool, lane: int, moves_on: bool) -> dict[str, Any]:
         """Return the next item, noted in the model."""
         lane %= self.lanes
         last = self.newest.get(lane, 0)
@@ -98,7 +113,12 @@ class Model(RuleBasedStateMachine):
         else:
             self.clock += 1
             obs = self.clock
+            self.frames[obs] = (obs,) * DEPTH  # as at the start of an episode
         self.clock += 1
+        if moves_on:
+            self.frames[self.clock] = (*self.frames[obs][1:], self.clock)
+        else:
+            self.frames[self.clock] = tuple(self.clock + 100 * place for place in range(DEPTH))
         self.latest += 1
         kept = Kept(obs, self.clock, ending == "terminated", ending != "", lane, 0)
         if before is not None and last not in self.ended:
@@ -115,17 +135,20 @@ class Model(RuleBasedStateMachine):
         kept = self.items[item_id]
         truncated = kept.done and not kept.terminated
         lane = kept.lane if self.lanes > 1 else None
-        return transition(item_id, kept.obs, kept.following, kept.terminated, truncated, lane)
+        frames = self.frames[kept.obs], self.frames[kept.following]
+        ends = kept.terminated, truncated
+        return transition(item_id, kept.obs, kept.following, *ends, lane, frames)
 
     endings = st.sampled_from(["", "", "", "terminated", "truncated"])
-    steps = st.tuples(endings, st.integers(0, 4).map(bool), st.integers(0, 2))
+    mostly = st.integers(0, 4).map(bool)
+    steps = st.tuples(endings, mostly, st.integers(0, 2), mostly)
 
     @rule(step=steps)
-    def insert(self, step: tuple[str, bool, int]) -> None:
+    def insert(self, step: tuple[str, bool, int, bool]) -> None:
         self.store.insert(self.make_item(*step))
 
     @rule(steps=st.lists(steps, max_size=14), columns=st.booleans())
-    def batch_insert(self, steps: list[tuple[str, bool, int]], columns: bool) -> None:
+    def batch_insert(self, steps: list[tuple[str, bool, int, bool]], columns: bool) -> None:
         items = [self.make_item(*step) for step in steps]
         self.store.batch_insert(Batch.of(items) if columns else items)
 
@@ -206,6 +229,37 @@ class Model(RuleBasedStateMachine):
             expected = self.expected(item_id)["next_observations"]
             assert_same(take(out["next_observations"], i), expected)
 
+    @precondition(lambda self: self.held)
+    @rule(n=st.integers(1, 12))
+    def sample_packed(self, n: int) -> None:
+        """One array has the frames of both observations, or it is refused."""
+        if self.n_step > 1:
+            with pytest.raises(ValueError, match="n_step"):
+                self.store.sample(n, pack_obs_and_next_obs=True)
+            return
+        apart = self.frame_stack == 1 and any(map(self.stands_apart, self.held))
+        try:
+            batch = self.store.sample(n, pack_obs_and_next_obs=True)
+        except ValueError:
+            if not apart:
+                raise
+            return
+        for i, item_id in enumerate(batch["actions"].tolist()):
+            expected = self.expected(item_id)
+            now = expected["observations"]["stack"]
+            following = expected["next_observations"].pop("stack")
+            assert (now[1:] == following[:-1]).all()
+            expected["observations"]["stack"] = np.concatenate([now, following[-1:]])
+            assert_same(
+                {key: take(value, i) for key, value in batch.items() if key not in self.added},
+                expected,
+            )
+
+    def stands_apart(self, item_id: int) -> bool:
+        """Whether an item's two stacks have other frames in common than all but one."""
+        kept = self.items[item_id]
+        return self.frames[kept.obs][1:] != self.frames[kept.following][:-1]
+
     added: tuple[str, ...] = ()
 
     def expected(self, item_id: int) -> dict[str, Any]:
@@ -237,7 +291,7 @@ class Model(RuleBasedStateMachine):
             frames.insert(0, self.items[item_id].obs)
         if following is not None:
             frames = [*frames[1:], following]
-        observations = [observation(t) for t in frames]
+        observations = [observation(t, self.frames[t]) for t in frames]
         if self.frame_stack == 1:
             return observations[0]
         return {key: np.stack([o[key] for o in observations]) for key in observations[0]}

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,13 +29,14 @@ from edgeml.data import (
     QueuedDataStore,
     ReplayBuffer,
     ReplayBufferDataStore,
+    checkpoint,
     on_device,
     prefetch,
     transition_example,
 )
 from edgeml.testing import StoreTests
 from pairs import threads, wait_until
-from replay_model import Model, PrioritizedModel, observation, transition
+from replay_model import Model, PrioritizedModel, assert_same, observation, transition
 
 SHAPES = [  # capacity, n_step, frame_stack, lanes
     (5, 1, 1, 1),
@@ -225,6 +227,177 @@ class TestKeepingOnce:
             for key in ("observations", "next_observations"):
                 for name, value in item[key].items():
                     np.testing.assert_array_equal(back[key][name], value)
+
+
+class TestStacks:
+    """Observations that come as stacks of frames; the random histories have the rest."""
+
+    SHAPE = (3, 40, 40, 1)
+
+    def make_items(self, n: int, *, cameras: int = 2) -> list[dict[str, Any]]:
+        """Transitions of one episode, whose first stack repeats a frame."""
+        frames = np.random.default_rng(0).integers(0, 256, (cameras, n + 3, *self.SHAPE[1:]))
+        frames = frames.astype(np.uint8)
+        frames[:, :2] = frames[:, 2:3]
+        stacks = [
+            {f"camera{i}": frames[i, t : t + 3] for i in range(cameras)} for t in range(n + 1)
+        ]
+        return [
+            {
+                "observations": {**stacks[t], "state": np.full((3, 2), t, np.float32)},
+                "next_observations": {**stacks[t + 1], "state": np.full((3, 2), t + 1, np.float32)},
+                "actions": np.int64(t),
+                "rewards": np.float32(t),
+                "masks": np.float32(1),
+                "dones": np.bool_(t == n - 1),
+            }
+            for t in range(n)
+        ]
+
+    @pytest.mark.parametrize("together", [1, 7, 100])
+    def test_a_frame_takes_memory_once(self, together: int) -> None:
+        store, items = ReplayBuffer(50), self.make_items(100)
+        frames = 2 * 40 * 40
+        for _ in range(3):  # round the ring, again and again
+            for first in range(0, 100, together):
+                batch = items[first : first + together]
+                store.insert(batch[0]) if together == 1 else store.batch_insert(batch)
+            # Of each step one; two more where the episode begins; and where the last one led.
+            assert 50 * frames <= store.nbytes - 50 * 100 <= (50 + together + 8) * frames
+        for back, item in zip(store.get_latest_data(0), items[-50:], strict=True):
+            assert_same(back, item)
+
+    def test_two_robots_in_turn_take_it_once_as_well(self) -> None:
+        items = [
+            [{**item, "lane": np.int32(lane)} for item in self.make_items(40)] for lane in (0, 1)
+        ]
+        store = ReplayBuffer(60, lanes=2)
+        store.batch_insert([item for step in zip(*items, strict=True) for item in step])
+        assert store.nbytes < (60 + 60) * 2 * 40 * 40
+        for item in store.get_latest_data(0):
+            assert_same(item, items[item["lane"]][item["actions"]])
+
+    def test_interventions_alone_are_kept_as_they_are(self) -> None:
+        """What a person did in between: pieces of episodes, with gaps."""
+        store, items = ReplayBuffer(100), self.make_items(60)
+        pieces = [*items[3:9], *items[20:21], *items[40:55]]
+        for item in pieces[:8]:
+            store.insert(item)
+        store.batch_insert(pieces[8:])
+        for back, item in zip(store.get_latest_data(0), pieces, strict=True):
+            assert_same(back, item)
+        assert store.nbytes < (len(pieces) + 3 * 3) * 2 * 40 * 40 + 100 * 100
+
+    @pytest.mark.parametrize("which", ["observations", "next_observations"])
+    @pytest.mark.parametrize("place", [0, 1, 2])
+    @pytest.mark.parametrize("together", [False, True])
+    def test_one_byte_that_differs_is_kept(self, which: str, place: int, together: bool) -> None:
+        store, items = ReplayBuffer(10), self.make_items(5)
+        stack = items[2][which]["camera1"] = items[2][which]["camera1"].copy()
+        stack[place, -1, -1] ^= 1
+        if together:
+            store.batch_insert(items)
+        else:
+            for item in items:
+                store.insert(item)
+        for back, item in zip(store.get_latest_data(0), items, strict=True):
+            assert_same(back, item)
+
+    def test_a_checkpoint_brings_them_back_kept_once(self, tmp_path: Path) -> None:
+        store, items = ReplayBuffer(30), self.make_items(70)
+        store.batch_insert(items)
+        checkpoint.save(tmp_path / "saved", stores={"it": store})
+        other = ReplayBuffer(30)
+        checkpoint.load(tmp_path / "saved", {"it": other})
+        assert other.nbytes <= store.nbytes
+        for back, item in zip(other.get_latest_data(0), items[-30:], strict=True):
+            assert_same(back, item)
+
+    def test_both_observations_come_packed(self) -> None:
+        store, items = ReplayBuffer(20), self.make_items(20)
+        store.batch_insert(items)
+        batch = store.sample(50, pack_obs_and_next_obs=True)
+        assert batch.keys() == items[0].keys()
+        assert batch["next_observations"].keys() == {"state"}
+        out = store.empty_batch(50, ["observations", "actions"], pack_obs_and_next_obs=True)
+        only = store.sample(50, keys=list(out), out=out, pack_obs_and_next_obs=True)
+        for packed in batch, only:
+            for key in "camera0", "camera1":
+                assert packed["observations"][key].shape == (50, 4, 40, 40, 1)
+                for t, frames in zip(packed["actions"], packed["observations"][key], strict=True):
+                    np.testing.assert_array_equal(frames[:-1], items[t]["observations"][key])
+                    np.testing.assert_array_equal(frames[1:], items[t]["next_observations"][key])
+        assert (batch["next_observations"]["state"][:, 0, 0] == batch["actions"] + 1).all()
+
+    @pytest.mark.parametrize("side", [40, 5])
+    def test_stacks_of_one_frame_are_packed(self, side: int) -> None:
+        """As HIL-SERL's environments give them; small ones, which lie elsewhere, too."""
+        store = ReplayBuffer(20)
+        for item in self.make_items(20, cameras=1):
+            for which in "observations", "next_observations":
+                item[which] = item[which]["camera0"][-1:, :side, :side]
+            store.insert(item)
+        batch = store.sample(30, pack_obs_and_next_obs=True)
+        assert "next_observations" not in batch, "it was that array alone"
+        apart = {int(item["actions"]): item for item in store.get_latest_data(0)}
+        for t, frames in zip(batch["actions"].tolist(), batch["observations"], strict=True):
+            np.testing.assert_array_equal(frames[:-1], apart[t]["observations"])
+            np.testing.assert_array_equal(frames[1:], apart[t]["next_observations"])
+
+    @pytest.mark.parametrize("side", [40, 5])
+    def test_what_can_not_be_packed_is_said(self, side: int) -> None:
+        items = self.make_items(3, cameras=1)
+        for item in items:
+            for which in "observations", "next_observations":
+                item[which] = {"camera0": item[which]["camera0"][:, :side, :side].copy()}
+        items[1]["next_observations"]["camera0"][0, 1, 1] ^= 1
+        store = ReplayBuffer(20)
+        store.batch_insert(items)
+        error = r"\['next_observations'\]\['camera0'\] of the item 2 does not begin"
+        with pytest.raises(ValueError, match=error):
+            store.sample(50, pack_obs_and_next_obs=True)
+        assert store.sample(50)["observations"]["camera0"].shape == (50, 3, side, side, 1)
+        with pytest.raises(ValueError, match="among the keys"):
+            store.sample(5, keys=["actions"], pack_obs_and_next_obs=True)
+        store = ReplayBuffer(20)
+        store.insert({"x": np.zeros((3, 4, 4, 1))})
+        with pytest.raises(ValueError, match="transitions with stacks"):
+            store.sample(5, pack_obs_and_next_obs=True)
+
+    def test_stacks_of_the_buffer_s_own_are_packed(self) -> None:
+        store = ReplayBuffer(20, frame_stack=2)
+        items = self.make_items(8, cameras=1)
+        for item in items:
+            for which in "observations", "next_observations":
+                item[which] = {"image": item[which]["camera0"][-1], "state": item[which]["state"]}
+        store.batch_insert(items)
+        batch = store.sample(50, pack_obs_and_next_obs=True)
+        for t, frames in zip(batch["actions"], batch["observations"]["image"], strict=True):
+            right = [items[max(0, t - 1)]["observations"], items[t]["observations"]]
+            right.append(items[t]["next_observations"])
+            np.testing.assert_array_equal(frames, [each["image"] for each in right])
+        assert batch["observations"]["state"].shape == (50, 2, 3, 2)
+
+    def test_a_mixture_packs_as_well(self) -> None:
+        stores = ReplayBuffer(20), ReplayBuffer(20)
+        for store in stores:
+            store.batch_insert(self.make_items(20))
+        mixture = Mixture([(stores[0], 0.5), (stores[1], 0.5)])
+        with mixture.prefetch(10, pack_obs_and_next_obs=True) as batches:
+            batch = next(batches)
+        assert batch["observations"]["camera1"].shape == (10, 4, 40, 40, 1)
+        assert batch["next_observations"].keys() == {"state"}
+
+    def test_an_iterator_under_serl_s_name(self) -> None:
+        store = ReplayBuffer(20)
+        store.batch_insert(self.make_items(20))
+        arguments = {"batch_size": 5, "pack_obs_and_next_obs": True}
+        with store.get_iterator(sample_args=arguments, device=jax.devices()[0]) as batches:
+            batch = next(batches)
+            assert isinstance(batch["observations"]["camera0"], jax.Array)
+            assert batch["observations"]["camera0"].shape == (5, 4, 40, 40, 1)
+        with pytest.raises(TypeError, match="batch_size"):
+            store.get_iterator()
 
 
 class TestNSteps:
