@@ -98,7 +98,7 @@ class Client(DoorClient):
             self._talk = Talk(url, additional_headers=headers)
         except InvalidStatus as error:
             raise Refused(f"{error}: {error.response.body!r}") from None
-        except InvalidMessage as error:
+        except (ConnectionClosed, InvalidMessage) as error:
             raise ConnectionError(str(error)) from None
         try:
             kind, _, told = self._talk.ask("hello", {"harness_version": "0", "protocol_version": 1})
