@@ -8,6 +8,7 @@ import itertools
 import json
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -467,7 +468,7 @@ def test_health_is_ok_once_the_server_is_ready_and_clients_wait_until_then() -> 
             with pytest.raises(InvalidStatus) as refused:
                 Talk(url)
             assert refused.value.response.status_code == 503
-            assert json.loads(refused.value.response.body or b"") == told
+            assert b"loading, 25% done: reading weights" in (refused.value.response.body or b"")
         finally:
             go_on.set()
         wait_until(lambda: server.state().state == "ready")
@@ -506,6 +507,29 @@ def test_nothing_is_compressed_whoever_asks() -> None:
     with serving() as server, Talk(server.doors()[0], compression="deflate") as talk:
         assert talk.connection.protocol.extensions == []
         assert talk.act({"x": 1}) == {"x": 1}
+
+
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+
+
+def test_who_greets_and_goes_is_forgotten() -> None:
+    hello = pack({"type": "hello", "payload": {}, "seq": 1})
+    said = HANDSHAKE + bytes([0x82, 0x80 | len(hello)]) + bytes(4) + hello
+    with serving() as server:
+        place = Url.parse(server.doors()[0])
+        for number in range(60):
+            with socket.create_connection((place.host, place.port), PATIENCE) as hasty:
+                hasty.sendall(said)
+                if number % 2:
+                    hasty.recv(1)
+                linger = struct.pack("ii", 1, 0)  # the connection is reset
+                hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        with Talk(place) as talk:
+            assert talk.act({"x": 1}) == {"x": 1}
+        wait_until(lambda: not server.clients())
 
 
 # Keys -------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import msgspec
 from edgeml_websocket.doors import Visit, WebSocketDoor
 
-from edgeml.core import Door, EdgemlError, Guest, Malformed, Overloaded, RemoteError, hookimpl
-from edgeml.core.errors import printable
+from edgeml.core import Door, EdgemlError, Malformed, Overloaded, RemoteError, hookimpl
+from edgeml.core.errors import NotReady, printable
 from edgeml.core.state import ServerState
 from edgeml_vla_eval.codec import Received, read, read_as, read_payload, write, write_action
 from edgeml_vla_eval.specs import describe
@@ -47,10 +47,6 @@ class VlaEvalDoor(WebSocketDoor):
         """See `Door.report`."""
         return {**super().report(), "vla-eval's protocol": str(PROTOCOL_VERSION)}
 
-    def admits(self, state: ServerState) -> bool:
-        """See `WebSocketDoor.admits`. The client tries a connection again, and nothing after it."""
-        return state.state == "ready"
-
     def answer_health(self, state: ServerState) -> tuple[int, str, bytes]:
         """See `WebSocketDoor.answer_health`."""
         ready = state.state == "ready"
@@ -59,27 +55,16 @@ class VlaEvalDoor(WebSocketDoor):
             told = {"status": state.state, "progress": state.progress, "detail": state.detail}
         return 200 if ready else 503, "application/json", json.dumps(told).encode() + b"\n"
 
+    def welcome(self, visit: Visit) -> None:
+        """See `WebSocketDoor.welcome`. The client tries a connection again, and nothing after it."""
+        state = visit.dispatch.state
+        if state.state != "ready":
+            raise NotReady(f"the server is {state}")
+
     async def talk(self, visit: Visit) -> None:
         """See `WebSocketDoor.talk`."""
-        guest: Guest | None = None
-        while True:
-            data = await visit.receive()
-            seq, asked = 0, "message"
-            try:
-                received = read(data)
-                seq, asked = received.seq, printable(received.type, 40)
-                if guest is None:
-                    label = _label(received)
-                    try:
-                        guest = visit.enter(_token(visit.headers), label)
-                    except EdgemlError as error:
-                        await _turn_away(visit, received, error)
-                        return
-                answer = await _answer(visit, guest, received, data)
-            except EdgemlError as error:
-                answer = _tell(error, asked, seq)
-            if answer is not None:
-                await visit.send(answer)
+        while await _exchange(visit):
+            pass  # nothing of a message is kept while the next one is waited for
 
 
 class _Hello(msgspec.Struct):
@@ -97,6 +82,41 @@ class _Start(msgspec.Struct):
     """What is made of the start of an episode."""
 
     recording: _Recording | None = None
+
+
+async def _exchange(visit: Visit) -> bool:
+    """Receive a message, and send what answers it; False if the client is not let in."""
+    data = await visit.receive()
+    seq, asked = 0, "message"
+    try:
+        received = read(data)
+        seq, asked = received.seq, printable(received.type, 40)
+        if not visit.guests:
+            label = _label(received)
+            try:
+                visit.enter(_token(visit.headers), label)
+            except EdgemlError as error:
+                await _turn_away(visit, received, error)
+                return False
+        answer = await _answer(visit, received, data)
+    except EdgemlError as error:
+        answer = _tell(error, asked, seq)
+    if answer is not None:
+        await visit.send(answer)
+    return True
+
+
+async def _turn_away(visit: Visit, first: Received, error: EdgemlError) -> None:
+    """Say why a client isn't let in, and close.
+
+    Of an answer to its hello that is none, the client shows nothing but that; of the reason for
+    which a connection was closed, it shows all.
+    """
+    if first.type != "hello":
+        await visit.send(_tell(error, first.type, first.seq))
+    code = _TRY_AGAIN_LATER if isinstance(error, Overloaded) else _POLICY_VIOLATION
+    reason = f"{type(error).__name__}: {error}".encode()[:_LONGEST_REASON].decode(errors="ignore")
+    await visit.close(code, reason)
 
 
 def _label(first: Received) -> str:
@@ -120,24 +140,10 @@ def _token(headers: Mapping[str, str]) -> str | None:
     return shown.strip() or None
 
 
-async def _turn_away(visit: Visit, first: Received, error: EdgemlError) -> None:
-    """Say why a client isn't let in, and close.
-
-    Of an answer to its hello that is none, the client shows nothing but that; of the reason for
-    which a connection was closed, it shows all.
-    """
-    if first.type != "hello":
-        await visit.send(_tell(error, first.type, first.seq))
-    code = _TRY_AGAIN_LATER if isinstance(error, Overloaded) else _POLICY_VIOLATION
-    reason = f"{type(error).__name__}: {error}".encode()[:_LONGEST_REASON].decode(errors="ignore")
-    await visit.close(code, reason)
-
-
-async def _answer(
-    visit: Visit, guest: Guest, received: Received, data: bytes | str
-) -> bytes | None:
+async def _answer(visit: Visit, received: Received, data: bytes | str) -> bytes | None:
     """Do what a message asks for, and return the answer, if there is one."""
     assert not isinstance(data, str)
+    (guest,) = visit.guests
     match received.type:
         case "observation":
             return await visit.call(

@@ -191,20 +191,12 @@ class WebSocketDoor(Door):
     def answer_health(self, state: ServerState) -> tuple[int, str, bytes]:
         """Return the status, the content type and the body for whoever asks for `health`."""
 
-    def admits(self, state: ServerState) -> bool:
-        """Whether a client is to be let in; else its request is answered as one for `health` is.
-
-        For a protocol whose clients try a connection again that wasn't opened, but nothing later.
-        By default all are let in, and their calls refused while the server isn't ready.
-        """
-        del state
-        return True
-
     def welcome(self, visit: Visit) -> None:
         """Look at a client before its connection is accepted.
 
         An EdgemlError from here is told by HTTP: 401 for PermissionDenied, else 503. So a protocol
-        has this refuse a client that has no words for it.
+        has this refuse a client that has no words for it later, or that tries again only after a
+        connection which wasn't opened.
         """
 
     @abstractmethod
@@ -287,9 +279,8 @@ class _Listener(Endpoint):
             connection, request, self._loop, self._dispatch, self.limits, self._count_dropped
         )
         status, text = 0, ""
-        state = self._dispatch.state
-        if visit.path == self._door.health or not self._door.admits(state):
-            status, kind, body = self._door.answer_health(state)
+        if visit.path == self._door.health:
+            status, kind, body = self._door.answer_health(self._dispatch.state)
             response = http.reject(status, "")
             for name, value in (("Content-Type", kind), ("Content-Length", str(len(body)))):
                 del response.headers[name]
