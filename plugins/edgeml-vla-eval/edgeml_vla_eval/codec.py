@@ -283,8 +283,8 @@ def _said(value: Any, path: Path) -> Any:
         return value.item()
     if isinstance(value, np.ma.MaskedArray):
         raise _refuse(path, "is a MaskedArray: send its .data and its .mask")
-    data = np.ascontiguousarray(value).data
-    return {_ARRAY: True, "data": data, "dtype": dtype.str, "shape": list(value.shape)}
+    array = np.asarray(value, dtype.newbyteorder("<"), order="C")  # as native clients get it
+    return {_ARRAY: True, "data": array.data, "dtype": array.dtype.str, "shape": list(value.shape)}
 
 
 def _refuse(path: Path, why: str) -> NotEncodable:
