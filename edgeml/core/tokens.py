@@ -65,7 +65,12 @@ HEAVY = 4
 
 
 def check(
-    data: bytes, *, nodes: int, nesting: int, keys: Keys, exts: Mapping[int, bool] | None = None
+    data: bytes | bytearray,
+    *,
+    nodes: int,
+    nesting: int,
+    keys: Keys,
+    exts: Mapping[int, bool] | None = None,
 ) -> None:
     """Refuse bytes that would decode to too much, or to what is not allowed.
 
@@ -89,7 +94,9 @@ def check(
         raise Malformed("it ends too early") from None
 
 
-def _walk(data: bytes, nodes: int, nesting: int, keys: Keys, exts: Mapping[int, bool]) -> None:
+def _walk(
+    data: bytes | bytearray, nodes: int, nesting: int, keys: Keys, exts: Mapping[int, bool]
+) -> None:
     stack: list[tuple[int, tuple[list[int], list[int]]]] = []
     values, keyed, many = (_SIZES, _SIZES), (_SIZES, keys.sizes), (_SIZES, TEXT.sizes)
     left, sizes, at = 1, values, 0

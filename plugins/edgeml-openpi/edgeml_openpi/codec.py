@@ -46,7 +46,7 @@ def check_message(data: Data | str, limits: Limits) -> Data:
     """
     if isinstance(data, str):
         raise Malformed("a text: the messages of this protocol are binary, in MessagePack")
-    check(data, nodes=limits.nodes, nesting=limits.nesting, keys=TEXT_OR_BYTES)  # type: ignore[arg-type]
+    check(data, nodes=limits.nodes, nesting=limits.nesting, keys=TEXT_OR_BYTES)
     return data
 
 

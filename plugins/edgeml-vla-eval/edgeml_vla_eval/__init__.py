@@ -22,7 +22,7 @@ from edgeml_websocket.doors import Visit, WebSocketDoor
 from edgeml.core import Door, EdgemlError, Malformed, Overloaded, RemoteError, hookimpl
 from edgeml.core.errors import NotReady, printable
 from edgeml.core.state import ServerState
-from edgeml_vla_eval.codec import Received, read, read_as, read_payload, write, write_action
+from edgeml_vla_eval.codec import Data, Received, read, read_as, read_payload, write, write_action
 from edgeml_vla_eval.specs import describe
 
 __all__ = ["PROTOCOL_VERSION", "VlaEvalDoor"]
@@ -56,7 +56,7 @@ class VlaEvalDoor(WebSocketDoor):
         return 200 if ready else 503, "application/json", json.dumps(told).encode() + b"\n"
 
     def welcome(self, visit: Visit) -> None:
-        """See `WebSocketDoor.welcome`. The client tries a connection again, and nothing after it."""
+        """See `WebSocketDoor.welcome`. A connection the client tries again, and nothing later."""
         state = visit.dispatch.state
         if state.state != "ready":
             raise NotReady(f"the server is {state}")
@@ -140,7 +140,7 @@ def _token(headers: Mapping[str, str]) -> str | None:
     return shown.strip() or None
 
 
-async def _answer(visit: Visit, received: Received, data: bytes | str) -> bytes | None:
+async def _answer(visit: Visit, received: Received, data: Data | str) -> bytes | None:
     """Do what a message asks for, and return the answer, if there is one."""
     assert not isinstance(data, str)
     (guest,) = visit.guests

@@ -31,11 +31,12 @@ from edgeml.core.message import empty, pooled
 from edgeml.core.tokens import TEXT, check
 from edgeml.images import formats
 
-__all__ = ["Received", "read", "read_as", "read_payload", "write", "write_action"]
+__all__ = ["Data", "Received", "read", "read_as", "read_payload", "write", "write_action"]
 
 T = TypeVar("T")
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+Data: TypeAlias = "bytes | bytearray"
 Path: TypeAlias = "tuple[str | int, ...]"
 
 _ARRAY, _IMAGE = "__ndarray__", "__image__"
@@ -71,7 +72,7 @@ class Received(msgspec.Struct):
 _receive = msgspec.msgpack.Decoder(Received).decode
 
 
-def read(data: bytes | str) -> Received:
+def read(data: Data | str) -> Received:
     """Read a message but for its payload.
 
     Raises:
@@ -97,7 +98,7 @@ def read_as(kind: type[T], received: Received) -> T:
         raise Malformed(f"payload: {error}") from None
 
 
-def read_payload(data: bytes, received: Received, limits: Limits = DEFAULT_LIMITS) -> Any:
+def read_payload(data: Data, received: Received, limits: Limits = DEFAULT_LIMITS) -> Any:
     """Decode the payload. Its arrays are read-only; several images take several threads.
 
     Args:
