@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import os
-import socket
 import struct
 import threading
 import time
@@ -16,8 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
+import raw_websocket
 from edgeml.core import Url
 from edgeml.testing import DoorClient, DoorTests, Refused
+from raw_websocket import RawWebSocket
 
 REALTIME = "/v1/realtime/robot/openpi"
 
@@ -56,109 +55,17 @@ def unpack(data: bytes) -> Any:
     return made(msgspec.msgpack.decode(data))
 
 
-class Socket:
-    """A WebSocket, of which everything can be said that can be said of one, and nothing hidden."""
-
-    def __init__(self, port: int, path: str = "/", more: str = "", timeout: float = 10.0) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.code = self.reason = None
-        self._data = b""
-        key = base64.b64encode(os.urandom(16)).decode()
-        self.sock.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-            f"{more}\r\n".encode()
-        )
-        try:
-            while b"\r\n\r\n" not in self._data:
-                self._more()
-            self.head, _, self._data = self._data.partition(b"\r\n\r\n")
-            self.status = int(self.head.split()[1])
-            while self.status != 101:
-                self._more()
-        except ConnectionError:
-            self.sock.close()
-            if not hasattr(self, "status"):
-                raise
-            raise Refused(f"{self.status} {self._data.decode()}") from None
-
-    def _more(self) -> None:
-        data = self.sock.recv(1 << 16)
-        if not data:
-            raise ConnectionError("the connection is over")
-        self._data += data
-
-    def frame(self, kind: int, content: bytes, *, last: bool = True, mask: bool = True) -> bytes:
-        size = len(content)
-        head = bytes(((128 if last else 0) | kind,))
-        marked = 128 if mask else 0
-        if size < 126:
-            head += bytes((marked | size,))
-        elif size < 1 << 16:
-            head += struct.pack("!BH", marked | 126, size)
-        else:
-            head += struct.pack("!BQ", marked | 127, size)
-        if not mask:
-            return head + content
-        key = os.urandom(4)
-        covered = np.frombuffer(content, np.uint8) ^ np.resize(np.frombuffer(key, np.uint8), size)
-        return head + key + covered.tobytes()
-
-    def send(self, content: bytes | str) -> None:
-        text = isinstance(content, str)
-        self.sock.sendall(self.frame(1 if text else 2, content.encode() if text else content))
-
-    def receive(self, timeout: float = 10.0) -> bytes | str:
-        """The next message; raises ConnectionError at the end, of which `code` says why."""
-        self.sock.settimeout(timeout)
-        try:
-            while True:
-                kind, content = self._frame()
-                if kind == 8:
-                    self.code, self.reason = (
-                        struct.unpack("!H", content[:2])[0],
-                        content[2:].decode(),
-                    )
-                    self.sock.sendall(self.frame(8, content[:2]))
-                elif kind in (1, 2):
-                    return content.decode() if kind == 1 else content
-        except TimeoutError:  # not a TimeoutError before Python 3.10
-            raise TimeoutError from None
-
-    def _frame(self) -> tuple[int, bytes]:
-        while len(self._data) < 2:
-            self._more()
-        size, at = self._data[1], 2
-        if size > 125:
-            at = 4 if size == 126 else 10
-            while len(self._data) < at:
-                self._more()
-            size = int.from_bytes(self._data[2:at], "big")
-        while len(self._data) < at + size:
-            self._more()
-        kind, content = self._data[0] & 15, self._data[at : at + size]
-        self._data = self._data[at + size :]
-        return kind, content
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def __enter__(self) -> Socket:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 class OpenpiClient(DoorClient):
     """Written from the description of openpi's dialect."""
 
     path = "/"
 
     def __init__(self, url: Url, token: str | None = None) -> None:
-        more = "" if token is None else f"Authorization: Api-Key {token}\r\n"
-        self.socket = Socket(url.port, self.path, more)
+        more = [] if token is None else [f"Authorization: Api-Key {token}"]
+        try:
+            self.socket = RawWebSocket(url.port, self.path, *more)
+        except raw_websocket.Refused as refused:
+            raise Refused(str(refused)) from None
         try:
             self.metadata = unpack(self.socket.receive())
         except BaseException:

@@ -171,6 +171,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(b"".join(http.data_to_send()))
         if not let_in:
             self._hang_up()
+            self._wait_for_the_end()
             return
         self._take = self._take_frames
         self._host.open(self)
@@ -179,6 +180,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _take_frames(self, data: bytes) -> None:
         at, end = 0, len(data)
+        pongs = []
         while end - at >= 2 and not self._over:
             first, second = data[at], data[at + 1]
             length = second & 127
@@ -198,7 +200,11 @@ class Connection(asyncio.BufferedProtocol):
                 if end < begin + length:
                     break
                 at = begin + length
-                self._control(first & 15, apply_mask(data[begin:at], mask))
+                content = apply_mask(data[begin:at], mask)
+                if first & 15 == _CLOSE:
+                    self._take_close(content)
+                elif first & 15 == _PING:
+                    pongs.append(_head(_PONG, length) + content)
                 continue
             if not self._begin(first, length):
                 return
@@ -211,11 +217,15 @@ class Connection(asyncio.BufferedProtocol):
                 # Memory that isn't zeroed is none until something comes.
                 large = length > _WHOLE
                 self._frame = np.empty(length, np.uint8) if large else bytearray(length)
-                self._room = memoryview(self._frame)
+                self._room = memoryview(self._frame)  # type: ignore[arg-type]
                 self._room[: len(got)] = got
                 self._mask, self._filled, self._clear = mask, 0, 0
                 self._fill(self._frame, len(got))
-        self._rest = b"" if self._over else data[at:]
+        if self._over:
+            return
+        self._rest = data[at:]
+        if pongs:
+            self._answer_pings(b"".join(pongs))
 
     def _begin(self, first: int, length: int) -> bool:
         """Make room for a frame of a message, or end the connection."""
@@ -280,20 +290,23 @@ class Connection(asyncio.BufferedProtocol):
         elif not self._reader.done():
             self._reader.set_result(None)
 
-    def _control(self, kind: int, content: bytes) -> None:
-        if kind == _CLOSE:
-            if not self._closing:
-                self._send_close(content)
-            self._hang_up()
-        elif kind == _PING and not self._closing:
-            if self._full:
-                self._pongs += len(content) + 2
-                if self._pongs > _MOST_PONGS:
-                    text = "it does not read the pongs that it asks for"
-                    self._host.note(self.peer, Overloaded(text))
-                    self._transport.abort()
-                    return
-            self._transport.write(_head(_PONG, len(content)) + content)
+    def _take_close(self, content: bytes) -> None:
+        if not self._closing:
+            self._send_close(content)
+        self._hang_up()
+        self._transport.close()
+
+    def _answer_pings(self, pongs: bytes) -> None:
+        if self._full:
+            self._pongs += len(pongs)
+            if self._pongs > _MOST_PONGS:
+                self._host.note(
+                    self.peer, Overloaded("it does not read the pongs that it asks for")
+                )
+                self._transport.abort()
+                return
+        if not self._closing:
+            self._transport.write(pongs)
 
     @property
     def _half_read(self) -> bool:
@@ -407,6 +420,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._closing:
             self._send_close(code.to_bytes(2, "big") + _cut(str(why)))
         self._hang_up()
+        self._wait_for_the_end()
 
     def _hang_up(self) -> None:
         """Say no more, and let the peer read what was said: what it sends is passed over."""
@@ -414,9 +428,12 @@ class Connection(asyncio.BufferedProtocol):
         self._take = self._pass_over
         self._forget()
         self._transport.resume_reading()
+        self._loop.call_later(_LINGER, self._transport.abort)
+
+    def _wait_for_the_end(self) -> None:
+        """Leave it to the peer to hang up as well: one that still sends would not read the rest."""
         if self._transport.can_write_eof():
             self._transport.write_eof()
-            self._loop.call_later(_LINGER, self._transport.abort)
         else:
             self._transport.close()
 
