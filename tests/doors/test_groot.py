@@ -424,6 +424,32 @@ def test_all_that_wait_are_told_that_the_server_stops():
             stopping.join()
 
 
+def hear_out(sock: Polite) -> None:
+    """Read until the other end has hung up."""
+    with suppress(ConnectionError):
+        while sock.recv(1 << 16):
+            pass
+
+
+def test_of_too_many_connections_those_that_said_nothing_go_first():
+    with served(limits=Limits(connections_per_address=6)) as (server, url), ExitStack() as stack:
+        good = [stack.enter_context(Client(url)) for _ in range(3)]
+        for each in good:
+            each.call({"x": 1})
+        silent = [stack.enter_context(dial(url)) for _ in range(5)]
+        wait_until(lambda: server.stats().get("Overloaded", 0) == 2)
+        for oldest in silent[:2]:
+            hear_out(oldest)
+        late = [stack.enter_context(Client(url)) for _ in range(3)]
+        for each in good + late:
+            assert each.call({"x": 2}) == {"x": 2}
+        assert server.stats()["Overloaded"] == 5
+        with dial(url) as last:  # when all have something to say
+            hear_out(last)
+        for each in good + late:
+            assert each.call({"x": 3}) == {"x": 3}
+
+
 FIRST_NAME = """
 import sys, zmq
 sys.path.insert(0, {plugin!r})

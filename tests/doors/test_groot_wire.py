@@ -96,6 +96,11 @@ def test_scalars():
         assert_same(observe({"x": told})["x"], value)
 
 
+def test_complex_numbers_of_pythons_are_not_taken():
+    with pytest.raises(Malformed, match="complex"):
+        observe({"x": {b"complex": True, b"data": "1+2j"}})
+
+
 def test_headers_of_other_writers():
     data = np.arange(6, dtype="<f4").tobytes()
     for header in (

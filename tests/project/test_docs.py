@@ -92,6 +92,13 @@ PAIRS = [
         ["(4,) Discrete(2)", "an episode of "],
     ),
     Pair(
+        *("docs/guides/groot.md", "groot", 5555),
+        [
+            "{'status': 'ok', 'message': 'Server is running'}",
+            "(1, 16, 7) 0.5\n(1, 16, 7) 1.0\n{}\n{'error': ",
+        ],
+    ),
+    Pair(
         *("docs/guides/vla-eval.md", "vla_eval", 8000),
         [
             "{'actions': {'name': 'actions', 'dims': 7,",
@@ -179,6 +186,7 @@ ALONE = {
     ("docs/security.md", "keys_first.py"): ["I am robot\n", "\nwithout keys: "],
     ("docs/security.md", "keys_limits.py"): ["refused so far: 0"],
     ("docs/security.md", "codec_cloudpickle.py"): ["42"],
+    ("docs/guides/groot.md", "groot_names.py"): ["groot://127.0.0.1:"],
     ("docs/guides/vla-eval.md", "vla_eval_names.py"): ["vla-eval://127.0.0.1:"],
     ("docs/guides/contracts.md", "contract.py"): [
         "50.0 Hz",

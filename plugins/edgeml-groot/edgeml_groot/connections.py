@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import sys
 import time
 from collections import Counter, deque
@@ -33,6 +34,7 @@ _EVENTS = (
 )
 _LITTLE = 1 << 16  # bytes of a message that may lie about, and of answers that may be unread
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TCP = (socket.AF_INET6, socket.SOCK_STREAM, 0)  # said, so that the system need not be asked
 
 
 class Connection:
@@ -118,6 +120,9 @@ class Connections:
         self._forget = forget
         self._by_descriptor: dict[int, Connection] = {}
         self._hosts: Counter[str] = Counter()
+        self._silent: dict[
+            str, deque[Connection]
+        ] = {}  # of each host; those that may not have spoken
         self._failed: int | None = None  # what was said of the handshake that ends next
         self._router = router
         address = f"inproc://{secrets.token_hex(8)}.monitor"
@@ -163,7 +168,7 @@ class Connections:
 
     def _accept(self, descriptor: int) -> None:
         try:
-            with borrow(descriptor) as sock:
+            with borrow(descriptor, _TCP) as sock:
                 if sock.getsockname()[1] != self.port:
                     return  # somebody else's by now
                 made = Connection(descriptor, sock.getpeername())
@@ -173,12 +178,14 @@ class Connections:
         self._by_descriptor[descriptor] = made
         host = made.peer.host
         self._hosts[host] += 1
+        silent = self._silent.setdefault(host, deque())
+        silent.append(made)
+        while silent[0].spoke or silent[0].ending:
+            silent.popleft()  # the last one has just come
         most = self._limits.connections_per_address
         if self._hosts[host] > most:
-            there = [each for each in self if each.peer.host == host and not each.ending]
-            silent = (each for each in there if not each.spoke)  # the oldest of these first
             why = f"it has {most} connections already (Limits.connections_per_address)"
-            self.cut(next(silent, there[-1]), "Overloaded", why)
+            self.cut(silent[0], "Overloaded", why)
 
     def _end(self, descriptor: int) -> None:
         failed, self._failed = self._failed, None
@@ -188,10 +195,11 @@ class Connections:
         host = ended.peer.host
         self._hosts[host] -= 1
         if not self._hosts[host]:
-            del self._hosts[host]
+            del self._hosts[host], self._silent[host]
+        ended.ending, told = True, ended.ending
         ended.release()
         self._forget(ended)
-        if failed is None or ended.ending:
+        if failed is None or told:
             return
         if failed:
             self._note("Malformed", ended.peer, "its handshake is not ZeroMQ's")
@@ -203,7 +211,9 @@ class Connections:
         connection.ending = True
         self._note(kind, connection.peer, why)
         address = connection.address
-        end_connection(connection.descriptor, lambda sock: bool(sock.getpeername() == address))
+        end_connection(
+            connection.descriptor, lambda sock: bool(sock.getpeername() == address), _TCP
+        )
 
     # What is half sent ----------------------------------------------------------------
 
@@ -230,7 +240,7 @@ class Connections:
 
     def _look_at(self, connection: Connection) -> int:
         """Return how many bytes of an unfinished message have come; 0 for few, or too many."""
-        with borrow(connection.descriptor) as sock:
+        with borrow(connection.descriptor, _TCP) as sock:
             idle, received = count_received(sock)
         before, connection.seen = connection.seen, (received, connection.taken)
         under_way = received - connection.taken

@@ -159,6 +159,8 @@ def _restore(value: Any, form: Form) -> Any:
     if b"nd" in value:
         form.inline = True
         return _from_nd(value)
+    if b"complex" in value:
+        raise Malformed("complex numbers are taken in arrays alone")
     return {
         key: _restore(each, form) if type(each) in (dict, list) else each
         for key, each in value.items()
