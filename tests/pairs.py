@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from edgeml.core.client import Client
 from edgeml.core.url import Url
 from edgeml.services.base import ServiceServer
@@ -138,6 +140,14 @@ def run_fresh(program: str, timeout: float = 60.0) -> tuple[str, str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
+
+
+def long_form(suite: type, *prefixes: str, **settings: Any) -> Any:
+    """A suite's tests whose names begin like this, with other settings; slow."""
+    tests = [name for name in dir(suite) if name.startswith("test_")]
+    others = [name for name in tests if not name.startswith(prefixes)]
+    made = type(suite.__name__, (suite,), {**dict.fromkeys(others), **settings})
+    return pytest.mark.slow(pytest.mark.timeout(900)(made))
 
 
 def make_keys(home: Path) -> dict[str, Path]:

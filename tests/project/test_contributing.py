@@ -61,6 +61,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     ("guide", "module", "test"),
     [
         ("write-a-transport", "edgeml_tcp.py", "tests/test_tcp.py"),
+        ("write-a-door", "edgeml_lines.py", "tests/test_lines.py"),
         ("write-a-codec", "edgeml_zlib.py", "tests/test_zlib.py"),
     ],
 )

@@ -201,6 +201,7 @@ ALONE = {
 
 PACKAGES = {  # which test_contributing.py installs and holds to the suites
     "docs/guides/write-a-transport.md": ["edgeml_tcp.py", "tests/test_tcp.py"],
+    "docs/guides/write-a-door.md": ["edgeml_lines.py", "tests/test_lines.py"],
     "docs/guides/write-a-codec.md": ["edgeml_zlib.py", "tests/test_zlib.py"],
     "docs/guides/write-a-store.md": ["recent.py", "test_recent.py"],
 }

@@ -1,8 +1,7 @@
 import socket
 
-import pytest
-
 from edgeml.testing import TransportTests
+from pairs import long_form
 from shm_records import HELLO, record
 
 
@@ -33,14 +32,6 @@ class TestGrpc(TransportTests):
     sees_connections = False
 
 
-def long(suite):
-    """A suite's garbage alone, and ten thousand pieces of it."""
-    tests = [name for name in dir(suite) if name.startswith("test_")]
-    others = [name for name in tests if not name.startswith("test_garbage_")]
-    made = type(suite.__name__, (suite,), {**dict.fromkeys(others), "garbage": 10_000})
-    return pytest.mark.slow(pytest.mark.timeout(900)(made))
-
-
-TestLongZmq = long(TestZmq)
-TestLongShm = long(TestShm)
-TestLongGrpc = long(TestGrpc)
+TestLongZmq = long_form(TestZmq, "test_garbage_", garbage=10_000)
+TestLongShm = long_form(TestShm, "test_garbage_", garbage=10_000)
+TestLongGrpc = long_form(TestGrpc, "test_garbage_", garbage=10_000)
