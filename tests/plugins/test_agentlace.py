@@ -13,8 +13,10 @@ import threading
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import pytest
 from agentlace.action import ActionClient, ActionConfig, ActionServer
@@ -24,6 +26,7 @@ from agentlace.internal import utils, values
 from agentlace.trainer import TrainerClient, TrainerConfig, TrainerServer, TrainerSMInterface
 
 import edgeml
+from edgeml.cli.keygen import make_client_keys, make_server_keys
 from pairs import took, wait_until
 
 # Of the server that listens at all addresses without keys, which these are for.
@@ -496,6 +499,9 @@ class FrozenDict(Mapping[str, Any]):
     def __init__(self, parts: Any) -> None:
         self._parts = dict(parts)
 
+    def unfreeze(self) -> dict[str, Any]:
+        return dict(self._parts)
+
     def __getitem__(self, key: str) -> Any:
         return self._parts[key]
 
@@ -717,6 +723,84 @@ def test_a_client_of_functions_may_be_there_before_its_server() -> None:
     with running(server):
         assert client.call("double", 2) == 4
     client.stop()
+
+
+# Environments -------------------------------------------------------------------------------
+
+
+class Counting(gymnasium.Env[Any, Any]):
+    observation_space = gymnasium.spaces.Dict({"n": gymnasium.spaces.Box(0, 9, (2,), np.float32)})
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.steps = 0
+        return {"n": np.zeros(2, np.float32)}, {"seed": seed}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        observation = {"n": np.full(2, self.steps, np.float32) + action}
+        return (
+            observation,
+            0.5,
+            self.steps == 3,
+            False,
+            {"cycle": np.int32(1), "env": self, "at": State(1, {})},
+        )
+
+
+def test_an_environment_is_stepped_from_afar() -> None:
+    from agentlace.gym_env import GymEnvClient, GymEnvServerWrapper
+
+    with running(GymEnvServerWrapper(Counting(), port=0)) as server:
+        env = GymEnvClient("127.0.0.1", server.port, timeout_ms=5000)
+        assert env.observation_space == Counting.observation_space
+        assert env.action_space == Counting.action_space
+        assert env.reset(seed=3)[1] == {"seed": 3}
+        for number in range(1, 4):
+            observation, reward, done, truncated, info = env.step(np.ones(2, np.float32))
+            observation["n"] -= 1
+            assert observation["n"].tolist() == [number, number]
+            expected = {"cycle": 1, "at": State(1, {})}
+            assert (reward, done, truncated, info) == (0.5, number == 3, False, expected)
+            assert type(info["at"]) is State
+        env.close()
+        assert server.left_out == 3
+
+
+# Keys and transports --------------------------------------------------------------------------
+
+
+def test_who_has_no_key_is_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "keys"
+    make_server_keys(home)
+    make_client_keys(home, "actor")
+    learners, store = QueuedDataStore(10), QueuedDataStore(10)
+    got = queue.Queue[Any]()
+    monkeypatch.setenv("EDGEML_CREDENTIALS", str(home))
+    with trainer({"actor": learners}) as (server, config):
+        monkeypatch.setenv("EDGEML_CREDENTIALS", str(home / "clients" / "actor"))
+        with actor(config, store) as client:
+            client.recv_network_callback(got.put)
+            server.publish_network("weights")
+            assert got.get(timeout=5) == "weights"
+            store.insert(1)
+            assert client.update()
+        monkeypatch.delenv("EDGEML_CREDENTIALS")
+        with pytest.raises(edgeml.EdgemlError):
+            TrainerClient("actor", "127.0.0.1", config)
+    assert len(learners) == 1
+
+
+@pytest.mark.parametrize("name", ["shm", "grpc"])
+def test_the_transport_is_the_environments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEML_TRANSPORT", name)
+    learners, store = QueuedDataStore(10), QueuedDataStore(10)
+    with trainer({"actor": learners}) as (server, config), actor(config, store) as client:
+        assert server._server.url.startswith(f"{name}://")
+        store.insert({"x": np.zeros(1000)})
+        assert client.update()
+    assert len(learners) == 1
 
 
 # Helpers ------------------------------------------------------------------------------------

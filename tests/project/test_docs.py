@@ -92,6 +92,11 @@ PAIRS = [
         ["(4,) Discrete(2)", "an episode of "],
     ),
     Pair(
+        *("docs/guides/agentlace.md", "agentlace", 5555),
+        ["sent: True kept: 100", "answer: {}", "weights (4, 2) of step 1"],
+        ends=True,
+    ),
+    Pair(
         *("docs/guides/groot.md", "groot", 5555),
         [
             "{'status': 'ok', 'message': 'Server is running'}",
@@ -451,8 +456,9 @@ def exists(dotted: str) -> bool:
 
 @functools.cache
 def words_of_the_code() -> set[str]:
-    """All that has a name in the library and its examples."""
-    sources = [*(ROOT / "edgeml").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    """All that has a name in the library, its plugins and its examples."""
+    rooms = ("edgeml", "plugins", "examples")
+    sources = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
     return set(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import gymnasium
 
+from agentlace.internal.ends import ServerBase
+from agentlace.internal.values import LeftOut, unpack
 from edgeml.gym import EnvServer, RemoteEnv
 
 __all__ = ["GymEnvClient", "GymEnvServerWrapper"]
@@ -34,8 +36,34 @@ class GymEnvClient(RemoteEnv):
         del retry_interval
         super().__init__(f"zmq://{host}:{port}", timeout=max(_PATIENCE, timeout_ms / 1000))
 
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; see `gymnasium.Env.reset`."""
+        observation, info = super().reset(**options)
+        return observation, unpack(info)
 
-class GymEnvServerWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take one step; see `gymnasium.Env.step`."""
+        *outcome, info = super().step(action)
+        return (*outcome, unpack(info))
+
+
+class _Sent(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """An environment whose infos have what can be sent, and no more."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], left_out: LeftOut) -> None:
+        super().__init__(env)
+        self._left_out = left_out
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(**options)
+        return observation, self._left_out.keep_rest(info)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        *outcome, info = self.env.step(action)
+        return (*outcome, self._left_out.keep_rest(info))
+
+
+class GymEnvServerWrapper(ServerBase, gymnasium.Wrapper[Any, Any, Any, Any]):
     """Serves an environment to one client at a time, at all addresses of the machine.
 
     Args:
@@ -44,13 +72,11 @@ class GymEnvServerWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], port: int = _PORT) -> None:
-        super().__init__(env)
-        self._server = EnvServer(env, port, "0.0.0.0", "zmq")
+        gymnasium.Wrapper.__init__(self, env)
+        self._left_out = LeftOut()
+        self._server = EnvServer(_Sent(env, self._left_out), port, "0.0.0.0", "zmq")
 
-    def start(self, threaded: bool = False) -> None:
-        """Serve until `stop` or Ctrl-C; in the background with ``threaded``."""
-        self._server.start(threaded)
-
-    def stop(self) -> None:
-        """Stop serving; the environment stays open."""
-        self._server.stop()
+    @property
+    def left_out(self) -> int:
+        """How many parts of infos were left out, since they can't be sent."""
+        return self._left_out.count

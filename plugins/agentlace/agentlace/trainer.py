@@ -31,7 +31,7 @@ class TrainerConfig:
 
     Attributes:
         port_number: where the server listens.
-        broadcast_port: a second port that answers just as well.
+        broadcast_port: a second port that answers just as well; None for none.
         request_types: the names that `TrainerClient.request` may be given; compared.
         rate_limit: requests and updates per second that a client may make; None for any number.
         version: of the two programs' agreement; compared.
@@ -39,7 +39,7 @@ class TrainerConfig:
     """
 
     port_number: int = 5555
-    broadcast_port: int = 5556
+    broadcast_port: int | None = 5556
     request_types: list[str] = field(default_factory=list)
     rate_limit: int | None = None
     version: str = "0.0.2"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,24 +33,34 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 
 def pack(value: Any) -> Any:
     """Return a value with every typed node as a dict that says its type, for `unpack`."""
+    apart = _take_apart(value)
+    if apart is None:
+        return {_TYPE: _JAX, _VALUE: value} if _is_jax(value) else value
+    name, children = apart
+    return _put_together(name, {key: pack(child) for key, child in children})
+
+
+def _take_apart(value: Any) -> tuple[str, list[tuple[Any, Any]]] | None:
+    """The name of a container's type and what is in it, by keys; None of anything else."""
     kind = type(value)
     if kind in _PLAIN or kind is np.ndarray:
-        return value
-    if isinstance(value, dict):
-        packed = {key: pack(child) for key, child in value.items()}
-        return {_TYPE: _DICT, _VALUE: packed} if _TYPE in packed else packed
-    if kind is list or kind is tuple:
-        return kind(map(pack, value))
-    if _is_jax(value):
-        return {_TYPE: _JAX, _VALUE: value}
-    name = _name_of(kind)
-    if name == _FROZEN:
-        return {_TYPE: name, _VALUE: {key: pack(child) for key, child in value.items()}}
+        return None
+    if _name_of(kind) == _FROZEN:
+        return _FROZEN, [*value.unfreeze().items()]  # in which all dicts are plain again
+    if isinstance(value, Mapping):
+        return _DICT, [*value.items()]
     fields = _fields_of(kind)
     if fields is not None:
-        children = {field: pack(getattr(value, field)) for field in fields}
-        return {_TYPE: name, _VALUE: children}
-    return value
+        return _name_of(kind), [(field, getattr(value, field)) for field in fields]
+    if isinstance(value, (list, tuple)):
+        return "list" if isinstance(value, list) else "tuple", [*enumerate(value)]
+    return None
+
+
+def _put_together(name: str, parts: dict[Any, Any]) -> Any:
+    if name == "list" or name == "tuple":
+        return [*parts.values()] if name == "list" else tuple(parts.values())
+    return parts if name == _DICT and _TYPE not in parts else {_TYPE: name, _VALUE: parts}
 
 
 def unpack(value: Any) -> Any:
@@ -105,29 +115,25 @@ _NOTHING = object()
 
 
 def _prune(value: Any, path: str, missing: list[str], deeper: int) -> Any:
-    children: Iterator[tuple[Any, Any]] | None = None
-    if isinstance(value, Mapping):
-        children = iter(value.items())
-    elif isinstance(value, (list, tuple)):
-        children = enumerate(value)
-    if children is None or not deeper:
-        packed = pack(value) if children is None else value
-        if children is None and _is_carried(packed):
+    """Do as `pack`, and leave out what can't be carried, or lies too deep."""
+    apart = _take_apart(value) if deeper else None
+    if apart is None:
+        packed = pack(value) if deeper else value
+        if _is_carried(packed):
             return packed
         missing.append(path or "all of it")
         return _NOTHING
+    name, children = apart
     kept = {}
     for key, child in children:
         where = f"{path}[{key!r}]"
-        if isinstance(value, Mapping) and not _is_carried({key: None}):
+        if not _is_carried({key: None}):
             missing.append(where)
             continue
         pruned = _prune(child, where, missing, deeper - 1)
         if pruned is not _NOTHING:
             kept[key] = pruned
-    if isinstance(value, Mapping):
-        return {_TYPE: _DICT, _VALUE: kept} if _TYPE in kept else kept
-    return list(kept.values()) if isinstance(value, list) else tuple(kept.values())
+    return _put_together(name, kept)
 
 
 def _is_carried(value: Any) -> bool:
@@ -140,10 +146,10 @@ def _is_carried(value: Any) -> bool:
 
 def _depth(value: Any, most: int = _DEEPEST + 1) -> int:
     """How deep containers lie in one another, up to ``most``: one may even contain itself."""
-    if not most or not isinstance(value, (Mapping, list, tuple)):
+    apart = _take_apart(value) if most else None
+    if apart is None:
         return 0
-    children = value.values() if isinstance(value, Mapping) else value
-    return 1 + max((_depth(child, most - 1) for child in children), default=0)
+    return 1 + max((_depth(child, most - 1) for _, child in apart[1]), default=0)
 
 
 def _is_jax(value: Any) -> bool:
