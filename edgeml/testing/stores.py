@@ -328,6 +328,28 @@ class StoreTests:
         for item, right in zip(other.get_latest_data(0), expected, strict=True):
             assert _same(item, right)
 
+    @pytest.mark.parametrize("sizes", [[1] * 12, [12], [1, 4, 1, 1, 5]])
+    def test_stacks_of_frames_stay_each_item_s_own(self, sizes: list[int], tmp_path: Path) -> None:
+        """What items seem to have in common may be kept once, but comes back as it was of each."""
+        store, items = self.make_store(5), _make_stacked()
+        try:
+            self.make_store(5).insert(items[0])
+        except ValueError:
+            pytest.skip("it takes no transitions with stacks of frames")
+        last = 0
+        for size in sizes:
+            batch = items[last : last + size]
+            store.insert(batch[0]) if size == 1 else store.batch_insert(Batch.of(batch))
+            last += size
+            held = items[max(0, last - 5) : last]
+            for back, item in zip(store.get_latest_data(0), held, strict=True):
+                assert _same(back, item)
+        checkpoint.save(tmp_path / "saved", stores={"it": store})
+        other = self.make_store(5)
+        checkpoint.load(tmp_path / "saved", {"it": other})
+        for back, item in zip(other.get_latest_data(0), items[-5:], strict=True):
+            assert _same(back, item)
+
     @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
     def test_it_says_what_to_do_instead_of_pickling(self, copied: Callable[[Any], Any]) -> None:
         """A process that is spawned gets no store with its arguments: it makes its own."""
@@ -415,6 +437,28 @@ class StoreTests:
         held = list(store.get_latest_data(0))
         for i in [0, 1, n - 1, n, n + 1, 2 * n - 1]:
             assert sum(_same(item, self.make_item(i)) for item in held) == 1, f"item {i} is lost"
+
+
+def _make_stacked() -> list[Any]:
+    """Transitions with stacks of three frames, which move on by one, or don't, or not wholly."""
+    frames = np.arange(15, dtype=np.uint8)[:, None, None, None] * np.ones((40, 40, 1), np.uint8)
+    frames[:, 0] = 0  # where they begin they are the same
+    items = [
+        {
+            "observations": frames[t : t + 3].copy(),
+            "next_observations": frames[t + 1 : t + 4].copy(),
+            "rewards": float(t),
+            "masks": 1.0,
+            "dones": t == 6,
+        }
+        for t in range(12)
+    ]
+    items[2]["next_observations"][0, -1, -1] += 1  # the item's own second frame, but for a byte
+    items[4]["observations"][2, -1, -1] += 1  # the one that the item before led to, likewise
+    items[7]["observations"][:] = items[7]["observations"][2]  # an episode begins with one frame
+    items[8] = {**items[8], "observations": items[5]["observations"]}  # an item is missing, say
+    items[10]["next_observations"] = items[1]["next_observations"]
+    return items
 
 
 def _use(store: DataStoreBase, items: list[Any]) -> None:

@@ -267,6 +267,20 @@ class TestStacks:
         for back, item in zip(store.get_latest_data(0), items[-50:], strict=True):
             assert_same(back, item)
 
+    @pytest.mark.parametrize("together", [1, 3, 20])
+    def test_memory_is_used_again(self, together: int) -> None:
+        """Also where stacks don't overlap, and episodes are short."""
+        store, items = ReplayBuffer(10), self.make_items(4, cameras=1)
+        items[1]["next_observations"]["camera0"] = items[3]["observations"]["camera0"]
+        sizes = []
+        for _ in range(10):
+            store.interrupt()
+            for first in range(0, 100, together):
+                batch = [items[i % 4] for i in range(first, min(100, first + together))]
+                store.insert(batch[0]) if together == 1 else store.batch_insert(batch)
+            sizes.append(store.nbytes)
+        assert sizes[1] == sizes[-1]
+
     def test_two_robots_in_turn_take_it_once_as_well(self) -> None:
         items = [
             [{**item, "lane": np.int32(lane)} for item in self.make_items(40)] for lane in (0, 1)

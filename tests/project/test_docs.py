@@ -136,6 +136,10 @@ ALONE = {
         "2.9701",
         "an observation is kept once: True",
     ],
+    ("docs/tutorials/replay.md", "replay_stacks.py"): [
+        "a frame is kept once: True",
+        "(256, 4, 64, 64, 3) False",
+    ],
     ("docs/tutorials/replay.md", "replay_vector.py"): ["(32,) breaks 0"],
     ("docs/tutorials/replay.md", "replay_lag.py"): ["the oldest: True"],
     ("docs/tutorials/trajectories.md", "sequences.py"): [
