@@ -1,5 +1,6 @@
 """What importing costs, and which way imports point."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -171,6 +172,21 @@ def test_a_copy_keeps_the_rules_too(lint):
         ("core/dispatch.py", "import edgeml.core.wire"),
         ("core/dispatch.py", "import edgeml.core.server"),
         ("core/carrier.py", "import edgeml.core.transport"),
+        ("core/dispatch.py", "import edgeml.core.guests"),
+        ("core/dispatch.py", "import edgeml.core.door"),
+        ("core/door.py", "import edgeml.core.dispatch"),
+        ("core/door.py", "import edgeml.core.guests"),
+        ("core/guests.py", "import edgeml.core.wire"),
+        ("core/guests.py", "import edgeml.core.server"),
+        ("core/server.py", "import edgeml_openpi"),
+        ("services/inference.py", "import edgeml_groot.endpoint"),
+        ("services/inference.py", "import agentlace"),
+        ("cli/doctor.py", "import edgeml_vla_eval"),
+        ("cli/plugins.py", "import edgeml_websocket.doors"),
+        ("testing/doors.py", "import edgeml_openpi.codec"),
+        ("testing/doors.py", "import websockets"),
+        ("testing/doors.py", "import zmq"),
+        ("transports/zmq/__init__.py", "import edgeml_groot"),
         ("core/session.py", "import edgeml.core.client"),
         ("core/session.py", "import edgeml.core.streams"),
         ("data/base.py", "import edgeml.services"),
@@ -243,3 +259,57 @@ def test_an_import_that_points_the_wrong_way_is_caught(copy, lint, module, wrong
     assert "BROKEN" in output, output
     culprit = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     assert f"edgeml.{culprit} " in output, output
+
+
+# What doors know --------------------------------------------------------------------------
+
+
+def doors() -> list[Path]:
+    """The folders of the plugins that are doors, and of what these stand on."""
+    found = (path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+    return sorted(each for each in found if "edgeml.doors" in (each / "pyproject.toml").read_text())
+
+
+def modules_of(name: str, code: str) -> list[str]:
+    """What a module imports, in functions too."""
+    found = []
+    for node in ast.walk(ast.parse(code, name)):
+        if isinstance(node, ast.Import):
+            found += [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
+def strays(name: str, code: str) -> list[str]:
+    """What a door's module imports that doors are not to know."""
+    return [
+        each
+        for each in modules_of(name, code)
+        if each.split(".")[0] == "edgeml" and each.split(".")[1:2] not in (["core"], ["images"])
+    ]
+
+
+def test_there_are_doors():
+    assert {"edgeml-groot", "edgeml-openpi", "edgeml-vla-eval"} <= {each.name for each in doors()}
+
+
+@pytest.mark.parametrize("door", doors(), ids=lambda door: door.name)
+def test_a_door_knows_core_and_images_alone(door):
+    for path in door.glob("edgeml_*/**/*.py"):
+        assert strays(path.name, path.read_text()) == [], path
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "import edgeml",
+        "from edgeml import InferenceServer",
+        "import edgeml.services",
+        "def later():\n    from edgeml.transports.zmq import ZmqTransport",
+        "import edgeml.corelike",
+        "from edgeml.data import Batch",
+    ],
+)
+def test_a_door_that_knows_more_is_caught(wrong):
+    assert strays("door.py", f"from edgeml.core import Door\n{wrong}\n") != []
