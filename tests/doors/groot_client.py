@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from edgeml.core import Url
-from edgeml.testing.doors import DoorClient, Refused
+from edgeml.testing import DoorClient, Refused
 
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
 _READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"

@@ -15,10 +15,10 @@ import zmq
 
 from edgeml import Feature, InferenceServer, Limits, PolicyContract
 from edgeml.core import Url, plugins
-from edgeml.testing.doors import DoorTests, Refused
+from edgeml.testing import DoorTests, Refused
 from edgeml.testing.ends import resident_memory
 from groot_client import Client, Polite, Wire, dial, pack, unpack
-from pairs import make_keys, run_fresh, took, wait_until
+from pairs import long_form, make_keys, run_fresh, took, wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,6 +100,11 @@ class TestGroot(DoorTests):
         }
 
 
+TestLongGroot = long_form(
+    TestGroot, "test_mutated_", "test_garbage_", mutations=10_000, garbage=10_000
+)
+
+
 # REP's ways --------------------------------------------------------------------------------
 
 
@@ -175,6 +180,18 @@ def test_what_is_no_request_of_a_reqs_is_told_so(echo, frames, front, missing):
         assert came == front
         peer.send_multipart([b"", asking(x=2)])
         assert unpack(peer.recv_multipart()[1]) == {"x": 2}
+
+
+def test_a_client_of_a_libzmq_of_old_is_told_so(echo):
+    greeting = b"\xff" + bytes(8) + b"\x7f\x01\x03" + b"\0\0"  # ZMTP 2, a REQ without a name
+    with dial(echo) as old:
+        old.sendall(greeting + b"\x01\0" + b"\0\x01\x80")
+        heard = b""
+        while b"ZMTP 3" not in heard:
+            heard += old.recv(4096)
+    with zmq_peer(zmq.REQ, echo) as peer:
+        peer.send(asking(x=1))
+        assert unpack(peer.recv()) == {"x": 1}
 
 
 def test_what_one_client_asks_at_once_is_answered_in_order():

@@ -271,7 +271,11 @@ class GrootEndpoint(Endpoint):
             address, wrong = (routing_id, b""), "a shorter return address"
         elif end + 2 != len(frames):
             wrong = "exactly one frame after the empty one"
-        connection = self._connections.find(int(frames[0].get(zmq.SRCFD)), address)
+        connection: Connection | None
+        try:
+            connection = self._connections.find(int(frames[0].get(zmq.SRCFD)), address)
+        except zmq.ZMQError:  # of such old ones libzmq tells nothing else
+            connection, wrong = Connection(-1, ("an old client", 0)), "ZMTP 3, as of libzmq 4"
         if connection is None:
             self.dropped += 1  # who sent it has gone, and nobody reads an answer
             return
