@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import logging
 import queue
+import re
 import socket
 import sys
 import threading
@@ -27,10 +28,7 @@ from agentlace.trainer import TrainerClient, TrainerConfig, TrainerServer, Train
 
 import edgeml
 from edgeml.cli.keygen import make_client_keys, make_server_keys
-from pairs import took, wait_until
-
-# Of the server that listens at all addresses without keys, which these are for.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+from pairs import ROOT, took, wait_until
 
 
 @contextmanager
@@ -352,11 +350,29 @@ def test_a_store_that_inserts_batches_by_itself_does_so() -> None:
 def test_edgemls_own_stores_do_at_both_ends() -> None:
     learners = edgeml.data.ReplayBuffer(10)
     store = edgeml.data.QueuedDataStore(10)
+    store.insert({"x": 0.0})
     with trainer({"actor": learners}) as (_, config), actor(config, store) as client:
         store.insert({"x": 1.0})
         assert client.update()
-        assert len(learners) == 1
-        assert learners.get_latest_data(0).cuts == ()
+        assert learners.get_latest_data(0).columns["x"].tolist() == [0, 1]
+        assert len(store) == 0  # these let go of what has arrived
+        assert client.stats()["items_lost"] == 0
+
+
+def test_items_that_come_during_updates_arrive_once_and_in_order() -> None:
+    learners, store = QueuedDataStore(20_000), QueuedDataStore(20_000)
+
+    def insert_all() -> None:
+        for number in range(10_000):
+            store.insert({"x": number})
+
+    inserting = threading.Thread(target=insert_all)
+    with trainer({"actor": learners}) as (_, config), actor(config, store) as client:
+        inserting.start()
+        while inserting.is_alive():
+            assert client.update()
+        assert client.update()
+    assert [item["x"] for item in learners.get_latest_data(-1)] == [*range(10_000)]
 
 
 def test_several_stores_are_sent_by_their_names() -> None:
@@ -801,6 +817,12 @@ def test_the_transport_is_the_environments(name: str, monkeypatch: pytest.Monkey
         store.insert({"x": np.zeros(1000)})
         assert client.update()
     assert len(learners) == 1
+
+
+def test_nothing_knows_of_pickles() -> None:
+    for path in (ROOT / "plugins" / "agentlace" / "agentlace").rglob("*.py"):
+        imported = re.findall(r"^ *(?:import|from) ([\w.]+)", path.read_text(), re.MULTILINE)
+        assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & {*imported}, path
 
 
 # Helpers ------------------------------------------------------------------------------------

@@ -232,6 +232,49 @@ def test_batches_are_frozen_where_flax_is_there(monkeypatch: pytest.MonkeyPatch)
     assert store.sample(2)[0] == "frozen"
 
 
+@pytest.mark.parametrize("n_frames", [1, 3])
+def test_frames_of_both_observations_come_in_one_array(n_frames: int) -> None:
+    space = gymnasium.spaces.Dict(
+        {
+            "state": gymnasium.spaces.Box(-1, 1, (n_frames, 4), np.float64),
+            "wrist": gymnasium.spaces.Box(0, 255, (n_frames, 32, 32, 3), np.uint8),
+        }
+    )
+    store = MemoryEfficientReplayBufferDataStore(
+        space, ACTIONS, 300, image_keys=("wrist",), include_grasp_penalty=True
+    )
+    for _ in range(4):
+        frames = [np.random.randint(0, 255, (32, 32, 3), np.uint8)] * n_frames
+        for number in range(20):
+            observations = {"state": np.full((n_frames, 4), number), "wrist": np.stack(frames)}
+            frames = [*frames[1:], np.random.randint(0, 255, (32, 32, 3), np.uint8)]
+            following = {"state": np.full((n_frames, 4), number + 1), "wrist": np.stack(frames)}
+            store.insert(
+                {
+                    "observations": observations,
+                    "next_observations": following,
+                    "actions": np.zeros(2),
+                    "rewards": 0.0,
+                    "masks": 1.0,
+                    "dones": number == 19,
+                    "grasp_penalty": -0.1,
+                }
+            )
+    held = store.get_latest_data(0)
+    packed = store.sample(batch_size=64, pack_obs_and_next_obs=True)
+    assert packed["observations"]["wrist"].shape == (64, n_frames + 1, 32, 32, 3)
+    assert set(packed["next_observations"]) == {"state"}
+    whole = {
+        np.concatenate(
+            (item["observations"]["wrist"], item["next_observations"]["wrist"][-1:])
+        ).tobytes()
+        for item in held
+    }
+    assert {stack.tobytes() for stack in packed["observations"]["wrist"]} <= whole
+    frame = 32 * 32 * 3
+    assert store.nbytes < 300 * frame * 2.5  # however many frames a stack has
+
+
 def test_image_keys_name_observations() -> None:
     with pytest.raises(KeyError, match="wrist"):
         MemoryEfficientReplayBufferDataStore(SPACES, ACTIONS, 10, image_keys=("wrist",))

@@ -218,7 +218,7 @@ learner(make_agent(), replay_buffer, None,
 """
 
 
-@pytest.mark.parametrize(("kind", "program"), [("serl", SERL_LEARNER)])
+@pytest.mark.parametrize(("kind", "program"), [("hil", HIL_LEARNER), ("serl", SERL_LEARNER)])
 def test_actor_and_learner_run_unchanged(kind: str, program: str) -> None:
     with socket.socket() as first, socket.socket() as second:
         for each in (first, second):

@@ -109,6 +109,12 @@ def test_their_own_tests_pass(plugin: str, place: Path, python: Path) -> None:
     assert "failed" not in printed
 
 
+def test_what_stands_in_for_agentlace_is_imported_by_its_name(place: Path, python: Path) -> None:
+    command = [python, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"]
+    printed = run([*command, place / "plugins" / "agentlace" / "tests"], place)
+    assert "1 passed" in printed
+
+
 @pytest.mark.parametrize(
     "module", ["edgeml-websocket/edgeml_websocket/__init__.py", "edgeml-json/edgeml_json.py"]
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import edgeml
-from agentlace.internal.adapters import Inlet, Outlet
+from agentlace.internal.adapters import Inlet, Outlet, as_sent
 from agentlace.internal.ends import ServerBase, answer_or_none
 from agentlace.internal.published import COUNT, Counted, news_for
 from agentlace.internal.values import LeftOut, unpack
@@ -206,7 +206,7 @@ class TrainerClient:
         self._requested = -math.inf  # when, by time.monotonic
         self._updating = False
         stores = self.data_stores_map if data_store is None else {name: data_store}
-        self._outlets = {name: Outlet(store, self._left_out) for name, store in stores.items()}
+        self._outlets = {name: as_sent(store, self._left_out) for name, store in stores.items()}
         self._client = edgeml.TrainerClient(
             name,
             server_ip,
@@ -243,9 +243,12 @@ class TrainerClient:
         return self.update()
 
     def get_server_last_update_id(self, name: str) -> int | None:
-        """Return the store's id up to which the learner is known to have it; -1 for nothing."""
+        """Return the store's id up to which the learner is known to have it; -1 for nothing.
+
+        None if there is no such store, or it is one of edgeml's.
+        """
         outlet = self._outlets.get(name)
-        return None if outlet is None else outlet.acknowledged
+        return outlet.acknowledged if isinstance(outlet, Outlet) else None
 
     def request(self, type: str, payload: Any) -> Any:
         """Ask the learner something; returns its answer.

@@ -100,8 +100,7 @@ class ReplayBufferDataStore(edgeml.data.ReplayBuffer):
         """
         if indx is not None:
             raise NotImplementedError("transitions can't be named: leave indx out")
-        options: dict[str, Any] = {"pack_obs_and_next_obs": True} if pack_obs_and_next_obs else {}
-        batch = super().sample(batch_size, keys=keys, **options)
+        batch = super().sample(batch_size, keys=keys, pack_obs_and_next_obs=pack_obs_and_next_obs)
         flax = sys.modules.get("flax.core.frozen_dict")
         return batch if flax is None else flax.freeze(batch)
 
@@ -118,12 +117,11 @@ class ReplayBufferDataStore(edgeml.data.ReplayBuffer):
             sample_args: for `sample`, ``batch_size`` among them.
             device: JAX's, or a sharding (default: JAX's default device).
         """
-        arguments = dict(sample_args or {})
         if device is None:
             import jax
 
             device = jax.devices()[0]
-        return Prefetch(lambda: self.sample(**arguments), device=device, depth=queue_size)
+        return super().get_iterator(queue_size, sample_args, device)
 
 
 class MemoryEfficientReplayBufferDataStore(ReplayBufferDataStore):

@@ -10,7 +10,7 @@ from agentlace.data.data_store import DataStoreBase
 from agentlace.internal.values import LeftOut, unpack
 from edgeml.data import Batch
 
-__all__ = ["Inlet", "Outlet"]
+__all__ = ["Inlet", "Outlet", "as_sent"]
 
 _ATTEMPTS = 100  # to read a store between two inserts of another thread
 
@@ -128,6 +128,11 @@ class Outlet(edgeml.data.DataStoreBase):
     def release(self, up_to_id: int) -> None:
         """Note how far the learner is; the store keeps its items for one that starts anew."""
         self.acknowledged = up_to_id - self._shift
+
+
+def as_sent(store: Any, left_out: LeftOut) -> edgeml.data.DataStoreBase:
+    """Return an actor's store as edgeml's client wants to have it; its own are that already."""
+    return store if isinstance(store, edgeml.data.DataStoreBase) else Outlet(store, left_out)
 
 
 def _is_edgemls(store: Any) -> bool:
