@@ -104,6 +104,10 @@ PAIRS = [
         ],
     ),
     Pair(
+        *("docs/guides/openpi.md", "openpi", 8000),
+        ["metadata {}", "[16, 8] 2.0\n[16, 8] 2.0\n", "['infer_ms', 'prev_total_ms']"],
+    ),
+    Pair(
         *("docs/guides/vla-eval.md", "vla_eval", 8000),
         [
             "{'actions': {'name': 'actions', 'dims': 7,",
@@ -196,6 +200,7 @@ ALONE = {
     ("docs/security.md", "keys_limits.py"): ["refused so far: 0"],
     ("docs/security.md", "codec_cloudpickle.py"): ["42"],
     ("docs/guides/groot.md", "groot_names.py"): ["groot://127.0.0.1:"],
+    ("docs/guides/openpi.md", "openpi_names.py"): ["openpi://127.0.0.1:"],
     ("docs/guides/vla-eval.md", "vla_eval_names.py"): ["vla-eval://127.0.0.1:"],
     ("docs/guides/contracts.md", "contract.py"): [
         "50.0 Hz",
@@ -466,7 +471,9 @@ def words_of_the_code() -> set[str]:
     return set(re.findall(r"\w+", "\n".join(path.read_text() for path in sources)))
 
 
-ELSEWHERE = {"print", "bytes", "builder_from_directory", "devices", "DataLoader"}
+ELSEWHERE = {"print", "bytes", "builder_from_directory", "devices", "DataLoader"} | {
+    *("WebsocketClientPolicy", "infer", "api_key"),
+}
 
 
 @pytest.mark.parametrize("page", ["README.md", *(n for n in TODAY if n.startswith("docs/"))])

@@ -79,8 +79,9 @@ async def _talk(visit: Visit) -> None:
             await visit.send(_tell(error))
             await visit.close(_FAILED, "the frame before this says what failed")
             return
-        del message, timed  # or it lives until the next one comes
+        del message, timed  # or they live until the next one comes
         await visit.send(answer)
+        del answer
         previous = time.monotonic() - began
 
 
@@ -101,7 +102,8 @@ class _Timed:
 
     def decode(self) -> Any:
         """Return the observation; what is timed begins."""
-        observation = read(self._message, self._limits)
+        message, self._message = self._message, b""  # it may take long now
+        observation = read(message, self._limits)
         self._began = time.monotonic()
         return observation
 
@@ -143,8 +145,9 @@ async def _talk_of_sessions(visit: Visit) -> None:
             answer = await _answer(visit, session, message)
         except EdgemlError as error:
             answer = write({"type": "error", "message": _name(error)[:_MOST_TEXT]})
-        del message
+        del message  # or it lives until the next one comes
         await visit.send(answer)
+        del answer
 
 
 async def _answer(visit: Visit, session: _Session, message: Data | str) -> bytes:
