@@ -145,7 +145,7 @@ def test_two_sides_that_would_wait_for_each_other_are_told_so(run: Any) -> None:
 
 
 def test_the_defaults_give_no_warnings_and_a_history(run: Any) -> None:
-    with run("--max_steps=4000") as both:
+    with run("--max_steps=4000", JAX_ENABLE_COMPILATION_CACHE="false") as both:
         printed = both.end()
     assert not re.search("warn|deprecat", printed, re.IGNORECASE), printed
     assert re.search(r"(?m)^actor: [\d,]+/4,000 steps, [\d,]+ steps/s, \d+ s left", printed)

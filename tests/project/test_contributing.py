@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,11 @@ def run(where: Path, *arguments: str | Path, path: Path | None = None) -> str:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=where,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*places, str(ROOT)])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*places, str(ROOT)]),
+            "MYPYPATH": str(ROOT),
+        },
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,16 +47,11 @@ def run(where: Path, *arguments: str | Path, path: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="session")
-def check(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """Checks format and types, with what mypy once found out about edgeml."""
-    cache = tmp_path_factory.mktemp("mypy")
-
-    def check(where: Path, *names: str) -> None:
-        run(where, "ruff", "format", "--check", "--line-length=100", *names)
-        run(where, "mypy", "--strict", "--cache-dir", cache, *names)
-
-    return check
+def check(where: Path, *names: str) -> None:
+    """Check format and types, as the checkout's are, and with what mypy once found out of it."""
+    run(where, "ruff", "format", "--check", "--line-length=100", *names)
+    known = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
+    run(where, "mypy", "--strict", *known, *names)
 
 
 @pytest.mark.timeout(300)  # it is a suite of a hundred tests
@@ -66,7 +64,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     ],
 )
 def test_the_package_of_an_afternoon_passes_the_suite(
-    guide: str, module: str, test: str, tmp_path: Path, check: Callable[..., None]
+    guide: str, module: str, test: str, tmp_path: Path
 ) -> None:
     files = files_of(guide)
     assert sorted(files) == sorted([module, "pyproject.toml", test])
@@ -80,7 +78,7 @@ def test_the_package_of_an_afternoon_passes_the_suite(
     check(package, module)
 
 
-def test_the_store_passes_the_suite(tmp_path: Path, check: Callable[..., None]) -> None:
+def test_the_store_passes_the_suite(tmp_path: Path) -> None:
     files = files_of("write-a-store")
     assert sorted(files) == ["recent.py", "test_recent.py"]
     write(tmp_path, files)
