@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PATIENCE = 30.0  # seconds; what is waited for takes a second or two on an idle machine
+PATIENCE = 60.0  # seconds; what is waited for takes a second or two on an idle machine
 
 
 class Example:
