@@ -813,7 +813,7 @@ def test_the_transport_is_the_environments(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("EDGEML_TRANSPORT", name)
     learners, store = QueuedDataStore(10), QueuedDataStore(10)
     with trainer({"actor": learners}) as (server, config), actor(config, store) as client:
-        assert server._server.url.startswith(f"{name}://")
+        assert server.url.startswith(f"{name}://")
         store.insert({"x": np.zeros(1000)})
         assert client.update()
     assert len(learners) == 1

@@ -121,6 +121,7 @@ def test_a_plugins_wheel_holds_its_modules_alone(plugin: Path, tmp_path: Path) -
     tree = tmp_path / plugin.name
     shutil.copytree(plugin, tree, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "token").write_text("secret")
+    (tree / "tests").mkdir(exist_ok=True)
     (tree / "tests" / "key.pem").write_text("secret")
     sdist, wheel = build(tree, tmp_path / "dist")
     modules = {str(path.relative_to(plugin)) for path in plugin.rglob("*.py")}

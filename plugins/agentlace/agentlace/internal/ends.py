@@ -33,6 +33,11 @@ class ServerBase:
         """Where it listens since the start, also where the configuration's port is 0, for any."""
         return self._server.port
 
+    @property
+    def url(self) -> str:
+        """Where clients reach it, and by which transport."""
+        return self._server.url
+
     def stats(self) -> dict[str, int]:
         """Counts since the start; see `edgeml.TrainerServer.stats` and the like."""
         return self._server.stats()
