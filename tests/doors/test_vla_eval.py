@@ -26,7 +26,7 @@ from edgeml.core import Url, load_door
 from edgeml.testing import DoorClient, DoorTests, Refused
 from edgeml.testing.ends import PATIENCE
 from edgeml.testing.keys import make_keys
-from pairs import started, wait_until
+from pairs import long_form, started, wait_until
 from test_vla_eval_codec import array, restored
 
 pack, unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
@@ -171,6 +171,11 @@ class TestVlaEval(DoorTests):
             "a JPEG that is none": image("jpeg", huge),
             "a format that is none": image("exr", huge),
         }
+
+
+TestLongVlaEval = long_form(
+    TestVlaEval, "test_garbage_", "test_mutated_", garbage=10_000, mutations=10_000
+)
 
 
 # What its protocol says -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import tracemalloc
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL import Image
 from edgeml import Limits
 from edgeml.core import Malformed, NotEncodable
 from edgeml.images import formats
+from edgeml.testing.doors import mutate
 
 RNG = np.random.default_rng(14)
 DTYPES = ["?", "i1", "u1", "<i2", ">u2", "<i4", ">i4", "<i8", "<u8", "<f2", "<f4", ">f4", "<f8"]
@@ -245,9 +247,10 @@ def test_what_is_no_array_and_no_image_is_refused_by_its_place(said: Any, why: s
 
 
 def test_images_too_large_together_are_refused_before_there_is_memory_for_them() -> None:
-    side = 8192  # 201 MB each, of which the files say the truth
-    black = image(np.zeros((side, side, 3), np.uint8), "png")
-    data = message({"one": black, "two": black})
+    # Files that say that they have 201 MB each, as the message does.
+    head = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x20\0\0\0\x20\0\x08\x02"
+    large = {**PNG, "data": head + bytes(100), "shape": [8192, 8192, 3]}
+    data = message({"one": large, "two": large})
     tracemalloc.start()
     try:
         with pytest.raises(Malformed, match="at most 268435456"):
@@ -434,3 +437,21 @@ def test_bfloat16_is_to_be_converted() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     with pytest.raises(NotEncodable, match="bfloat16"):
         write_action({"a": np.zeros(2, ml_dtypes.bfloat16)}, 1)
+
+
+# Spoilt on the way ------------------------------------------------------------------------
+
+
+def test_a_message_that_was_spoilt_is_read_or_refused() -> None:
+    rng = random.Random(14)
+    state = {"state": array(np.arange(7.0)), "task": "lift", "mask": [array(np.ones(3, bool))]}
+    small = [image(pixels(3, 4, 5), format) for format in ("raw", "png", "jpeg")]
+    valid = message({"images": small, **state})
+    refused = 0
+    for _ in range(3000):
+        spoilt = mutate(valid, rng)
+        try:
+            read_payload(spoilt, read(spoilt))
+        except Malformed:
+            refused += 1
+    assert 300 < refused < 3000
