@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import logging
 import socket
@@ -15,6 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 from edgeml_websocket.doors import WebSocketDoor
+from edgeml_websocket.frames import Connection
 
 from edgeml import InferenceServer, Limits
 from edgeml.core import Url, plugins
@@ -379,6 +381,17 @@ def test_who_asks_whether_it_is_well_is_no_stranger_and_stays_no_longer() -> Non
         assert server.stats().get("Malformed", 0) == 0
 
 
+def test_a_request_that_is_no_text_is_one_all_the_same() -> None:
+    with serving() as (server, port), socket.create_connection(("127.0.0.1", port), 10) as odd:
+        odd.sendall(
+            b"GET / HTTP/1.1\r\nHost: \xff\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            b"User-Agent: \xff robot\r\nAuthorization: Api-Key \xff\xfe\r\n\r\n"
+        )
+        assert odd.recv(100).startswith(b"HTTP/1.1 101 ")
+        str(server.clients()).encode()
+
+
 # Keys -------------------------------------------------------------------------------------
 
 
@@ -389,12 +402,17 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 
 def test_who_shows_no_key_is_told_by_http(keys: Keys) -> None:
     with serving(credentials=keys.server()) as (server, port):
-        for more in ([], ["Authorization: Api-Key nonsense"], ["Authorization: Api-Key"]):
+        shown = (
+            "Authorization: Api-Key nonsense",
+            "Authorization: Api-Key",
+            "Authorization: Api-Key \xff",
+        )
+        for more in ([], *([each] for each in shown)):
             with pytest.raises(Refused) as refused:
                 RawWebSocket(port, "/", *more)
             assert refused.value.status == 401
             assert b"key" in refused.value.body or b"token" in refused.value.body
-        assert server.stats()["PermissionDenied"] == 3
+        assert server.stats()["PermissionDenied"] == 4
         for scheme in ("Api-Key", "api-key", "Bearer"):
             shown = f"Authorization: {scheme} {keys.client('robot').token}"
             with visiting(port, shown) as client:
@@ -456,11 +474,41 @@ def test_a_door_that_fails_hangs_up_and_tells_the_log(
     assert "a fault of the door's own" in caplog.text
 
 
-def test_a_failed_handshake_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_strangers_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    said = [b"x\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"x" * 20_000]
     with serving() as (server, port), caplog.at_level(logging.INFO):
-        for _ in range(20):
+        for number in range(20):
             with socket.create_connection(("127.0.0.1", port), 10) as stranger:
-                stranger.sendall(b"x\r\n\r\n")
-        wait_until(lambda: server.stats().get("Malformed") == 20)
-    lines = [each for each in caplog.records if "websockets" in each.name or "refus" in each.name]
-    assert len(lines) == 1
+                stranger.sendall(said[number % len(said)])
+                wait_until(lambda: server.stats().get("Malformed") == number + 1)  # noqa: B023
+        for number in range(10):
+            with visiting(port) as client, suppress(ConnectionError):
+                client.say(list(BAD.values())[number % len(BAD)])
+                client.ending()
+    lines = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert len(lines) == 1, caplog.text
+
+
+def test_connections_and_errors_are_freed_without_the_garbage_collector() -> None:
+    def function(_: Any) -> Any:
+        raise ValueError
+
+    def connections() -> int:
+        return sum(isinstance(each, Connection) for each in gc.get_objects())
+
+    with serving(function) as (server, port):
+        gc.collect()
+        gc.disable()
+        try:
+            before, used = connections(), []
+            for index in range(60):
+                with visiting(port) as client:
+                    client.send(encode({"x": bytes(MB)}))
+                    assert isinstance(client.receive(), str)
+                if index in (20, 59):
+                    used.append(resident_memory())
+            wait_until(lambda: not server.clients())
+            assert connections() - before <= 2
+            assert used[1] - used[0] < 20 * MB
+        finally:
+            gc.enable()

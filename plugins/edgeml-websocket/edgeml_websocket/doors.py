@@ -15,7 +15,7 @@ import ssl
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 from urllib.parse import urlsplit
 
 from websockets.datastructures import Headers
@@ -53,6 +53,7 @@ __all__ = ["Visit", "WebSocketDoor"]
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)  # of connections
 _SCRATCH = 1 << 14
+_Waiting: TypeAlias = "asyncio.Future[bytes]"
 _GRACE = 0.5  # seconds that an end which closes gives to what is still to be sent
 _LOOK = 0.3  # seconds from one look at who has been revoked to the next
 
@@ -78,8 +79,8 @@ class Visit:
         limits: Limits,
         dropped: Callable[[], object],
     ) -> None:
-        self.path = request.path.partition("?")[0]
-        last = {name.lower(): value for name, value in request.headers.raw_items()}
+        self.path = _text(request.path.partition("?")[0])
+        last = {name.lower(): _text(value) for name, value in request.headers.raw_items()}
         self.headers: Mapping[str, str] = Headers(last)
         self.peer = connection.peer
         self.dispatch = dispatch
@@ -88,7 +89,7 @@ class Visit:
         self._loop = loop
         self._dropped = dropped
         self.guests: list[Guest] = []
-        self._waiting: set[asyncio.Future[bytes]] = set()
+        self._waiting: set[_Waiting] = set()
         self._over = False
 
     def enter(self, token: str | None = None, label: str = "") -> Guest:
@@ -139,7 +140,7 @@ class Visit:
         """
         if self._over:
             raise EOFError
-        waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        waiting: Any = asyncio.get_running_loop().create_future()
 
         def answer(value: Any) -> None:
             self._loop.do(self._settle, waiting, encode(value))
@@ -150,18 +151,20 @@ class Visit:
         self._waiting.add(waiting)
         try:
             guest.call(payload, answer, fail, nbytes=nbytes)
-            return await waiting
+            data: bytes = await waiting
+            return data
         finally:
             self._waiting.discard(waiting)
+            waiting = None  # or its error would keep this frame, and that the error
 
-    def _settle(self, waiting: asyncio.Future[bytes], data: bytes) -> None:
-        if waiting.done():
+    def _settle(self, waiting: _Waiting | None, data: bytes) -> None:
+        if waiting is None or waiting.done():
             self._dropped()
         else:
             waiting.set_result(data)
 
-    def _fail(self, waiting: asyncio.Future[bytes], error: Exception) -> None:
-        if not waiting.done():
+    def _fail(self, waiting: _Waiting | None, error: Exception) -> None:
+        if waiting is not None and not waiting.done():
             waiting.set_exception(error)
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
@@ -362,6 +365,11 @@ class _Listener(Endpoint):
         self._server.close()
         closing = (connection.close(1001, "the server stops") for connection in self._visits)
         await asyncio.gather(*closing, return_exceptions=True)
+
+
+def _text(raw: str) -> str:
+    """What websockets made of bytes, as a text that can be encoded."""
+    return raw.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_web_page(headers: Mapping[str, str]) -> bool:

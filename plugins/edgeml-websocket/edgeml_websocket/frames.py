@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -84,7 +84,7 @@ class Connection(asyncio.BufferedProtocol):
         self._over = False  # nothing more is received or sent
         self._closing = False  # a close frame was sent
         # In
-        self._take = self._take_request
+        self._take: Callable[[bytes], None] = self._take_request
         self._rest = b""  # of what came, the beginning of what has not come whole
         self._heard = 0.0  # when something came
         self._stall: asyncio.TimerHandle | None = None
@@ -127,6 +127,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._lost.done():
             self._lost.set_result(None)
         self._host.end(self)
+        self._take = _pass_over  # not of this, which would keep itself
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._room
@@ -163,12 +164,11 @@ class Connection(asyncio.BufferedProtocol):
         http = ServerProtocol(logger=_log)
         http.receive_data(head + there)
         (request,) = http.events_received() or (None,)
+        let_in = isinstance(request, Request) and self._host.answer(self, http, request)
         if isinstance(request, Request):
-            let_in = self._host.answer(self, http, request)
-        else:  # it is none
-            let_in = False
-            http.send_response(http.reject(400, "This is no request for a WebSocket.\n"))
-        self._transport.write(b"".join(http.data_to_send()))
+            self._transport.write(b"".join(http.data_to_send()))
+        else:
+            self._transport.write(http.reject(400, "This is no request.\n").serialize())
         if not let_in:
             self._hang_up()
             self._wait_for_the_end()
@@ -425,7 +425,7 @@ class Connection(asyncio.BufferedProtocol):
     def _hang_up(self) -> None:
         """Say no more, and let the peer read what was said: what it sends is passed over."""
         self._end()
-        self._take = self._pass_over
+        self._take = _pass_over
         self._forget()
         self._transport.resume_reading()
         self._loop.call_later(_LINGER, self._transport.abort)
@@ -442,8 +442,6 @@ class Connection(asyncio.BufferedProtocol):
         self._rest, self._parts = b"", []
         self._frame, self._room = None, self._host.scratch
 
-    def _pass_over(self, data: bytes) -> None: ...
-
     def _end(self) -> None:
         """Have nobody wait for this connection any more."""
         self._over = True
@@ -456,6 +454,10 @@ class Connection(asyncio.BufferedProtocol):
             if not writer.done():
                 writer.set_result(None)
         self._writers.clear()
+
+
+def _pass_over(data: bytes) -> None:
+    """Take what comes when it is over."""
 
 
 def _head(kind: int, length: int) -> bytes:
