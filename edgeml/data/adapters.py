@@ -93,9 +93,10 @@ def _find_adapter(store: Any) -> _Adapter:
             )
         adapter = _Adapter(0)
         setattr(store, _STATE, adapter)
-        # Before anything was inserted, our latest id is 0, whatever its own is.
-        if not _call_own(store, adapter, "__len__"):
-            adapter.shift = -_call_own(store, adapter, "latest_data_id")
+        # Before anything was inserted, our latest id is 0, whatever its own is; and what it was
+        # made with has ids from 1.
+        held, latest = (_call_own(store, adapter, name) for name in ("__len__", "latest_data_id"))
+        adapter.shift = max(0, held - latest) if held else -latest
     return adapter
 
 

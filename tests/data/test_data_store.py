@@ -215,6 +215,20 @@ class TestFourMethods:
         with pytest.raises(TypeError, match=r"Locked\.lock is the base class's"):
             Locked(3).insert(1)
 
+    @pytest.mark.parametrize("made", [Foreign, Counted])
+    def test_what_such_a_store_was_made_with_is_handed_out_too(self, made: type[Foreign]) -> None:
+        class Filled(made):  # type: ignore[misc, valid-type]
+            def __init__(self, capacity: int) -> None:
+                super().__init__(capacity)
+                self._items.extend([1, 2])
+                self._last += 2
+
+        store = Filled(5)
+        store.insert(3)
+        assert store.latest_data_id() == 3
+        assert list(store.get_latest_data(0)) == [1, 2, 3]
+        assert store.get_latest_data(0).first_id == 1
+
     def test_a_store_without_reset_says_so(self) -> None:
         class Whole(DataStoreBase):
             def insert(self, item: Any) -> None: ...
