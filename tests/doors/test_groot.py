@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from edgeml import Feature, InferenceServer, Limits, PolicyContract
 from edgeml.core import Url, plugins
 from edgeml.testing import DoorTests, Refused
 from edgeml.testing.ends import resident_memory
+from edgeml.testing.stopwatch import Stopwatch
 from groot_client import Client, Polite, Wire, dial, pack, unpack
 from pairs import long_form, make_keys, run_fresh, took, wait_until
 
@@ -135,6 +137,27 @@ def zmq_peer(kind: int, url: Url, **options: Any) -> Iterator[zmq.Socket]:
         yield made
 
 
+@contextmanager
+def sending(wire: Wire, data: bytes) -> Iterator[None]:
+    """Send in the background, and read what comes."""
+
+    def read() -> None:
+        with suppress(OSError, ValueError):
+            while wire.socket.recv(1 << 16):
+                pass
+
+    threads = [threading.Thread(target=each) for each in (lambda: wire.socket.sendall(data), read)]
+    for each in threads:
+        each.start()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            wire.socket.shutdown(socket.SHUT_RDWR)
+        for each in threads:
+            each.join()
+
+
 def asking(**observation: Any) -> bytes:
     return pack({"data": observation})
 
@@ -250,7 +273,7 @@ def test_one_client_has_one_call_at_a_time_and_others_do_not_wait_for_it():
 
 def test_who_asks_for_more_than_may_wait_is_told_for_each_and_takes_up_nothing():
     go_on = threading.Event()
-    count = 50_000
+    count = 20_000
     limits = Limits(calls_per_client=4)
     with served(lambda _: go_on.wait(20) and {}, limits=limits) as (server, url):
         before = resident_memory()
@@ -269,6 +292,29 @@ def test_who_asks_for_more_than_may_wait_is_told_for_each_and_takes_up_nothing()
             answers = [unpack(peer.recv_multipart()[1]) for _ in range(5)]
             assert answers == [{}] * 5
             assert "wait already" in unpack(peer.recv_multipart()[1])["error"]
+
+
+@pytest.mark.slow
+def test_what_one_client_is_told_at_once_holds_up_nobody():
+    """Its answers are due together, once what they waited for has returned."""
+    go_on = threading.Event()
+    count = 200_000
+    limits = Limits(calls_per_client=1000)
+    with (
+        served(lambda _: go_on.wait(60) and {}, limits=limits) as (server, url),
+        Client(url) as good,
+        closing(Wire(url)) as wire,
+    ):
+        wire.send(b"", asking(x=1))
+        with sending(wire, b"\x01\0\0\x01\x80" * count):
+            wait_until(lambda: server.stats().get("Overloaded", 0) == count - 1000, timeout=60)
+            go_on.set()
+            worst = 0.0
+            for number in range(100):
+                watch = Stopwatch()
+                assert good.call({"x": number}) == {}
+                worst = max(worst, watch.seconds)
+    assert worst < 0.4
 
 
 def test_what_waits_is_bounded_in_bytes():

@@ -120,9 +120,7 @@ class Connections:
         self._forget = forget
         self._by_descriptor: dict[int, Connection] = {}
         self._hosts: Counter[str] = Counter()
-        self._silent: dict[
-            str, deque[Connection]
-        ] = {}  # of each host; those that may not have spoken
+        self._silent: dict[str, dict[int, Connection]] = {}  # of each host, by descriptor
         self._failed: int | None = None  # what was said of the handshake that ends next
         self._router = router
         address = f"inproc://{secrets.token_hex(8)}.monitor"
@@ -178,14 +176,17 @@ class Connections:
         self._by_descriptor[descriptor] = made
         host = made.peer.host
         self._hosts[host] += 1
-        silent = self._silent.setdefault(host, deque())
-        silent.append(made)
-        while silent[0].spoke or silent[0].ending:
-            silent.popleft()  # the last one has just come
+        silent = self._silent.setdefault(host, {})
+        silent[descriptor] = made
         most = self._limits.connections_per_address
         if self._hosts[host] > most:
             why = f"it has {most} connections already (Limits.connections_per_address)"
-            self.cut(silent[0], "Overloaded", why)
+            self.cut(next(iter(silent.values())), "Overloaded", why)  # the oldest
+
+    def meet(self, connection: Connection) -> None:
+        """Take notice that a connection has said something."""
+        connection.spoke = True
+        self._silent.get(connection.peer.host, {}).pop(connection.descriptor, None)
 
     def _end(self, descriptor: int) -> None:
         failed, self._failed = self._failed, None
@@ -196,10 +197,11 @@ class Connections:
         self._hosts[host] -= 1
         if not self._hosts[host]:
             del self._hosts[host], self._silent[host]
-        ended.ending, told = True, ended.ending
+        else:
+            self._silent[host].pop(descriptor, None)
         ended.release()
         self._forget(ended)
-        if failed is None or told:
+        if failed is None or ended.ending:
             return
         if failed:
             self._note("Malformed", ended.peer, "its handshake is not ZeroMQ's")
@@ -209,6 +211,7 @@ class Connections:
     def cut(self, connection: Connection, kind: str, why: str) -> None:
         """End a connection."""
         connection.ending = True
+        self._silent[connection.peer.host].pop(connection.descriptor, None)
         self._note(kind, connection.peer, why)
         address = connection.address
         end_connection(

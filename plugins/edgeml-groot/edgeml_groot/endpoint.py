@@ -172,7 +172,7 @@ class GrootEndpoint(Endpoint):
         for each in (self._router, self._heard, self._connections.monitor):
             self._poller.register(each, zmq.POLLIN)
         self._due = time.monotonic() + _TICK
-        self._outbox: list[tuple[_Call, bytes]] = []
+        self._outbox: deque[tuple[_Call, bytes]] = deque()
         self._woken = False
         self._torn = False  # whether a round ended in the middle of a message
         self._closed = False
@@ -223,10 +223,11 @@ class GrootEndpoint(Endpoint):
         return self._closed and self._finish()
 
     def _round(self) -> None:
-        """Do what there is to do, or take a message, or wait for either."""
-        if self._woken or self._ready or time.monotonic() >= self._due:
+        """Do what there is to do, and take a message; or wait for either."""
+        busy = self._woken or self._outbox or self._ready or time.monotonic() >= self._due
+        if busy:
             self._look_around()
-        elif not self._receive():
+        if not self._receive() and not busy:
             left = max(0.0, self._due - time.monotonic())
             if self._connections.monitor in dict(self._poller.poll(math.ceil(left * 1e3))):
                 self._connections.follow()
@@ -234,7 +235,7 @@ class GrootEndpoint(Endpoint):
     def _look_around(self) -> None:
         """Do what there is to do but for new messages."""
         self._empty_outbox()
-        while self._ready:
+        for _ in range(len(self._ready)):
             self._go_on(self._ready.popleft())
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + _TICK
@@ -279,7 +280,8 @@ class GrootEndpoint(Endpoint):
         if connection is None:
             self.dropped += 1  # who sent it has gone, and nobody reads an answer
             return
-        connection.spoke = True
+        if not connection.spoke:
+            self._connections.meet(connection)
         connection.taken += size
         line = connection.lines.get(address) or _Line(address, connection)
         if wrong:
@@ -334,17 +336,22 @@ class GrootEndpoint(Endpoint):
             line.waiting.append(_Refused(answer))
 
     def _go_on(self, line: _Line) -> None:
-        """Look at what waits, as long as nothing is under way."""
-        while line.waiting and line.call is None:
-            waits = line.waiting.popleft()
-            if isinstance(waits, _Refused):
-                for _ in range(waits.number):
-                    self._answer(line, waits.answer)
-            else:
-                body, held = waits
-                line.connection.waiting -= 1
-                held.release()
-                self._look_at(line, body)
+        """Look at one request that waited; then others have their turn."""
+        if not line.waiting or line.call is not None:
+            return
+        waits = line.waiting[0]
+        if isinstance(waits, _Refused):
+            self._answer(line, waits.answer)
+            waits.number -= 1
+            if not waits.number:
+                line.waiting.popleft()
+        else:
+            body, held = line.waiting.popleft()  # type: ignore[misc]
+            line.connection.waiting -= 1
+            held.release()
+            self._look_at(line, body)
+        if line.waiting and line.call is None:
+            self._ready.append(line)
 
     # What is asked --------------------------------------------------------------------
 
@@ -427,7 +434,7 @@ class GrootEndpoint(Endpoint):
             return
         line.call = None
         self._answer(line, answer)
-        if line.waiting:
+        if line.waiting and line not in self._ready:
             self._ready.append(line)
             self._wake()
 
@@ -445,8 +452,12 @@ class GrootEndpoint(Endpoint):
                 self._router.send(frame, _MORE_NOW)
             if held is None:
                 self._router.send(answer, zmq.DONTWAIT)
-            else:
+                return
+            try:
                 tracker = self._router.send(answer, zmq.DONTWAIT, copy=False, track=True)
+            except RuntimeError:  # pyzmq can't start its thread any more, as the program ends
+                self._router.send(answer, zmq.DONTWAIT)
+            else:
                 connection.sent(tracker, held)
                 held = None
         except zmq.ZMQError as error:
@@ -465,12 +476,12 @@ class GrootEndpoint(Endpoint):
     def _empty_outbox(self) -> None:
         """Send what other threads left."""
         with self._carrier.turn:
-            outbox, self._outbox, self._woken = self._outbox, [], False
+            self._woken = False
         with suppress(zmq.Again):
             while True:
                 self._heard.recv(zmq.DONTWAIT)
-        for left in outbox:
-            self._settle(*left)
+        while self._outbox:
+            self._settle(*self._outbox.popleft())
 
     # Who leaves -----------------------------------------------------------------------
 
@@ -501,14 +512,19 @@ class GrootEndpoint(Endpoint):
     def _finish(self) -> bool:
         """Answer all that is under way, and what still comes; nobody would answer it later."""
         self._empty_outbox()
-        for connection in self._connections:
-            for line in connection.lines.values():
-                number = sum(w.number if isinstance(w, _Refused) else 1 for w in line.waiting)
-                for _ in range(number + (line.call is not None)):
-                    self._answer(line, _STOPPED)
+        lines = [line for each in self._connections for line in each.lines.values()]
+        for line in lines:
+            if line.call is not None:
                 line.call = None
-                line.waiting.clear()
+                self._answer(line, _STOPPED)
         until = time.monotonic() + _LAST
+        for line in lines:
+            left = sum(w.number if isinstance(w, _Refused) else 1 for w in line.waiting)
+            line.waiting.clear()
+            while left and time.monotonic() < until:
+                self._answer(line, _STOPPED)
+                left -= 1
+            self.dropped += left
         while time.monotonic() < until and self._router.poll(int(_QUIET * 1e3)):
             self._receive()
         for connection in self._connections:
