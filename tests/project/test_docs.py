@@ -199,6 +199,13 @@ ALONE = {
     ("docs/security.md", "keys_first.py"): ["I am robot\n", "\nwithout keys: "],
     ("docs/security.md", "keys_limits.py"): ["refused so far: 0"],
     ("docs/security.md", "codec_cloudpickle.py"): ["42"],
+    ("docs/guides/doors.md", "doors_all.py"): [
+        "openpi://127.0.0.1:",
+        "groot://127.0.0.1:",
+        "vla-eval://127.0.0.1:",
+        "(10, 7)",
+    ],
+    ("docs/guides/doors.md", "doors_names.py"): ["['openpi://127.0.0.1:", "'groot://127.0.0.1:"],
     ("docs/guides/groot.md", "groot_names.py"): ["groot://127.0.0.1:"],
     ("docs/guides/openpi.md", "openpi_names.py"): ["openpi://127.0.0.1:"],
     ("docs/guides/vla-eval.md", "vla_eval_names.py"): ["vla-eval://127.0.0.1:"],
@@ -221,7 +228,7 @@ PACKAGES = {  # which test_contributing.py installs and holds to the suites
 }
 
 PROGRAM = re.compile(r"# ([\w/]+\.py)\n(.*)", re.DOTALL)
-PORT = re.compile(r"\b(5555|5557|5558|6379|6380|8000)\b")
+PORT = re.compile(r"\b(5555|5557|5558|6379|6380|8000|8001)\b")
 
 
 def programs_of(page: str) -> dict[str, str]:
