@@ -47,10 +47,11 @@ class Case:
     """What is measured.
 
     Attributes:
-        kind: what is timed: "sample", "device" (a batch as JAX arrays), "prioritized" (draw one
-            and give it new priorities), or "insert".
+        kind: what is timed: "sample", "device" (a batch as JAX arrays), "packed" (a batch in
+            which both observations are one array), "prioritized" (draw one and give it new
+            priorities), or "insert".
         items: how many there are, which is the capacity.
-        observation: shape and dtype.
+        observation: shape and dtype; with four axes, a stack of the newest frames.
         sizes: of a batch.
     """
 
@@ -62,6 +63,11 @@ class Case:
     @property
     def images(self) -> bool:
         return len(self.observation[0]) > 1
+
+    @property
+    def depth(self) -> int:
+        """How many frames an observation has."""
+        return self.observation[0][0] if len(self.observation[0]) == 4 else 1
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -85,13 +91,17 @@ class Case:
     def episodes(self) -> Iterator[dict[str, Array]]:
         """All items, in the order in which they happened."""
         shape, dtype = self.observation
-        n = _EPISODE
-        noise = np.random.default_rng(0).integers(0, 256, (n + 1, *shape)).astype(dtype)
+        n, depth = _EPISODE, self.depth
+        shape = shape if depth == 1 else shape[1:]
+        noise = np.random.default_rng(0).integers(0, 256, (n + depth, *shape)).astype(dtype)
         actions = np.random.default_rng(0).random((n, 6), np.float32)
         for episode in range(self.items // n):
             frames = noise.copy()  # one more than there are items: where the last one led
-            number = np.arange(n + 1, dtype=np.int32) + episode * (n + 1)
+            number = np.arange(n + depth, dtype=np.int32) + episode * (n + 1)
             _bytes(frames)[:, :4] = number[:, None].view(np.uint8)
+            if depth > 1:
+                stacks = np.lib.stride_tricks.sliding_window_view(frames, depth, axis=0)
+                frames = np.moveaxis(stacks, -1, 1)
             columns = {
                 "observations": frames[:-1],
                 "next_observations": frames[1:],
@@ -124,11 +134,20 @@ def _bytes(frames: Array) -> Array:
     return frames.reshape(len(frames), -1).view(np.uint8)
 
 
+def _unpack(batch: Columns) -> Columns:
+    """A batch with both observations."""
+    if "next_observations" in batch:
+        return batch
+    frames = batch["observations"]
+    return {**batch, "observations": frames[:, :-1], "next_observations": frames[:, 1:]}
+
+
 def _number(frames: Array) -> Array:
     return np.ascontiguousarray(_bytes(frames)[:, :4]).view(np.int32)[:, 0]
 
 
 _STATE: Spec = ((17,), np.float32)
+_STACK: Spec = ((3, 256, 128, 3), np.uint8)  # of two cameras, 128x128x3, one above the other
 CASES = {
     "states": Case("sample", 200_000, _STATE),
     "to jax": Case("device", 200_000, _STATE),
@@ -136,7 +155,11 @@ CASES = {
     "128x128x3": Case("sample", 20_000, ((128, 128, 3), np.uint8)),
     "prioritized": Case("prioritized", 1_000_000, _STATE, (256,)),
     "insert": Case("insert", 200_000, _STATE, (1, 1000)),
+    "stacks": Case("sample", 3000, _STACK, (256,)),
+    "packed": Case("packed", 3000, _STACK, (256,)),
+    "insert stacks": Case("insert", 3000, _STACK, (1, 20)),
 }
+_STACKED = ("stacks", "packed", "insert stacks")
 
 
 class Peer(ABC):
@@ -144,7 +167,7 @@ class Peer(ABC):
 
     name: ClassVar[str]
     note: ClassVar[str] = ""
-    cases: ClassVar[tuple[str, ...]] = tuple(CASES)
+    cases: ClassVar[tuple[str, ...]] = tuple(name for name in CASES if name not in _STACKED)
     modules: ClassVar[tuple[str, ...]] = ()
     """What it imports; they don't count as its memory."""
 
@@ -190,7 +213,7 @@ class Numpy(Peer):
     """The obvious buffer: an array for each part of an item, indexed by an array of numbers."""
 
     name = "numpy"
-    cases = ("states", "to jax", "84x84x3", "128x128x3", "insert")
+    cases = ("states", "to jax", "84x84x3", "128x128x3", "insert", "stacks", "insert stacks")
 
     def __init__(self, case: Case) -> None:
         self._items = case.items
@@ -220,6 +243,64 @@ class Numpy(Peer):
     def sample(self, n: int) -> Any:
         index = self._rng.integers(0, self._size, n)
         return {key: column[index] for key, column in self._columns.items()}
+
+
+class Sliding(Peer):
+    """Frames once in a row, as HIL-SERL's buffer has them; stacks are windows that slide over it.
+
+    Where an episode begins its first frames take a place each, and no item ends there.
+    """
+
+    name = "sliding"
+    note = "sliding takes it that stacks overlap, and looks at the newest frame of each only"
+    cases = _STACKED
+
+    def __init__(self, case: Case) -> None:
+        self._depth, self._packed = case.depth, case.kind == "packed"
+        shape, dtype = case.observation
+        n = case.items + case.depth * (case.items // _EPISODE)
+        self._frames = np.zeros((n, *shape[1:]), dtype)
+        self._is_item = np.zeros(n, np.bool_)
+        self._columns = {
+            key: np.zeros((n, *shape), dtype)
+            for key, (shape, dtype) in case.specs.items()
+            if "observations" not in key
+        }
+        self._row, self._begins = 0, True
+        self._rng = np.random.default_rng()
+
+    def insert(self, item: dict[str, Any]) -> None:
+        if self._begins:
+            for frame in item["observations"]:
+                self._frames[self._row], self._is_item[self._row] = frame, False
+                self._advance()
+        self._frames[self._row] = item["next_observations"][-1]
+        for key, column in self._columns.items():
+            column[self._row] = item[key]
+        self._is_item[self._row], self._begins = True, bool(item["dones"])
+        self._advance()
+        # The oldest ones' frames are going.
+        self._is_item[(self._row + np.arange(self._depth)) % len(self._is_item)] = False
+
+    def _advance(self) -> None:
+        self._row = (self._row + 1) % len(self._frames)
+
+    def extend(self, columns: dict[str, Array]) -> None:
+        for row in zip(*columns.values(), strict=True):
+            self.insert(dict(zip(columns, row, strict=True)))
+
+    def sample(self, n: int) -> Any:
+        index = self._rng.integers(0, len(self._frames), n)
+        while len(wrong := np.flatnonzero(~self._is_item[index])):
+            index[wrong] = self._rng.integers(0, len(self._frames), len(wrong))
+        batch = {key: column[index] for key, column in self._columns.items()}
+        frames = self._frames[index[:, None] + np.arange(-self._depth, 1)]
+        if self._packed:
+            return {**batch, "observations": frames}
+        return {**batch, "observations": frames[:, :-1], "next_observations": frames[:, 1:]}
+
+    def columns(self, batch: Any) -> Columns:
+        return _unpack(batch)
 
 
 class Take(Peer):
@@ -305,6 +386,7 @@ class Edgeml(Peer):
     """`ReplayBuffer` and `PrioritizedReplayBuffer`."""
 
     name = "edgeml"
+    cases = tuple(CASES)
     modules = ("edgeml.data",)
 
     def __init__(self, case: Case) -> None:
@@ -313,6 +395,7 @@ class Edgeml(Peer):
         kind = data.PrioritizedReplayBuffer if case.kind == "prioritized" else data.ReplayBuffer
         self._buffer: Any = kind(case.items)
         self._batch = data.Batch
+        self._options = {"pack_obs_and_next_obs": True} if case.kind == "packed" else {}
 
     def extend(self, columns: dict[str, Array]) -> None:
         self._buffer.batch_insert(self._batch.from_columns(columns))
@@ -321,10 +404,10 @@ class Edgeml(Peer):
         self._buffer.insert(item)
 
     def sample(self, n: int) -> Any:
-        return self._buffer.sample(n)
+        return self._buffer.sample(n, **self._options)
 
     def columns(self, batch: Any) -> Columns:
-        return {**batch, "index": batch["ids"] - 1} if "ids" in batch else batch
+        return {**batch, "index": batch["ids"] - 1} if "ids" in batch else _unpack(batch)
 
     def update(self, batch: Any, priorities: Array) -> None:
         self._buffer.update_priorities(batch["ids"], priorities)
@@ -540,7 +623,7 @@ class Flashbax(Peer):
 
 
 ALL = (
-    *(Numpy, Cpprb, CpprbNextOf, Torchrl, Flashbax),
+    *(Numpy, Cpprb, CpprbNextOf, Torchrl, Flashbax, Sliding),
     *(Edgeml, EdgemlOut, EdgemlPrefetch, Take, Memcpy),
 )
 REFERENCES = (Numpy.name, Cpprb.name, CpprbNextOf.name, Torchrl.name, Flashbax.name)
