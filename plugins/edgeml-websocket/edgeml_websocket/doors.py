@@ -18,7 +18,6 @@ from contextlib import suppress
 from typing import Any, ClassVar, TypeAlias
 from urllib.parse import urlsplit
 
-from websockets.datastructures import Headers
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 from websockets.version import version
@@ -63,7 +62,7 @@ class Visit:
 
     Attributes:
         path: that the client asked for, without what follows a question mark.
-        headers: of its request, in whatever case it wrote their names; of two of one name the last.
+        headers: of its request, by names in lower case; of two of one name the last.
         peer: who it is.
         dispatch: where calls go.
         limits: what it may make the door hold.
@@ -80,8 +79,9 @@ class Visit:
         dropped: Callable[[], object],
     ) -> None:
         self.path = _text(request.path.partition("?")[0])
-        last = {name.lower(): _text(value) for name, value in request.headers.raw_items()}
-        self.headers: Mapping[str, str] = Headers(last)
+        self.headers: Mapping[str, str] = {
+            name.lower(): _text(value) for name, value in request.headers.raw_items()
+        }
         self.peer = connection.peer
         self.dispatch = dispatch
         self.limits = limits
