@@ -39,7 +39,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import pytest
 
-from edgeml.core import EdgemlError, Limits, Malformed, PermissionDenied, Url
+from edgeml.core import EdgemlError, Limits, Malformed, PermissionDenied, Url, load_door
 from edgeml.core.security import Role
 from edgeml.services import Batching, Context, InferenceClient, InferenceServer
 from edgeml.testing.codecs import assert_same
@@ -50,6 +50,7 @@ from edgeml.testing.ends import (
     Child,
     count_open_files,
     fork_idly,
+    has_ipv6,
     resident_memory,
     results_of,
     until,
@@ -192,7 +193,7 @@ class DoorTests:
         or by hand.
         """
         del client
-        return {}
+        return {}  # which fails
 
     def dial(self, url: Url) -> socket.socket:
         """A bare connection to a door; to be overridden by one that isn't over TCP."""
@@ -469,8 +470,7 @@ class DoorTests:
         server = lab.serve(ran)
         good = lab.visit(server)
         messages = self.hostile(good)
-        if not messages:
-            pytest.skip("this suite knows no message of the protocol that is to be refused")
+        assert messages, "say which messages of the protocol are to be refused: override `hostile`"
         gc.collect()
         before = resident_memory()
         for what, message in messages.items():
@@ -573,19 +573,65 @@ class DoorTests:
         slowest = lab.start(self._keep_asking, url, stop)
         before = good.call({"ask": "memory"})["memory"]
         with ExitStack() as opened:
-            for _ in range(30):  # who ask for 600 MB
+            for _ in range(30):  # who ask for 600 MB, and go on
                 deaf = opened.enter_context(self.dial(url))
                 deaf.settimeout(0.5)
                 with suppress(OSError):
                     deaf.sendall(b"".join(pieces))
             given = -1
             while given != (given := good.call({"ask": "given"})["given"]):  # until it is enough
-                time.sleep(0.5)
+                time.sleep(0.2)
             grown = good.call({"ask": "memory"})["memory"] - before
             stop.set()
             assert slowest.result(PATIENCE) < _STALL * busyness()
         assert grown < 2 * _CHILDS.bytes
         assert lab.visit_at(url).call({"ask": "echo"}) == {"ask": "echo"}
+
+    def test_half_messages_of_many_cost_no_more_memory_than_is_allowed(
+        self, lab: Lab, child: Callable[..., Child]
+    ) -> None:
+        url = Url.parse(child(self.url).line())
+        said = b"".join(lab.overhear(url, {"ask": "echo", "image": np.zeros(6 * MB, np.uint8)}))
+        good = lab.visit_at(url)
+        before = good.call({"ask": "memory"})["memory"]
+        with ExitStack() as opened:
+            for _ in range(30):
+                half = opened.enter_context(self.dial(url))
+                half.settimeout(0.5)
+                with suppress(OSError):
+                    half.sendall(said[: -64 * KB])
+            assert good.call({"ask": "echo"}) == {"ask": "echo"}
+            assert good.call({"ask": "memory"})["memory"] - before < _CHILDS.bytes + _GROWTH
+        assert lab.visit_at(url).call({"ask": "echo"}) == {"ask": "echo"}
+
+    def test_who_asks_ahead_leaves_the_others_answered(self, lab: Lab) -> None:
+        def function(observation: Any) -> Any:
+            time.sleep(observation["seconds"])
+            return {"x": 1}
+
+        server = lab.serve(function)
+        pieces = lab.overhear(lab.door_of(server), {"seconds": 0.01}, times=100)
+        good = lab.visit(server)
+        with self.dial(lab.door_of(server)) as flooding:
+            flooding.settimeout(0.5)
+            with suppress(OSError):
+                flooding.sendall(b"".join(pieces))
+            with within(0.5):  # a hundred would take one second
+                for _ in range(5):
+                    assert good.call({"seconds": 0.0}) == {"x": 1}
+
+    def test_who_is_one_too_many_is_told(self, lab: Lab) -> None:
+        server = lab.serve(limits=Limits(sessions=2))
+        first, second = lab.visit(server), lab.visit(server)
+        for each in (first, second):
+            assert each.call({"x": 1}) == {"x": 1}
+        with pytest.raises(Refused, match="2 clients"):
+            lab.visit(server).call({"x": 1})
+        assert first.call({"x": 2}) == {"x": 2}
+        if self.sees_leaving:
+            second.close()
+            assert until(lambda: len(server.clients()) == 1)
+            assert lab.visit(server).call({"x": 3}) == {"x": 3}
 
     def test_half_a_message_is_given_up(self, lab: Lab) -> None:
         if not self.sees_connections:
@@ -716,6 +762,20 @@ class DoorTests:
         for url in (first, second):
             assert lab.visit_at(url).call({"x": 1}) == {"x": 1}
 
+    @pytest.mark.parametrize("host", ["localhost", "::1", "0.0.0.0"])
+    def test_any_address_of_this_machine_is_opened_and_reached(self, lab: Lab, host: str) -> None:
+        if ":" in host and not has_ipv6():
+            pytest.skip("this machine has no IPv6")
+        server = lab.serve(url=Url.parse(self.url).with_host(host))
+        url = lab.door_of(server)
+        assert url.host == (socket.gethostname() if host == "0.0.0.0" else host)
+        reached = url.with_host("127.0.0.1" if host == "0.0.0.0" else host)
+        assert lab.visit_at(reached).call({"x": 1}) == {"x": 1}
+
+    def test_a_door_reports_in_plain_words(self) -> None:
+        report = load_door(Url.parse(self.url).scheme).report()
+        assert all(isinstance(each, str) for pair in report.items() for each in pair)
+
     def test_an_address_that_is_taken_is_an_oserror(self, lab: Lab) -> None:
         server = lab.serve()
         url = lab.door_of(server)
@@ -784,6 +844,41 @@ class DoorTests:
                 visitors[2].call({"x": 1}, 0.5)
         finally:
             go_on.set()
+
+    def test_a_function_may_stop_its_server(self, lab: Lab) -> None:
+        servers: list[InferenceServer] = []
+
+        def function(observation: Any) -> Any:
+            servers[0].stop()
+            return observation
+
+        servers.append(lab.serve(function))
+        visitor = lab.visit(servers[0])
+        with within(3.0), suppress(*self._gone):
+            assert visitor.call({"x": 1}) == {"x": 1}
+        assert servers[0].state().state == "stopped"
+
+    def test_calls_may_be_under_way_when_a_server_stops(self, lab: Lab) -> None:
+        for _ in range(3):
+            server = lab.serve()
+            calls = threading.Semaphore(0)
+
+            def work(visitor: DoorClient, calls: threading.Semaphore) -> None:
+                with visitor:
+                    while True:
+                        try:
+                            answer = visitor.call({"image": np.ones(300 * KB, np.uint8)}, 1.0)
+                        except self._gone:
+                            return
+                        assert answer["image"].all()
+                        calls.release()
+
+            workers = [lab.start(work, lab.visit(server), calls) for _ in range(3)]
+            for _ in range(6):
+                assert calls.acquire(timeout=PATIENCE)
+            with within(3.0):
+                server.stop()
+                results_of(workers)
 
     def test_a_server_that_drains_answers_what_it_has_and_says_so_to_others(self, lab: Lab) -> None:
         begun, go_on = threading.Event(), threading.Event()
@@ -875,6 +970,23 @@ class DoorTests:
         with within(_AT_ONCE), pytest.raises(Refused):
             lab.visit(server, keys.client("robot").token).call({"x": 1})
         assert not ran
+
+    def test_the_connection_of_who_is_revoked_ends(self, lab: Lab, keys: Keys) -> None:
+        if not self.sees_leaving:
+            pytest.skip("this door knows no connections that it could end")
+        credentials, token = keys.server(), keys.client("robot").token
+        ran = _Ran()
+        server = lab.serve(ran, credentials=credentials)
+        pieces = lab.overhear(lab.door_of(server), {"x": 1}, token=token)
+        with self.dial(lab.door_of(server)) as dialled:
+            dialled.settimeout(PATIENCE)
+            dialled.sendall(b"".join(pieces))
+            assert until(lambda: len(ran) == 2)
+            assert credentials.clients is not None
+            credentials.clients.revoke("robot")
+            with within(_AT_ONCE), suppress(ConnectionError):
+                while dialled.recv(64 * KB):
+                    pass
 
     def test_a_role_that_allows_no_calls_is_told(self, lab: Lab, keys: Keys) -> None:
         credentials = keys.server()
@@ -1040,13 +1152,15 @@ class Lab:
         self._clients.append(made)
         return made
 
-    def overhear(self, url: Url, observation: dict[str, Any], times: int = 1) -> list[bytes]:
+    def overhear(
+        self, url: Url, observation: dict[str, Any], times: int = 1, token: str | None = None
+    ) -> list[bytes]:
         """What a client says in a conversation of so many calls, in pieces."""
         over = threading.Event()
         with socket.create_server(("127.0.0.1", 0)) as tap:
             said = self.start(pass_on, tap, url.with_host("127.0.0.1"), over)
             try:
-                with self._client(url.with_port(tap.getsockname()[1])) as client:
+                with self._client(url.with_port(tap.getsockname()[1]), token) as client:
                     for _ in range(times):
                         client.call(observation)
             finally:
