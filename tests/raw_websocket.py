@@ -42,9 +42,10 @@ class RawWebSocket:
     """One connection; a context manager.
 
     Args:
-        port: on 127.0.0.1.
+        port: where it is served.
         path: asked for.
         more: lines of the request.
+        host: likewise.
         tls: what secures it, and the server's name.
 
     Attributes:
@@ -58,11 +59,12 @@ class RawWebSocket:
         port: int,
         path: str = "/",
         *more: str,
+        host: str = "127.0.0.1",
         tls: tuple[ssl.SSLContext, str] | None = None,
     ) -> None:
         self.code: int | None = None
         self.reason = ""
-        self.sock = socket.create_connection(("127.0.0.1", port), 10.0)
+        self.sock = socket.create_connection((host, port), 10.0)
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls is not None:

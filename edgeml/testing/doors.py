@@ -165,6 +165,7 @@ class DoorTests:
             arrays without a dimension.
         errors_close: whether an error ends the connection.
         answers_all: whether every message of a client has an answer.
+        keys_each_call: whether each call shows a key, so that a connection has none.
         has_handshake: whether a connection that says nothing is cut off.
         sees_connections: whether it sees those that come to nothing; a library may hide them.
         sees_leaving: whether it sees that a client has closed its connection.
@@ -179,6 +180,7 @@ class DoorTests:
     keeps_scalars: ClassVar[bool] = False
     errors_close: ClassVar[bool] = False
     answers_all: ClassVar[bool] = True
+    keys_each_call: ClassVar[bool] = False
     has_handshake: ClassVar[bool] = True
     sees_connections: ClassVar[bool] = True
     sees_leaving: ClassVar[bool] = True
@@ -595,13 +597,14 @@ class DoorTests:
         good = lab.visit_at(url)
         before = good.call({"ask": "memory"})["memory"]
         with ExitStack() as opened:
-            for _ in range(30):
+            for _ in range(45):  # 270 MB
                 half = opened.enter_context(self.dial(url))
                 half.settimeout(0.5)
                 with suppress(OSError):
                     half.sendall(said[: -64 * KB])
             assert good.call({"ask": "echo"}) == {"ask": "echo"}
-            assert good.call({"ask": "memory"})["memory"] - before < _CHILDS.bytes + _GROWTH
+            most = before + 2 * _CHILDS.bytes
+            assert until(lambda: good.call({"ask": "memory"})["memory"] < most, 3.0)
         assert lab.visit_at(url).call({"ask": "echo"}) == {"ask": "echo"}
 
     def test_who_asks_ahead_leaves_the_others_answered(self, lab: Lab) -> None:
@@ -972,8 +975,8 @@ class DoorTests:
         assert not ran
 
     def test_the_connection_of_who_is_revoked_ends(self, lab: Lab, keys: Keys) -> None:
-        if not self.sees_leaving:
-            pytest.skip("this door knows no connections that it could end")
+        if self.keys_each_call:
+            pytest.skip("a connection of this protocol has no key")
         credentials, token = keys.server(), keys.client("robot").token
         ran = _Ran()
         server = lab.serve(ran, credentials=credentials)
@@ -1155,14 +1158,14 @@ class Lab:
     def overhear(
         self, url: Url, observation: dict[str, Any], times: int = 1, token: str | None = None
     ) -> list[bytes]:
-        """What a client says in a conversation of so many calls, in pieces."""
+        """What a client says in a conversation of so many calls, in pieces; not its goodbye."""
         over = threading.Event()
         with socket.create_server(("127.0.0.1", 0)) as tap:
             said = self.start(pass_on, tap, url.with_host("127.0.0.1"), over)
             try:
-                with self._client(url.with_port(tap.getsockname()[1]), token) as client:
-                    for _ in range(times):
-                        client.call(observation)
+                client = self.visit_at(url.with_port(tap.getsockname()[1]), token)
+                for _ in range(times):
+                    client.call(observation)
             finally:
                 over.set()
             return max(said.result(PATIENCE), key=lambda pieces: sum(map(len, pieces)))
@@ -1194,7 +1197,9 @@ class Lab:
 
 # In a process of its own ------------------------------------------------------------------
 
-_CHILDS = Limits(bytes=64 * MB, bytes_per_client=32 * MB, replies_per_client=16 * MB)
+_CHILDS = Limits(
+    message_bytes=16 * MB, bytes=64 * MB, bytes_per_client=32 * MB, replies_per_client=16 * MB
+)
 
 
 def live_in_child(role: str, url: str, keys: str) -> None:

@@ -60,7 +60,7 @@ class Polite(socket.socket):
 
 
 def dial(url: Url) -> Polite:
-    made = Polite(fileno=socket.create_connection(("127.0.0.1", url.port), 10.0).detach())
+    made = Polite(fileno=socket.create_connection((url.host, url.port), 10.0).detach())
     made.settimeout(10.0)
     return made
 
@@ -69,7 +69,7 @@ class Wire:
     """A connection of ZeroMQ's that does as it likes, frame by frame."""
 
     def __init__(self, url: Url) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", url.port), 10.0)
+        self.socket = socket.create_connection((url.host, url.port), 10.0)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.sendall(_GREETING + _READY)
         self._file = self.socket.makefile("rb")

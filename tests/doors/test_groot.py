@@ -41,6 +41,7 @@ def npy(header: str, data: bytes = b"", version: bytes = b"\1\0") -> bytes:
 class TestGroot(DoorTests):
     url = "groot://127.0.0.1:0"
     client = Client
+    keys_each_call = True
 
     def dial(self, url: Url) -> Polite:
         return dial(url)

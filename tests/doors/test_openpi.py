@@ -63,7 +63,7 @@ class OpenpiClient(DoorClient):
     def __init__(self, url: Url, token: str | None = None) -> None:
         more = [] if token is None else [f"Authorization: Api-Key {token}"]
         try:
-            self.socket = RawWebSocket(url.port, self.path, *more)
+            self.socket = RawWebSocket(url.port, self.path, *more, host=url.host)
         except raw_websocket.Refused as refused:
             raise Refused(str(refused)) from None
         try:

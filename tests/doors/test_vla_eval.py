@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -50,7 +51,7 @@ class Talk:
         url = Url.parse(str(url))
         self._numbers = itertools.count(1)
         options = {"compression": None, "max_size": None, "ping_interval": None, **options}
-        address = f"ws://{url.host}:{url.port}{path}"
+        address = f"{replace(url, scheme='ws')}{path}"
         self._opened = ExitStack()
         self.connection: ClientConnection = self._opened.enter_context(
             connect(address, proxy=None, open_timeout=PATIENCE, **options)
