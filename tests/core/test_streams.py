@@ -85,7 +85,7 @@ def test_one_who_comes_after_the_only_publication_gets_it(server, transport):
     assert server.publish_obs({"cam": np.arange(3)}) == 1
     with connected(server, transport) as client:
         got = Subscriber()
-        with took(at_most=1):
+        with took(at_most=2.5):  # sooner than after a heartbeat
             subscription = client.register_obs_callback(got)
             assert got.entered.wait(5)
         assert got.seen[0]["cam"].tolist() == [0, 1, 2]
@@ -109,7 +109,7 @@ def test_publications_are_numbered_and_arrive_within_a_moment(server, transport)
         got = Subscriber()
         subscription = client.register_obs_callback(got)
         for n in range(1, 21):
-            with took(at_most=0.5):
+            with took(at_most=2.5):
                 assert server.publish_obs(n) == n
                 wait_until(got.has(n))
         assert got.seen == list(range(1, 21))
@@ -211,7 +211,7 @@ def test_a_slow_subscriber_gets_the_latest_and_not_the_backlog(server, transport
             time.sleep(0.002)  # a camera's pace, not a wait for something
         published = time.monotonic()
         wait_until(lambda: 100 in times)
-        assert times[100] - published < 0.5
+        assert times[100] - published < 2.5  # the backlog would take 5 s
         assert len(times) < 30
         assert list(times) == sorted(times)
         assert subscription.received == len(times)
@@ -227,7 +227,7 @@ def test_one_that_was_held_up_skips_to_the_newest_at_once(server, transport):
         for n in range(2, 101):
             server.publish_obs(n)
         got.let_go()
-        with took(at_most=1):
+        with took(at_most=2.5):
             wait_until(got.has(100))
         assert got.seen == [1, 100]
         assert subscription.missed == 98
@@ -349,7 +349,7 @@ def test_a_closed_subscription_gets_nothing_more_and_the_others_go_on(server, tr
         server.publish_obs(1)
         wait_until(first.has(1))
         wait_until(second.has(1))
-        with took(at_most=0.5):
+        with took(at_most=2.5):
             subscription.close()
             subscription.close()
         for n in range(2, 6):
@@ -452,7 +452,7 @@ def test_stopping_a_client_is_quick_with_a_callback_that_hangs(server, transport
         server.publish_obs(1)
         for each in got:
             assert each.entered.wait(5)
-        with took(at_most=1.5):
+        with took(at_most=5.0):
             client.stop()
         for each in got:
             each.let_go()
@@ -615,7 +615,7 @@ def test_a_subscriber_gets_what_is_published_while_a_handler_computes(transport,
         assert entered.wait(5)
         for n in range(1, 7):
             server.publish_obs(n)
-            with took(at_most=0.8):
+            with took(at_most=2.5):
                 wait_until(got.has(n))
             with pytest.raises(DeadlineExceeded):
                 client.call("act", ["move", "in between"], timeout=0.2)
@@ -640,7 +640,7 @@ def test_publishing_never_waits_for_a_handler_or_a_subscriber(transport):
         client.subscribe("observations", got)
         busy = client.call_async("act", ["move", 1])
         assert entered.wait(5)
-        with took(at_most=1):
+        with took(at_most=5):
             for n in range(500):
                 server.publish_obs(n)
         go_on.set()

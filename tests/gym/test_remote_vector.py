@@ -3,7 +3,6 @@
 import functools
 import signal
 import threading
-import time
 import warnings
 
 import gymnasium
@@ -176,18 +175,21 @@ def test_they_are_spread_over_several_servers():
         envs.close()
 
 
-class Sleeping(Short):
+class Meeting(Short):
+    """Ends its step when two others are amid theirs."""
+
+    together = threading.Barrier(3)
+
     def step(self, action):
-        time.sleep(0.3)
+        self.together.wait(10)
         return super().step(action)
 
 
 def test_steps_go_out_at_once():
-    with serving(Sleeping) as first, serving(Sleeping) as second, serving(Sleeping) as third:
+    with serving(Meeting) as first, serving(Meeting) as second, serving(Meeting) as third:
         envs = RemoteVectorEnv([first.url, second.url, third.url])
         envs.reset(seed=0)
-        with took(0.8, at_least=0.3):  # and not 0.9
-            envs.step(np.ones(3, int))
+        envs.step(np.ones(3, int))
         envs.close()
 
 

@@ -247,13 +247,14 @@ def test_a_device_that_moves_slowly_keeps_the_deadline_of_its_caller(transport):
 
     with (
         started(ActionServer(config_of(transport), None, act)) as server,
-        ActionClient("127.0.0.1", config=config_of(transport, server.port), timeout=0.3) as client,
+        ActionClient("127.0.0.1", config=config_of(transport, server.port), timeout=0.2) as client,
     ):
-        with took(at_least=0.3, at_most=0.8), pytest.raises(DeadlineExceeded):
+        with took(at_least=0.2, at_most=5.0), pytest.raises(DeadlineExceeded):
             client.act("move", 1)
-        with took(at_least=0.1, at_most=0.3), pytest.raises(DeadlineExceeded):
-            client.act("move", 2, timeout=0.1)
-        time.sleep(0.1)  # the server counts from when a call arrives, a little later than we
+        with took(at_least=0.3, at_most=5.0), pytest.raises(DeadlineExceeded):
+            client.act("move", 2, timeout=0.3)
+        wait_until(lambda: server.stats()["waiting"] == 1)
+        time.sleep(0.3)  # the server counts from when a call arrives, a little later than we
         still.set()
         client.act("move", 3, timeout=5)
         assert moved == [1, 3]  # the second was late before it began
@@ -372,7 +373,7 @@ def test_the_server_tells_who_its_clients_are_and_what_they_call_themselves(serv
 def test_nobody_there_leaves_nothing_behind(transport):
     with started(ActionServer(config_of(transport), None, None)) as server:
         port = server.port
-    with no_thread_left(), took(at_most=1), pytest.raises(Unreachable):
+    with no_thread_left(), took(at_most=5), pytest.raises(Unreachable):
         ActionClient("127.0.0.1", port, config=config_of(transport))
 
 

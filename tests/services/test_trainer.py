@@ -659,7 +659,7 @@ def test_async_updates_come_by_themselves_and_stop_sends_the_rest(transport):
         with actor(server, store := QueuedDataStore(1000)) as client:
             client.start_async_update(interval=60)
             store.batch_insert([transition(n) for n in range(2, 500)])
-            with took(at_most=1):
+            with took(at_most=10):  # not the minute
                 client.stop()
                 client.stop()
         assert ids(there) == list(range(500))
@@ -679,7 +679,7 @@ def test_an_update_that_is_asked_for_is_sent_while_the_program_goes_on(transport
         learner(transport, data_callback=lambda name, batch: hold.wait(20)) as server,
     ):
         with actor(server, store := filled(5)) as client:
-            with took(at_most=1):
+            with took(at_most=5):
                 futures = [client.update_async() for _ in range(3)]
             wait_until(lambda: len(server.data_store("actor_env")) == 5)
             assert not futures[0].done()
@@ -929,9 +929,9 @@ def test_weights_reach_an_actor_while_the_learner_computes(transport):
         assert entered.wait(5)
         for n in range(5):
             server.publish_network(n)
-            with took(at_most=0.5):
+            with took(at_most=2.5):  # sooner than after a heartbeat
                 wait_until(lambda n=n: got[-1:] == [n])
-        with took(at_most=1), actor(server) as late:
+        with took(at_most=2.5), actor(server) as late:
             newest: list = []
             late.recv_network_callback(newest.append)
             wait_until(lambda: newest == [4])
@@ -1018,14 +1018,14 @@ def test_calls_beyond_the_rate_limit_wait_their_turn(transport):
     config = config_of(transport, rate_limit=20)
     with (
         learner(transport, config=config, request_callback=lambda kind, payload: 1) as server,
-        actor(server) as client,
+        plain_client(server, timeout=60) as client,
         actor(server) as other,
+        took(at_least=0.24, at_most=5.0),
     ):
-        with took(at_least=0.24, at_most=1.0):
-            for _ in range(6):
-                client.request("stats")
-        with took(at_most=0.2):  # the limit is each client's own
-            other.request("stats")
+        calls = [client.call_async("request", ["stats", n]) for n in range(100)]
+        other.request("stats")  # the limit is each client's own
+        assert not calls[-1].done()
+        assert calls[5].result(10) == 1
 
 
 def test_calls_whose_turn_is_beyond_their_deadline_are_refused_at_once(transport):
@@ -1084,7 +1084,7 @@ def test_weights_and_heartbeats_are_not_held_up_by_the_rate_limit(transport):
         client.recv_network_callback(got.append)
         for n in range(20):
             server.publish_network(n)
-            with took(at_most=0.5):
+            with took(at_most=2.5):
                 wait_until(lambda n=n: got[-1:] == [n])
 
 
@@ -1103,9 +1103,9 @@ def test_a_client_may_wait_for_a_learner_that_is_not_there_yet(transport):
     with learner(transport) as server:
         port = server.port
     config = config_of(transport, port)
-    with took(at_most=1), pytest.raises(Unreachable):
+    with took(at_most=5), pytest.raises(Unreachable):
         TrainerClient("a", "127.0.0.1", config)
-    with took(at_least=0.2, at_most=1.5), pytest.raises(Unreachable):
+    with took(at_least=0.2, at_most=5), pytest.raises(Unreachable):
         TrainerClient("a", "127.0.0.1", config, wait_for_server=0.3)
     with ThreadPoolExecutor(1) as pool:
         client = pool.submit(TrainerClient, "a", "127.0.0.1", config, wait_for_server=True)

@@ -287,7 +287,7 @@ def test_a_path_that_is_no_text_ends_neither_the_server_nor_what_is_under_way():
                 except Unreachable:
                     return False
 
-            with took(at_most=1.0):
+            with took(at_most=5.0):
                 wait_until(answered)
 
 
@@ -1287,7 +1287,7 @@ def test_a_child_forked_beside_grpc_is_told_to_be_spawned(connected):
                 function()
             except edgeml.EdgemlError as error:
                 assert "spawn" in str(error) and "forkserver" in str(error), error
-                assert time.monotonic() - began < 1.0
+                assert time.monotonic() - began < 4.0  # not the deadline
                 return isinstance(error, PermissionDenied)
             raise AssertionError
 

@@ -26,6 +26,7 @@ import edgeml
 from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Overloaded, Unreachable
 from edgeml.core import Message, Url, load_transport, wire
 from edgeml.core.security import Credentials, CurveKeys
+from edgeml.testing.stopwatch import Stopwatch
 from pairs import process, run_fresh, threads, took
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
@@ -107,11 +108,10 @@ def unharmed(server):
             client.call("echo", np.zeros(300_000, np.uint8))
         before = server.resident() if sys.platform == "linux" else 0
         yield
-        began = time.monotonic()
-        assert client.call("echo", "known") == "known"
-        with server.client() as stranger:
-            assert stranger.call("echo", "new") == "new"
-        assert time.monotonic() - began < 1.0
+        with took(at_most=1.0):
+            assert client.call("echo", "known") == "known"
+            with server.client() as stranger:
+                assert stranger.call("echo", "new") == "new"
     if sys.platform == "linux":
         assert server.resident() - before < 64 << 20
 
@@ -210,9 +210,9 @@ def test_the_good_are_answered_within_a_second_beside_thousands_who_babble(rng, 
         nonlocal slowest
         with server.client() as client:
             while not over.is_set():
-                began = time.monotonic()
+                watch = Stopwatch()
                 assert client.call("echo", "good", 5.0) == "good"
-                slowest = max(slowest, time.monotonic() - began)
+                slowest = max(slowest, watch.seconds)
                 over.wait(0.01)
 
     held: deque[socket.socket] = deque()  # who say no more, and stay
@@ -481,10 +481,8 @@ def test_a_frozen_server_misses_the_deadline_and_goes_on_when_it_thaws():
             client.call("echo", "warm")
             server.signal(signal.SIGSTOP)
             for timeout, size in ((0.3, 10), (0.3, 5_000_000), (0.5, 10)):
-                began = time.monotonic()
-                with pytest.raises(DeadlineExceeded):
+                with took(timeout + 1.0, at_least=timeout), pytest.raises(DeadlineExceeded):
                     client.call("echo", np.zeros(size, np.uint8), timeout)
-                assert timeout <= time.monotonic() - began < timeout + 1.0
             server.signal(signal.SIGCONT)
             assert client.call("echo", "thawed") == "thawed"
             with server.client() as other:
