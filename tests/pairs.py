@@ -142,12 +142,16 @@ def run_fresh(program: str, timeout: float = 60.0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def long_form(suite: type, *prefixes: str, **settings: Any) -> Any:
-    """A suite's tests whose names begin like this, with other settings; slow."""
+def some_of(suite: type, *prefixes: str, **settings: Any) -> type:
+    """A suite's tests whose names begin like this, with other settings."""
     tests = [name for name in dir(suite) if name.startswith("test_")]
     others = [name for name in tests if not name.startswith(prefixes)]
-    made = type(suite.__name__, (suite,), {**dict.fromkeys(others), **settings})
-    return pytest.mark.slow(pytest.mark.timeout(900)(made))
+    return type(suite.__name__, (suite,), {**dict.fromkeys(others), **settings})
+
+
+def long_form(suite: type, *prefixes: str, **settings: Any) -> Any:
+    """As `some_of`; slow."""
+    return pytest.mark.slow(pytest.mark.timeout(900)(some_of(suite, *prefixes, **settings)))
 
 
 def make_keys(home: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ import pytest
 import raw_websocket
 from edgeml.core import Url
 from edgeml.testing import DoorClient, DoorTests, Refused
+from pairs import long_form, some_of
 from raw_websocket import RawWebSocket
 
 REALTIME = "/v1/realtime/robot/openpi"
@@ -189,5 +190,32 @@ class TestOpenpi(Hostile):
     errors_close = True
 
 
-class TestRealtime(Hostile):
+class Realtime(Hostile):
     client = RealtimeClient
+
+
+# How a dialect is spoken; what becomes of connections is the same.
+TestRealtime = some_of(
+    Realtime,
+    *(
+        "test_arrays_",
+        "test_values_",
+        "test_scalars_",
+        "test_names_",
+        "test_what_",
+        "test_a_result_",
+    ),
+    *(
+        "test_hostile_",
+        "test_mutated_",
+        "test_a_function_that_h",
+        "test_a_server_that_",
+        "test_a_reset_",
+    ),
+    *("test_each_", "test_closing_", "test_native_", "test_memory_"),
+    mutations=200,
+)
+TestLongRealtime = long_form(Realtime, "test_", mutations=10_000, garbage=1000)
+TestLongOpenpi = long_form(
+    TestOpenpi, "test_mutated_", "test_garbage_", mutations=10_000, garbage=10_000
+)
