@@ -6,6 +6,7 @@ import base64
 import http.client
 import itertools
 import json
+import re
 import socket
 import ssl
 import struct
@@ -345,10 +346,17 @@ def test_types_that_no_client_sends_are_errors(type: str) -> None:
         assert talk.act({"x": 1}) == {"x": 1}
 
 
-def test_an_error_of_the_client_is_taken_without_a_word() -> None:
+def test_an_error_of_the_client_is_logged_and_has_no_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
     with talking() as talk:
-        talk.send("error", {"error": "the simulator crashed"})
+        talk.send("error", {"error": "the simulator crashed\n" + "x" * 1000})
         assert talk.act({"x": 1}) == {"x": 1}
+        assert talk.ask("error", {"error": 3})[0] == "error"
+    assert re.search(
+        r"tells of an error: the simulator crashed\\nx{10,200}\.\.\.$", caplog.text, re.M
+    )
 
 
 def test_a_hello_that_says_nonsense_is_an_error_and_closes_nothing() -> None:

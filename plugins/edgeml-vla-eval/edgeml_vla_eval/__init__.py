@@ -78,6 +78,10 @@ class _Recording(msgspec.Struct):
     eid: str | None = None
 
 
+class _Error(msgspec.Struct):
+    error: str = ""
+
+
 class _Start(msgspec.Struct):
     """What is made of the start of an episode."""
 
@@ -163,7 +167,8 @@ async def _answer(visit: Visit, received: Received, data: Data | str) -> bytes |
         case "episode_end":
             guest.begin_episode()
         case "error":
-            _log.debug("%s has an error", visit.peer.address)
+            told = printable(read_as(_Error, received).error)
+            _log.info("%s tells of an error: %s", visit.peer.address, told)
         case other:
             raise Malformed(
                 f"nothing is to be done for a message of type {printable(other, 40)!r}: clients "
