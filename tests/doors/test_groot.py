@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from edgeml_groot.connections import Connections
+from edgeml_groot.endpoint import GrootEndpoint, _Line, _Refused
 
 from edgeml import Feature, InferenceServer, Limits, PolicyContract
 from edgeml.core import Url, plugins
@@ -159,6 +163,11 @@ def sending(wire: Wire, data: bytes) -> Iterator[None]:
             each.join()
 
 
+def kept(kind: type) -> int:
+    """How many objects of a class there are."""
+    return sum(type(each) is kind for each in gc.get_objects())
+
+
 def asking(**observation: Any) -> bytes:
     return pack({"data": observation})
 
@@ -283,6 +292,7 @@ def test_who_asks_for_more_than_may_wait_is_told_for_each_and_takes_up_nothing()
             for _ in range(count):
                 peer.send_multipart([b"", request])
             wait_until(lambda: server.stats().get("Overloaded", 0) == count - 5)
+            assert kept(_Refused) == 1
             with zmq_peer(zmq.REQ, url) as other:  # who is not held up
                 other.send(pack({"endpoint": "ping"}))
                 with took(at_most=1.0):
@@ -381,6 +391,7 @@ def test_a_connection_has_so_many_clients_and_each_is_told():
         assert answers[:most] == [{"number": number} for number in range(most)]
         assert all("error" in answer for answer in answers[most:])
         assert len(server.clients()) == most
+        wait_until(lambda: kept(_Line) == most)
 
 
 def test_a_client_that_names_itself_may_come_again():
@@ -512,6 +523,53 @@ def test_of_too_many_connections_those_that_said_nothing_go_first():
             hear_out(last)
         for each in good + late:
             assert each.call({"x": 3}) == {"x": 3}
+
+
+def test_what_comes_while_it_closes_is_answered(monkeypatch):
+    closing, sent = threading.Event(), threading.Event()
+    empty_outbox = GrootEndpoint._empty_outbox
+
+    def empty_slowly(endpoint):
+        if endpoint._closed:
+            closing.set()
+            assert sent.wait(10)
+        empty_outbox(endpoint)
+
+    monkeypatch.setattr(GrootEndpoint, "_empty_outbox", empty_slowly)
+    with served() as (server, url), Client(url) as client:
+        client.call({"x": 1})
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        assert closing.wait(10)
+        client.wire.send(b"", asking(x=2))
+        sent.set()
+        assert "stopped" in unpack(client.wire.receive()[1])["error"]
+        stopping.join()
+
+
+def test_a_connection_is_not_taken_for_the_one_before():
+    """Which had the same name, and most likely the same descriptor."""
+    ended = []
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        there = Connections(context, router, Limits(), 1 << 20, print, ended.append)
+        there.port = router.bind_to_random_port("tcp://127.0.0.1")
+        router.rcvtimeo = 10_000
+        found = []
+        for _ in range(5):
+            with zmq_peer(zmq.REQ, Url("groot", port=there.port), routing_id=b"robot") as peer:
+                peer.send(b"x")
+                assert router.recv() == b"robot"
+                descriptor = router.recv(copy=False).get(zmq.SRCFD)
+                router.recv()
+                address = (b"robot", b"")
+                connection = there.find(descriptor, address)
+                assert connection not in found
+                connection.lines[address] = connection
+                found.append(connection)
+            # libzmq tells of its end before the name is free for another.
+            wait_until(there.monitor.poll)
+        assert ended == found[:-1]
+        there.close()
 
 
 FIRST_NAME = """
@@ -707,6 +765,31 @@ def test_a_token_is_asked_for_whatever_is_asked(tmp_path):
             with pytest.raises(Refused, match="Unauthorized"):
                 client.ask("ping")
             assert not server.clients()
+
+
+def test_who_shows_other_tokens_in_a_row_is_answered_in_order(tmp_path):
+    keys = make_keys(tmp_path)
+    token = (keys["robot"] / "token").read_text().strip()
+
+    def function(observation):
+        time.sleep(0.01)
+        return observation
+
+    with (
+        served(function, credentials=keys["server"]) as (_, url),
+        zmq_peer(zmq.DEALER, url) as peer,
+    ):
+        shown = [token, "another", None, token, None, None, token, "another", token] * 5
+        for number, each in enumerate(shown):
+            said = {} if each is None else {"api_token": each}
+            peer.send_multipart([b"", pack({"data": {"number": number}, **said})])
+        for number, each in enumerate(shown):
+            answer = unpack(peer.recv_multipart()[1])
+            if each == token:
+                assert answer == {"number": number}
+            else:
+                assert "Unauthorized" in answer["error"]
+    wait_until(lambda: not kept(_Line))
 
 
 def test_a_door_has_no_path_and_names_what_it_is_made_of():

@@ -293,8 +293,7 @@ class GrootEndpoint(Endpoint):
         else:
             connection.lines[address] = line
             self._put(line, frames[-1])
-            if line.guest is None:  # it was not let in
-                connection.lines.pop(address, None)
+            self._tidy(line)
 
     def _put(self, line: _Line, frame: zmq.Frame) -> None:
         """Look at a request, or have it wait for those before it."""
@@ -352,6 +351,7 @@ class GrootEndpoint(Endpoint):
             self._look_at(line, body)
         if line.waiting and line.call is None:
             self._ready.append(line)
+        self._tidy(line)
 
     # What is asked --------------------------------------------------------------------
 
@@ -497,6 +497,11 @@ class GrootEndpoint(Endpoint):
             for line in list(connection.lines.values()):
                 if len(line.address) > 2 and not line.busy and now - line.seen > _FORGET:
                     self._drop(line)
+
+    def _tidy(self, line: _Line) -> None:
+        """Keep nothing of who was not let in."""
+        if line.guest is None and not line.busy:
+            line.connection.lines.pop(line.address, None)
 
     def _drop(self, line: _Line) -> None:
         line.connection.lines.pop(line.address, None)
