@@ -363,13 +363,14 @@ def test_arrays_are_read_in_the_other_spelling_too(keys: str, kind: str) -> None
     given = spelt(nd=True, type="<f4", kind=kind, shape=[3, 2], data=ACTIONS.tobytes())
     scalar = spelt(nd=False, type=b"<f4", kind=kind.encode(), data=ACTIONS[2, 1].tobytes())
     usual = spelt(__ndarray__=True, dtype="<f4", shape=[3, 2], data=ACTIONS.tobytes())
-    value = read(encode({"nd": given, "scalar": scalar, "usual": usual, "seconds": {"nd": 3}}))
+    own = {"nd": 3, "kind": "a user's", "data": None}
+    value = read(encode({"nd": given, "scalar": scalar, "usual": usual, "own": own}))
     assert np.array_equal(value["nd"], ACTIONS)
     assert value["nd"].dtype == np.float32
     assert np.array_equal(value["usual"], ACTIONS)
     assert value["scalar"] == np.float32(5)
     assert type(value["scalar"]) is np.float32
-    assert value["seconds"] == {"nd": 3}  # a user's own
+    assert value["own"] == own
 
 
 # Both -------------------------------------------------------------------------------------

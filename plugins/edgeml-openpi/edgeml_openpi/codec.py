@@ -88,11 +88,14 @@ def restored(value: Any) -> Any:
     """
     if type(value) is dict:
         if b"__ndarray__" in value or "__ndarray__" in value:
-            return _array(_field(value, "data"), _field(value, "dtype"), _field(value, "shape"))
+            data, dtype, shape = (_field(value, name) for name in ("data", "dtype", "shape"))
+            return restore(data, dtype, shape, _KINDS)
         if b"__npgeneric__" in value or "__npgeneric__" in value:
             return _scalar(_field(value, "data"), _field(value, "dtype"))
-        if (b"nd" in value or "nd" in value) and (b"kind" in value or "kind" in value):
-            return _native(value)
+        if b"nd" in value or "nd" in value:
+            fields = [_field(value, name) for name in ("nd", "data", "type", "kind")]
+            if None not in fields:  # or it is a user's own map
+                return _of_four(value, *fields)
         return {key: restored(each) for key, each in value.items()}
     if type(value) is list:
         return [restored(each) for each in value]
@@ -103,16 +106,8 @@ def _field(value: dict[Any, Any], name: str) -> Any:
     return value.get(name.encode(), value.get(name))
 
 
-def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray[Any, Any]:
-    array = restore(data, dtype, shape, _KINDS)
-    if array.dtype.byteorder == ">":  # as native clients' arrays come
-        array = array.astype(array.dtype.newbyteorder("="))
-        array.flags.writeable = False
-    return array
-
-
 def _scalar(data: Any, dtype: Any) -> Any:
-    made = restore(b"", dtype, (0,), _KINDS).dtype
+    made = restore(b"", dtype, (0,), _KINDS).dtype  # which is believed no more than an array's
     if made.kind in _NUMBERS and type(data) not in _NUMBERS[made.kind]:
         raise Malformed(f"a scalar of dtype {made.str} is no {type(data).__name__}")
     if made.kind in "SU" and (type(data) is not (bytes if made.kind == "S" else str)):
@@ -123,12 +118,10 @@ def _scalar(data: Any, dtype: Any) -> Any:
         return made.type(data)
 
 
-def _native(value: dict[Any, Any]) -> Any:
-    dtype, kind = _field(value, "type"), _field(value, "kind")
+def _of_four(value: dict[Any, Any], many: Any, data: Any, dtype: Any, kind: Any) -> Any:
+    array = restore(data, dtype, _field(value, "shape") if many else (), _KINDS)
     if isinstance(kind, bytes):
         kind = kind.decode("latin-1")
-    many = _field(value, "nd")
-    array = _array(_field(value, "data"), dtype, _field(value, "shape") if many else ())
     if kind not in ("", array.dtype.kind):
         raise Malformed(f"an array of dtype {array.dtype.str} is not of kind {kind!r:.20}")
     return array if many else array[()]
