@@ -62,12 +62,12 @@ class NativeClient:
     """Ours, with the face of the others."""
 
     def __init__(self, url: str, interface: str) -> None:
-        self._client = InferenceClient(url=url, timeout=20)
+        self._robot = InferenceClient(url=url, timeout=20)
         self._interface = interface
-        self.close = self._client.stop
+        self.close = self._robot.stop
 
     def call(self, observation: Any) -> Any:
-        return self._client.call(self._interface, observation)
+        return self._robot.call(self._interface, observation)
 
 
 OTHERS: dict[str, tuple[str, Callable[[str], Any]]] = {
