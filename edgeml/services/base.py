@@ -337,6 +337,10 @@ class ServiceServer(_Service):
         told = Url.parse(f"{url.scheme}://{self._advertise}")
         return told if told.port else told.with_port(url.port)
 
+    def _advertised_door(self, url: Url) -> Url:
+        """As `_advertised`, but that a door's port is its own."""
+        return self._advertised(url).with_port(url.port)
+
     def clients(self) -> list[Peer]:
         """Return the clients heard from of late.
 

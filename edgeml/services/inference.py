@@ -227,11 +227,12 @@ class InferenceServer(ServiceServer):
             lambda name: contracts.tell(name) if name in interfaces else None,
         )
         choose = partial(_choose, interfaces, url, interface)
-        return str(self._server.open_door(place, entrance, choose))
+        opened = self._server.open_door(place, entrance, choose)
+        return str(self._advertised_door(opened))
 
     def doors(self) -> list[str]:
         """Return where other people's clients reach it; none until it is started."""
-        return [str(url) for url in self._server.doors]
+        return [str(self._advertised_door(url)) for url in self._server.doors]
 
     def swap(
         self,

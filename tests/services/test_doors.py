@@ -200,6 +200,14 @@ def test_a_door_may_be_opened_while_the_server_runs(door):
             server.open_door(ADDRESS)
 
 
+def test_doors_are_advertised_as_the_server_is(door):
+    with InferenceServer(0, doors=[ADDRESS], advertise="robot.example:99") as server:
+        server.register_interface("a", lambda x: 1)
+        with server.serving():
+            assert server.url == "zmq://robot.example:99"
+            assert server.doors() == ["local://robot.example:4321"]
+
+
 def test_a_door_that_can_not_be_opened_stops_the_start(door):
     with InferenceServer(0, doors=[ADDRESS + ":1"]) as server:
         server.register_interface("a", lambda x: 1)
