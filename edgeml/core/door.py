@@ -95,7 +95,8 @@ class Dispatch(ABC):
     def contract(self) -> dict[str, Any] | None:
         """Return what the function takes and gives, as `PolicyContract.to_plain` does.
 
-        None if it isn't stated, or there is no such function yet.
+        Its keys are those that clients know, where the door was opened with ``names``. None if it
+        isn't stated, or there is no such function yet.
         """
 
     @abstractmethod

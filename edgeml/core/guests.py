@@ -103,8 +103,21 @@ class Passage:
         if self.after is not None:
             result = self.after(result)
         if self.names and isinstance(result, dict):
-            result = _rename(result, {ours: theirs for theirs, ours in self.names.items()})
+            result = _rename(result, self._theirs)
         return result
+
+    def tell(self, contract: dict[str, Any]) -> dict[str, Any]:
+        """Return a contract's plain form with the names that the client knows."""
+        told = dict(contract)
+        for side in ("observation", "action"):
+            features = told.get(side)
+            if isinstance(features, dict) and all(isinstance(v, dict) for v in features.values()):
+                told[side] = _rename(features, self._theirs)
+        return told
+
+    @property
+    def _theirs(self) -> dict[str, str]:
+        return {ours: theirs for theirs, ours in self.names.items()}
 
 
 def _rename(given: dict[Any, Any], names: Mapping[str, str]) -> dict[Any, Any]:
@@ -286,7 +299,8 @@ class Entrance(Dispatch):
 
     def contract(self) -> dict[str, Any] | None:
         """See `Dispatch.contract`."""
-        return self._describe(self.interface)
+        contract = self._describe(self.interface)
+        return None if contract is None else self.passage.tell(contract)
 
     def enter(
         self, peer: Peer, *, label: str = "", token: str | None = None, forget: float | None = None

@@ -431,6 +431,10 @@ def test_the_contract_is_told_and_checked(door, server):
         with pytest.raises(Malformed, match="does not take this"):
             ask(guest, {"state": np.zeros(4, np.float32)}).result(10)
         assert ask(guest, {"state": np.zeros(3, np.float32)}).result(10).shape == (2,)
+        server.open_door(ADDRESS, "policy", names={"observation/state": "state"})
+        told = door.dispatch.contract()
+        assert told["observation"] == {"observation/state": {"shape": [3], "dtype": "float32"}}
+        assert told["action"] == contract.to_plain()["action"]
         server.open_door(ADDRESS, "other", metadata={"robot": "arm"}, timeout=3)
         assert door.dispatch.contract() is None
         assert door.dispatch.metadata == {"robot": "arm"}
