@@ -12,8 +12,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from edgeml import Feature, InferenceServer, PolicyContract
+from edgeml import Batching, Feature, InferenceClient, InferenceServer, PolicyContract
 from pairs import make_keys, started
 from robot import FAILING, act, check, observe
 from small_clients import GrootClient, RealtimeClient, RemoteFailure
@@ -174,10 +177,13 @@ def run(door: str, python: Path, program: str, *arguments: object, **settings: A
     return told
 
 
-@pytest.mark.parametrize("keys", [False, True], ids=["no keys", "keys"])
-@pytest.mark.skipif(
-    sys.version_info >= (3, 13), reason="it pins numpy < 2, which is not made there"
+needs_old_numpy = pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="openpi-client pins numpy < 2, which is not made there"
 )
+
+
+@needs_old_numpy
+@pytest.mark.parametrize("keys", [False, True], ids=["no keys", "keys"])
 def test_openpi_client(place: Path, tmp_path: Path, keys: bool) -> None:
     settings, arguments = {}, []
     if keys:
@@ -205,14 +211,19 @@ def test_vla_eval(place: Path) -> None:
     assert told["steps"] == [*range(25)] * 8
 
 
-def test_the_groot_client_of_strands_robots(place: Path) -> None:
+def file_of_strands(place: Path) -> Path:
+    """The one file of strands-robots that its client is."""
     file = place / "strands" / "strands_robots" / "policies" / "groot" / "client.py"
     if not file.exists():
         pip(sys.executable, "download", "--no-deps", "-d", place / "dl", ROBOTS)
         (wheel,) = (place / "dl").glob("strands_robots*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(str(file.relative_to(place / "strands")), place / "strands")
-    told = run("groot", python_of(place, "groot"), "groot_program.py", file)
+    return file
+
+
+def test_the_groot_client_of_strands_robots(place: Path) -> None:
+    told = run("groot", python_of(place, "groot"), "groot_program.py", file_of_strands(place))
     assert "action.arm" in told["keys"]
     assert "the arm is not to be broken" in told["failed"]
     assert "front" in told["unlike"], told["unlike"]
@@ -273,3 +284,54 @@ def test_groots_newer_form() -> None:
             assert get_action(robot, 1) == 1
         with serving("groot", port):  # the socket connects anew by itself
             assert get_action(robot, 2) == 0
+
+
+@needs_old_numpy
+def test_all_of_them_and_native_ones_are_rows_of_one_batch(place: Path) -> None:
+    together: Counter[frozenset[str]] = Counter()
+
+    def policy_of_batch(batch: Any, contexts: list[Any]) -> dict[str, Any]:
+        together[frozenset(context.client_id.rpartition("-")[0] for context in contexts)] += 1
+        rows = [
+            policy({key: batch[key][row] for key in batch}, context)
+            for row, context in enumerate(contexts)
+        ]
+        return {key: np.stack([row[key] for row in rows]) for key in ("actions", "step")}
+
+    # All have the same port, so that two by TCP need an address each.
+    server = InferenceServer(url="zmq://127.0.0.1:0,grpc://127.0.0.2:0,shm://127.0.0.1:0")
+    batching = Batching(max_size=6, max_delay=0.05, sizes="any")
+    server.register_interface("policy", policy_of_batch, batching=batching)
+    for door, settings in DOORS.items():
+        server.open_door(f"{door}://127.0.0.1:0", **settings)
+    over = threading.Event()
+
+    def run_native(url: str) -> int:
+        kind, calls = url.partition(":")[0], 0
+        with InferenceClient(url=url, client_id=f"{kind}-1", timeout=60) as robot:
+            while not over.is_set():
+                front, wrist, state = seen = observe(calls % 20)
+                observation = {"front": front, "wrist": wrist, "state": state, "task": "fold"}
+                check(robot.call("policy", observation)["actions"], seen)
+                calls += 1
+        return calls
+
+    with started(server), ThreadPoolExecutor(3) as natives, ExitStack() as ends:
+        calls = [natives.submit(run_native, url) for url in server.urls()]
+        ends.callback(over.set)
+        ports = {url.partition(":")[0]: url.rpartition(":")[2] for url in server.doors()}
+        made = [
+            ends.enter_context(client(python_of(place, name), program, *arguments))
+            for name, program, *arguments in (
+                ("openpi", "openpi_program.py", ports["openpi"]),
+                ("groot", "groot_program.py", ports["groot"], file_of_strands(place)),
+                ("vla", "vla_program.py", ports["vla-eval"]),
+            )
+        ]
+        for each in made:
+            json.loads(told_by(each))
+        over.set()
+        assert all(each.result(60) > 20 for each in calls)
+        stats = server.stats()
+    assert all(stats[f"calls_by_{door}"] >= 200 for door in DOORS)
+    assert together[frozenset({"openpi", "groot", "vla-eval", "zmq", "grpc", "shm"})] > 20, together
