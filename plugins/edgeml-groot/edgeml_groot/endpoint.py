@@ -224,7 +224,7 @@ class GrootEndpoint(Endpoint):
 
     def _round(self) -> None:
         """Do what there is to do, and take a message; or wait for either."""
-        busy = self._woken or self._outbox or self._ready or time.monotonic() >= self._due
+        busy = bool(self._woken or self._outbox or self._ready or time.monotonic() >= self._due)
         if busy:
             self._look_around()
         if not self._receive() and not busy:
@@ -435,8 +435,7 @@ class GrootEndpoint(Endpoint):
         line.call = None
         self._answer(line, answer)
         if line.waiting and line not in self._ready:
-            self._ready.append(line)
-            self._wake()
+            self._ready.append(line)  # which the next round sees
 
     def _answer(self, line: _Line, answer: bytes) -> None:
         connection = line.connection
