@@ -207,7 +207,8 @@ def test_clients_that_come_and_go_are_not_taken_for_handshakes_that_failed(endpo
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/fd")
 @pytest.mark.parametrize("with_keys", [False, True], ids=["plain", "with keys"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_one_address_has_so_many_connections_and_no_more(credentials, with_keys, host):
+def test_one_address_has_so_many_connections_and_no_more(credentials, with_keys, host, monkeypatch):
+    monkeypatch.setattr("edgeml.transports.grpc.sockets._PERIOD", 0.1)
     server, client = (credentials["server"], credentials["robot"]) if with_keys else (None, None)
     limits = Limits(connections_per_address=3, handshake=60.0)
     with transport.serve(
