@@ -257,15 +257,17 @@ FAULTS = [
 ]
 
 
-def run(where: Path, module: str, only: str) -> tuple[int, str]:
-    """Hold a module to one test of the suite."""
+def run(where: Path, module: str, only: str, settings: str = "") -> tuple[int, str]:
+    """Hold a module to some tests of the suite, with more settings of the suite's."""
     info = where / "edgeml_lines-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edgeml-lines\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[edgeml.doors]\nlines = edgeml_lines\n")
     (where / "edgeml_lines.py").write_text(module)
-    (where / "test_lines.py").write_text(FILES["tests/test_lines.py"])
-    pytest_ = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout=30", "-k", only]
+    suite = FILES["tests/test_lines.py"] + settings
+    (where / "test_lines.py").write_text(suite)
+    seconds = 600 if settings else 30
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-x", f"--timeout={seconds}", "-k", only]
     done = subprocess.run(
         [*pytest_, f"--basetemp={where / 'temporary'}", "test_lines.py"],
         cwd=where,
@@ -273,7 +275,7 @@ def run(where: Path, module: str, only: str) -> tuple[int, str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=100,
+        timeout=10 + 2 * seconds,
         check=False,
     )
     return done.returncode, done.stdout
@@ -289,6 +291,14 @@ def test_a_door_that_breaks_a_promise_is_found_out(
     status, printed = run(tmp_path, module.replace(right, wrong), promise)
     assert status == 1, printed
     assert re.search("1 (failed|error)", printed), printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_the_door_stands_ten_thousand_spoilt_messages_and_connections(tmp_path: Path) -> None:
+    settings = "\n    mutations = garbage = 10_000\n"
+    status, printed = run(tmp_path, FILES["edgeml_lines.py"], "mutated or garbage", settings)
+    assert status == 0, printed
 
 
 def test_there_is_a_fault_for_each_promise() -> None:
