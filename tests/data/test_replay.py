@@ -270,7 +270,7 @@ class TestStacks:
     @pytest.mark.parametrize("together", [1, 3, 20])
     def test_memory_is_used_again(self, together: int) -> None:
         """Also where stacks don't overlap, and episodes are short."""
-        store, items = ReplayBuffer(10), self.make_items(4, cameras=1)
+        store, items = ReplayBuffer(11), self.make_items(4, cameras=1)
         items[1]["next_observations"]["camera0"] = items[3]["observations"]["camera0"]
         sizes = []
         for _ in range(10):
