@@ -6,6 +6,7 @@ only; how much has come of one, the system is asked.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import socket
@@ -33,6 +34,7 @@ _EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _LITTLE = 1 << 16  # bytes of a message that may lie about, and of answers that may be unread
+_LOOKS = 4  # by which libzmq has freed what it had of connections that were cut off
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TCP = (socket.AF_INET6, socket.SOCK_STREAM, 0)  # said, so that the system need not be asked
 
@@ -122,6 +124,7 @@ class Connections:
         self._hosts: Counter[str] = Counter()
         self._silent: dict[str, dict[int, Connection]] = {}  # of each host, by descriptor
         self._failed: int | None = None  # what was said of the handshake that ends next
+        self._trim = 0  # looks until memory is given back
         self._router = router
         address = f"inproc://{secrets.token_hex(8)}.monitor"
         router.monitor(address, _EVENTS)
@@ -234,11 +237,15 @@ class Connections:
                     each.base = each.base or _resident()
                     continue
             each.base = 0
+        if self._trim:
+            self._trim -= 1
+            _give_memory_back()
         most = max(self._limits.bytes, self._limits.message_bytes)
         unfinished.sort(key=lambda found: found[0])
         while sum(under_way for under_way, _ in unfinished) > most:
             _, largest = unfinished.pop()
             self.cut(largest, "Overloaded", "too much of too many messages is under way")
+            self._trim = _LOOKS
         self._look_at_memory([each for _, each in unfinished])
 
     def _look_at(self, connection: Connection) -> int:
@@ -268,6 +275,14 @@ class Connections:
             allowed = self._limits.bytes_per_client + 4 * oldest.seen[0]
             if oldest.base and _resident() - oldest.base > allowed:
                 self.cut(oldest, "Overloaded", "a message of countless small frames, it seems")
+                self._trim = _LOOKS
+
+
+def _give_memory_back() -> None:
+    """Have the C library give back what it keeps of freed memory, if it is one that can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident() -> int:
