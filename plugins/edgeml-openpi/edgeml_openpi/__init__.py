@@ -70,8 +70,8 @@ async def _talk(visit: Visit) -> None:
     await visit.send(write(dict(visit.dispatch.metadata)))
     previous: float | None = None
     while True:
+        began = time.monotonic()  # as openpi's server counts, which waits here
         message = await visit.receive()
-        began = time.monotonic()
         timed = _Timed(message, visit.limits, previous)
         try:
             answer = await visit.call(guest, timed.decode, timed.encode, len(message))
@@ -91,7 +91,7 @@ class _Timed:
     Args:
         message: the observation.
         limits: what it may hold.
-        previous: seconds that the call before took, with the sending of its answer.
+        previous: seconds from one answer to the one before, which the client's own time is in.
     """
 
     def __init__(self, message: Data | str, limits: Limits, previous: float | None) -> None:
