@@ -65,7 +65,7 @@ HEAVY = 4
 
 
 def check(
-    data: bytes | bytearray,
+    data: bytes | bytearray | memoryview,
     *,
     nodes: int,
     nesting: int,
@@ -95,7 +95,11 @@ def check(
 
 
 def _walk(
-    data: bytes | bytearray, nodes: int, nesting: int, keys: Keys, exts: Mapping[int, bool]
+    data: bytes | bytearray | memoryview,
+    nodes: int,
+    nesting: int,
+    keys: Keys,
+    exts: Mapping[int, bool],
 ) -> None:
     stack: list[tuple[int, tuple[list[int], list[int]]]] = []
     values, keyed, many = (_SIZES, _SIZES), (_SIZES, keys.sizes), (_SIZES, TEXT.sizes)
@@ -152,7 +156,7 @@ def _walk(
                 # Numbers of one kind are so many and so small that each step counts.
                 tag = data[at]
                 size = _SIZES[tag]
-                if size and data[at : at + left * size : size].count(tag) == left:
+                if size and bytes(data[at : at + left * size : size]).count(tag) == left:
                     at += left * size
                     left = 0
         if not stack:

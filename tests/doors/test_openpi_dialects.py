@@ -373,6 +373,22 @@ def test_arrays_are_read_in_the_other_spelling_too(keys: str, kind: str) -> None
     assert value["own"] == own
 
 
+def test_large_arrays_are_views_and_a_users_own_maps_are_its_own() -> None:
+    large = np.arange(10_000.0)
+    own = {b"data": bytes(20_000), "nd": [1, {"x": bytes(20_000)}], "data": "text"}
+    message = write({"a": {"large": large, "small": large[:10]}, "own": own, "list": [large]})
+    value = read(message)
+    assert np.array_equal(value["a"]["large"], large)
+    assert np.array_equal(value["a"]["small"], large[:10])
+    assert np.array_equal(value["list"][0], large)
+    assert value["own"] == own
+    received = np.frombuffer(message, np.uint8)
+    assert np.shares_memory(value["a"]["large"], received)
+    assert not np.shares_memory(value["a"]["small"], received)
+    assert not value["a"]["large"].flags.writeable
+    assert type(read(write({"all": own}))["all"][b"data"]) is bytes
+
+
 # Both -------------------------------------------------------------------------------------
 
 

@@ -28,11 +28,14 @@ from edgeml.core.tokens import TEXT_OR_BYTES, check
 
 __all__ = ["Data", "check_message", "read", "read_keys", "restored", "write"]
 
-Data: TypeAlias = "bytes | bytearray"
+Data: TypeAlias = "bytes | memoryview"
 
 _KINDS = "biufSU"
 _NUMBERS = {"b": (bool, int), "i": (int,), "u": (int,), "f": (int, float)}
-_FEW = 4096  # bytes
+_FEW = 1 << 14  # bytes, which are copied rather than keep a whole message alive
+_MAPS = {*range(0x80, 0x90), 0xDE, 0xDF}  # how a map begins in MessagePack, ...
+_MARKS = {b"__ndarray__", "__ndarray__", b"nd", "nd"}  # of arrays
+_BYTES = {0xC4: 2, 0xC5: 3, 0xC6: 5}  # ... and bytes, with the length of that
 
 
 # In ---------------------------------------------------------------------------------------
@@ -51,18 +54,15 @@ def check_message(data: Data | str, limits: Limits) -> Data:
 
 
 def read(data: Data | str, limits: Limits = DEFAULT_LIMITS) -> Any:
-    """Return the value of a message; arrays are read-only views of what was received.
+    """Return the value of a message. Arrays are read-only, and large ones views of the message.
 
     Raises:
         Malformed: it has none.
     """
     try:
-        return restored(msgspec.msgpack.decode(check_message(data, limits)))
+        return _made(check_message(data, limits))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"this is no MessagePack: {error}") from None
-
-
-_keys = msgspec.msgpack.Decoder(dict[Any, msgspec.Raw])
 
 
 def read_keys(data: Data, names: tuple[str, ...]) -> dict[str, Any]:
@@ -72,12 +72,33 @@ def read_keys(data: Data, names: tuple[str, ...]) -> dict[str, Any]:
         Malformed: it is none.
     """
     try:
-        there = _keys.decode(data)
-        return {
-            name: restored(msgspec.msgpack.decode(there[name])) for name in names if name in there
-        }
+        there = _decode_map(data)
+        return {name: _made(there[name]) for name in names if name in there}
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"a message of this protocol is a map: {error}") from None
+
+
+_decode_map = msgspec.msgpack.Decoder(dict[Any, msgspec.Raw]).decode
+_decode = msgspec.msgpack.Decoder().decode
+
+
+def _made(data: Any) -> Any:
+    """Return the value of some MessagePack, of which large arrays are not copied."""
+    view = memoryview(data)
+    if len(view) <= _FEW or view[0] not in _MAPS:
+        return restored(_decode(data))
+    there = _decode_map(data)
+    if _MARKS.isdisjoint(there):
+        return {key: _made(value) for key, value in there.items()}
+    made = restored({key: _read_bytes(memoryview(value)) for key, value in there.items()})
+    return restored(_decode(data)) if type(made) is dict else made  # a user's own map
+
+
+def _read_bytes(data: memoryview) -> Any:
+    """Return the value of some MessagePack: of many bytes, a view."""
+    if len(data) > _FEW and data[0] in _BYTES:
+        return data[_BYTES[data[0]] :].toreadonly()
+    return _decode(data)
 
 
 def restored(value: Any) -> Any:

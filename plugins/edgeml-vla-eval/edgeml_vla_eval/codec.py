@@ -36,7 +36,7 @@ __all__ = ["Data", "Received", "read", "read_as", "read_payload", "write", "writ
 T = TypeVar("T")
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-Data: TypeAlias = "bytes | bytearray"
+Data: TypeAlias = "bytes | memoryview"
 Path: TypeAlias = "tuple[str | int, ...]"
 
 _ARRAY, _IMAGE = "__ndarray__", "__image__"

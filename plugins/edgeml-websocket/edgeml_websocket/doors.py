@@ -45,7 +45,7 @@ from edgeml.core.refusals import Refusals
 from edgeml.core.state import ServerState
 from edgeml.core.tls import door_context, server_keys
 from edgeml.core.url import is_loopback, require_no_path
-from edgeml_websocket.frames import Connection
+from edgeml_websocket.frames import Connection, Data
 
 __all__ = ["Visit", "WebSocketDoor"]
 
@@ -102,8 +102,8 @@ class Visit:
         self.guests.append(guest)
         return guest
 
-    async def receive(self) -> bytes | bytearray | str:
-        """Return the next message: a text, or else bytes, which nobody changes any more.
+    async def receive(self) -> Data | str:
+        """Return the next message: a text, or else bytes, or a view on those of a large one.
 
         Raises:
             EOFError: the connection is over.

@@ -14,13 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
-from edgeml.core import DeadlineExceeded, EdgemlError, Limits, Malformed, Overloaded, Peer
+from edgeml.core import DeadlineExceeded, EdgemlError, Limits, Malformed, Overloaded, Peer, pooled
 from edgeml.core.quota import Held, Quota
 
 try:
@@ -28,10 +28,12 @@ try:
 except ImportError:  # where websockets was not compiled
     from websockets.utils import apply_mask
 
-__all__ = ["Connection", "Host"]
+__all__ = ["Connection", "Data", "Host"]
+
+Data: TypeAlias = "bytes | memoryview"
+"""A message that is no text, which is only to be read."""
 
 _HEAD = 1 << 14  # bytes that a request may have
-_WHOLE = 1 << 20  # bytes of a frame, for which memory is taken at once
 _OVERHEAD = 256  # bytes that a frame which waits takes beside its own
 _CALM = 1 << 15  # bytes to be sent, up to which a peer is one that reads
 _MOST_PONGS = 1 << 14  # bytes of them that a peer which doesn't read may have
@@ -89,16 +91,16 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = 0.0  # when something came
         self._stall: asyncio.TimerHandle | None = None
         self._kind = 0  # of the message that is under way; 0 for none
-        self._parts: list[bytes | bytearray] = []  # of it
+        self._parts: list[Data] = []  # of it
         self._size = 0  # of it
         self._held: list[Held] = []  # for it
         self._whole = False  # whether the frame under way is its last
         self._mask = b""
-        self._frame: bytearray | np.ndarray[Any, Any] | None = None  # that comes in parts
+        self._frame: memoryview | None = None  # that comes in parts
         self._room = self._host.scratch  # of the frame, where its next bytes go
         self._filled = 0  # bytes of it
         self._clear = 0  # bytes of it that are unmasked
-        self._messages: deque[tuple[bytes | bytearray | str, list[Held]]] = deque()
+        self._messages: deque[tuple[Data | str, list[Held]]] = deque()
         self._reader: asyncio.Future[None] | None = None
         # Out
         self._full = False
@@ -214,13 +216,12 @@ class Connection(asyncio.BufferedProtocol):
                 self._parts.append(apply_mask(got, mask))
                 self._finish()
             else:
-                # Memory that isn't zeroed is none until something comes.
-                large = length > _WHOLE
-                self._frame = np.empty(length, np.uint8) if large else bytearray(length)
-                self._room = memoryview(self._frame)  # type: ignore[arg-type]
-                self._room[: len(got)] = got
+                # Either is no memory yet, or has been used before.
+                frame = pooled(length) or memoryview(np.empty(length, np.uint8))  # type: ignore[arg-type]
+                frame[: len(got)] = got
+                self._frame = self._room = frame
                 self._mask, self._filled, self._clear = mask, 0, 0
-                self._fill(self._frame, len(got))
+                self._fill(frame, len(got))
         if self._over:
             return
         self._rest = data[at:]
@@ -248,7 +249,7 @@ class Connection(asyncio.BufferedProtocol):
             return False
         return True
 
-    def _fill(self, frame: bytearray | np.ndarray[Any, Any], nbytes: int) -> None:
+    def _fill(self, frame: memoryview, nbytes: int) -> None:
         """Take more of a frame that comes in parts."""
         self._room = self._room[nbytes:]
         self._filled += nbytes
@@ -261,7 +262,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         for at in range(end, len(frame)):
             frame[at] ^= self._mask[at & 3]
-        self._parts.append(frame if isinstance(frame, bytearray) else frame.tobytes())
+        self._parts.append(frame.toreadonly())
         self._frame, self._room = None, self._host.scratch
         self._finish()
 
@@ -270,7 +271,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._whole:
             return
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        message: bytes | bytearray | str = data
+        message: Data | str = data
         kind, held = self._kind, self._held
         self._kind, self._parts, self._size, self._held = 0, [], 0, []
         if self._closing:  # what comes now comes too late
@@ -330,7 +331,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._watch(left)
 
-    async def receive(self) -> bytes | bytearray | str:
+    async def receive(self) -> Data | str:
         """Return the next message.
 
         Raises:
@@ -355,7 +356,7 @@ class Connection(asyncio.BufferedProtocol):
 
     # Out ----------------------------------------------------------------------------------
 
-    async def send(self, data: bytes | bytearray | str) -> None:
+    async def send(self, data: bytes | str) -> None:
         """Send a message, and return when there is room for the next.
 
         Raises:
