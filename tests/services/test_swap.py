@@ -133,21 +133,34 @@ def test_a_decorated_function_is_registered_and_stays_as_it_is(transport):
 
 
 def test_a_reply_tells_how_long_the_call_waited_and_was_computed(transport):
-    with started(InferenceServer(0, transport=transport)) as server:
-        server.register_interface("slow", lambda payload: time.sleep(0.2) or payload)
+    go_on = threading.Event()
+
+    def slow(payload):
+        assert go_on.wait(PATIENCE)
+        time.sleep(0.1)
+        return payload
+
+    with started(InferenceServer(0, transport=transport)) as server, ThreadPoolExecutor(1) as pool:
+        server.register_interface("slow", slow)
         with client_of(server) as client:
             began = time.monotonic()
             futures = [client.call_async("slow", n) for n in range(2)]
-            result, timing = client.call("slow", 2, timing=True)
+            third = pool.submit(client.call, "slow", 2, timing=True)
+            wait_until(lambda: server.stats()["waiting"] == 2)
+            time.sleep(0.1)  # which two of them wait, and one is computed
+            go_on.set()
+            result, timing = third.result(PATIENCE)
             took = time.monotonic() - began
             assert result == 2
             assert isinstance(timing, Timing)
             assert (timing.version, timing.batch_size) == (1, 1)
-            assert 0.2 <= timing.compute < took
+            assert 0.1 <= timing.compute < took
             assert 0.3 <= timing.queue < took
             assert timing.queue + timing.compute <= timing.round_trip <= took
             first, second = (future.timing for future in futures if future.result(PATIENCE) >= 0)
-            assert first.queue < 0.2 <= second.compute
+            assert first.compute >= 0.2
+            assert second.compute >= 0.1
+            assert first.queue + first.compute < took
             assert client.call("slow", 3) == 3  # nobody has to look
 
 
