@@ -203,7 +203,7 @@ def test_a_slow_subscriber_gets_the_latest_and_not_the_backlog(server, transport
 
         def slow(n) -> None:
             times[n] = time.monotonic()
-            time.sleep(0.05)
+            time.sleep(0.1)
 
         subscription = client.register_obs_callback(slow)
         for n in range(1, 101):
@@ -211,8 +211,8 @@ def test_a_slow_subscriber_gets_the_latest_and_not_the_backlog(server, transport
             time.sleep(0.002)  # a camera's pace, not a wait for something
         published = time.monotonic()
         wait_until(lambda: 100 in times)
-        assert times[100] - published < 2.5  # the backlog would take 5 s
-        assert len(times) < 30
+        assert times[100] - published < 2.5  # the backlog would take 10 s
+        assert len(times) < 60  # a few, unless publishing takes a busy machine seconds
         assert list(times) == sorted(times)
         assert subscription.received == len(times)
         assert subscription.received + subscription.missed == 100 - min(times) + 1
