@@ -32,7 +32,7 @@ class GrootDoor(Door):
 
     def report(self) -> dict[str, str]:
         """See `Door.report`."""
-        return {"libzmq": zmq.zmq_version()}
+        return {"clients": "of N1.5, N1.6 and later", "ZeroMQ": zmq.zmq_version()}
 
     def open(
         self,
