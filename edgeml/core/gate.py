@@ -6,6 +6,7 @@ So they are given a socket to listen by that does.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -62,7 +63,9 @@ class Gate:
             sock.bind(address)
         except OSError as error:
             sock.close()
-            raise OSError(error.errno, f"cannot serve {url}: {error.strerror}") from None
+            hint = "; another port, or 0, may be free" if error.errno == errno.EADDRINUSE else ""
+            why = f"cannot serve {url}: {error.strerror}{hint}"
+            raise OSError(error.errno, why) from None
         return sock
 
     def greet(self, address: object) -> None:

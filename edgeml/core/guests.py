@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from edgeml.core.dispatch import Call, Caller
+from edgeml.core.dispatch import Call, Caller, require_plain
 from edgeml.core.door import Dispatch, Guest
 from edgeml.core.errors import Closed, DeadlineExceeded, EdgemlError, Malformed
 from edgeml.core.security import ClientKey
@@ -81,6 +81,7 @@ class Passage:
 
     Raises:
         ValueError: two names mean the same.
+        TypeError: these are no names, or no functions.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -88,6 +89,13 @@ class Passage:
     after: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.names, Mapping) or not all(
+            isinstance(name, str) for pair in self.names.items() for name in pair
+        ):
+            raise TypeError(f"names is a dict of texts, theirs and ours, not {self.names!r:.200}")
+        for name, function in (("before", self.before), ("after", self.after)):
+            if function is not None:
+                require_plain(name, function)
         ours = list(self.names.values())
         if len(set(ours)) < len(ours):
             raise ValueError(f"names {dict(self.names)!r:.200} give two keys the same name")
@@ -276,6 +284,8 @@ class Entrance(Dispatch):
         timeout: float,
         describe: Callable[[str], dict[str, Any] | None],
     ) -> None:
+        if not isinstance(metadata, Mapping):
+            raise TypeError(f"metadata is a dict of what clients are told, not {metadata!r:.200}")
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         self.host = host

@@ -557,7 +557,7 @@ class Server:
             if not isinstance(token, str):
                 raise PermissionDenied(
                     "this server asks for keys: give credentials=, the folder that `edgeml keygen "
-                    "DIR --client NAME` made there (other programs show the text of its file token)"
+                    "DIR --client NAME` made there"
                 )
             return keys.by_token(token)
         proved = keys.by_name(peer.identity)
@@ -672,6 +672,11 @@ class Server:
         if self._draining:
             raise NotReady(_DRAINING)
         try:
+            if self._keyring is not None and not token and peer.identity is None:
+                raise PermissionDenied(
+                    "no token of a key was shown: it is the text of clients/NAME/token, which "
+                    "`edgeml keygen DIR --client NAME` makes"
+                )
             made = make(self._identify(peer, token))
             with self._lock:
                 self._add(made)
@@ -920,7 +925,8 @@ class Server:
     def _count_refusal(self, peer: Peer, error: EdgemlError) -> None:
         self.counts[type(error).__name__] += 1
         if isinstance(error, PermissionDenied):
-            text = f"{self.service}: {peer.address} is refused: {text_of(error)}"
+            who = peer.host or peer.address  # or each of its connections would have a line
+            text = f"{self.service}: {who} is refused: {text_of(error)}"
             self.dispatcher.lines.write_once(logging.WARNING, text)
 
     def _wrap(self, asked: Any, caller: Caller) -> Any:

@@ -206,6 +206,7 @@ class InferenceServer(ServiceServer):
             Where clients reach it; once the server has started, with the real port.
 
         Raises:
+            TypeError: an argument is of another type.
             ValueError: this is no URL, or it isn't clear which interface is meant, or ``names``
                 give two keys one name.
             UnknownInterface: there is no such interface.
@@ -214,6 +215,10 @@ class InferenceServer(ServiceServer):
             PermissionDenied: the server asks for keys, and this door sends clear text there.
             RuntimeError: the server has been stopped.
         """
+        if not isinstance(url, str):
+            raise TypeError(
+                f"a door is opened at a URL such as 'openpi://0.0.0.0:8000', not {url!r}"
+            )
         place = Url.parse(url)
         load_door(place.scheme)
         interfaces, contracts = self._interfaces, self._contracts  # not self, which may be dropped
@@ -221,8 +226,8 @@ class InferenceServer(ServiceServer):
             self._server,
             place.scheme,
             interface or "",
-            Passage(dict(names or {}), before, after),
-            dict(metadata or {}),
+            Passage(names or {}, before, after),
+            metadata or {},
             timeout,
             lambda name: contracts.tell(name) if name in interfaces else None,
         )

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 
-import msgspec
 import pytest
 
 from edgeml import (
@@ -384,17 +383,12 @@ def test_none_and_wrong_tokens_are_refused_quickly_counted_and_logged(server, cr
 
 def test_a_right_connection_with_a_wrong_token_is_refused(keyring):
     server = Server("test", [Url("inproc")], credentials=Credentials(clients=keyring))
-    hello = wire.Hello(1, "test", "c", "", "msgpack", {})
     peer = Peer("1", "here", identity="robot")
-    assert server._identify(peer, replace_extensions(hello, "token of robot")).name == "robot"
+    assert server._identify(peer, "token of robot").name == "robot"
     for token in (None, "token of viewer", 3):
         with pytest.raises(PermissionDenied, match="'robot', and the token"):
-            server._identify(peer, replace_extensions(hello, token))
+            server._identify(peer, token)
     server.close()
-
-
-def replace_extensions(hello, token):
-    return msgspec.structs.replace(hello, extensions={} if token is None else {"token": token})
 
 
 def test_strangers_are_told_nothing_of_the_configuration():

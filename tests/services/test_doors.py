@@ -217,8 +217,24 @@ def test_a_door_that_can_not_be_opened_stops_the_start(door):
         InferenceServer(0, doors=["nothing://127.0.0.1:0"])
     with pytest.raises(ValueError, match="list of URLs"):
         InferenceServer(0, doors=ADDRESS)
-    with pytest.raises(ValueError, match="timeout"), InferenceServer(0) as server:
-        server.open_door(ADDRESS, timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "settings"),
+    [
+        (ValueError, "timeout", {"timeout": 0}),
+        (TypeError, "a dict of texts", {"names": ["a"]}),
+        (TypeError, "a dict of texts", {"names": {"a": 1}}),
+        (TypeError, "before needs a function", {"before": 3}),
+        (TypeError, "after needs a function", {"after": "x"}),
+        (TypeError, "a dict of what clients are told", {"metadata": [1]}),
+        (TypeError, "at a URL such as", {"url": 8000}),
+        (ValueError, "is not a URL", {"url": "8000"}),
+    ],
+)
+def test_a_door_is_asked_for_in_one_way(door, error, match, settings):
+    with InferenceServer(0) as server, pytest.raises(error, match=match):
+        server.open_door(**{"url": ADDRESS, **settings})
 
 
 def test_a_function_that_hangs_keeps_no_guest_waiting(door):
