@@ -34,6 +34,7 @@ Data: TypeAlias = "bytes | memoryview"
 """A message that is no text, which is only to be read."""
 
 _HEAD = 1 << 14  # bytes that a request may have
+_MOST_POOLED = 1 << 22  # bytes; what strangers send once is not to be kept
 _OVERHEAD = 256  # bytes that a frame which waits takes beside its own
 _CALM = 1 << 15  # bytes to be sent, up to which a peer is one that reads
 _MOST_PONGS = 1 << 14  # bytes of them that a peer which doesn't read may have
@@ -216,8 +217,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._parts.append(apply_mask(got, mask))
                 self._finish()
             else:
-                # Either is no memory yet, or has been used before.
-                frame = pooled(length) or memoryview(np.empty(length, np.uint8))  # type: ignore[arg-type]
+                frame = _allocate(length)
                 frame[: len(got)] = got
                 self._frame = self._room = frame
                 self._mask, self._filled, self._clear = mask, 0, 0
@@ -455,6 +455,12 @@ class Connection(asyncio.BufferedProtocol):
             if not writer.done():
                 writer.set_result(None)
         self._writers.clear()
+
+
+def _allocate(length: int) -> memoryview:
+    """Memory that has been used before; or that is none until something comes."""
+    used = pooled(length) if length <= _MOST_POOLED else None
+    return used or memoryview(np.empty(length, np.uint8))  # type: ignore[arg-type]
 
 
 def _pass_over(data: bytes) -> None:
