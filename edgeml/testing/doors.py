@@ -526,6 +526,7 @@ class DoorTests:
         url = Url.parse(child(self.url).line())
         pieces = lab.overhear(url, {"ask": "echo", "image": np.zeros(300 * KB, np.uint8)})
         good = lab.visit_at(url)
+        good.call({"ask": "echo"})  # who says nothing for long is cut off
         stop = threading.Event()
         slowest = lab.start(self._keep_asking, url, stop)
         memory: list[int] = []
@@ -541,6 +542,7 @@ class DoorTests:
             stop.set()
         assert slowest.result(PATIENCE) < _STALL * busyness()
         assert connected > self.garbage // 2
+        assert len(memory) == 3
         grown = [after - before for before, after in itertools.pairwise(memory)]
         assert min(grown) < _GROWTH
         assert lab.visit_at(url).call({"ask": "echo"}) == {"ask": "echo"}
@@ -647,7 +649,7 @@ class DoorTests:
         assert good.call({"x": 1}) == {"x": 1}  # which had nothing to say, and may
 
     def test_a_message_that_comes_slowly_arrives(self, lab: Lab) -> None:
-        server = lab.serve(limits=Limits(stall=0.5))
+        server = lab.serve(limits=Limits(stall=0.5, handshake=0.5))
         url = lab.door_of(server)
         said = b"".join(lab.overhear(url, {"image": np.zeros(100 * KB, np.uint8)}))
         calls = server.stats()[f"calls_by_{url.scheme}"]

@@ -97,7 +97,7 @@ FAULTS = [
     ),
     (
         "test_mutated_messages_hold_up_nobody_and_cost_no_memory",
-        'raise Malformed(f"a line that begins with {verb!r:.50}")',
+        'raise Malformed(f"a line that begins with {verb[:20]!r}")',
         "await asyncio.sleep(60)",
     ),
     (
@@ -190,8 +190,8 @@ FAULTS = [
     ("test_an_address_can_be_taken_again_at_once", "self.loop.close(self.stop, GRACE)", "pass"),
     (
         "test_an_answer_given_just_before_the_close_is_delivered",
-        "talk.reader.feed_eof()  #",
-        "talk.writer.transport.abort()  #",
+        "self.reader.feed_eof()",
+        "self.writer.transport.abort()",
     ),
     (
         "test_closing_ends_all_calls_and_connections_soon",
@@ -211,7 +211,7 @@ FAULTS = [
     ),
     (
         "test_who_has_no_key_is_refused_told_and_counted and revoked",
-        'token = said.decode("utf-8", "replace") if verb == b"token" else None',
+        'token = said[:1000].decode("utf-8", "replace") if verb == b"token" else None',
         "token = None",
     ),
     (
