@@ -78,8 +78,24 @@ def restore(
 
 
 def to_native(array: np.ndarray[Any, Dtype]) -> np.ndarray[Any, Dtype]:
-    """Return an array whose bytes are in this machine's order, read-only: itself if they are."""
+    """Return an array of received bytes in this machine's order, read-only: itself if it is.
+
+    Raises:
+        Malformed: it has elements that are none of its dtype, which whoever reads them would crash
+            on or take for others.
+    """
+    kind = array.dtype.kind
+    if kind == "b":
+        _require_most(array, np.uint8, 1)
+    elif kind == "U" and array.dtype.itemsize:
+        _require_most(array, np.dtype(np.uint32).newbyteorder(array.dtype.byteorder), 0x10FFFF)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     array.flags.writeable = False
     return array
+
+
+def _require_most(array: np.ndarray[Any, Dtype], unit: Any, most: int) -> None:
+    """Refuse an array that is made of larger numbers than these."""
+    if array.size and np.maximum.reduce(array.reshape(-1).view(unit)) > most:
+        raise Malformed(f"an array of dtype {array.dtype.str} has elements that are none of it")

@@ -88,3 +88,23 @@ def test_other_shapes_are_refused(shape):
 def test_other_data_are_refused(data):
     with pytest.raises(Malformed):
         restore(data, "u1", [1])
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype"),
+    [
+        (b"\1\2", "?"),
+        (b"\xff\xff\xff\xff" * 2, "<U1"),
+        (b"a\0\0\0\0\0\x11\0", "<U2"),
+        (b"\0\x11\0\0", ">U1"),
+    ],
+)
+def test_elements_that_are_none_are_refused(data, dtype):
+    size = len(data) // np.dtype(dtype).itemsize
+    with pytest.raises(Malformed, match="elements that are none of it"):
+        restore(data, dtype, [size], "bU")
+
+
+def test_all_texts_and_truths_are_taken():
+    assert restore("a\U0010ffff".encode("utf-32-be"), ">U2", [1], "U")[0] == "a\U0010ffff"
+    assert restore(b"\0\1", "?", [2]).tolist() == [False, True]
