@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import os
 import random
 import signal
@@ -66,6 +67,7 @@ _AT_ONCE = 2.0  # seconds in which whoever is refused is told
 _STALL = 1.0  # seconds that nobody's misbehaviour may hold up anybody else
 _LATE = 0.5  # seconds by which an error may come after its time
 _GROWTH = 48 * MB  # that misbehaviour may cost
+_MOST_LINES = 100  # of a log, in a second
 _NARROW = Limits(message_bytes=MB, nodes=10_000, stall=0.5)
 
 _DTYPES = (
@@ -496,7 +498,7 @@ class DoorTests:
         good = lab.visit_at(url)
         valid = [good.encode(each) for each in _observations()]
         rng = random.Random(self.mutations)
-        stop = threading.Event()
+        stop, began = threading.Event(), time.monotonic()
         slowest = lab.start(self._keep_asking, url, stop)
         memory: list[int] = []
         visitor: DoorClient | None = None
@@ -518,6 +520,7 @@ class DoorTests:
         assert slowest.result(PATIENCE) < _STALL * busyness()
         grown = [after - before for before, after in itertools.pairwise(memory)]
         assert min(grown) < _GROWTH  # a library's pools fill once; what leaks grows on
+        assert good.call({"ask": "log"})["lines"] < _MOST_LINES * (time.monotonic() - began + 3)
         assert good.call({"ask": "echo"}) == {"ask": "echo"}
 
     def test_garbage_connections_hold_up_nobody_and_cost_no_memory(
@@ -929,6 +932,16 @@ class DoorTests:
         assert not ran
         assert lab.visit(server, keys.client("viewer").token).call({"x": 1}) == {"x": 1}
 
+    def test_who_is_refused_again_and_again_fills_no_log(
+        self, lab: Lab, keys: Keys, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        server = lab.serve(credentials=keys.server())
+        for _ in range(30):
+            with pytest.raises(Refused):
+                lab.visit(server, "no key of anybody's").call({"x": 1})
+        assert until(lambda: server.stats().get("PermissionDenied", 0) >= 30)
+        assert 1 <= caplog.text.count("refuse") < 10
+
     def test_a_key_tells_who_calls(self, lab: Lab, keys: Keys) -> None:
         def function(_: Any, context: Context) -> Any:
             return {"who": context.identity}
@@ -1182,16 +1195,30 @@ _CHILDS = Limits(
 )
 
 
+class _Log(logging.Handler):
+    """Counts what is written to a log; nobody else reads it."""
+
+    lines = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count the lines of a record, its traceback included."""
+        self.lines += 1 + self.format(record).count("\n")
+
+
 def live_in_child(role: str, url: str, keys: str) -> None:
     """What a `Child` does that serves behind a door."""
     del role, keys
     given = 0
+    log = _Log()
+    logging.getLogger("edgeml").addHandler(log)
 
     def function(observation: Any) -> Any:
         nonlocal given
         ask = observation.get("ask") if isinstance(observation, dict) else None
         if ask == "memory":
             return {"memory": resident_memory()}
+        if ask == "log":
+            return {"lines": log.lines}
         if ask == "given":
             return {"given": given}
         if ask == "give":

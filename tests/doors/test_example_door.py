@@ -101,6 +101,11 @@ FAULTS = [
         "await asyncio.sleep(60)",
     ),
     (
+        "test_mutated_messages_hold_up_nobody_and_cost_no_memory",
+        'raise Malformed(f"no JSON, or no array: {error}") from None',
+        "import logging; logging.getLogger('edgeml.x').exception('so'); raise error",
+    ),
+    (
         "test_garbage_connections_hold_up_nobody_and_cost_no_memory",
         "self.refusals.note(type(why)",
         "__import__('time').sleep(5); self.refusals.note(type(why)",
@@ -213,6 +218,12 @@ FAULTS = [
         "test_who_has_no_key_is_refused_told_and_counted and revoked",
         'token = said[:1000].decode("utf-8", "replace") if verb == b"token" else None',
         "token = None",
+    ),
+    (
+        "test_who_is_refused_again_and_again_fills_no_log",
+        "await self.send(failure(error))\n                return False",
+        "self.door.refusals._told.clear(); self.door.note(self.peer, error)\n                "
+        "await self.send(failure(error))\n                return False",
     ),
     (
         "test_a_key_tells_who_calls",
