@@ -62,22 +62,27 @@ class Quota:
         Raises:
             Overloaded: it has too many, or its host has, or all have together.
         """
-        keys = (f"peer {peer.id}", f"host {peer.host}", "all")
+        keys = of_peer, of_host, of_all = f"peer {peer.id}", f"host {peer.host}", "all"
+        each, half, total = self._limits
+        held = self._held
         with self._lock:
-            held = [self._held[key] for key in keys]
-            if not held[0]:
-                held[0] = -nbytes
-            if not held[1]:
-                held[1] = held[2] = -nbytes
-            for who, has, most in zip(("you", "your host", "all"), held, self._limits, strict=True):
-                if has + nbytes > most:
-                    raise Overloaded(
-                        f"{has} bytes {self._what} for {who} already, and {most} are the most: "
-                        f"{nbytes} more have to wait; try again"
-                    )
-            for key in keys:
-                self._held[key] += nbytes
+            peers, hosts, alls = held.get(of_peer, 0), held.get(of_host, 0), held.get(of_all, 0)
+            if peers and peers + nbytes > each:
+                raise self._refusal(peers, "you", each, nbytes)
+            if hosts and hosts + nbytes > half:
+                raise self._refusal(hosts, "your host", half, nbytes)
+            if hosts and alls + nbytes > total:
+                raise self._refusal(alls, "all", total, nbytes)
+            held[of_peer] = peers + nbytes
+            held[of_host] = hosts + nbytes
+            held[of_all] = alls + nbytes
         return Held(self, keys, nbytes)
+
+    def _refusal(self, has: int, whose: str, most: int, nbytes: int) -> Overloaded:
+        return Overloaded(
+            f"{has} bytes {self._what} for {whose} already, and {most} are the most: "
+            f"{nbytes} more have to wait; try again"
+        )
 
     def _give_back(self, keys: tuple[str, ...], nbytes: int) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from edgeml_websocket.doors import Visit, WebSocketDoor
 from edgeml.core import Door, EdgemlError, Guest, Limits, Malformed, RemoteError, hookimpl
 from edgeml.core.errors import printable
 from edgeml.core.state import ServerState
-from edgeml_openpi.codec import Data, check_message, read, read_keys, write
+from edgeml_openpi.codec import Data, check_message, read, read_checked, read_keys, write
 from edgeml_openpi.config import configure
 
 __all__ = ["OpenpiDoor"]
@@ -160,12 +160,12 @@ async def _answer(visit: Visit, session: _Session, message: Data | str) -> bytes
     if endpoint != "infer":
         raise Malformed(f"no endpoint {printable(str(endpoint), 40)!r}: there are infer and reset")
     session.go_on(asked.get("session_id"))
-    return await visit.call(session.guest, lambda: _observation(data, visit), write, len(data))
+    return await visit.call(session.guest, lambda: _observation(data), write, len(data))
 
 
-def _observation(data: Data, visit: Visit) -> Any:
+def _observation(data: Data) -> Any:
     """Return what of a request is the observation's, and not the protocol's."""
-    observation = read(data, visit.limits)
+    observation = read_checked(data)
     observation.pop("endpoint", None)
     observation.pop("session_id", None)
     return observation

@@ -26,7 +26,7 @@ from edgeml.core import DEFAULT_LIMITS, Limits, Malformed, NotEncodable
 from edgeml.core.arrays import restore
 from edgeml.core.tokens import TEXT_OR_BYTES, check
 
-__all__ = ["Data", "check_message", "read", "read_keys", "restored", "write"]
+__all__ = ["Data", "check_message", "read", "read_checked", "read_keys", "restored", "write"]
 
 Data: TypeAlias = "bytes | memoryview"
 
@@ -59,8 +59,13 @@ def read(data: Data | str, limits: Limits = DEFAULT_LIMITS) -> Any:
     Raises:
         Malformed: it has none.
     """
+    return read_checked(check_message(data, limits))
+
+
+def read_checked(data: Data) -> Any:
+    """As `read`, of a message that `check_message` has let pass."""
     try:
-        return _made(check_message(data, limits))
+        return _made(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"this is no MessagePack: {error}") from None
 
