@@ -354,6 +354,22 @@ def test_errors_are_messages_and_the_connection_goes_on() -> None:
         assert ask(client, {}) == {"actions": array(ACTIONS)}
 
 
+def test_names_of_sessions_and_endpoints_are_short_texts(caplog: pytest.LogCaptureFixture) -> None:
+    with talking(lambda _: {}) as (client, _):
+        for wrong in (array(ACTIONS), [1] * 1000, {"a": 1}, b"bytes", 0.5, "long " * 1000, True):
+            for name in ("session_id", "endpoint"):
+                told = ask(client, {name: wrong})
+                assert told["type"] == "error"
+                assert told["message"].startswith(f"Malformed: {name} ")
+        told = ask(client, {"endpoint": "infer", **array(ACTIONS)})
+        assert told["message"].startswith("Malformed: an observation is a map")
+        assert ask(client, {"session_id": 7, "endpoint": None}) == {}
+        assert ask(client, {"session_id": None}) == {}
+        told = ask(client, {"session_id": bytes(3_000_000)})
+        assert told["message"].startswith("Malformed: session_id is longer than ")
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize("keys", ["bytes", "str"])
 @pytest.mark.parametrize("kind", ["f", ""])
 def test_arrays_are_read_in_the_other_spelling_too(keys: str, kind: str) -> None:

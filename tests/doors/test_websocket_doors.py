@@ -184,18 +184,17 @@ def test_a_message_beyond_the_limit_is_refused_before_it_comes(fragments: bool) 
 
 
 def test_what_is_half_sent_by_all_is_bounded() -> None:
-    with serving(bytes=5 * MB) as (server, port), visiting(port) as good, ExitStack() as opened:
-        half = frame(BINARY, bytes(MB))[: MB // 2]
-        clients = [opened.enter_context(visiting(port)) for _ in range(4)]
-        for client in clients[:3]:
-            client.say(half)
-        assert clients[2].ending()[0] == 1013  # of one machine half of all
+    half = frame(BINARY, bytes(MB))[:-1]
+    with serving(bytes=5 * MB) as (server, port), visiting(port) as good:
+        with ExitStack() as opened:
+            for _ in range(3):
+                opened.enter_context(visiting(port)).say(half)
+            wait_until(lambda: server.stats().get("Overloaded") == 1)  # of one machine half of all
+            assert is_well(good)
+        wait_until(lambda: len(server.clients()) == 1)
+        good.send(encode({"x": bytes(MB)}))
+        assert decode(good.receive())["x"] == bytes(MB)
         assert server.stats()["Overloaded"] == 1
-        clients[0].close()
-        wait_until(lambda: len(server.clients()) < 4)
-        clients[3].say(frame(BINARY, encode({"x": bytes(MB)})))
-        assert decode(clients[3].receive())["x"] == bytes(MB)
-        assert is_well(good)
 
 
 def test_fragments_of_nothing_count_as_well() -> None:
@@ -281,6 +280,60 @@ def test_a_close_is_answered_with_its_code_and_leaves_no_session() -> None:
         assert client.ending() == (1001, "going")
         wait_until(lambda: not server.clients())
         assert sum(server.stats()[kind] for kind in ("Malformed",) if kind in server.stats()) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", 1005),
+        *((number.to_bytes(2, "big") + b"why", number) for number in (1000, 1001, 3000, 4999)),
+        *((number.to_bytes(2, "big"), 1002) for number in (0, 999, 1004, 1005, 1006, 2999, 65535)),
+        (b"\3", 1002),
+        ((1000).to_bytes(2, "big") + b"\xff", 1007),
+    ],
+)
+def test_a_close_is_echoed_if_it_is_one(port: int, content: bytes, code: int) -> None:
+    with visiting(port) as client:
+        client.say(frame(CLOSE, content))
+        kind, answer = client.next_frame()
+        assert kind == CLOSE
+        assert (int.from_bytes(answer[:2], "big") if answer else 1005) == code
+
+
+def test_a_close_within_a_message_is_none(port: int) -> None:
+    with visiting(port) as client:
+        client.say(frame(BINARY, b"", last=False), frame(CLOSE, b"\3\xe8"))
+        assert client.ending()[0] == 1002
+
+
+def test_claims_keep_nobody_out() -> None:
+    with serving(bytes=2 * MB) as (server, port), ExitStack() as opened:
+        for _ in range(5):
+            claims = opened.enter_context(visiting(port))
+            claims.say(frame(BINARY, bytes(MB))[:100])
+        with visiting(port) as good:
+            good.send(encode({"x": bytes(300_000)}))
+            assert decode(good.receive())["x"] == bytes(300_000)
+        assert not server.stats().get("Overloaded")
+
+
+def test_small_messages_are_kept_out_by_nobody() -> None:
+    with serving(bytes=2 * MB) as (_, port), visiting(port) as large, visiting(port) as good:
+        large.say(frame(BINARY, bytes(MB))[:-1])
+        with visiting(port) as other:
+            other.say(frame(BINARY, bytes(300_000)))
+            assert other.ending()[0] == 1013
+        assert is_well(good)
+
+
+def test_a_message_that_comes_for_ever_is_given_up() -> None:
+    whole = frame(BINARY, bytes(100_000))
+    with serving(stall=0.1) as (server, port), visiting(port) as client, took(5.0, at_least=1.0):
+        with suppress(ConnectionError):
+            for at in range(200):
+                client.say(whole[at : at + 1])
+                time.sleep(0.02)
+        wait_until(lambda: server.stats().get("DeadlineExceeded") == 1)
 
 
 def test_a_client_that_goes_while_it_is_answered_leaves_no_session() -> None:

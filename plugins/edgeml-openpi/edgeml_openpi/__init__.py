@@ -20,7 +20,7 @@ from edgeml_websocket.doors import Visit, WebSocketDoor
 from edgeml.core import Door, EdgemlError, Guest, Limits, Malformed, RemoteError, hookimpl
 from edgeml.core.errors import printable
 from edgeml.core.state import ServerState
-from edgeml_openpi.codec import Data, check_message, read, read_checked, read_keys, write
+from edgeml_openpi.codec import Data, check_message, read, read_checked, read_words, write
 from edgeml_openpi.config import configure
 
 __all__ = ["OpenpiDoor"]
@@ -152,13 +152,13 @@ async def _talk_of_sessions(visit: Visit) -> None:
 
 async def _answer(visit: Visit, session: _Session, message: Data | str) -> bytes:
     data = check_message(message, visit.limits)
-    asked = read_keys(data, ("endpoint", "session_id"))
+    asked = read_words(data, ("endpoint", "session_id"))
     endpoint = asked.get("endpoint", "infer")
     if endpoint == "reset":
         session.reset()
         return write({"status": "reset successful"})
     if endpoint != "infer":
-        raise Malformed(f"no endpoint {printable(str(endpoint), 40)!r}: there are infer and reset")
+        raise Malformed(f"no endpoint {printable(endpoint, 40)!r}: there are infer and reset")
     session.go_on(asked.get("session_id"))
     return await visit.call(session.guest, lambda: _observation(data), write, len(data))
 
@@ -166,6 +166,8 @@ async def _answer(visit: Visit, session: _Session, message: Data | str) -> bytes
 def _observation(data: Data) -> Any:
     """Return what of a request is the observation's, and not the protocol's."""
     observation = read_checked(data)
+    if not isinstance(observation, dict):
+        raise Malformed(f"an observation is a map, not {type(observation).__name__}")
     observation.pop("endpoint", None)
     observation.pop("session_id", None)
     return observation
@@ -178,9 +180,9 @@ class _Session:
         self.guest = guest
         self._name: str | None = None
 
-    def go_on(self, name: Any) -> None:
+    def go_on(self, name: str | None) -> None:
         """Go on with the session of a name; without one with that which was named last."""
-        chosen = str(name)[:_LONGEST_ID] if name else self._name or _DEFAULT
+        chosen = name[:_LONGEST_ID] if name else self._name or _DEFAULT
         if chosen != self._name:
             self.guest.begin_episode(chosen)
             self._name = chosen

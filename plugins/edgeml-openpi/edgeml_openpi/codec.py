@@ -26,13 +26,14 @@ from edgeml.core import DEFAULT_LIMITS, Limits, Malformed, NotEncodable
 from edgeml.core.arrays import restore
 from edgeml.core.tokens import TEXT_OR_BYTES, check
 
-__all__ = ["Data", "check_message", "read", "read_checked", "read_keys", "restored", "write"]
+__all__ = ["Data", "check_message", "read", "read_checked", "read_words", "restored", "write"]
 
 Data: TypeAlias = "bytes | memoryview"
 
 _KINDS = "biufSU"
 _NUMBERS = {"b": (bool, int), "i": (int,), "u": (int,), "f": (int, float)}
 _FEW = 1 << 14  # bytes, which are copied rather than keep a whole message alive
+_LONGEST_WORD = 1000  # bytes
 _MAPS = {*range(0x80, 0x90), 0xDE, 0xDF}  # how a map begins in MessagePack, ...
 _MARKS = {b"__ndarray__", "__ndarray__", b"nd", "nd"}  # of arrays
 _BYTES = {0xC4: 2, 0xC5: 3, 0xC6: 5}  # ... and bytes, with the length of that
@@ -70,17 +71,28 @@ def read_checked(data: Data) -> Any:
         raise Malformed(f"this is no MessagePack: {error}") from None
 
 
-def read_keys(data: Data, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the values of a few keys of a checked message, which is a map, by their names.
+def read_words(data: Data, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the short texts, or numbers as texts, that a checked message has by these names.
 
     Raises:
-        Malformed: it is none.
+        Malformed: it is no map, or one of them is something else.
     """
+    words = {}
     try:
         there = _decode_map(data)
-        return {name: _made(there[name]) for name in names if name in there}
+        for name in names:
+            if name not in there:
+                continue
+            if len(memoryview(there[name])) > _LONGEST_WORD:
+                raise Malformed(f"{name} is longer than {_LONGEST_WORD} bytes")
+            value = _decode(there[name])
+            if type(value) not in (str, int, type(None)):
+                raise Malformed(f"{name} is a text, not {type(value).__name__}")
+            if value is not None:
+                words[name] = str(value)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"a message of this protocol is a map: {error}") from None
+    return words
 
 
 _decode_map = msgspec.msgpack.Decoder(dict[Any, msgspec.Raw]).decode

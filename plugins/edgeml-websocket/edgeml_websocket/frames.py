@@ -39,6 +39,9 @@ _OVERHEAD = 256  # bytes that a frame which waits takes beside its own
 _CALM = 1 << 15  # bytes to be sent, up to which a peer is one that reads
 _MOST_PONGS = 1 << 14  # bytes of them that a peer which doesn't read may have
 _JOINED = 1 << 16  # bytes, up to which a copy costs less than a second call of the system
+_LEAST = 1 << 16  # bytes that are counted of a message that comes in parts
+_PATIENCE = 10  # times the seconds of `Limits.stall` that a message may take: others wait for room
+_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}  # that a close may have
 _LINGER = 1.0  # seconds that a peer has to read why its connection ends
 _MOST_REASON = 120  # bytes
 
@@ -93,8 +96,12 @@ class Connection(asyncio.BufferedProtocol):
         self._stall: asyncio.TimerHandle | None = None
         self._kind = 0  # of the message that is under way; 0 for none
         self._parts: list[Data] = []  # of it
-        self._size = 0  # of it
+        self._size = 0  # of it, as far as its frames say
+        self._came = 0  # bytes of it
+        self._frames = 0  # of it
         self._held: list[Held] = []  # for it
+        self._counted = 0  # bytes that are held
+        self._since = 0.0  # when it began
         self._whole = False  # whether the frame under way is its last
         self._mask = b""
         self._frame: memoryview | None = None  # that comes in parts
@@ -123,10 +130,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._stall is not None:
             self._stall.cancel()
         self._forget()
-        held = [each for _, some in self._messages for each in some] + self._held
-        self._messages.clear()
-        for each in held:
-            each.release()
+        self._release()
+        while self._messages:
+            self._held = self._messages.popleft()[1]
+            self._release()
         if not self._lost.done():
             self._lost.set_result(None)
         self._host.end(self)
@@ -138,7 +145,9 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         self._heard = time.monotonic()
         if self._frame is not None:
-            self._fill(self._frame, nbytes)
+            self._came += nbytes
+            if self._count():
+                self._fill(self._frame, nbytes)
         elif self._rest:
             data, self._rest = self._rest + self._host.scratch[:nbytes], b""
             self._take(data)
@@ -213,6 +222,9 @@ class Connection(asyncio.BufferedProtocol):
                 return
             got = data[begin : begin + length]
             at = begin + len(got)
+            self._came += len(got)
+            if not (self._is_small or self._count()):
+                return
             if len(got) == length:
                 self._parts.append(apply_mask(got, mask))
                 self._finish()
@@ -234,7 +246,9 @@ class Connection(asyncio.BufferedProtocol):
         if (kind == _CONTINUATION) != bool(self._kind):
             self._fail(_BAD_PROTOCOL, Malformed("the parts of two messages are mixed"))
             return False
-        self._kind = self._kind or kind
+        if not self._kind:
+            self._kind, self._since = kind, self._heard
+        self._frames += 1
         self._whole = bool(first & 128)
         self._size += length
         most = self._host.limits.message_bytes
@@ -242,12 +256,38 @@ class Connection(asyncio.BufferedProtocol):
             text = f"a message of {self._size} bytes, and {most} are the most"
             self._fail(_TOO_LARGE, Malformed(text))
             return False
+        return True
+
+    @property
+    def _is_small(self) -> bool:
+        """Whether the frame at hand is a whole message, which nobody keeps out: it is here already,
+        and there is one of a connection at most.
+        """
+        return self._frames == 1 and self._whole and self._came == self._size and not self._messages
+
+    def _count(self) -> bool:
+        """Count what has come of a message, or end the connection: what is said to come is not
+        counted, or others would be kept out by mere claims.
+        """
+        size = self._came + self._frames * _OVERHEAD
+        if size <= self._counted:
+            return True
+        before, self._counted = self._counted, max(2 * size, _LEAST)
+        if self._frames == 1:
+            # All of it is known, so that it is taken as one: a single message always has room.
+            self._counted = min(self._size + _OVERHEAD, self._counted)
+            self._release()
+            before = 0
         try:
-            self._held.append(self._host.incoming.take(self.peer, length + _OVERHEAD))
+            self._held.append(self._host.incoming.take(self.peer, self._counted - before))
         except Overloaded as error:
             self._fail(_LATER, error)
             return False
         return True
+
+    def _release(self) -> None:
+        while self._held:
+            self._held.pop().release()
 
     def _fill(self, frame: memoryview, nbytes: int) -> None:
         """Take more of a frame that comes in parts."""
@@ -273,7 +313,8 @@ class Connection(asyncio.BufferedProtocol):
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         message: Data | str = data
         kind, held = self._kind, self._held
-        self._kind, self._parts, self._size, self._held = 0, [], 0, []
+        self._kind, self._parts, self._held = 0, [], []
+        self._size = self._came = self._frames = self._counted = 0
         if self._closing:  # what comes now comes too late
             for each in held:
                 each.release()
@@ -293,6 +334,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def _take_close(self, content: bytes) -> None:
         if not self._closing:
+            code = int.from_bytes(content[:2], "big") if content else 1000
+            if len(content) == 1 or code not in _CODES or self._kind:
+                self._fail(_BAD_PROTOCOL, Malformed("a close that is none"))
+                return
+            try:
+                str(content[2:], "utf-8")
+            except UnicodeDecodeError:
+                self._fail(_BAD_TEXT, Malformed("a reason that is not UTF-8"))
+                return
             self._send_close(content)
         self._hang_up()
         self._transport.close()
@@ -322,14 +372,18 @@ class Connection(asyncio.BufferedProtocol):
         if self._over or not self._half_read:
             return
         limit = self._host.limits.stall
-        left = self._heard + limit - time.monotonic()
+        now = time.monotonic()
         if self._messages:  # nobody reads on
+            self._since = now
             self._watch(limit)
-        elif left <= 0:
+        elif now >= self._heard + limit:
             text = f"nothing came for {limit:g} s of a message that is half sent"
             self._fail(_POLICY, DeadlineExceeded(text))
+        elif self._kind and now >= self._since + _PATIENCE * limit:
+            text = f"a message that has not come whole in {_PATIENCE * limit:g} s"
+            self._fail(_POLICY, DeadlineExceeded(text))
         else:
-            self._watch(left)
+            self._watch(self._heard + limit - now)
 
     async def receive(self) -> Data | str:
         """Return the next message.
