@@ -374,13 +374,13 @@ class DoorTests:
         server = lab.serve(function, door={"timeout": 0.4})
         visitors = [lab.visit(server) for _ in range(3)]
         try:
-            with within(0.4 + _LATE + 0.3):
+            with within(0.4 + _LATE + 1.0):
                 for asked in [lab.start(each.call, {"hang": True}) for each in visitors]:
                     with pytest.raises(Refused):
                         asked.result(PATIENCE)
             # Also who comes while it hangs, and those behind it.
             late = lab.visit(server)
-            with within(0.4 + _LATE + 0.3), pytest.raises(Refused):
+            with within(0.4 + _LATE + 1.0), pytest.raises(Refused):
                 late.call({"hang": False})
         finally:
             go_on.set()
@@ -412,7 +412,7 @@ class DoorTests:
         asked = lab.start(visitor.call, {"x": 1})
         assert begun.wait(PATIENCE)
         try:
-            with within(_STALL):
+            with within(3.0):
                 waiting = [lab.start(lab.visit(server).call, {"x": number}) for number in range(3)]
                 assert until(lambda: server.stats()["waiting"] == 3)
         finally:
@@ -494,12 +494,13 @@ class DoorTests:
     def test_mutated_messages_hold_up_nobody_and_cost_no_memory(
         self, lab: Lab, child: Callable[..., Child]
     ) -> None:
-        url = Url.parse(child(self.url).line())
+        served = child(self.url)
+        url = Url.parse(served.line())
         good = lab.visit_at(url)
         valid = [good.encode(each) for each in _observations()]
         rng = random.Random(self.mutations)
         stop, began = threading.Event(), time.monotonic()
-        slowest = lab.start(self._keep_asking, url, stop)
+        slowest = lab.start(self._keep_asking, url, stop, served.pid)
         memory: list[int] = []
         visitor: DoorClient | None = None
         try:
@@ -526,12 +527,13 @@ class DoorTests:
     def test_garbage_connections_hold_up_nobody_and_cost_no_memory(
         self, lab: Lab, child: Callable[..., Child]
     ) -> None:
-        url = Url.parse(child(self.url).line())
+        served = child(self.url)
+        url = Url.parse(served.line())
         pieces = lab.overhear(url, {"ask": "echo", "image": np.zeros(300 * KB, np.uint8)})
         good = lab.visit_at(url)
         good.call({"ask": "echo"})  # who says nothing for long is cut off
         stop = threading.Event()
-        slowest = lab.start(self._keep_asking, url, stop)
+        slowest = lab.start(self._keep_asking, url, stop, served.pid)
         memory: list[int] = []
 
         def dial(index: int) -> socket.socket:
@@ -550,12 +552,12 @@ class DoorTests:
         assert min(grown) < _GROWTH
         assert lab.visit_at(url).call({"ask": "echo"}) == {"ask": "echo"}
 
-    def _keep_asking(self, url: Url, stop: threading.Event) -> float:
+    def _keep_asking(self, url: Url, stop: threading.Event, server: int) -> float:
         """Ask until told to stop; returns the longest time until an answer, in seconds."""
         slowest = 0.0
         with self.client(url) as good:
             while not stop.wait(0.005):
-                watch = Stopwatch()
+                watch = Stopwatch(server)
                 assert good.call({"ask": "echo"}) == {"ask": "echo"}
                 slowest = max(slowest, watch.seconds)
         return slowest
@@ -563,12 +565,13 @@ class DoorTests:
     def test_who_asks_and_does_not_read_holds_up_nobody_and_costs_no_memory(
         self, lab: Lab, child: Callable[..., Child]
     ) -> None:
-        url = Url.parse(child(self.url).line())
+        served = child(self.url)
+        url = Url.parse(served.line())
         pieces = lab.overhear(url, {"ask": "give", "nbytes": 4 * MB}, times=5)
         good = lab.visit_at(url)
         good.call({"ask": "give", "nbytes": 4 * MB})
         stop = threading.Event()
-        slowest = lab.start(self._keep_asking, url, stop)
+        slowest = lab.start(self._keep_asking, url, stop, served.pid)
         before = good.call({"ask": "memory"})["memory"]
         with ExitStack() as opened:
             for _ in range(30):  # who ask for 600 MB, and go on
@@ -600,24 +603,28 @@ class DoorTests:
                     half.sendall(said[: -64 * KB])
             assert good.call({"ask": "echo"}) == {"ask": "echo"}
             most = before + 2 * _CHILDS.bytes
-            assert until(lambda: good.call({"ask": "memory"})["memory"] < most, 3.0)
+            assert until(lambda: good.call({"ask": "memory"})["memory"] < most)
         assert lab.visit_at(url).call({"ask": "echo"}) == {"ask": "echo"}
 
     def test_who_asks_ahead_leaves_the_others_answered(self, lab: Lab) -> None:
+        slow = threading.Event()
+
         def function(observation: Any) -> Any:
-            time.sleep(observation["seconds"])
+            if slow.is_set() and observation["much"]:
+                time.sleep(0.03)
             return {"x": 1}
 
         server = lab.serve(function)
-        pieces = lab.overhear(lab.door_of(server), {"seconds": 0.01}, times=100)
+        pieces = lab.overhear(lab.door_of(server), {"much": True}, times=100)
         good = lab.visit(server)
+        slow.set()
         with self.dial(lab.door_of(server)) as flooding:
             flooding.settimeout(0.5)
             with suppress(OSError):
                 flooding.sendall(b"".join(pieces))
-            with within(0.5):  # a hundred would take one second
+            with within(1.5):  # a hundred take three seconds
                 for _ in range(5):
-                    assert good.call({"seconds": 0.0}) == {"x": 1}
+                    assert good.call({"much": False}) == {"x": 1}
 
     def test_who_is_one_too_many_is_told(self, lab: Lab) -> None:
         server = lab.serve(limits=Limits(sessions=2))
@@ -731,7 +738,7 @@ class DoorTests:
         visitor = lab.visit_at(url)
         visitor.call({"ask": "fork"})
         first.kill()
-        with within(2.0), pytest.raises(ConnectionError):
+        with within(_AT_ONCE), pytest.raises(ConnectionError):
             visitor.call({"ask": "echo"})
         second = child(url)
         assert Url.parse(second.line()).port == url.port
@@ -822,7 +829,7 @@ class DoorTests:
         asked = [lab.start(each.call, {"x": 1}) for each in visitors[:2]]
         assert until(lambda: server.stats().get(f"calls_by_{Url.parse(self.url).scheme}") == 2)
         try:
-            with within(4.0):  # of which a handler has two to return
+            with within(5.0):  # of which a handler has two to return
                 server.stop()
                 for each in asked:
                     with pytest.raises((Refused, ConnectionError)):
@@ -927,8 +934,8 @@ class DoorTests:
         server = lab.serve(ran, credentials=credentials)
         with within(_AT_ONCE), pytest.raises(Refused):
             lab.visit(server, None if bad is None else bad.token).call({"x": 1})
-        assert until(lambda: server.stats().get("PermissionDenied", 0) > 0, _AT_ONCE)
-        assert until(lambda: "refuse" in caplog.text, _AT_ONCE)
+        assert until(lambda: server.stats().get("PermissionDenied", 0) > 0)
+        assert until(lambda: "refuse" in caplog.text)
         assert not ran
         assert lab.visit(server, keys.client("viewer").token).call({"x": 1}) == {"x": 1}
 
@@ -960,7 +967,8 @@ class DoorTests:
         visitor.call({"x": 1})
         assert credentials.clients is not None
         credentials.clients.revoke("robot")
-        assert until(lambda: not server.clients(), _AT_ONCE)
+        with within(_AT_ONCE):
+            assert until(lambda: not server.clients())
         ran.clear()
         with within(_AT_ONCE), pytest.raises((Refused, ConnectionError)):
             visitor.call({"x": 1})

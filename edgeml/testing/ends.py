@@ -230,6 +230,11 @@ class Child:
             env=env,
         )
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
     def line(self) -> str:
         """The next line that it prints."""
         assert self._process.stdout is not None

@@ -16,29 +16,36 @@ class Stopwatch:
     processor that other programs have is no fault of what is tested, and Linux tells how long each
     thread does. The one that waited most counts, so never more than has passed; where nobody else
     wants the processors that is nothing, and elsewhere than on Linux it is not known.
+
+    Args:
+        others: processes that are waited for, a server's say: what they were kept waiting counts as
+            well.
     """
 
-    def __init__(self) -> None:
-        self._waits, self._steals = _waits(), _steals()
+    def __init__(self, *others: int) -> None:
+        self._processes = (os.getpid(), *others)
+        self._waits, self._steals = [_waits(each) for each in self._processes], _steals()
         self._began = time.monotonic()
 
     @property
     def seconds(self) -> float:
         """Since it was made."""
         passed = time.monotonic() - self._began
-        return max(0.0, passed - _most(self._waits, _waits()) - _most(self._steals, _steals()))
+        for process, before in zip(self._processes, self._waits, strict=True):
+            passed -= _most(before, _waits(process))
+        return max(0.0, passed - _most(self._steals, _steals()))
 
 
 def _most(before: dict[str, float], now: dict[str, float]) -> float:
     return max((now[each] - before.get(each, 0.0) for each in now), default=0.0)
 
 
-def _waits() -> dict[str, float]:
-    """Seconds that each thread of this process has waited for a processor."""
+def _waits(process: int) -> dict[str, float]:
+    """Seconds that each thread of a process has waited for a processor."""
     waits = {}
     with suppress(OSError):
-        for thread in os.listdir("/proc/self/task"):
-            with suppress(OSError), open(f"/proc/self/task/{thread}/schedstat") as file:
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with suppress(OSError), open(f"/proc/{process}/task/{thread}/schedstat") as file:
                 waits[thread] = int(file.read().split()[1]) / 1e9
     return waits
 

@@ -277,7 +277,7 @@ def run(where: Path, module: str, only: str, settings: str = "") -> tuple[int, s
     (where / "edgeml_lines.py").write_text(module)
     suite = FILES["tests/test_lines.py"] + settings
     (where / "test_lines.py").write_text(suite)
-    seconds = 600 if settings else 30
+    seconds = 600 if settings else 80
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-x", f"--timeout={seconds}", "-k", only]
     done = subprocess.run(
         [*pytest_, f"--basetemp={where / 'temporary'}", "test_lines.py"],
@@ -293,6 +293,7 @@ def run(where: Path, module: str, only: str, settings: str = "") -> tuple[int, s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(("promise", "right", "wrong"), FAULTS, ids=[each[0] for each in FAULTS])
 def test_a_door_that_breaks_a_promise_is_found_out(
     promise: str, right: str, wrong: str, tmp_path: Path
