@@ -296,10 +296,15 @@ def live_in_child(role: str, url: str, keys: str) -> None:
 
 def fork_idly() -> None:
     """Fork a child that does nothing until standard input ends."""
+    there, tell = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
         if os.fork():
+            os.close(tell)
+            os.read(there, 1)  # what it does first, as a child that was forked, is done
+            os.close(there)
             return
+    os.write(tell, b".")
     while os.read(0, 1):
         pass
     os._exit(0)
