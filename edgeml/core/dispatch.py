@@ -614,6 +614,10 @@ def _never() -> bool:
     return False
 
 
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def _answer_nothing(call: Call) -> None:
     raise AssertionError(f"{call.name!r} is answered by a gatherer")
 
@@ -996,11 +1000,7 @@ class Dispatcher:
         except BaseException as error:
             self._fail(call, interface, error)
             # Ctrl-C, and whatever else a signal's handler raises to end the program.
-            if (
-                carries
-                and not isinstance(error, Exception)
-                and threading.current_thread() is threading.main_thread()
-            ):
+            if carries and not isinstance(error, Exception) and _in_main_thread():
                 raise
         finally:
             del self._running[me]
@@ -1038,6 +1038,8 @@ class Dispatcher:
             _log.exception("%s %r failed after its answer", self._service, interface.name)
         elif isinstance(error, _PASSED_ON):
             self.refuse(call, error)
+        elif isinstance(error, KeyboardInterrupt) and _in_main_thread():  # which ends the program
+            self.refuse(call, Closed("the server has been stopped"))
         else:
             told = f"{type(error).__qualname__}: {text_of(error)}"
             what = f"{interface.name} {call.detail}".strip()

@@ -736,7 +736,7 @@ def test_ctrl_c_in_the_main_thread_ends_the_run_and_its_caller_is_told():
         call, behind = ask(dispatcher, "interrupt"), ask(dispatcher, "echo")
         with pytest.raises(KeyboardInterrupt):
             dispatcher.run()
-        with pytest.raises(RemoteError, match="KeyboardInterrupt"):
+        with pytest.raises(Closed, match="has been stopped"):
             call.future.result(PATIENCE)
         dispatcher.close()
         with pytest.raises(Closed):

@@ -304,14 +304,17 @@ class Batcher(Gatherer):
             call.began = began
             call.batch_size = len(batch.calls)
             call.version = function.version
+        failed: Exception | None = None
         try:
             result = self._compute(function, batch, size)
         except Exception as error:
-            self._find_culprits(function, batch, error)
-            return
+            failed = error
         except BaseException as error:  # Ctrl-C, which ends the server
             self._fail(batch, error)
             raise
+        if failed is not None:  # not above, or each culprit's traceback would begin with this one
+            self._find_culprits(function, batch, failed)
+            return
         ended = self._answer(function, batch, result, size)
         costs.add(size, ended - began)
 
@@ -367,10 +370,13 @@ class Batcher(Gatherer):
         for rows in (range(middle), range(middle, len(batch.calls))):
             half = batch.select(list(rows))
             size = self._pad(len(half.calls))
+            failed: Exception | None = None
             try:
                 result = self._compute(function, half, size)
             except Exception as again:
-                self._find_culprits(function, half, again)
+                failed = again
+            if failed is not None:
+                self._find_culprits(function, half, failed)
             else:
                 self._answer(function, half, result, size)
 
