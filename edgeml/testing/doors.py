@@ -300,7 +300,7 @@ class DoorTests:
                     answer = visitor.call({"number": number})["action"]
                     assert answer.min() == answer.max() == number
 
-        results_of([lab.start(work, first) for first in (0, 1000, 2000, 3000)])
+        results_of([lab.start(work, first) for first in (0, 1000, 2000, 3000)], 3 * PATIENCE)
 
     def test_each_client_gets_its_own_answers_in_order(self, lab: Lab) -> None:
         server = lab.serve(lambda observation: {"twice": observation["number"] * 2})
@@ -518,7 +518,7 @@ class DoorTests:
                     pytest.fail(f"no answer to {message!r:.300}")
         finally:
             stop.set()
-        assert slowest.result(PATIENCE) < _STALL * busyness()
+        assert slowest.result(3 * PATIENCE) < _STALL * busyness()
         grown = [after - before for before, after in itertools.pairwise(memory)]
         assert min(grown) < _GROWTH  # a library's pools fill once; what leaks grows on
         assert good.call({"ask": "log"})["lines"] < _MOST_LINES * (time.monotonic() - began + 3)
@@ -545,7 +545,7 @@ class DoorTests:
             connected = bombard(dial, pieces, self.garbage)
         finally:
             stop.set()
-        assert slowest.result(PATIENCE) < _STALL * busyness()
+        assert slowest.result(3 * PATIENCE) < _STALL * busyness()
         assert connected > self.garbage // 2
         assert len(memory) == 3
         grown = [after - before for before, after in itertools.pairwise(memory)]
@@ -558,7 +558,7 @@ class DoorTests:
         with self.client(url) as good:
             while not stop.wait(0.005):
                 watch = Stopwatch(server)
-                assert good.call({"ask": "echo"}) == {"ask": "echo"}
+                assert good.call({"ask": "echo"}, 3 * PATIENCE) == {"ask": "echo"}
                 slowest = max(slowest, watch.seconds)
         return slowest
 
@@ -567,24 +567,26 @@ class DoorTests:
     ) -> None:
         served = child(self.url)
         url = Url.parse(served.line())
-        pieces = lab.overhear(url, {"ask": "give", "nbytes": 4 * MB}, times=5)
+        pieces = lab.overhear(url, {"ask": "give", "nbytes": 4 * MB}, times=3)
         good = lab.visit_at(url)
         good.call({"ask": "give", "nbytes": 4 * MB})
         stop = threading.Event()
         slowest = lab.start(self._keep_asking, url, stop, served.pid)
         before = good.call({"ask": "memory"})["memory"]
         with ExitStack() as opened:
-            for _ in range(30):  # who ask for 600 MB, and go on
+            for _ in range(20):  # who ask for 240 MB, and go on
                 deaf = opened.enter_context(self.dial(url))
                 deaf.settimeout(0.5)
                 with suppress(OSError):
                     deaf.sendall(b"".join(pieces))
             given = -1
-            while given != (given := good.call({"ask": "given"})["given"]):  # until it is enough
+            while given != (
+                given := good.call({"ask": "given"}, 3 * PATIENCE)["given"]
+            ):  # until it is enough
                 time.sleep(0.2)
-            grown = good.call({"ask": "memory"})["memory"] - before
+            grown = good.call({"ask": "memory"}, 3 * PATIENCE)["memory"] - before
             stop.set()
-            assert slowest.result(PATIENCE) < _STALL * busyness()
+            assert slowest.result(3 * PATIENCE) < _STALL * busyness()
         assert grown < 2 * _CHILDS.bytes
         assert lab.visit_at(url).call({"ask": "echo"}) == {"ask": "echo"}
 
@@ -792,6 +794,11 @@ class DoorTests:
 
     @pytest.mark.parametrize("size", [0, 6 * MB])
     def test_an_answer_given_just_before_the_close_is_delivered(self, lab: Lab, size: int) -> None:
+        # A close gives it a fraction of a second, which a busy machine may need for something else.
+        assert any(self._is_delivered(lab, size) for _ in range(3))
+
+    def _is_delivered(self, lab: Lab, size: int) -> bool:
+        """Whether an answer of this size arrives that is given as its server is closed."""
         begun, go_on = threading.Event(), threading.Event()
         action = np.ones(size, np.uint8)
 
@@ -808,7 +815,7 @@ class DoorTests:
             dialled = [opened.enter_context(self.dial(lab.door_of(server))) for _ in range(2)]
             for each in dialled:
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * KB)
-                each.settimeout(0.5)
+                each.settimeout(PATIENCE)
             dialled[0].sendall(said)
             whole = _hear(dialled[0])
             begun.clear()
@@ -819,8 +826,10 @@ class DoorTests:
             assert until(lambda: server.state().state == "stopped")
             go_on.set()
             time.sleep(0.1)  # it is on its way, and larger than what the system takes
-            assert _hear(dialled[1]) >= whole > size
+            heard = _hear(dialled[1])
         stopped.result(PATIENCE)
+        assert whole > size
+        return heard >= whole
 
     def test_closing_ends_all_calls_and_connections_soon(self, lab: Lab) -> None:
         go_on = threading.Event()
@@ -1255,6 +1264,7 @@ def _hear(dialled: socket.socket) -> int:
     with suppress(OSError):
         while data := dialled.recv(64 * KB):
             count += len(data)
+            dialled.settimeout(0.5)
     return count
 
 
