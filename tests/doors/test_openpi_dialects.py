@@ -354,6 +354,17 @@ def test_errors_are_messages_and_the_connection_goes_on() -> None:
         assert ask(client, {}) == {"actions": array(ACTIONS)}
 
 
+def test_what_is_no_request_is_counted() -> None:
+    with serving(lambda x: x) as (server, port), RawWebSocket(port, REALTIME) as client:
+        client.receive()
+        for number, wrong in enumerate((b"", b"\xc1", "text", encode({"endpoint": "kill"}))):
+            assert ask(client, wrong)["type"] == "error"
+            assert server.stats()["Malformed"] == number + 1
+        bad = {b"__ndarray__": True, b"data": b"", b"dtype": "|O", b"shape": [1]}
+        assert ask(client, {"x": bad})["type"] == "error"
+        assert server.stats()["Malformed"] == 5
+
+
 def test_names_of_sessions_and_endpoints_are_short_texts(caplog: pytest.LogCaptureFixture) -> None:
     with talking(lambda _: {}) as (client, _):
         for wrong in (array(ACTIONS), [1] * 1000, {"a": 1}, b"bytes", 0.5, "long " * 1000, True):

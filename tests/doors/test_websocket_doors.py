@@ -7,6 +7,7 @@ import http.client
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -540,6 +541,20 @@ def test_strangers_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
                 client.ending()
     lines = [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert len(lines) == 1, caplog.text
+
+
+def test_who_sends_ahead_and_goes_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    ahead = frame(BINARY, encode({"endpoint": "reset"})) * 2000
+    with serving() as (server, port):
+        for number in range(20):
+            with RawWebSocket(port, "/v1/realtime/robot/openpi") as client:
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.say(ahead)
+                time.sleep(number / 2000)  # so that some go in the middle of it
+        wait_until(lambda: not server.clients())
+        with visiting(port) as good:
+            assert is_well(good)
+    assert not [each for each in caplog.records if each.name == "asyncio"]
 
 
 def test_connections_and_errors_are_freed_without_the_garbage_collector() -> None:

@@ -151,14 +151,18 @@ async def _talk_of_sessions(visit: Visit) -> None:
 
 
 async def _answer(visit: Visit, session: _Session, message: Data | str) -> bytes:
-    data = check_message(message, visit.limits)
-    asked = read_words(data, ("endpoint", "session_id"))
-    endpoint = asked.get("endpoint", "infer")
+    try:
+        data = check_message(message, visit.limits)
+        asked = read_words(data, ("endpoint", "session_id"))
+        endpoint = asked.get("endpoint", "infer")
+        if endpoint not in ("infer", "reset"):
+            raise Malformed(f"no endpoint {printable(endpoint, 40)!r}: there are infer and reset")
+    except Malformed as error:
+        visit.note(error)
+        raise
     if endpoint == "reset":
         session.reset()
         return write({"status": "reset successful"})
-    if endpoint != "infer":
-        raise Malformed(f"no endpoint {printable(endpoint, 40)!r}: there are infer and reset")
     session.go_on(asked.get("session_id"))
     return await visit.call(session.guest, lambda: _observation(data), write, len(data))
 

@@ -77,6 +77,7 @@ class Visit:
         dispatch: Dispatch,
         limits: Limits,
         dropped: Callable[[], object],
+        note: Callable[[Peer, EdgemlError], object],
     ) -> None:
         self.path = _text(request.path.partition("?")[0])
         self.headers: Mapping[str, str] = {
@@ -88,6 +89,7 @@ class Visit:
         self._connection = connection
         self._loop = loop
         self._dropped = dropped
+        self._note = note
         self.guests: list[Guest] = []
         self._waiting: set[_Waiting] = set()
         self._over = False
@@ -101,6 +103,10 @@ class Visit:
         guest = self.dispatch.enter(self.peer, label=label, token=token)
         self.guests.append(guest)
         return guest
+
+    def note(self, why: EdgemlError) -> None:
+        """Count why a message was refused that made no call; calls are counted as they are."""
+        self._note(self.peer, why)
 
     async def receive(self) -> Data | str:
         """Return the next message: a text, or else bytes, or a view on those of a large one.
@@ -279,7 +285,8 @@ class _Listener(Endpoint):
 
     def answer(self, connection: Connection, http: ServerProtocol, request: Request) -> bool:
         visit = Visit(
-            connection, request, self._loop, self._dispatch, self.limits, self._count_dropped
+            *(connection, request, self._loop, self._dispatch, self.limits),
+            *(self._count_dropped, self.note),
         )
         status, text = 0, ""
         if visit.path == self._door.health:

@@ -356,7 +356,7 @@ class Connection(asyncio.BufferedProtocol):
                 )
                 self._transport.abort()
                 return
-        if not self._closing:
+        if not (self._closing or self._transport.is_closing()):
             self._transport.write(pongs)
 
     @property
@@ -391,6 +391,8 @@ class Connection(asyncio.BufferedProtocol):
         Raises:
             EOFError: the connection is over.
         """
+        if self._messages:
+            await asyncio.sleep(0)  # who sends ahead lets the others have their turn
         while not self._messages:
             if self._over:
                 raise EOFError
@@ -419,7 +421,7 @@ class Connection(asyncio.BufferedProtocol):
         kind = _BINARY
         if isinstance(data, str):
             kind, data = _TEXT, data.encode("utf-8", "replace")
-        if self._over or self._closing:
+        if self._over or self._closing or self._transport.is_closing():
             raise EOFError
         head = _head(kind, len(data))
         if len(data) <= _JOINED:
@@ -467,7 +469,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _send_close(self, content: bytes) -> None:
         self._closing = True
-        self._transport.write(_head(_CLOSE, len(content)) + content)
+        if not self._transport.is_closing():
+            self._transport.write(_head(_CLOSE, len(content)) + content)
 
     def _fail(self, code: int, why: EdgemlError) -> None:
         """End the connection for what its peer did."""
