@@ -94,7 +94,11 @@ def server_context(keys: TlsKeys) -> ssl.SSLContext:
 
 def door_context(keys: TlsKeys) -> ssl.SSLContext:
     """What a door needs for a connection: its clients have no certificates, and show tokens."""
-    return _context(ssl.PROTOCOL_TLS_SERVER, keys)
+    context = _context(ssl.PROTOCOL_TLS_SERVER, keys)
+    # A client that reads in one thread and writes in another, as websockets' does, may lose what it
+    # writes while a ticket comes: OpenSSL's connections are for one thread.
+    context.num_tickets = 0
+    return context
 
 
 def client_context(keys: TlsKeys) -> ssl.SSLContext:
