@@ -253,7 +253,7 @@ def test_images_too_large_together_are_refused_before_there_is_memory_for_them()
     data = message({"one": large, "two": large})
     tracemalloc.start()
     try:
-        with pytest.raises(Malformed, match="at most 268435456"):
+        with pytest.raises(Malformed, match="at most 33554432"):
             read_payload(data, read(data))
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
     finally:
