@@ -325,14 +325,18 @@ def test_an_error_closes_nothing() -> None:
         pack({"type": "observation", "payload": {}, "seq": "1", "timestamp": 0.0}),
     ],
 )
-def test_what_is_no_message_is_an_error_and_closes_nothing(message: bytes | str) -> None:
-    with talking() as talk:
+def test_what_is_no_message_is_a_counted_error_and_closes_nothing(message: bytes | str) -> None:
+    with serving(echo) as server, Talk(server.doors()[0]) as talk:
         for _ in range(2):
             talk.connection.send(message)
             kind, seq, told = talk.receive()
             assert (kind, seq) == ("error", 0)
             assert told["error"].startswith("message_failed: Malformed: ")
         assert talk.act({"x": 1}) == {"x": 1}
+        assert talk.ask("hello", 3)[0] == "error"
+        wrong = {"__ndarray__": True, "data": b"1", "dtype": "<f4", "shape": [1]}
+        assert talk.ask("observation", {"x": wrong})[0] == "error"
+        assert server.stats()["Malformed"] == 4
 
 
 @pytest.mark.parametrize("type", ["action", "observe", "", "x" * 300, "\n\ud7ff"])

@@ -104,6 +104,8 @@ async def _exchange(visit: Visit) -> bool:
                 return False
         answer = await _answer(visit, received, data)
     except EdgemlError as error:
+        if asked != "observation":  # which made a call
+            visit.note(error)
         answer = _tell(error, asked, seq)
     if answer is not None:
         await visit.send(answer)
