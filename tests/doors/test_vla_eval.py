@@ -333,7 +333,7 @@ def test_what_is_no_message_is_a_counted_error_and_closes_nothing(message: bytes
             assert (kind, seq) == ("error", 0)
             assert told["error"].startswith("message_failed: Malformed: ")
         assert talk.act({"x": 1}) == {"x": 1}
-        assert talk.ask("hello", 3)[0] == "error"
+        assert talk.ask("observe")[0] == "error"
         wrong = {"__ndarray__": True, "data": b"1", "dtype": "<f4", "shape": [1]}
         assert talk.ask("observation", {"x": wrong})[0] == "error"
         assert server.stats()["Malformed"] == 4
