@@ -91,9 +91,11 @@ class _Loop(asyncio.SelectorEventLoop):
             ending = asyncio.wait(tasks, timeout=1.0)
             last = self.create_task(ending)
             self.carry_on(lambda: not last.done())
-        # What was to close a connection may have been cancelled before its first step.
+        # What was to close a connection may have been cancelled before its first step. Others have
+        # been closed behind what they sent, and are only still referred to.
         for transport in list(self._transports.values()):  # type: ignore[attr-defined]
-            transport.abort()
+            if transport._loop is not None:
+                transport.abort()
         self._run_what_is_ready()  # transports that are just being closed are closed then
         self.close()
 

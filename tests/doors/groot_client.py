@@ -41,40 +41,24 @@ def unpack(data: bytes) -> Any:
     return decode(msgspec.msgpack.decode(data))
 
 
-class Polite(socket.socket):
-    """Waits for the other end's greeting, if it is to send one: libzmq ends a connection by which
-    messages come before it has given its own.
-    """
-
-    greeted = False
-
-    def sendall(self, data: bytes, flags: int = 0) -> None:
-        if not self.greeted and data[:64] == _GREETING:
-            self.greeted = True
-            super().sendall(data[:64])
-            heard = b""
-            while b"ROUTER" not in heard and (said := self.recv(4096)):
-                heard += said
-            data = data[64:]
-        super().sendall(data, flags)
-
-
-def dial(url: Url) -> Polite:
-    made = Polite(fileno=socket.create_connection((url.host, url.port), 10.0).detach())
-    made.settimeout(10.0)
-    return made
+def dial(url: Url) -> socket.socket:
+    return socket.create_connection((url.host, url.port), 10.0)
 
 
 class Wire:
     """A connection of ZeroMQ's that does as it likes, frame by frame."""
 
     def __init__(self, url: Url) -> None:
-        self.socket = socket.create_connection((url.host, url.port), 10.0)
+        self.socket = dial(url)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.sendall(_GREETING + _READY)
         self._file = self.socket.makefile("rb")
-        assert self._read(64)[12:32] == _GREETING[12:32]
-        assert b"ROUTER" in self._receive()[1]
+        try:
+            self.socket.sendall(_GREETING + _READY)
+            assert self._read(64)[12:32] == _GREETING[12:32]
+            assert b"ROUTER" in self._receive()[1]
+        except BaseException:  # it may have been one too many
+            self.close()
+            raise
 
     def _read(self, size: int) -> bytes:
         data = self._file.read(size)

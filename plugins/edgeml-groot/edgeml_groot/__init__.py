@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import zmq
-
 from edgeml.core import (
     DEFAULT_LIMITS,
     Credentials,
@@ -17,6 +15,7 @@ from edgeml.core import (
     hookimpl,
 )
 from edgeml_groot.endpoint import GrootEndpoint
+from edgeml_groot.zmtp import VERSION
 
 __all__ = ["GrootDoor", "edgeml_door"]
 
@@ -32,7 +31,7 @@ class GrootDoor(Door):
 
     def report(self) -> dict[str, str]:
         """See `Door.report`."""
-        return {"clients": "of N1.5, N1.6 and later", "ZeroMQ": zmq.zmq_version()}
+        return {"clients": "of N1.5, N1.6 and later", "ZMTP": "{}.{}".format(*VERSION)}
 
     def open(
         self,
