@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeml.core.errors import Malformed
+from edgeml.core.errors import Malformed, shown
 
 __all__ = ["restore", "to_native"]
 
 # Of those that `numpy.dtype` understands: no field names, no nested shapes, no aliases of old.
 _PLAIN = re.compile(r"[<>=|]?[A-Za-z?][0-9]{0,9}|[a-z]{3,7}[0-9]{0,3}")
+_LONGEST = 20  # characters of a dtype
 _MOST_DIMENSIONS = 32  # numpy 1's; more than anybody has
 
 Dtype = np.dtype[Any]
@@ -28,7 +29,7 @@ def _dtype(text: str) -> Dtype:
             raise TypeError
         return np.dtype(text)
     except (TypeError, ValueError, DeprecationWarning):
-        raise Malformed(f"{text!r:.100} is no dtype") from None
+        raise Malformed(f"{shown(text)} is no dtype") from None
 
 
 def restore(
@@ -48,10 +49,12 @@ def restore(
     Raises:
         Malformed: this makes no such array.
     """
+    if not isinstance(dtype, (str, bytes)):
+        raise Malformed(f"a dtype is a text, not {type(dtype).__name__}")
+    if len(dtype) > _LONGEST:
+        raise Malformed(f"{shown(dtype)} is no dtype")
     if isinstance(dtype, bytes):
         dtype = dtype.decode("latin-1")
-    if not isinstance(dtype, str):
-        raise Malformed(f"a dtype is a text, not {type(dtype).__name__}")
     made = _dtype(dtype)
     if made.kind not in kinds or made.hasobject or not made.itemsize:
         raise Malformed(f"arrays of dtype {dtype!r} are not taken: only kinds {', '.join(kinds)}")
@@ -62,18 +65,18 @@ def restore(
     if len(shape) > _MOST_DIMENSIONS or not all(
         type(size) is int and 0 <= size < 1 << 62 for size in shape
     ):
-        raise Malformed(f"{shape!r:.100} is no shape")
+        raise Malformed(f"{shown(shape)} is no shape")
     nbytes = memoryview(data).nbytes
     needed = math.prod(shape) * made.itemsize
     if nbytes != needed:
         raise Malformed(
-            f"an array of shape {tuple(shape)!r:.100} and dtype {dtype!r} has {needed} bytes, "
+            f"an array of shape {shown(tuple(shape))} and dtype {dtype!r} has {needed} bytes, "
             f"and {nbytes} came"
         )
     try:
         array = np.frombuffer(data, made).reshape(shape) if needed else np.empty(shape, made)
     except ValueError:  # sizes beside a zero may be more than numpy can multiply
-        raise Malformed(f"{shape!r:.100} is no shape") from None
+        raise Malformed(f"{shown(shape)} is no shape") from None
     return to_native(array)
 
 

@@ -43,6 +43,7 @@ from edgeml.core.errors import (
     RemoteError,
     UnknownInterface,
     printable,
+    shown,
     text_of,
 )
 from edgeml.core.interrupts import insisting
@@ -426,7 +427,7 @@ def answer_with(function: Callable[[Any, Caller], Any]) -> Handler:
 def require_plain(what: str, function: object) -> None:
     """Raise a TypeError for what nobody here would run: no function at all, or an ``async def``."""
     if not callable(function):
-        raise TypeError(f"{what} needs a function, not {function!r:.100}")
+        raise TypeError(f"{what} needs a function, not {shown(function)}")
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - the method itself, of an object
     ):

@@ -19,7 +19,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import reprlib
+from typing import Any, TypeVar
 
 __all__ = [
     "Closed",
@@ -37,6 +38,7 @@ __all__ = [
     "Unreachable",
     "copy_error",
     "printable",
+    "shown",
     "text_of",
 ]
 
@@ -131,6 +133,38 @@ def printable(text: str, most: int = 200) -> str:
     """A text that a stranger chose, for a line of people's: of this length, and on that line."""
     shown = text if len(text) <= most else f"{text[:most]}..."
     return shown if shown.isprintable() else shown.encode("unicode_escape").decode("ascii")
+
+
+class _Brief(reprlib.Repr):
+    """Makes no more of a value than is shown, since all threads wait for a repr of 100 MB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 400
+        self.maxlevel = 4
+
+    def repr_bytes(self, value: bytes | bytearray, level: int) -> str:
+        del level
+        return repr(bytes(value[: self.maxstring]))
+
+    repr_bytearray = repr_bytes
+
+    def repr_memoryview(self, value: memoryview, level: int) -> str:
+        del level
+        return f"a memoryview of {value.nbytes} bytes"
+
+    def repr_ndarray(self, value: Any, level: int) -> str:
+        del level
+        return f"an array of shape {value.shape} and dtype {str(value.dtype)[:20]}"
+
+
+_brief = _Brief()
+
+
+def shown(value: object, most: int = 100) -> str:
+    """Return a value that a stranger may have sent, for an error: its repr, cut to this length."""
+    text: str = _brief.repr(value)
+    return text[:most]
 
 
 def copy_error(error: _Error) -> _Error:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from edgeml.core.dispatch import Call, Caller, require_plain
 from edgeml.core.door import Dispatch, Guest
-from edgeml.core.errors import Closed, DeadlineExceeded, EdgemlError, Malformed
+from edgeml.core.errors import Closed, DeadlineExceeded, EdgemlError, Malformed, shown
 from edgeml.core.security import ClientKey
 from edgeml.core.state import ServerState
 from edgeml.core.transport import Endpoint, Peer
@@ -92,13 +92,15 @@ class Passage:
         if not isinstance(self.names, Mapping) or not all(
             isinstance(name, str) for pair in self.names.items() for name in pair
         ):
-            raise TypeError(f"names is a dict of texts, theirs and ours, not {self.names!r:.200}")
+            raise TypeError(
+                f"names is a dict of texts, theirs and ours, not {shown(self.names, 200)}"
+            )
         for name, function in (("before", self.before), ("after", self.after)):
             if function is not None:
                 require_plain(name, function)
         ours = list(self.names.values())
         if len(set(ours)) < len(ours):
-            raise ValueError(f"names {dict(self.names)!r:.200} give two keys the same name")
+            raise ValueError(f"names {shown(dict(self.names), 200)} give two keys the same name")
 
     def bring(self, payload: Any) -> Any:
         """Return what the function gets."""
@@ -131,7 +133,9 @@ class Passage:
 def _rename(given: dict[Any, Any], names: Mapping[str, str]) -> dict[Any, Any]:
     renamed = {names.get(key, key): value for key, value in given.items()}
     if len(renamed) < len(given):
-        raise Malformed(f"two of the keys {sorted(map(str, given))!r:.200} have the same name here")
+        raise Malformed(
+            f"two of the keys {shown(sorted(map(str, given)), 200)} have the same name here"
+        )
     return renamed
 
 
@@ -285,7 +289,9 @@ class Entrance(Dispatch):
         describe: Callable[[str], dict[str, Any] | None],
     ) -> None:
         if not isinstance(metadata, Mapping):
-            raise TypeError(f"metadata is a dict of what clients are told, not {metadata!r:.200}")
+            raise TypeError(
+                f"metadata is a dict of what clients are told, not {shown(metadata, 200)}"
+            )
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         self.host = host

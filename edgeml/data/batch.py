@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from edgeml.core.errors import Malformed
+from edgeml.core.errors import Malformed, shown
 from edgeml.core.message import Allocator, empty, pooled
 from edgeml.data.tree import Array, Skeleton, fill, is_plain, leaves_of, skeleton_of, transpose
 
@@ -152,7 +152,7 @@ class Batch(Sequence[Any]):
             raise Malformed("a batch is a dict of first_id, either columns or items, and cuts")
         first_id = payload.get("first_id")
         if type(first_id) is not int or first_id < 1:
-            raise Malformed(f"a batch's first_id is an int from 1, got {first_id!r:.40}")
+            raise Malformed(f"a batch's first_id is an int from 1, got {shown(first_id, 40)}")
         if "columns" in payload:
             try:
                 batch = cls.from_columns(payload["columns"], first_id)

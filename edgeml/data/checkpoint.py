@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from edgeml.core.errors import ConfigMismatch, Malformed
+from edgeml.core.errors import ConfigMismatch, Malformed, shown
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.files import KEPT, replace
@@ -266,7 +266,7 @@ def _read_parts(
     for index in range(max(0, oldest - 1), len(firsts)):
         part = reader.read(stored.parts[index][1])
         if not isinstance(part, list) or len(part) != 2:
-            raise Malformed(f"{reader.path} has items that are none: {part!r:.80}")
+            raise Malformed(f"{reader.path} has items that are none: {shown(part, 80)}")
         batch, extra = Batch.from_payload(part[0]), part[1]
         end = firsts[index + 1] if index + 1 < len(firsts) else stored.latest_id + 1
         if (batch.first_id, batch.first_id + len(batch)) != (firsts[index], end):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeml.core.errors import shown
 from edgeml.data.ring import Ring
 from edgeml.data.sumtree import SumTree
 from edgeml.data.tree import Array
@@ -206,7 +207,7 @@ class PrioritizedSelector(Selector):
         """See `Selector.check_state`."""
         highest = state.get("highest", 0.0)
         if type(highest) is not float or not highest >= 0:
-            raise TypeError(f"the highest priority is a number from 0 up, not {highest!r:.40}")
+            raise TypeError(f"the highest priority is a number from 0 up, not {shown(highest, 40)}")
         with np.errstate(over="ignore"):
             self._tree.check((np.float64(highest) + self._epsilon) ** self._alpha)
 

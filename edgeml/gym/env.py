@@ -21,6 +21,7 @@ from edgeml.core import (
     RemoteError,
     UnknownInterface,
 )
+from edgeml.core.errors import shown
 from edgeml.core.security import CredentialsLike
 from edgeml.gym.spaces import packer, space_from_plain, unpacker
 from edgeml.services.inference import InferenceClient
@@ -131,7 +132,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
                 "render_mode": str() | None,
             } if all(isinstance(key, str) for key in metadata):
                 return dict(told)
-        raise Malformed(f"the server told nothing of its environment, but {told!r:.100}")
+        raise Malformed(f"the server told nothing of its environment, but {shown(told)}")
 
     # Gymnasium's own ----------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
                 observation = self._observed(observation)
                 self._why = ""
                 return observation, info
-        raise Malformed(f"no answer to a reset: {answer!r:.100}")
+        raise Malformed(f"no answer to a reset: {shown(answer)}")
 
     def _observed(self, sent: Any) -> Any:
         """What is an observation here, of what was sent for it."""
@@ -180,7 +181,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
         try:
             return self._unpack(sent)
         except Exception as error:  # whatever comes of a value that has another form
-            raise Malformed(f"no observation of {self.observation_space}: {sent!r:.100}") from error
+            raise Malformed(f"no observation of {self.observation_space}: {shown(sent)}") from error
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take one step; see `gymnasium.Env.step`.
@@ -212,7 +213,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
             self._why = _GONE
             raise self._cannot()
         if not isinstance(answer, list) or len(answer) not in (4, 5):
-            raise Malformed(f"no answer to a step: {answer!r:.100}")
+            raise Malformed(f"no answer to a step: {shown(answer)}")
         observation, reward, terminated, truncated, *rest = answer
         info = rest[0] if rest else {}
         if not (
@@ -222,7 +223,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
             and isinstance(info, dict)
         ):
             told = [reward, terminated, truncated, info]
-            raise Malformed(f"no reward, two flags and info of a step: {told!r:.200}")
+            raise Malformed(f"no reward, two flags and info of a step: {shown(told, 200)}")
         return self._observed(observation), reward, terminated, truncated, info
 
     def _lose(self, why: str) -> None:
@@ -250,7 +251,7 @@ class RemoteEnv(gymnasium.Env[Any, Any]):
             self._why = _GONE
             raise self._cannot()
         if not isinstance(answer, list) or len(answer) != 1:
-            raise Malformed(f"nothing that was rendered: {answer!r:.100}")
+            raise Malformed(f"nothing that was rendered: {shown(answer)}")
         return answer[0]
 
     def close(self) -> None:

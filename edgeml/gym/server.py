@@ -11,6 +11,7 @@ import gymnasium
 
 from edgeml.core import Malformed, Overloaded
 from edgeml.core.dispatch import Call, Handler
+from edgeml.core.errors import shown
 from edgeml.gym.spaces import action_reader, packer, space_to_plain
 from edgeml.services.inference import InferenceServer
 
@@ -70,7 +71,7 @@ class EnvServer(InferenceServer):
             self._shared = env
             _describe(env)
         elif not callable(env):
-            raise TypeError(f"an environment, or a function that makes one, not {env!r:.100}")
+            raise TypeError(f"an environment, or a function that makes one, not {shown(env)}")
         self._env = env
         self._holder: _Seat | None = None  # of the shared environment
         super().__init__(port_num, host, transport, **settings)
@@ -87,7 +88,7 @@ class EnvServer(InferenceServer):
     def _open_env(self, payload: Any, call: Call) -> dict[str, Any]:
         mode = payload.get("render_mode") if isinstance(payload, dict) else payload
         if mode is not None and not isinstance(mode, str):
-            raise Malformed(f"a render mode is a name, not {mode!r:.100}")
+            raise Malformed(f"a render mode is a name, not {shown(mode)}")
         self._close_env(None, call)
         env = self._make_env(mode) if self._shared is None else self._lend(mode, call)
         try:
@@ -107,7 +108,7 @@ class EnvServer(InferenceServer):
         assert callable(self._env)
         made = self._env() if mode is None else self._env(render_mode=mode)
         if not isinstance(made, gymnasium.Env):
-            raise TypeError(f"the server's function made no environment, but {made!r:.100}")
+            raise TypeError(f"the server's function made no environment, but {shown(made)}")
         return made
 
     def _lend(self, mode: str | None, call: Call) -> gymnasium.Env[Any, Any]:
@@ -178,9 +179,9 @@ def _reset(payload: Any, call: Call) -> list[Any] | None:
         return None
     seed, options = payload if isinstance(payload, list) and len(payload) == 2 else (payload, "")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise Malformed(f"a seed is a whole number or None, not {seed!r:.100}")
+        raise Malformed(f"a seed is a whole number or None, not {shown(seed)}")
     if options is not None and not isinstance(options, dict):
-        raise Malformed(f"options are a dict or None, not {options!r:.100}")
+        raise Malformed(f"options are a dict or None, not {shown(options)}")
     seat.begun = False
     observation, info = seat.env.reset(seed=seed, options=options)
     seat.begun = True

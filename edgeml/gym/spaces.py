@@ -15,6 +15,7 @@ from gymnasium import spaces
 from gymnasium.spaces import GraphInstance, Space
 
 from edgeml.core import Malformed
+from edgeml.core.errors import shown
 
 __all__ = ["action_reader", "packer", "space_from_plain", "space_to_plain", "unpacker"]
 
@@ -86,7 +87,7 @@ def _dict(space: spaces.Dict, where: str, depth: int) -> dict[str, Any]:
     for key in space.spaces:
         if type(key) not in (str, int):
             raise TypeError(
-                f"{where} has the key {key!r:.100}, a {type(key).__name__}, and can't be sent: "
+                f"{where} has the key {shown(key)}, a {type(key).__name__}, and can't be sent: "
                 "its keys must be str or int"
             )
     parts = space.spaces.items()
@@ -382,8 +383,8 @@ def _one_of_reader(space: Any, where: str) -> Convert:
 
 
 def _refuse(where: str, space: Any, sent: Any) -> Malformed:
-    got = f"an array of {sent.dtype}, shape {sent.shape}" if _is_large(sent) else f"{sent!r:.200}"
-    return Malformed(f"{where} must be of {space!r:.300}, not {got}; nothing was done with it")
+    got = f"an array of {sent.dtype}, shape {sent.shape}" if _is_large(sent) else shown(sent, 200)
+    return Malformed(f"{where} must be of {shown(space, 300)}, not {got}; nothing was done with it")
 
 
 def _is_large(sent: Any) -> bool:

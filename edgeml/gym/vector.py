@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
 from edgeml.core import Malformed
+from edgeml.core.errors import shown
 from edgeml.core.security import CredentialsLike
 from edgeml.gym.env import RemoteEnv
 
@@ -137,11 +138,11 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
 
     def _check_mask(self, mask: Any) -> Array:
         if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-            raise TypeError(f"reset_mask must be a numpy array of bool, not {mask!r:.100}")
+            raise TypeError(f"reset_mask must be a numpy array of bool, not {shown(mask)}")
         if mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(
                 f"reset_mask must have the shape ({self.num_envs},) and mark at least one, not "
-                f"{mask!r:.100}"
+                f"{shown(mask)}"
             )
         return mask
 
@@ -213,7 +214,7 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
             else:
                 observation, reward, terminated, truncated, info = env._stepped(answers[number])
                 if np.shape(reward) != ():
-                    raise Malformed(f"a reward of one environment is a number, not {reward!r:.100}")
+                    raise Malformed(f"a reward of one environment is a number, not {shown(reward)}")
                 self._observations[number], rewards[number] = observation, reward
                 terminations[number], truncations[number] = terminated, truncated
                 if (terminated or truncated) and self.autoreset_mode is AutoresetMode.SAME_STEP:
@@ -249,7 +250,7 @@ class RemoteVectorEnv(VectorEnv[Any, Any, Array]):
         try:
             return self._add_info(infos, info, number)
         except Exception as error:  # gymnasium's own; it makes arrays of what it finds
-            raise Malformed(f"an info that is none: {info!r:.100}: {error}") from error
+            raise Malformed(f"an info that is none: {shown(info)}: {error}") from error
 
     def _batch(self) -> Any:
         space = self.single_observation_space

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from edgeml.core.codec import Codec, Wrapped
-from edgeml.core.errors import Malformed, NotEncodable
+from edgeml.core.errors import Malformed, NotEncodable, shown
 from edgeml.core.message import Allocator, Message, empty, pooled, private
 from edgeml.images.formats import (
     MOST_BYTES,
@@ -218,7 +218,7 @@ class _Walk:
         kind = type(value)
         if kind in _PLAIN:  # most are; those without a key were never meant
             if name and self._plan.format(name) is not None:
-                raise _refuse(path, f"is {value!r:.60}, not an image")
+                raise _refuse(path, f"is {shown(value, 60)}, not an image")
             return value
         if len(path) > _MOST_DEPTH:
             return value  # which the other codec refuses
@@ -293,7 +293,7 @@ def _key(key: Any, path: Path) -> str | int:
 
 
 def _refuse(path: Path, why: str) -> NotEncodable:
-    return NotEncodable(f"value{''.join(f'[{key!r:.80}]' for key in path)} {why}")
+    return NotEncodable(f"value{''.join(f'[{shown(key, 80)}]' for key in path)} {why}")
 
 
 def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -328,9 +328,9 @@ def _checked(format: str, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape that an entry claims."""
     if format not in readable():
         known = ", ".join(readable()) or "none"
-        raise Malformed(f"an image of format {format!r:.40}; known here: {known}")
+        raise Malformed(f"an image of format {shown(format, 40)}; known here: {known}")
     if not 2 <= len(shape) <= _MOST_DEPTH or min(shape) < 1:
-        raise Malformed(f"an image of shape {shape!r:.100}")
+        raise Malformed(f"an image of shape {shown(shape)}")
     return tuple(shape)
 
 
@@ -354,7 +354,7 @@ def _places(paths: list[list[str | int]]) -> Any:
 
 
 def _raise_twice(path: list[str | int]) -> Any:
-    raise Malformed(f"two images in one place, {path!r:.200}")
+    raise Malformed(f"two images in one place, {shown(path, 200)}")
 
 
 def _check_places(node: Any, places: Any) -> None:
@@ -370,7 +370,7 @@ def _check_places(node: Any, places: Any) -> None:
         else:
             there = kind in (list, tuple) and type(key) is int and 0 <= key < len(node)
         if not there:
-            raise Malformed(f"an image at {key!r:.100}, which isn't there")
+            raise Malformed(f"an image at {shown(key)}, which isn't there")
         _check_places(node[key], inner)
 
 

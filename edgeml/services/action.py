@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from edgeml.core.dispatch import Call, Caller
-from edgeml.core.errors import Malformed, UnknownInterface
+from edgeml.core.errors import Malformed, UnknownInterface, shown
 from edgeml.core.streams import Subscription
 from edgeml.services.base import (
     ClientSettings,
@@ -160,7 +160,7 @@ class _Device:
         observations = self._obs(call, call.name, keys)
         if not isinstance(observations, Mapping):
             raise TypeError(
-                f"obs_callback gave {observations!r:.100}: it is to return a dict of observations"
+                f"obs_callback gave {shown(observations)}: it is to return a dict of observations"
             )
         if missing := [key for key in keys if key not in observations]:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
 from edgeml.core.dispatch import Call, Caller, unknown
-from edgeml.core.errors import ConfigMismatch, Malformed
+from edgeml.core.errors import ConfigMismatch, Malformed, shown
 from edgeml.services.contract import PolicyContract, differences, join_findings
 
 __all__ = ["EXTENSION", "Check", "Checks", "Contracts"]
@@ -124,9 +124,9 @@ class Contracts:
             TypeError, ValueError: this is no contract, or says of no calls that they are checked.
         """
         if contract is not None and not isinstance(contract, PolicyContract):
-            raise TypeError(f"contract is a PolicyContract, not {contract!r:.100}")
+            raise TypeError(f"contract is a PolicyContract, not {shown(contract)}")
         if which not in (*get_args(Check), None):
-            raise ValueError(f'check is "first", "all" or "none", not {which!r:.100}')
+            raise ValueError(f'check is "first", "all" or "none", not {shown(which)}')
         with self.changing:
             which = self._which.setdefault(name, which or "first")
             offered = self._offered.get(name) if contract is None else contract
@@ -174,7 +174,7 @@ class Contracts:
             try:
                 expected[name] = PolicyContract.from_plain(plain)
             except Malformed as error:
-                raise Malformed(f"what the client expects of {name!r:.200}: {error}") from None
+                raise Malformed(f"what the client expects of {shown(name, 200)}: {error}") from None
         with self.changing:
             found = [text for name in expected if (text := self._compare(name, expected[name]))]
             if found:
@@ -188,9 +188,9 @@ class Contracts:
             found = differences(expected, offered)
             return _told(name, found) if found else ""
         if name in self._interfaces:
-            return f"interface {name!r:.200} has no contract, and the client expects one"
+            return f"interface {shown(name, 200)} has no contract, and the client expects one"
         known = ", ".join(sorted(self._interfaces)) or "none"
-        return f"the client expects an interface {name!r:.200}; the server has {known}"
+        return f"the client expects an interface {shown(name, 200)}; the server has {known}"
 
 
 def _told(name: str, found: list[str]) -> str:

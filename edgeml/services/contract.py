@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from edgeml.core.errors import Malformed
+from edgeml.core.errors import Malformed, shown
 from edgeml.data.tree import describe
 
 __all__ = ["Feature", "Features", "PolicyContract", "differences", "join_findings"]
@@ -82,7 +82,7 @@ class Feature:
 
     def _per_component(self, what: str, given: Sequence[str]) -> tuple[str, ...]:
         if isinstance(given, str) or not isinstance(given, Sequence):
-            raise ValueError(f"{what} must be a list of text, not {given!r:.100}")
+            raise ValueError(f"{what} must be a list of text, not {shown(given)}")
         texts = tuple(_text_of(what, text) for text in given)
         last = self.shape[-1] if self.shape else 0
         if last != len(texts):
@@ -95,7 +95,7 @@ class Feature:
     def _check_kind(self) -> None:
         if self.kind is not None and self.kind not in _KINDS:
             known = ", ".join(map(repr, _KINDS))
-            raise ValueError(f"kind is one of {known} or None, not {self.kind!r:.100}")
+            raise ValueError(f"kind is one of {known} or None, not {shown(self.kind)}")
         if self.dtype == _TEXT:
             if self.shape or self.units is not None:
                 raise ValueError(
@@ -133,7 +133,7 @@ class Feature:
         if self.shape == () and isinstance(value, (bool, int, float, complex)):
             if _holds(self.dtype, value):
                 return None
-            return f"expected {self}, got {type(value).__name__} {value!r:.50}"
+            return f"expected {self}, got {type(value).__name__} {shown(value, 50)}"
         got = describe(value)
         if isinstance(value, (list, tuple, int, float)):
             got += f" (give it as an array: np.asarray(value, {self.dtype!r}))"
@@ -176,7 +176,7 @@ def _shape_of(given: Any) -> tuple[int | None, ...]:
         except TypeError:
             shape.append(-1)
         if isinstance(length, bool) or (shape[-1] is not None and not 0 <= shape[-1] < 1 << 63):
-            raise ValueError(f"shape is lengths, None for any, not {given!r:.100}")
+            raise ValueError(f"shape is lengths, None for any, not {shown(given)}")
     return tuple(shape)
 
 
@@ -191,14 +191,14 @@ def _dtype_of(given: Any) -> str:
         except (TypeError, ValueError):
             name = repr(given)
     if name not in _NUMBERS and name != _TEXT:
-        raise ValueError(f"dtype is a name such as 'float32', 'uint8' or 'str', not {name!r:.100}")
+        raise ValueError(f"dtype is a name such as 'float32', 'uint8' or 'str', not {shown(name)}")
     return name
 
 
 def _text_of(what: str, given: Any) -> str:
     """A short text that can be sent, or a ValueError."""
     if not isinstance(given, str) or not 0 < len(given) <= _MOST_NAME:
-        raise ValueError(f"{what} is text of 1 to {_MOST_NAME} characters, not {given!r:.100}")
+        raise ValueError(f"{what} is text of 1 to {_MOST_NAME} characters, not {shown(given)}")
     _require_unicode(what, given)
     return given
 
@@ -276,7 +276,7 @@ class PolicyContract:
         if self.identity is not None:
             _text_of("identity", self.identity)
         if not isinstance(self.metadata, Mapping):
-            raise ValueError(f"metadata is a dict, not {self.metadata!r:.100}")
+            raise ValueError(f"metadata is a dict, not {shown(self.metadata)}")
         put(self, "metadata", _plain(self.metadata, "metadata", 0))
 
     def _checked_horizon(self) -> int:
@@ -285,7 +285,7 @@ class PolicyContract:
         except TypeError:
             horizon = 0
         if not 0 < horizon < 1 << 63:
-            raise ValueError(f"horizon is a number of control steps, not {self.horizon!r:.100}")
+            raise ValueError(f"horizon is a number of control steps, not {shown(self.horizon)}")
         if self.action is not None:
             for keys, feature in _each(self.action):
                 if not feature.shape or feature.shape[0] not in (horizon, None):
@@ -381,7 +381,7 @@ class PolicyContract:
                         "in " + _shown(units if isinstance(units, str) else " ".join(units))
                     )
                 lines.append(f"{_path(what, keys)}: {', '.join(said)}")
-        lines += [f"{_shown(key)}: {value!r:.200}" for key, value in self.metadata.items()]
+        lines += [f"{_shown(key)}: {shown(value, 200)}" for key, value in self.metadata.items()]
         return lines
 
 
@@ -389,7 +389,7 @@ def _copied(features: Any, path: str, depth: int = 0) -> Features:
     if isinstance(features, Feature):
         return features
     if not isinstance(features, Mapping):
-        raise ValueError(f"{path} is a Feature or a dict of them by name, not {features!r:.100}")
+        raise ValueError(f"{path} is a Feature or a dict of them by name, not {shown(features)}")
     if depth >= _DEEPEST:
         raise ValueError(f"{path} is nested deeper than {_DEEPEST}")
     return {
@@ -422,7 +422,7 @@ def _rate_of(given: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         rate = math.nan
     if isinstance(given, str) or not 0 < rate < math.inf:
-        raise ValueError(f"rate is control steps per second, positive, not {given!r:.100}")
+        raise ValueError(f"rate is control steps per second, positive, not {shown(given)}")
     return rate
 
 
@@ -447,7 +447,7 @@ def _plain(value: Any, path: str, depth: int) -> Any:
     if isinstance(value, float):
         return float(value)
     raise ValueError(
-        f"{path} is None, a bool, int of 64 bits, float, str, list or dict, not {value!r:.100}"
+        f"{path} is None, a bool, int of 64 bits, float, str, list or dict, not {shown(value)}"
     )
 
 
@@ -552,7 +552,7 @@ def _features_from_plain(plain: Any, path: str, depth: int) -> Features:
         except Malformed as error:
             raise Malformed(f"{path}: {error}") from None
     return {
-        key: _features_from_plain(part, f"{path}[{key!r:.100}]", depth + 1)
+        key: _features_from_plain(part, f"{path}[{shown(key)}]", depth + 1)
         for key, part in plain.items()
     }
 
@@ -566,7 +566,7 @@ def _make(cls: type[_Made], plain: Any, required: tuple[str, ...] = ()) -> _Made
     unknown = [key for key in plain if key not in known]
     if unknown:
         raise Malformed(
-            f"{what} has no field {unknown[0]!r:.100}: the other side may have a newer edgeml"
+            f"{what} has no field {shown(unknown[0])}: the other side may have a newer edgeml"
         )
     if not all(key in plain for key in required):
         raise Malformed(f"{what} has {' and '.join(required)}")
@@ -648,8 +648,8 @@ def _compare_features(ours: Feature, theirs: Feature, path: str, *, sent: bool) 
 
 def _compare_fact(what: str, ours: Any, theirs: Any) -> Iterator[str]:
     if ours is not None and ours != theirs:
-        has = "doesn't say" if theirs is None else f"has {theirs!r:.200}"
-        yield f"{what}: expected {ours!r:.200}, the server {has}"
+        has = "doesn't say" if theirs is None else f"has {shown(theirs, 200)}"
+        yield f"{what}: expected {shown(ours, 200)}, the server {has}"
 
 
 def _alike(ours: Any, theirs: Any) -> tuple[Any, Any]:
@@ -670,5 +670,5 @@ def _unlike(ours: tuple[str, ...], theirs: tuple[str, ...]) -> str:
     mine, others = (repr(side[first]) if first < len(side) else "none" for side in (ours, theirs))
     return (
         f"at {first} expected {mine}, the server has {others} "
-        f"(expected {list(ours)!r:.300}, the server has {list(theirs)!r:.300})"
+        f"(expected {shown(list(ours), 300)}, the server has {shown(list(theirs), 300)})"
     )

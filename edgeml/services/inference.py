@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from edgeml.core.client import Timing
 from edgeml.core.dispatch import Caller, answer_with, unknown
-from edgeml.core.errors import Malformed
+from edgeml.core.errors import Malformed, shown
 from edgeml.core.guests import Entrance, Passage
 from edgeml.core.plugins import load_door
 from edgeml.core.security import PERMISSIONS
@@ -333,7 +333,7 @@ def _plain(expect: Mapping[str, PolicyContract]) -> dict[str, Any]:
         for name, contract in expect.items()
     ):
         raise TypeError(
-            f"expect has a PolicyContract for each interface that it names, not {expect!r:.200}"
+            f"expect has a PolicyContract for each interface that it names, not {shown(expect)}"
         )
     return {name: contract.to_plain() for name, contract in expect.items()}
 
@@ -351,7 +351,7 @@ def _chosen(episode: str | None) -> str:
 
 def _begun(chosen: str, answer: Any) -> str:
     if not isinstance(answer, str) or answer != chosen:
-        raise Malformed(f"the server was to begin episode {chosen!r}, and began {answer!r:.100}")
+        raise Malformed(f"the server was to begin episode {chosen!r}, and began {shown(answer)}")
     return answer
 
 
@@ -403,7 +403,7 @@ class InferenceClient(ServiceClient):
         """The names that can be called, sorted."""
         names = self._client.call(_LIST, None)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Malformed(f"the server's interfaces are a list of names, not {names!r:.100}")
+            raise Malformed(f"the server's interfaces are a list of names, not {shown(names)}")
         return names
 
     def contract(self, name: str) -> PolicyContract | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeml.core.errors import shown
 from edgeml.core.message import empty, private
 
 __all__ = ["Layout", "Stack", "flatten", "split"]
@@ -236,7 +237,7 @@ def _check(column: Any, path: str, size: int) -> Any:
         return column
     if not hasattr(column, "shape"):
         raise TypeError(
-            f"result{path} is {column!r:.100}, for a batch of {size} rows: give an array whose "
+            f"result{path} is {shown(column)}, for a batch of {size} rows: give an array whose "
             "first axis is the batch, or a list of one value for each row"
         )
     array = np.asarray(column)

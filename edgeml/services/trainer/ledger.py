@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeml.core.errors import PermissionDenied
+from edgeml.core.errors import PermissionDenied, shown
 
 __all__ = ["Ledger", "Run", "Verdict"]
 
@@ -205,12 +205,12 @@ class Ledger:
                 and len(shut_out) <= _SHUT_OUT
                 and (not owner or (len(owner) == 1 and type(owner[0]) is str))
             ):
-                raise ValueError(f"no client's mark: {each!r:.100}")
+                raise ValueError(f"no client's mark: {shown(each)}")
             known = ledger._clients.get(client)
             if known is None:
                 known = ledger._claim(client, owner[0] if owner else None)
             if store in known.marks or owner != ([] if known.owner is None else [known.owner]):
-                raise ValueError(f"a client's mark that contradicts another: {each!r:.100}")
+                raise ValueError(f"a client's mark that contradicts another: {shown(each)}")
             known.marks[store] = _Mark(incarnation, number, list(shut_out))
         ledger._restored = True
         return ledger

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from edgeml.core.client import Client
-from edgeml.core.errors import DeadlineExceeded, EdgemlError, Malformed, NotEncodable
+from edgeml.core.errors import DeadlineExceeded, EdgemlError, Malformed, NotEncodable, shown
 from edgeml.core.message import pooled
 from edgeml.data import Batch, DataStoreBase
 from edgeml.services.trainer.ledger import Run
@@ -323,7 +323,7 @@ def _parse(answer: Any, newest: int) -> tuple[int, list[Run]]:
     if type(mark) is not int or not 0 <= mark <= newest:
         raise Malformed(
             f"an answer to an upload has a mark of 0 to {newest}, which was sent, "
-            f"not {answer!r:.100}"
+            f"not {shown(answer)}"
         )
     refused: list[Run] = []
     following = 1
@@ -336,7 +336,7 @@ def _parse(answer: Any, newest: int) -> tuple[int, list[Run]]:
                     continue
         raise Malformed(
             "an answer to an upload has runs of items up to its mark, in order, each a number, a "
-            f"count and a text, not {run!r:.100}"
+            f"count and a text, not {shown(run)}"
         )
     return mark, refused
 

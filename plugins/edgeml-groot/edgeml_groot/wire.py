@@ -31,6 +31,7 @@ import numpy as np
 
 from edgeml.core import Limits, Malformed, NotEncodable
 from edgeml.core.arrays import restore
+from edgeml.core.errors import shown
 from edgeml.core.tokens import TEXT_OR_BYTES, check
 
 __all__ = [
@@ -187,7 +188,7 @@ def _parse(header: bytes) -> tuple[bytes, bool, list[int]]:
     """Return dtype, whether the first index runs fastest, and the sizes, the slowest first."""
     found = _NPY.fullmatch(header)
     if found is None:
-        raise Malformed(f"as_npy has the header {header!r:.200}, which is no array's")
+        raise Malformed(f"as_npy has the header {shown(header, 200)}, which is no array's")
     dtype, in_columns, sizes = found.groups()
     try:
         shape = [int(size) for size in sizes.split(b",") if size.strip()]
@@ -198,7 +199,7 @@ def _parse(header: bytes) -> tuple[bytes, bool, list[int]]:
 
 def _from_nd(value: dict[Any, Any]) -> Any:
     if value.get(b"kind") not in (None, b"", ""):
-        raise Malformed(f"arrays of kind {value[b'kind']!r:.20} are not taken")
+        raise Malformed(f"arrays of kind {shown(value[b'kind'], 20)} are not taken")
     data, dtype = value.get(b"data"), value.get(b"type")
     if value[b"nd"] is not True:
         return restore(data, dtype, (), _KINDS)[()]

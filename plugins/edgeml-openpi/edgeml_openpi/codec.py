@@ -24,6 +24,7 @@ import numpy as np
 
 from edgeml.core import DEFAULT_LIMITS, Limits, Malformed, NotEncodable
 from edgeml.core.arrays import restore
+from edgeml.core.errors import shown
 from edgeml.core.tokens import TEXT_OR_BYTES, check
 
 __all__ = ["Data", "check_message", "read", "read_checked", "read_words", "restored", "write"]
@@ -161,7 +162,7 @@ def _of_four(value: dict[Any, Any], many: Any, data: Any, dtype: Any, kind: Any)
     if isinstance(kind, bytes):
         kind = kind.decode("latin-1")
     if kind not in ("", array.dtype.kind):
-        raise Malformed(f"an array of dtype {array.dtype.str} is not of kind {kind!r:.20}")
+        raise Malformed(f"an array of dtype {array.dtype.str} is not of kind {shown(kind, 20)}")
     return array if many else array[()]
 
 

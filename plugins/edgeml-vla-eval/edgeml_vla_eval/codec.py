@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from edgeml.core.arrays import restore
-from edgeml.core.errors import Malformed, NotEncodable
+from edgeml.core.errors import Malformed, NotEncodable, shown
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import empty, pooled
 from edgeml.core.tokens import TEXT, check
@@ -197,18 +197,18 @@ def _restore_array(holder: Any, key: Any, said: dict[str, Any], path: Path) -> _
         return None
     if format not in formats.readable():
         lacks = ': pip install "edgeml-robotics[images]"' if format in ("jpeg", "png") else ""
-        raise Malformed(f"an image of format {format!r:.40}, which is not known here{lacks}")
+        raise Malformed(f"an image of format {shown(format, 40)}, which is not known here{lacks}")
     if not isinstance(data, bytes):
         raise Malformed(f"an image's data are bytes, not {type(data).__name__}")
     if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-        raise Malformed(f"an image's shape is height, width, channels, not {shape!r:.60}")
+        raise Malformed(f"an image's shape is height, width, channels, not {shown(shape, 60)}")
     match shape:
         case [height, width]:
             found = height, width, 1
         case [height, width, channels]:
             found = height, width, channels
         case _:
-            raise Malformed(f"an image's shape is height, width, channels, not {shape!r:.60}")
+            raise Malformed(f"an image's shape is height, width, channels, not {shown(shape, 60)}")
     file = memoryview(data)
     formats.check(format, file, found)
     return _Image(path, holder, key, format, file, found, tuple(shape))
@@ -235,7 +235,7 @@ def _decode_images(images: list[_Image]) -> None:
 
 def _name(path: Path) -> str:
     first, *rest = path
-    return f"{first}" + "".join(f"[{key!r:.80}]" for key in rest)
+    return f"{first}" + "".join(f"[{shown(key, 80)}]" for key in rest)
 
 
 # Writing ----------------------------------------------------------------------------------
@@ -271,7 +271,9 @@ def _pairs(pairs: Iterable[tuple[Any, Any]], path: Path) -> dict[str, Any]:
     plain = {}
     for key, item in pairs:
         if not isinstance(key, str) or key in (_ARRAY, _IMAGE):
-            raise _refuse(path, f"has the key {key!r:.80}: keys are str, and not those of arrays")
+            raise _refuse(
+                path, f"has the key {shown(key, 80)}: keys are str, and not those of arrays"
+            )
         plain[key] = _plain(item, (*path, key))
     return plain
 

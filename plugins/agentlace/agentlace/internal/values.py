@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgeml.core import NotEncodable, load_codec
+from edgeml.core.errors import shown
 
 __all__ = ["LeftOut", "pack", "unpack"]
 
@@ -78,12 +79,12 @@ def unpack(value: Any) -> Any:
         return {key: unpack(child) for key, child in value.items()}
     name, content = value[_TYPE], value.get(_VALUE)
     if type(name) is not str or len(value) != 2:
-        raise ValueError(f"a typed value is a name and a value, not {value!r:.100}")
+        raise ValueError(f"a typed value is a name and a value, not {shown(value)}")
     if name == _JAX:
         jax = sys.modules.get("jax")
         return unpack(content) if jax is None else jax.device_put(unpack(content))
     if type(content) is not dict:
-        raise ValueError(f"a typed value is a dict of its parts, not {content!r:.100}")
+        raise ValueError(f"a typed value is a dict of its parts, not {shown(content)}")
     return _rebuild(name, {key: unpack(child) for key, child in content.items()})
 
 
