@@ -105,8 +105,9 @@ def _load(kind: str, name: str) -> Any:
     installed = find(kind)
     matches = [f for f in installed if f.name == name]
     if not matches:
-        names = ", ".join(sorted({f.name for f in installed})) or "none; is edgeml installed?"
-        raise PluginError(f"there is no {kind} {name!r}; installed are: {names}")
+        names = ", ".join(sorted({f.name for f in installed})) or "none"
+        hint = f"; doors are packages: pip install edgeml-{name}" if kind == "door" else ""
+        raise PluginError(f"there is no {kind} {name!r}; installed are: {names}{hint}")
     if len(matches) > 1:
         packages = " and ".join(f.package for f in matches)
         raise PluginError(f"{kind} {name!r} is claimed by {packages}; uninstall one of them")

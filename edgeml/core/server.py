@@ -805,7 +805,8 @@ class Server:
         if self._draining:
             return NotReady(_DRAINING)
         return NotReady(
-            f"the server is {self.state}; wait_for_server= has a client wait until it is ready"
+            f"the server is {self.state}: call again later (a client of edgeml's waits until it is "
+            "ready with wait_for_server=)"
         )
 
     def drain(self, timeout: float) -> bool:

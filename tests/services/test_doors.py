@@ -213,7 +213,9 @@ def test_a_door_that_can_not_be_opened_stops_the_start(door):
         server.register_interface("a", lambda x: 1)
         with pytest.raises(OSError, match="taken"):
             server.start(threaded=True)
-    with pytest.raises(PluginError, match="there is no door 'nothing'"):
+    with pytest.raises(
+        PluginError, match=r"there is no door 'nothing'.*pip install edgeml-nothing"
+    ):
         InferenceServer(0, doors=["nothing://127.0.0.1:0"])
     with pytest.raises(ValueError, match="list of URLs"):
         InferenceServer(0, doors=ADDRESS)
