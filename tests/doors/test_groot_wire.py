@@ -167,6 +167,13 @@ def test_a_request_says_as_little_as_it_likes():
     assert (request.endpoint, request.api_token) == ("ping", "t")
 
 
+@pytest.mark.parametrize("name", ["endpoint", "api_token"])
+def test_what_is_kept_of_a_client_is_short(name):
+    assert getattr(wire.read_request(pack({name: "x" * 1000}), LIMITS), name) == "x" * 1000
+    with pytest.raises(Malformed, match=rf"1000.*{name}"):
+        wire.read_request(pack({name: "x" * 1001}), LIMITS)
+
+
 @pytest.mark.parametrize(
     ("data", "observation", "paired"),
     [

@@ -24,7 +24,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -56,12 +56,16 @@ _NPY = re.compile(  # as numpy.save writes it; numpy.load would have it evaluate
 )
 
 
+# A text that is kept for as long as its client is there, or told in an error.
+_Name = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
 class Request(msgspec.Struct):
     """What a client asks; ``data`` is decoded where the call is handled."""
 
-    endpoint: str = "get_action"
+    endpoint: _Name = "get_action"
     data: msgspec.Raw = msgspec.Raw(b"\x80")  # a map of nothing
-    api_token: str | None = None
+    api_token: _Name | None = None
 
 
 class Form:
