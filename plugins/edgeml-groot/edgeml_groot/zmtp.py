@@ -381,7 +381,7 @@ class Connection(asyncio.BufferedProtocol):
         Raises:
             Overloaded: the peer has not read too much.
         """
-        if self._over:
+        if self._is_gone():
             return False
         size = len(head) + len(answer)
         if size > _LITTLE or self._transport.get_write_buffer_size():
@@ -394,7 +394,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def tell(self, head: bytes, error: bytes) -> bool:
         """Send what takes the place of an answer, in any case; whether the peer is there."""
-        if self._over:
+        if self._is_gone():
             return False
         if not self._transport.get_write_buffer_size():
             self._told = 0
@@ -405,6 +405,10 @@ class Connection(asyncio.BufferedProtocol):
         self._write(head + frame_head(0, len(error)), error)
         return True
 
+    def _is_gone(self) -> bool:
+        """Whether nothing can be said any more: asyncio logs what is written all the same."""
+        return self._over or self._transport.is_closing()
+
     def _write(self, head: bytes, data: bytes) -> None:
         self._sent += len(head) + len(data)
         if len(data) <= _JOINED:
@@ -414,6 +418,8 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(data)
 
     def _write_command(self, content: bytes) -> None:
+        if self._transport.is_closing():
+            return
         self._write(frame_head(_COMMAND, len(content)), content)
 
     def _note_read(self) -> None:
