@@ -397,7 +397,8 @@ def on_request(message, reply):
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
         except OSError:
-            pass
+            for _ in range(8):  # of what the guard keeps to spare, and may just have let go of
+                os.close(held.pop())
     if message.header == b"give":
         while held:
             os.close(held.pop())

@@ -285,7 +285,8 @@ def test_garbage_and_other_builds_of_payloads_hurt_nobody(serve):
 
 
 def test_a_client_that_asks_ahead_gets_full_batches_time_after_time(serve):
-    server = serve(lambda batch: time.sleep(0.005) or batch["x"], Batching(max_size=16))
+    # So long that the next batch has come, also where calls come a millisecond apart.
+    server = serve(lambda batch: time.sleep(0.02) or batch["x"], Batching(max_size=16))
     with InferenceClient(url=server.url) as client:
         for _ in range(4):
             futures = [client.call_async("policy", {"x": float(n)}) for n in range(160)]
