@@ -22,7 +22,6 @@ from concurrent.futures import Future
 from typing import Any, ClassVar, Protocol
 
 from edgeml.core.advice import explain_no_connection
-from edgeml.core.carrier import Stay
 from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
@@ -36,7 +35,7 @@ from edgeml.core.errors import (
 from edgeml.core.frames import unframe
 from edgeml.core.gate import Gate
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
-from edgeml.core.loops import Loop
+from edgeml.core.loops import Loop, LoopEndpoint
 from edgeml.core.message import Message
 from edgeml.core.pending import Pending
 from edgeml.core.pieces import PREFIX, Assembly, cut, flatten
@@ -378,7 +377,7 @@ class _Accept:
         await self._listener.welcome(link, address)
 
 
-class _Listener(Endpoint):
+class _Listener(LoopEndpoint):
     def __init__(
         self,
         url: Url,
@@ -470,15 +469,6 @@ class _Listener(Endpoint):
     def _drop(self, why: EdgemlError) -> None:
         with self._lock:
             self.dropped += 1
-
-    def carry(self, stay: Stay) -> bool:
-        return self._loop.carry(stay)
-
-    def wake(self) -> None:
-        self._loop.wake()
-
-    def relieve(self) -> None:
-        self._loop.relieve()
 
     def close(self) -> None:
         self._loop.close(self._stop, _GRACE)

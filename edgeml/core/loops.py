@@ -10,7 +10,7 @@ What a transport does with it::
     loop.hand_over(on_request, message, reply)         # from within the loop
     loop.pass_on(settle, number, message)              # likewise, what may call a user's callbacks
     loop.do(write, piece)                              # from any thread: replies, requests
-    loop.carry(stay); loop.wake(); loop.relieve()      # which is all of Endpoint's
+    loop.carry(stay); loop.wake(); loop.relieve()      # which `LoopEndpoint` passes on
     loop.close(stop_server)                            # and most of Endpoint.close
 
 A transport whose connections carry pieces of bytes need not know any of this: see
@@ -30,8 +30,9 @@ from typing import Any, TypeVar
 from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.core.errors import Closed
 from edgeml.core.forks import drop_descriptors, leave_to_parent, watch_forks
+from edgeml.core.transport import Endpoint
 
-__all__ = ["LACKING", "Loop"]
+__all__ = ["LACKING", "Loop", "LoopEndpoint"]
 
 _log = logging.getLogger(__name__)
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -278,6 +279,24 @@ class Loop:
         drop_descriptors(self._asyncio.polled())
         self._carrier.abandon()
         self._finished = True
+
+
+class LoopEndpoint(Endpoint):
+    """An end whose loop, which it has as ``_loop``, is carried as `Endpoint.carry` says."""
+
+    _loop: Loop
+
+    def carry(self, stay: Stay) -> bool:
+        """See `Endpoint.carry`."""
+        return self._loop.carry(stay)
+
+    def wake(self) -> None:
+        """See `Endpoint.wake`."""
+        self._loop.wake()
+
+    def relieve(self) -> None:
+        """See `Endpoint.relieve`."""
+        self._loop.relieve()
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

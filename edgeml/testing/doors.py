@@ -31,7 +31,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -49,6 +48,7 @@ from edgeml.testing.ends import (
     MB,
     PATIENCE,
     Child,
+    Threads,
     count_open_files,
     fork_idly,
     has_ipv6,
@@ -1103,15 +1103,15 @@ class DoorTests:
         assert second.call({"number": 2})["count"] == 2
 
 
-class Lab:
+class Lab(Threads):
     """Makes servers, clients and threads, and ends them all."""
 
     def __init__(self, url: str, client: type[DoorClient]) -> None:
+        super().__init__()
         self._url = Url.parse(url)
         self._client = client
         self._servers: list[InferenceServer] = []
         self._clients: list[DoorClient | InferenceClient] = []
-        self._threads: list[threading.Thread] = []
 
     def serve(
         self,
@@ -1180,29 +1180,13 @@ class Lab:
                 over.set()
             return max(said.result(PATIENCE), key=lambda pieces: sum(map(len, pieces)))
 
-    def start(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Run a function in a thread of its own."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function(*args))
-            except BaseException as error:
-                future.set_exception(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-        return future
-
     def close(self) -> None:
         """End all clients and servers, and wait for all threads."""
         for client in self._clients:
             client.close() if isinstance(client, DoorClient) else client.stop()
         for server in self._servers:
             server.stop()
-        for thread in self._threads:
-            thread.join(PATIENCE)
+        self.join()
 
 
 # In a process of its own ------------------------------------------------------------------

@@ -77,14 +77,41 @@ class EndsTests:
         return Parked()
 
 
-class Net:
+class Threads:
+    """Runs functions in threads of their own, and waits for all of them."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+
+    def start(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Run a function in a thread of its own."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return future
+
+    def join(self) -> None:
+        """Wait for all threads."""
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+class Net(Threads):
     """Makes endpoints, connections and threads, and ends them all."""
 
     def __init__(self, transport: Transport, url: str) -> None:
+        super().__init__()
         self.transport = transport
         self._url = Url.parse(url)
         self._ends: list[Endpoint] = []
-        self._threads: list[threading.Thread] = []
 
     def serve(self, on_request: OnRequest, url: Url | None = None, **settings: Any) -> Endpoint:
         """Serve at the suite's address, or another."""
@@ -106,27 +133,11 @@ class Net:
         """Serve with an echo that runs between the rounds of a loop that a thread carries."""
         return Handlers(self, parts)
 
-    def start(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Run a function in a thread of its own."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function(*args))
-            except BaseException as error:
-                future.set_exception(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-        return future
-
     def close(self) -> None:
         """Close all ends, and wait for all threads."""
         for end in reversed(self._ends):
             end.close()
-        for thread in self._threads:
-            thread.join(PATIENCE)
+        self.join()
 
 
 def live_once(transport: Transport, url: str) -> None:

@@ -18,7 +18,6 @@ from edgeml.core import (
     Credentials,
     DeadlineExceeded,
     EdgemlError,
-    Endpoint,
     Limits,
     Malformed,
     Message,
@@ -33,9 +32,8 @@ from edgeml.core import (
     tell_url,
     unframe,
 )
-from edgeml.core.carrier import Stay
 from edgeml.core.forks import drop_sockets, watch_forks
-from edgeml.core.loops import Loop
+from edgeml.core.loops import Loop, LoopEndpoint
 from edgeml.core.pieces import PREFIX, Assembly, cut_message, flatten
 from edgeml.core.quota import Held, Quota
 from edgeml.core.refusals import Refusals
@@ -116,7 +114,7 @@ class _Reply:
         self._listener.give([self], message)
 
 
-class Listener(Endpoint):
+class Listener(LoopEndpoint):
     """See `edgeml.core.Endpoint`."""
 
     def __init__(
@@ -422,18 +420,6 @@ class Listener(Endpoint):
     def reply_many(self, replies: Iterable[Reply], message: Message) -> None:
         """See `Endpoint.reply_many`."""
         self.give([reply for reply in replies if isinstance(reply, _Reply)], message)
-
-    def carry(self, stay: Stay) -> bool:
-        """See `Endpoint.carry`."""
-        return self._loop.carry(stay)
-
-    def wake(self) -> None:
-        """See `Endpoint.wake`."""
-        self._loop.wake()
-
-    def relieve(self) -> None:
-        """See `Endpoint.relieve`."""
-        self._loop.relieve()
 
     # The end ------------------------------------------------------------------------------
 

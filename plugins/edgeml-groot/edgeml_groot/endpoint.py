@@ -18,7 +18,6 @@ from typing import Any
 from edgeml.core import (
     Dispatch,
     EdgemlError,
-    Endpoint,
     Guest,
     Limits,
     Malformed,
@@ -29,10 +28,9 @@ from edgeml.core import (
     find_address,
     tell_url,
 )
-from edgeml.core.carrier import Stay
 from edgeml.core.errors import printable, text_of
 from edgeml.core.gate import Gate
-from edgeml.core.loops import Loop
+from edgeml.core.loops import Loop, LoopEndpoint
 from edgeml.core.quota import Held, Quota
 from edgeml.core.refusals import Refusals
 from edgeml.core.url import is_loopback, require_no_path
@@ -124,7 +122,7 @@ class _Call:
         self._endpoint.settle(self, wire.write_error(text_of(error)))
 
 
-class GrootEndpoint(Endpoint):
+class GrootEndpoint(LoopEndpoint):
     """Serves at one address; see `Endpoint`, and for its connections `edgeml_groot.zmtp.Host`."""
 
     def __init__(self, url: Url, dispatch: Dispatch, limits: Limits) -> None:
@@ -391,15 +389,6 @@ class GrootEndpoint(Endpoint):
 
     def close(self) -> None:
         self._loop.close(self._stop, _LAST + _GRACE)
-
-    def carry(self, stay: Stay) -> bool:
-        return self._loop.carry(stay)
-
-    def wake(self) -> None:
-        self._loop.wake()
-
-    def relieve(self) -> None:
-        self._loop.relieve()
 
 
 def _head_of(front: Front) -> bytes:

@@ -37,9 +37,8 @@ from edgeml.core import (
     find_address,
     tell_url,
 )
-from edgeml.core.carrier import Stay
 from edgeml.core.gate import Gate
-from edgeml.core.loops import Loop
+from edgeml.core.loops import Loop, LoopEndpoint
 from edgeml.core.quota import Quota
 from edgeml.core.refusals import Refusals
 from edgeml.core.state import ServerState
@@ -228,7 +227,7 @@ class WebSocketDoor(Door):
         return _Listener(self, url, dispatch, credentials, limits)
 
 
-class _Listener(Endpoint):
+class _Listener(LoopEndpoint):
     def __init__(
         self,
         door: WebSocketDoor,
@@ -355,15 +354,6 @@ class _Listener(Endpoint):
         self.dropped += 1
 
     # Endpoint -----------------------------------------------------------------------------
-
-    def carry(self, stay: Stay) -> bool:
-        return self._loop.carry(stay)
-
-    def wake(self) -> None:
-        self._loop.wake()
-
-    def relieve(self) -> None:
-        self._loop.relieve()
 
     def close(self) -> None:
         self._loop.close(self._stop, _GRACE)
