@@ -13,11 +13,17 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["UNKNOWN", "borrow", "count_received", "end_connection"]
+__all__ = ["UNKNOWN", "borrow", "count_received", "end_connection", "watch_for_end"]
 
 UNKNOWN = (-1, -1, -1)
 """The family, type and protocol of a socket about which the system is to be asked."""
 
+_KEEPALIVE = {  # seconds, or times; the last in milliseconds
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 30_000,
+}
 _TCP_INFO = struct.Struct("=52xI72xQ")  # of Linux: tcpi_last_data_recv (ms), tcpi_bytes_received
 
 
@@ -72,3 +78,18 @@ def end_connection(
             with suppress(OSError), borrow(descriptor, kind) as sock:
                 return end(sock)
     return False
+
+
+def watch_for_end(sock: socket.socket | None) -> None:
+    """Have the system find out within half a minute that a peer's machine has vanished.
+
+    Args:
+        sock: a TCP connection's; None where that has gone already.
+    """
+    if sock is None:
+        return
+    with suppress(OSError):  # it has gone
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

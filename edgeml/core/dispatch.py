@@ -108,6 +108,16 @@ class Caller:
         """What it shares with others: its key, or else its machine, or else its connection."""
         return self.identity or self.peer.host or self.peer.id
 
+    def join_episode(self) -> Episode:
+        """Return the episode to which a call that comes now belongs, until it leaves it."""
+        episode = self.episode
+        episode.calls.append(None)  # before the look, so that its end either waits for this or was
+        if episode.ended:
+            episode.leave()
+            episode = self.episode
+            episode.calls.append(None)
+        return episode
+
     def require(self, permission: str, name: str) -> None:
         """Raise PermissionDenied unless its key may do this.
 

@@ -50,6 +50,12 @@ class Episode:
         self.ended = True
         self.settle()
 
+    def leave(self) -> None:
+        """Take notice that a call of this has its answer."""
+        self.calls.pop()
+        if self.ended:
+            self.settle()
+
     def settle(self) -> None:
         """Do what is to be done at the end, if this is it."""
         if self._run is not None and self._ends and not self.calls:

@@ -156,12 +156,7 @@ class _DoorCall(Call):
     ) -> None:
         super().__init__(entrance.interface, guest, 0.0, nbytes, entrance.endpoint)
         self.deadline = self.arrived + timeout
-        self.episode.calls.append(None)
-        if self.episode.ended:  # meanwhile
-            self.episode.calls.pop()
-            self.episode.settle()
-            self.episode = guest.episode
-            self.episode.calls.append(None)
+        self.episode = guest.join_episode()
         self.guest = guest
         self._entrance = entrance
         self._payload: Callable[[], Any] | None = payload
@@ -215,10 +210,7 @@ class _DoorCall(Call):
     def _settled(self) -> None:
         self._entrance.under_way.discard(self)
         self._payload = None
-        episode = self.episode
-        episode.calls.pop()
-        if episode.ended:
-            episode.settle()
+        self.episode.leave()
 
 
 class _Guest(Known, Guest):

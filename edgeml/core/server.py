@@ -101,13 +101,7 @@ class _EnvelopeCall(Call):
         self.batch_size = 1
         self.version = 0
         self._open = [True]
-        self.episode = episode = session.episode
-        episode.calls.append(None)  # before the look, so that its end either waits for this or was
-        if episode.ended:
-            episode.calls.pop()
-            episode.settle()
-            self.episode = episode = session.episode
-            episode.calls.append(None)
+        self.episode = session.join_episode()
         self._spoken = session.spoken
         self._message = Message(request.body, message.buffers)
         self._reply = reply
@@ -129,16 +123,11 @@ class _EnvelopeCall(Call):
         served = wire.Served(self.version, self.batch_size, began - self.arrived, compute)
         answer = wire.pack(wire.Result(wire.OK, encoded.header, 0, 0, served))
         self._reply(Message(answer, encoded.buffers))
-        episode = self.episode
-        episode.calls.pop()
-        if episode.ended:
-            episode.settle()
+        self.episode.leave()
 
     def _send_error(self, error: EdgemlError) -> None:
         self._reply(Message(wire.pack_error(error)))
-        self.episode.calls.pop()
-        if self.episode.ended:
-            self.episode.settle()
+        self.episode.leave()
 
 
 class _Listener:

@@ -9,15 +9,14 @@ that name to another one. Here nothing that a peer calls itself means anything.
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from edgeml.core import Limits, Overloaded, Peer, pooled
+from edgeml.core.descriptors import watch_for_end
 from edgeml.core.quota import Held, Quota
 
 __all__ = ["Connection", "Data", "Front", "Host", "VERSION", "frame_head"]
@@ -121,7 +120,7 @@ class Connection(asyncio.BufferedProtocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.address = transport.get_extra_info("peername") or ("", 0)
-        _watch_for_its_end(transport.get_extra_info("socket"))
+        watch_for_end(transport.get_extra_info("socket"))
         self.peer = self._host.begin(self)
         transport.set_write_buffer_limits(0)  # `resume_writing` tells that it has read all
         self._write(b"", _GREETING)
@@ -453,14 +452,3 @@ def frame_head(flags: int, length: int) -> bytes:
     if length < 256:
         return bytes((flags, length))
     return bytes((flags | _LONG,)) + length.to_bytes(8, "big")
-
-
-def _watch_for_its_end(sock: socket.socket | None) -> None:
-    """Have the system find out within half a minute that a peer's machine has vanished."""
-    options = {"KEEPIDLE": 10, "KEEPINTVL": 5, "KEEPCNT": 3, "USER_TIMEOUT": 30_000}
-    with suppress(OSError, AttributeError):  # it has gone
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # type: ignore[union-attr]
-        for name, value in options.items():
-            if hasattr(socket, f"TCP_{name}"):
-                option = getattr(socket, f"TCP_{name}")
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)  # type: ignore[union-attr]

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -21,6 +19,7 @@ from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
 from edgeml.core import DeadlineExceeded, EdgemlError, Limits, Malformed, Overloaded, Peer, pooled
+from edgeml.core.descriptors import watch_for_end
 from edgeml.core.quota import Held, Quota
 
 try:
@@ -122,7 +121,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = transport
         transport.set_write_buffer_limits(_CALM)
         self.address = transport.get_extra_info("peername") or ("", 0)
-        _watch_for_its_end(transport.get_extra_info("socket"))
+        watch_for_end(transport.get_extra_info("socket"))
         self.peer = self._host.begin(self)
 
     def connection_lost(self, why: Exception | None) -> None:
@@ -535,20 +534,3 @@ def _head(kind: int, length: int) -> bytes:
 def _cut(reason: str) -> bytes:
     """As much of a reason as a close frame takes."""
     return reason.encode("utf-8", "replace")[:_MOST_REASON].decode("utf-8", "ignore").encode()
-
-
-def _watch_for_its_end(sock: socket.socket | None) -> None:
-    """Have the system find out within half a minute that a peer's machine has vanished."""
-    options: Mapping[str, int] = {
-        "TCP_KEEPIDLE": 10,
-        "TCP_KEEPINTVL": 5,
-        "TCP_KEEPCNT": 3,
-        "TCP_USER_TIMEOUT": 30_000,
-    }
-    if sock is None:
-        return
-    with suppress(OSError):  # it has gone
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in options.items():
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
