@@ -10,8 +10,10 @@ import os
 import platform
 import resource
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,6 +24,7 @@ Row = dict[str, float]
 """Figures by name."""
 
 PAGE = 4096
+_SETTLE = 0.5  # seconds that all clients call before a round counts
 _PR_SET_PDEATHSIG = 1
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -97,6 +100,66 @@ def _run(target: Callable[..., None], pipe: Connection, args: tuple[Any, ...]) -
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a thousand clients need many
     target(pipe, *args)
+
+
+Client = AbstractContextManager[Callable[[], None]]
+"""Gives the function that makes one call of a client, and raises for another's answer."""
+
+
+def call_together(pipe: Connection, makes: Sequence[Callable[[], Client]], patience: float) -> None:
+    """Run as a child of `time_together`: clients in threads, which call from a begin to an end."""
+    turn: list[float] = []
+    told = threading.Event()
+    there = threading.Barrier(len(makes) + 1)
+    times: list[list[float]] = [[] for _ in makes]
+
+    def run(make: Callable[[], Client], took: list[float]) -> None:
+        with make() as call:
+            there.wait()
+            told.wait()
+            begin, end = turn
+            while (now := time.monotonic()) < end:
+                call()
+                if now >= begin:
+                    took.append(time.monotonic() - now)
+
+    threads = [
+        threading.Thread(target=run, args=pair, daemon=True)
+        for pair in zip(makes, times, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    there.wait(patience)
+    pipe.send("there")
+    turn.extend(pipe.recv())
+    told.set()
+    for thread in threads:
+        thread.join()
+    pipe.send(times)
+
+
+def time_together(server: Child, children: Sequence[Child], seconds: float, patience: float) -> Row:
+    """Have all clients of these children call for so long, and close the children."""
+    try:
+        for child in children:
+            child.receive(timeout=patience)
+        begin = time.monotonic() + 0.1 + _SETTLE  # one clock for all processes (Linux)
+        for child in children:
+            child.pipe.send((begin, begin + seconds))
+        time.sleep(begin - time.monotonic())
+        before = server.cpu()
+        time.sleep(seconds)
+        used = server.cpu() - before
+        times = np.concatenate([t for child in children for t in child.receive(timeout=120)])
+    finally:
+        for child in children:
+            child.close()
+    return {
+        "calls_per_s": len(times) / seconds,
+        "p50_ms": float(np.median(times)) * 1e3,
+        "p99_ms": float(np.percentile(times, 99)) * 1e3,
+        "cpu_us": used / len(times) * 1e6,
+    }
 
 
 def interleaved(names: Iterable[str], rounds: int) -> Iterator[str]:

@@ -30,11 +30,12 @@ import importlib.util
 import io
 import socket
 import struct
-import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -42,7 +43,20 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 
-from common import PAGE, Array, Child, Row, Table, interleaved, medians, parser, save, transports
+from common import (
+    PAGE,
+    Array,
+    Child,
+    Row,
+    Table,
+    call_together,
+    interleaved,
+    medians,
+    parser,
+    save,
+    time_together,
+    transports,
+)
 from edgeml.core.plugins import find
 from edgeml.services import InferenceClient, InferenceServer
 from edgeml.services.batching import Batching
@@ -50,7 +64,6 @@ from edgeml.services.batching import Batching
 CHUNK = (50, 14)
 SIZES = {"56 B": 0, "301 KB": 2}
 """Cameras of 224 x 224 x 3 in an observation, beside 14 joints."""
-_SETTLE = 0.5  # seconds that all clients call before a round counts
 
 Settings = dict[str, Any]
 
@@ -246,37 +259,20 @@ def serve(pipe: Connection, settings: Settings, kinds: list[str], cameras: int) 
 
 
 def call_on(pipe: Connection, cameras: int, addresses: list[tuple[int, str]]) -> None:
-    """Run as a child: clients in threads, which call from a begin to an end."""
-    turn: list[float] = []
-    told = threading.Event()
-    there = threading.Barrier(len(addresses) + 1)
-    times: list[list[float]] = [[] for _ in addresses]
+    """Run as a child: clients of the kinds that the addresses name."""
 
-    def run(number: int, url: str, took: list[float]) -> None:
+    @contextmanager
+    def client_of(number: int, url: str) -> Iterator[Callable[[], None]]:
         kind = DOORS.get(url.partition(":")[0], Native)
         with closing(kind(url, number, cameras)) as robot:
-            there.wait()
-            told.wait()
-            begin, end = turn
-            while (now := time.monotonic()) < end:
+
+            def call() -> None:
                 if robot.call() != number:
                     raise ValueError(f"client {number} got another's answer")
-                if now >= begin:
-                    took.append(time.monotonic() - now)
 
-    threads = [
-        threading.Thread(target=run, args=(*pair, took), daemon=True)
-        for pair, took in zip(addresses, times, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    there.wait(60)
-    pipe.send("there")
-    turn.extend(pipe.recv())
-    told.set()
-    for thread in threads:
-        thread.join()
-    pipe.send(times)
+            yield call
+
+    call_together(pipe, [partial(client_of, *each) for each in addresses], patience=60)
 
 
 def crowd(settings: Settings, kinds: list[str], cameras: int) -> Row:
@@ -287,26 +283,7 @@ def crowd(settings: Settings, kinds: list[str], cameras: int) -> Row:
         urls = server.receive(timeout=60)
         addresses = [(n, urls[kinds[n * len(kinds) // clients]]) for n in range(clients)]
         children = [Child(call_on, cameras, addresses[n::processes]) for n in range(processes)]
-        try:
-            for child in children:
-                child.receive(timeout=60)
-            begin = time.monotonic() + 0.1 + _SETTLE  # one clock for all processes (Linux)
-            for child in children:
-                child.pipe.send((begin, begin + settings["seconds"]))
-            time.sleep(begin - time.monotonic())
-            before = server.cpu()
-            time.sleep(settings["seconds"])
-            used = server.cpu() - before
-            times = np.concatenate([t for child in children for t in child.receive(timeout=60)])
-        finally:
-            for child in children:
-                child.close()
-    return {
-        "calls_per_s": len(times) / settings["seconds"],
-        "p50_ms": float(np.median(times)) * 1e3,
-        "p99_ms": float(np.percentile(times, 99)) * 1e3,
-        "cpu_us": used / len(times) * 1e6,
-    }
+        return time_together(server, children, settings["seconds"], patience=60)
 
 
 # openpi's client, and two servers of it -------------------------------------------------------

@@ -21,22 +21,33 @@ batched.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from common import Array, Child, Row, Table, interleaved, medians, parser, save, transports
+from common import (
+    Array,
+    Child,
+    Row,
+    Table,
+    call_together,
+    interleaved,
+    medians,
+    parser,
+    save,
+    time_together,
+    transports,
+)
 from edgeml.core import Message, load_codec
 from edgeml.services import InferenceClient, InferenceServer
 from edgeml.services.batching import Batching
 
 CHUNK = (50, 14)
-_SETTLE = 0.5  # seconds that all clients call before a round counts
 
 Function = Callable[[Any], Any]
 Settings = dict[str, Any]
@@ -207,42 +218,27 @@ class RawClient:
 
 
 def call_on(pipe: Connection, policy: str, url: str, numbers: list[int]) -> None:
-    """Run as a child: clients in threads, which call from a begin to an end."""
-    turn: list[float] = []
-    told = threading.Event()
-    there = threading.Barrier(len(numbers) + 1)
-    times: list[list[float]] = [[] for _ in numbers]
+    """Run as a child: clients of one server."""
 
-    def run(number: int, took: list[float]) -> None:
+    @contextmanager
+    def client_of(number: int) -> Iterator[Callable[[], None]]:
         observation = make_observation(policy, number)
         client: Any = (
             RawClient(url)
             if url.startswith("tcp")
             else InferenceClient(url=url, wait_for_server=300)
         )
-        there.wait()
-        told.wait()
-        begin, end = turn
-        while (now := time.monotonic()) < end:
+
+        def call() -> None:
             if client.call("policy", observation)["number"] != number:
                 raise ValueError(f"client {number} got another's answer")
-            if now >= begin:
-                took.append(time.monotonic() - now)
-        client.stop()
 
-    threads = [
-        threading.Thread(target=run, args=pair, daemon=True)
-        for pair in zip(numbers, times, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    there.wait(300)
-    pipe.send("there")
-    turn.extend(pipe.recv())
-    told.set()
-    for thread in threads:
-        thread.join()
-    pipe.send(times)
+        try:
+            yield call
+        finally:
+            client.stop()
+
+    call_together(pipe, [partial(client_of, number) for number in numbers], patience=300)
 
 
 def one_round(server: Child, settings: Settings, clients: int) -> Row:
@@ -250,21 +246,7 @@ def one_round(server: Child, settings: Settings, clients: int) -> Row:
     processes = min(clients, settings["processes"])
     shares = [list(range(n, clients, processes)) for n in range(processes)]
     children = [Child(call_on, settings["policy"], url, share) for share in shares]
-    try:
-        for child in children:
-            child.receive(timeout=300)
-        begin = time.monotonic() + 0.1 + _SETTLE  # one clock for all processes (Linux)
-        for child in children:
-            child.pipe.send((begin, begin + settings["seconds"]))
-        times = np.concatenate([t for child in children for t in child.receive(timeout=120)])
-    finally:
-        for child in children:
-            child.close()
-    return {
-        "calls_per_s": len(times) / settings["seconds"],
-        "p50_ms": float(np.median(times)) * 1e3,
-        "p99_ms": float(np.percentile(times, 99)) * 1e3,
-    }
+    return time_together(server, children, settings["seconds"], patience=300)
 
 
 def measure(
