@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from edgeml.core.dispatch import Call, Caller, require_plain
@@ -125,7 +126,7 @@ class Passage:
                 told[side] = _rename(features, self._theirs)
         return told
 
-    @property
+    @cached_property  # each result needs it
     def _theirs(self) -> dict[str, str]:
         return {ours: theirs for theirs, ours in self.names.items()}
 
