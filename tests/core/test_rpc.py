@@ -1337,23 +1337,24 @@ def test_stopping_is_quick_idempotent_and_leaves_no_thread(transport):
 
 def test_many_threads_may_stop_a_server_at_once_and_it_is_over_when_each_returns(transport):
     for _ in range(5):
-        server = new_server(transport)
-        server.start(threaded=True)
-        port = server.port
-        with client_of(server, transport) as client:
-            client.call("echo", 1)
-            barrier = threading.Barrier(8)
+        with no_thread_left():  # the client's are gone, too: it connects again and again meanwhile
+            server = new_server(transport)
+            server.start(threaded=True)
+            port = server.port
+            with client_of(server, transport) as client:
+                client.call("echo", 1)
+                barrier = threading.Barrier(8)
 
-            def stop(server=server, port=port, barrier=barrier) -> None:
-                barrier.wait(5)
-                server.stop()
-                new_server(transport, port)  # whoever comes back may use the port
+                def stop(server=server, port=port, barrier=barrier) -> None:
+                    barrier.wait(5)
+                    server.stop()
+                    new_server(transport, port)  # whoever comes back may use the port
 
-            with no_thread_left(), ThreadPoolExecutor(8) as pool:
-                for future in [pool.submit(stop) for _ in range(8)]:
-                    future.result(5)
-            with started(new_server(transport, port)):
-                pass
+                with ThreadPoolExecutor(8) as pool:
+                    for future in [pool.submit(stop) for _ in range(8)]:
+                        future.result(5)
+        with started(new_server(transport, port)):
+            pass
 
 
 def test_a_handler_may_stop_its_own_server(server, transport):
