@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -13,6 +16,7 @@ from edgeml.core.message import Allocator, pooled
 from edgeml.data.adapters import adapt_class, hide_items, is_adapted
 from edgeml.data.batch import Batch
 from edgeml.data.locks import make_lock
+from edgeml.data.numbering import Numbering
 
 __all__ = ["DataStoreBase", "check_random_state", "check_state"]
 
@@ -38,6 +42,8 @@ class DataStoreBase(ABC):
         lock: reentrant, and held by all that inserts or reads items: take it to make several
             operations one. A process may be forked at any time: the child has the store as it was
             between two operations.
+        numbering: by which its items are known to whoever receives them, together with their ids.
+            It is saved in checkpoints.
         allocate: gives memory for the batches that are handed out, and may be used or not. A client
             that uploads the store's items puts its own here, from which they are sent.
     """
@@ -53,7 +59,9 @@ class DataStoreBase(ABC):
         self._cuts: deque[int] = deque()  # ids of items that don't follow upon the one before
         self._cuts_kept = capacity  # for how many items back
         self.lock = make_lock()
+        self.numbering = Numbering()
         self.allocate: Allocator = pooled
+        _stores[next(_made)] = self
 
     @property
     def capacity(self) -> int:
@@ -164,6 +172,8 @@ class DataStoreBase(ABC):
             raise ValueError(f"ids are from 1 on, got {next_id}")
         self._cuts.clear()
         if next_id is not None:
+            if next_id <= self.latest_data_id():
+                self.numbering = Numbering()  # other items will have these ids
             return next_id
         DataStoreBase.interrupt(self)  # a reader has the items before
         return self.latest_data_id() + 1
@@ -209,11 +219,38 @@ class DataStoreBase(ABC):
         self.batch_insert(batch)
 
     def release(self, up_to_id: int) -> None:
-        """Tell that the items up to this id have reached their destination.
+        """Tell that the items up to this id have reached their destination for good.
 
-        Does nothing in a store that keeps its items, such as a replay buffer.
+        A learner that saves checkpoints has them in one. Does nothing in a store that keeps its
+        items, such as a replay buffer.
         """
         del up_to_id
+
+    def mark_applied(self, up_to_id: int) -> None:
+        """Tell that the items up to this id are with a learner that saves no checkpoints.
+
+        Nothing surer will ever be told of them, so by default they are released. A store that has
+        room to spare may keep them until it needs that, for a learner that starts anew.
+        """
+        self.release(up_to_id)
+
+    def branch(self) -> None:
+        """Number what comes next apart from what another store of this numbering goes on with."""
+        self.numbering = self.numbering.branch(self.latest_data_id())
+
+
+_stores: weakref.WeakValueDictionary[int, DataStoreBase] = weakref.WeakValueDictionary()
+_made = itertools.count()
+
+
+def _branch_all() -> None:
+    """Let a forked child's stores go another way than the parent's."""
+    for store in list(_stores.values()):
+        store.branch()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_branch_all)  # after the locks', which were imported first
 
 
 def check_state(state: Any) -> None:

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.files import KEPT, replace
 from edgeml.data.locks import sort_locks
+from edgeml.data.numbering import Numbering
 from edgeml.data.records import RecordReader, RecordWriter
 
 __all__ = ["Report", "load", "save"]
@@ -60,6 +61,7 @@ class _Stored:
     latest_id: int
     state: int
     parts: list[tuple[int, int]]  # first id and record; ids are consecutive up to the latest
+    numbering: list[tuple[int, int]] = field(default_factory=list)  # none in older files
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def save(
         writer = RecordWriter(fd, path, KEPT)
         with _lock(stores):
             begun = {
-                name: (store.latest_data_id(), len(store), store.state())
+                name: (store.latest_data_id(), len(store), store.state(), store.numbering)
                 for name, store in stores.items()
             }
             if callable(values):
@@ -113,8 +115,8 @@ def save(
         contents = _Contents(
             writer.append(values),
             {
-                name: _Stored(latest, writer.append(state), [])
-                for name, (latest, _, state) in begun.items()
+                name: _Stored(latest, writer.append(state), [], numbering.to_list())
+                for name, (latest, _, state, numbering) in begun.items()
             },
         )
         # Those with the fewest items first, as these are overwritten the soonest.
@@ -248,6 +250,11 @@ def _check(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
     firsts = [first for first, _ in stored.parts]
     if not 0 <= stored.latest_id < _MOST_ID:
         raise Malformed(f"{reader.path} has a store whose latest id is {stored.latest_id}")
+    if stored.numbering:
+        try:
+            Numbering.from_list(stored.numbering)
+        except ValueError as error:
+            raise Malformed(f"{reader.path} has a store whose numbering is none: {error}") from None
     if any(a >= b for a, b in pairwise([0, *firsts, stored.latest_id + 1])):
         raise Malformed(f"{reader.path} has a store whose parts are not in the order of their ids")
     parts = _read_parts(reader, store, stored)
@@ -285,6 +292,9 @@ def _fill(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
         store.restore(batch, extra)
     # Last, since inserting changes what a store knows.
     store.set_state(reader.read(stored.state, writable=True))
+    if stored.numbering:
+        # Others may load the same file, and go another way.
+        store.numbering = Numbering.from_list(stored.numbering).branch(stored.latest_id)
 
 
 @contextmanager
