@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from statistics import median
-from typing import Any
 
 from edgeml.core import DeadlineExceeded, EdgemlError, Url, load_transport
 from edgeml.core.errors import text_of
@@ -31,6 +30,7 @@ __all__ = [
     "make_server",
     "one_line",
     "serve_elsewhere",
+    "serve_for_parent",
     "serve_here",
 ]
 
@@ -46,6 +46,13 @@ NO_KEYS = Credentials()
 _PAGE = 4096  # bytes
 _START = 60.0  # seconds that a process may take to start, on a small machine
 _END = 2.0  # seconds that it is given to end by itself
+_PROGRAM = """
+import sys
+from multiprocessing.connection import Connection
+from edgeml.cli.probe import serve_for_parent
+with Connection(int(sys.argv[1])) as pipe:
+    serve_for_parent(pipe, sys.argv[2])
+"""
 _ASKED = 10  # times
 
 
@@ -146,45 +153,52 @@ def serve_elsewhere(transport: str) -> Iterator[tuple[Url, int]]:
     Raises:
         EdgemlError: it can't serve; the text says why.
     """
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, transport), daemon=True)
-    # Ctrl-C is for this process, which ends that one: the other inherits that it is blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
-    try:
-        yield _wait_for_start(pipe, process)
-    finally:
-        pipe.close()  # which is what it waits for
-        process.join(_END)
-        process.kill()
-        process.join()
+    pipe, theirs = Pipe()
+    with pipe:
+        with theirs:
+            # Ctrl-C is for this process, which ends that one, whenever it comes: the terminal
+            # sends it to neither another session nor what has not begun to listen, and whoever is
+            # left alone finds that the pipe has ended.
+            process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), transport],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        try:
+            yield _wait_for_start(pipe, process)
+        finally:
+            pipe.close()  # which is what it waits for
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END)
+            process.kill()
+            process.wait()
 
 
-def _wait_for_start(pipe: Connection, process: Any) -> tuple[Url, int]:
+def _wait_for_start(pipe: Connection, process: subprocess.Popen[bytes]) -> tuple[Url, int]:
     try:
         if not pipe.poll(_START):
             raise EdgemlError(f"the server's process said nothing for {_START:g} s")
         said, descriptors = pipe.recv()
     except (EOFError, ConnectionError):
-        process.join(_END)
-        raise EdgemlError(f"the server's process ended, with {process.exitcode}") from None
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END)
+        raise EdgemlError(f"the server's process ended, with {process.returncode}") from None
     if descriptors is None:
         raise EdgemlError(said)
     return Url.parse(said), descriptors
 
 
-def _serve(pipe: Connection, transport: str) -> None:
+def serve_for_parent(pipe: Connection, transport: str) -> None:
+    """Serve until the pipe ends; sends what `serve_elsewhere` yields, or why it can't serve."""
     logging.getLogger("edgeml").addHandler(logging.NullHandler())  # the parent tells what fails
     try:
         with make_server(transport) as server:
             server.start(threaded=True)
-            pipe.send((server.url, _descriptors()))
             with suppress(EOFError, ConnectionError):
+                pipe.send((server.url, _descriptors()))
                 pipe.recv()
     except Exception as error:
-        pipe.send((f"it can't serve: {one_line(error)}", None))
+        with suppress(ConnectionError):  # nobody wants to know any more
+            pipe.send((f"it can't serve: {one_line(error)}", None))

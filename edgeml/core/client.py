@@ -22,6 +22,7 @@ from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
     EdgemlError,
+    NotCarriedOut,
     NotReady,
     Overloaded,
     UnknownInterface,
@@ -286,15 +287,19 @@ class Client:
             header = wire.pack(wire.Request(wire.CALL, session.key, name, left, encoded.header))
             try:
                 message = session.requester.call(Message(header, encoded.buffers), left)
+            except NotCarriedOut as error:
+                session.lose(error)
             except Unreachable as error:
                 session.lose(error)
                 raise
             except Closed:
                 raise self.sessions.explain(session) from None
-            reply = wire.unpack(wire.Result, message.header)
-            if reply.status != wire.NO_SESSION:
-                return session, reply, message
-            session.lose(wire.error_of(reply))  # not carried out, so it can be sent again
+            else:
+                reply = wire.unpack(wire.Result, message.header)
+                if reply.status != wire.NO_SESSION:
+                    return session, reply, message
+                session.lose(wire.error_of(reply))
+            # It was not carried out, so it can be sent again.
             left = deadline - time.monotonic()
             if left <= 0:
                 raise DeadlineExceeded(f"no answer to {name!r} within {limit:g} s")
@@ -375,7 +380,12 @@ class Client:
         if done.cancelled():
             return
         try:
-            message = done.result()
+            try:
+                message = done.result()
+            except NotCarriedOut as error:
+                session.lose(error)
+                self._send_later(call)
+                return
             reply = wire.unpack(wire.Result, message.header)
             if reply.status == wire.NO_SESSION:
                 session.lose(wire.error_of(reply))  # not carried out, so it can be sent again

@@ -28,6 +28,7 @@ __all__ = [
     "DeadlineExceeded",
     "EdgemlError",
     "Malformed",
+    "NotCarriedOut",
     "NotEncodable",
     "NotReady",
     "Overloaded",
@@ -55,6 +56,13 @@ class Unreachable(EdgemlError, ConnectionError):
     """Nobody answers at the address, or the connection was lost with requests under way.
 
     Whether a request that was under way has been carried out is not known.
+    """
+
+
+class NotCarriedOut(Unreachable):
+    """The connection was lost, and this request has certainly not been carried out.
+
+    A transport says so to `edgeml.core.client`, which sends it again over a new connection.
     """
 
 

@@ -412,18 +412,30 @@ class SafetyTests(EndsTests):
         assert ran == ["before"]
 
     def test_a_flood_of_one_client_leaves_the_others_answered(self, net: Net) -> None:
+        go_on = threading.Event()
+        worked: list[str] = []
+
+        def work(who: str) -> None:
+            assert go_on.wait(PATIENCE)
+            worked.append(who)
+
         with self._server(None) as server:
-            server.register_interface("work", lambda _: time.sleep(0.005))
+            server.register_interface("work", work)
             server.start(threaded=True)
             with (
                 InferenceClient(url=server.url) as flooding,
                 InferenceClient(url=server.url) as good,
             ):
-                asked = [flooding.call_async("work", None) for _ in range(1000)]
-                for turn in range(10):
-                    good.call("work", None)
-                    # In turns, not after all of them; some come before the good one asks at all.
-                    assert sum(each.done() for each in asked) < 400 + 40 * turn
+                try:
+                    asked = [flooding.call_async("work", "flooding") for _ in range(1000)]
+                    assert until(lambda: server.stats()["waiting"] == 999)  # and one is worked on
+                    asked += [good.call_async("work", "good") for _ in range(10)]
+                    assert until(lambda: server.stats()["waiting"] == 1009)
+                finally:
+                    go_on.set()
+                results_of(asked)
+        assert worked.index("good") < 5
+        assert worked[:40].count("good") == 10  # in turns, not after all of the flood
 
     def test_one_connection_does_not_take_all_sessions(self, net: Net) -> None:
         with self._server(None) as server:

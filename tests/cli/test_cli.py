@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ from edgeml.cli import _size, main
 from edgeml.cli.keygen import make_client_keys, make_server_keys
 from edgeml.cli.probe import ACK
 from edgeml.core import Message, Url, load_transport, wire
-from pairs import ROOT, TRANSPORTS, process, started
+from pairs import ROOT, TRANSPORTS, process, started, wait_until
 from strangers import TRANSPORT
 
 SECURED = ("shm", "zmq", "grpc", "ws")
@@ -550,3 +551,14 @@ def test_ctrl_c_ends_a_measurement_at_once():
         assert "p50 ms" in bench.line()
         bench.signal(signal.SIGINT)
         assert bench.end() == (130, "")
+
+
+def test_ctrl_c_ends_a_measurement_while_its_servers_process_starts():
+    with process(PROGRAM, "bench", "--transport", "shm", "--seconds", 60) as bench:
+        children = Path(f"/proc/{bench.popen.pid}/task/{bench.popen.pid}/children")
+        wait_until(lambda: children.read_text(), timeout=30)
+        server = int(children.read_text())
+        wait_until(lambda: os.getsid(server) == server)  # so a terminal's Ctrl-C isn't for it
+        bench.signal(signal.SIGINT)
+        assert bench.end() == (130, "")
+    wait_until(lambda: not Path(f"/proc/{server}").exists(), timeout=30)  # if by itself

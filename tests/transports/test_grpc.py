@@ -22,14 +22,17 @@ from edgeml import (
     Closed,
     DeadlineExceeded,
     InferenceClient,
+    InferenceServer,
     Malformed,
     Overloaded,
     PermissionDenied,
     Unreachable,
 )
 from edgeml.core import Limits, Message, Url, load_transport, wire
+from edgeml.core.errors import NotCarriedOut
 from edgeml.core.frames import frame
 from edgeml.core.pieces import Assembly
+from edgeml.core.session import SessionKeeper
 from edgeml.testing.ends import resident_memory
 from edgeml.transports.grpc import order
 from edgeml.transports.grpc.failures import find_proxy
@@ -37,6 +40,7 @@ from pairs import process, run_fresh, started, took, wait_until
 
 ANYWHERE = Url("grpc", "127.0.0.1", 0)
 LIMIT = 4 << 20  # gRPC's own
+READY = grpc.ChannelConnectivity.READY
 PREFIX = struct.Struct("<QQ")
 
 transport = load_transport("grpc")
@@ -1007,6 +1011,18 @@ def test_noise_does_not_hurt_the_health_service(stranger, unharmed):
 # Ends -------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def connecting_anew(requester):
+    """Wait until gRPC has lost a connection, as it does in this block, and made it anew."""
+    states, take = [], lambda state: states.append(state)
+    requester._channel.subscribe(take)
+    wait_until(lambda: states == [READY])
+    yield
+    wait_until(lambda: len(states) > 1)
+    requester._channel.unsubscribe(take)
+    grpc.channel_ready_future(requester._channel).result(10)
+
+
 @pytest.mark.parametrize("message", [SMALL, LARGE], ids=["small", "large"])
 def test_another_server_on_the_port_is_not_taken_for_the_first(message):
     first = transport.serve(ANYWHERE, lambda message, reply: reply(message))
@@ -1014,16 +1030,15 @@ def test_another_server_on_the_port_is_not_taken_for_the_first(message):
         connections = [stack.enter_context(transport.connect(first.url, 5.0)) for _ in range(2)]
         stranger = stack.enter_context(Stranger(first.url.port))
         number, _ = PREFIX.unpack(stranger.connect())
-        for requester in connections:
-            requester.call(SMALL, 5.0)
-        first.close()
         asked = []
-        stack.enter_context(
-            transport.serve(first.url, lambda message, reply: asked.append(reply(message)))
-        )
-        with pytest.raises(Unreachable):
+        with connecting_anew(connections[0]), connecting_anew(connections[1]):
+            first.close()
+            stack.enter_context(
+                transport.serve(first.url, lambda message, reply: asked.append(reply(message)))
+            )
+        with pytest.raises(NotCarriedOut):
             connections[0].call(message, 5.0)
-        with pytest.raises(Unreachable):
+        with pytest.raises(NotCarriedOut):
             connections[1].request(message).result(5.0)
         assert all(requester.lost for requester in connections)
 
@@ -1031,15 +1046,34 @@ def test_another_server_on_the_port_is_not_taken_for_the_first(message):
             try:
                 stranger.request(request_of(SMALL, number), timeout=5)
             except grpc.RpcError as error:
-                return (
-                    error.code() is grpc.StatusCode.UNAVAILABLE and "restarted" in error.details()
-                )
+                return error.code() is grpc.StatusCode.ABORTED and "restarted" in error.details()
             return False
 
         wait_until(answered_by_another)  # once gRPC has connected anew
         assert not asked
         with transport.connect(first.url, 5.0) as requester:
             assert requester.call(SMALL, 5.0).header == b"x"
+
+
+def test_a_call_that_another_server_on_the_port_refused_is_made_again(monkeypatch):
+    beat = threading.Event()
+    monkeypatch.setattr(SessionKeeper, "_beat", lambda *_: beat.wait(30))  # it notices nothing
+    with contextlib.ExitStack() as stack:
+        stack.callback(beat.set)
+        first = stack.enter_context(started(InferenceServer(0, transport="grpc")))
+        url = first.url
+        first.register_interface("which", lambda _: 1)
+        clients = [stack.enter_context(InferenceClient(url=url)) for _ in range(2)]
+        assert [client.call("which", None) for client in clients] == [1, 1]
+        sessions = [client._client.sessions.current for client in clients]
+        with connecting_anew(sessions[0].requester), connecting_anew(sessions[1].requester):
+            first.stop()
+            second = InferenceServer(Url.parse(url).port, transport="grpc")
+            second.register_interface("which", lambda _: 2)
+            stack.enter_context(started(second))
+        assert not any(session.lost for session in sessions)
+        assert clients[0].call("which", None) == 2
+        assert clients[1].call_async("which", None).result(10) == 2
 
 
 def test_a_server_that_closes_tells_strangers_so(parking):

@@ -26,7 +26,7 @@ from edgeml.core import (
     own,
     unframe,
 )
-from edgeml.core.errors import copy_error
+from edgeml.core.errors import NotCarriedOut, copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.pieces import LARGEST, PREFIX, Assembly, Parts, cut, flatten
 from edgeml.core.tls import client_keys
@@ -130,6 +130,10 @@ class Connection(Requester):
 
     def _explain(self, error: Exception, timeout: float) -> EdgemlError:
         """What an error of gRPC means here; one after which nothing more will be sent is kept."""
+        if isinstance(error, grpc.RpcError) and ERRORS.get(error.code()) is NotCarriedOut:
+            told = f"the connection to {self.url} was lost: {error.details()}"
+            self._lose(Unreachable(told))
+            return NotCarriedOut(told)
         if self._why is not None:
             return self._copy_why()
         if isinstance(error, EdgemlError):

@@ -25,13 +25,13 @@ from edgeml.core import (
     Overloaded,
     Peer,
     Reply,
-    Unreachable,
     Url,
     find_address,
     own,
     tell_url,
     unframe,
 )
+from edgeml.core.errors import NotCarriedOut
 from edgeml.core.forks import drop_sockets, watch_forks
 from edgeml.core.loops import Loop, LoopEndpoint
 from edgeml.core.pieces import PREFIX, Assembly, cut_message, flatten
@@ -354,7 +354,7 @@ class Listener(LoopEndpoint):
 
     def _check(self, number: int) -> None:
         if number not in (0, self._number):
-            raise Unreachable("the server has restarted since this client connected")
+            raise NotCarriedOut("the server has restarted since this client connected")
 
     async def _take_turn(self, context: _Context, identity: str | None, nbytes: int) -> None:
         """Wait for a request's turn, if it came too early, and count it meanwhile."""
@@ -388,7 +388,7 @@ class Listener(LoopEndpoint):
             raise
 
     async def _abort(self, context: _Context, error: EdgemlError) -> Any:
-        if not isinstance(error, (Closed, Unreachable)):
+        if not isinstance(error, (Closed, NotCarriedOut)):
             address = context.peer()
             self._refusals.note(type(error).__name__, address, _read_address(address)[0], error)
         await context.abort(_CODES.get(type(error), grpc.StatusCode.UNKNOWN), str(error))

@@ -18,6 +18,7 @@ from edgeml.core import (
     PermissionDenied,
     Unreachable,
 )
+from edgeml.core.errors import NotCarriedOut
 from edgeml.core.pieces import PREFIX
 
 __all__ = ["ERRORS", "LARGEST_FRAME", "SERVICE", "STREAMED"]
@@ -30,6 +31,7 @@ STREAMED = 1 << 20
 """Bytes of a piece of a stream; larger and smaller ones were slower."""
 
 ERRORS: dict[grpc.StatusCode, type[EdgemlError]] = {
+    grpc.StatusCode.ABORTED: NotCarriedOut,
     grpc.StatusCode.CANCELLED: Closed,
     grpc.StatusCode.INVALID_ARGUMENT: Malformed,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
