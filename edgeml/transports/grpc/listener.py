@@ -25,6 +25,7 @@ from edgeml.core import (
     Overloaded,
     Peer,
     Reply,
+    Unreachable,
     Url,
     find_address,
     own,
@@ -330,7 +331,10 @@ class Listener(LoopEndpoint):
             if len(data) != PREFIX.size:
                 raise Malformed("this is no fetch of edgeml")
             number, key = PREFIX.unpack(data)
-            self._check(number)
+            try:
+                self._check(number)
+            except NotCarriedOut as error:  # of the request that this is the reply to, who knows?
+                raise Unreachable(str(error)) from None
             if key not in self._kept:
                 raise Malformed("there is no such reply to be fetched, or it came too late")
             answer, held = self._kept.pop(key)  # now, or it could be forgotten on the way
@@ -388,7 +392,7 @@ class Listener(LoopEndpoint):
             raise
 
     async def _abort(self, context: _Context, error: EdgemlError) -> Any:
-        if not isinstance(error, (Closed, NotCarriedOut)):
+        if not isinstance(error, (Closed, Unreachable)):
             address = context.peer()
             self._refusals.note(type(error).__name__, address, _read_address(address)[0], error)
         await context.abort(_CODES.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
