@@ -18,6 +18,7 @@ import pytest
 from edgeml.core.client import Client
 from edgeml.core.url import Url
 from edgeml.services.base import ServiceServer
+from edgeml.testing.ends import until
 from edgeml.testing.stopwatch import Stopwatch
 
 ROOT = Path(__file__).parents[1]
@@ -31,11 +32,8 @@ T = TypeVar("T", bound=ServiceServer)
 
 def wait_until(predicate: Callable[[], Any], timeout: float = 10.0) -> None:
     """Return as soon as something holds; fail if it doesn't within ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    while not predicate():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout:g} s")
-        time.sleep(0.005)
+    if not until(predicate, timeout):
+        raise AssertionError(f"not within {timeout:g} s")
 
 
 @contextmanager
@@ -77,8 +75,13 @@ def no_thread_left() -> Iterator[None]:
 
 
 def is_a_librarys(thread: threading.Thread) -> bool:
-    """Whether it is one that pyzmq or grpc.aio keeps for the whole process."""
-    return type(thread).__name__ == "GarbageCollectorThread" or "_poll_wrapper" in thread.name
+    """Whether it is one that pyzmq or grpc.aio keeps for the whole process, or a `Stopwatch`."""
+    name = thread.name
+    return (
+        type(thread).__name__ == "GarbageCollectorThread"
+        or "_poll_wrapper" in name
+        or name == "stopwatch"
+    )
 
 
 def threads() -> set[threading.Thread]:
@@ -112,7 +115,7 @@ class Process:
             stat = Path(f"/proc/{self.popen.pid}/stat")
             wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
-    def end(self, timeout: float = 10.0) -> tuple[int, str]:
+    def end(self, timeout: float = 30.0) -> tuple[int, str]:
         """Wait for its end; return its exit code and what it wrote to stderr."""
         stderr = self.popen.communicate(timeout=timeout)[1]
         return self.popen.returncode, stderr

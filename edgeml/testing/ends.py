@@ -369,9 +369,12 @@ def until(condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
     """Wait until something is so, and tell whether it came to be."""
     deadline = time.monotonic() + timeout
     while not condition():
-        if time.monotonic() > deadline:
+        began = time.monotonic()
+        if began > deadline:
             return False
         time.sleep(2e-3)
+        # A process that stood still meanwhile had no chance to do it.
+        deadline += max(0.0, time.monotonic() - began - 0.1)
     return True
 
 
