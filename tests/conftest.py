@@ -95,7 +95,7 @@ def _printable(data: Any) -> Any:
     return data
 
 
-_PATIENCE = 3.0  # seconds that what a test has ended may take to be gone
+_PATIENCE = 10.0  # seconds that what a test has ended may take to be gone
 
 
 def _children() -> dict[int, str]:

@@ -30,7 +30,7 @@ TRANSPORTS = ("grpc", "inproc", "shm", "ws", "zmq")
 T = TypeVar("T", bound=ServiceServer)
 
 
-def wait_until(predicate: Callable[[], Any], timeout: float = 10.0) -> None:
+def wait_until(predicate: Callable[[], Any], timeout: float = 30.0) -> None:
     """Return as soon as something holds; fail if it doesn't within ``timeout`` seconds."""
     if not until(predicate, timeout):
         raise AssertionError(f"not within {timeout:g} s")

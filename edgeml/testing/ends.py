@@ -36,7 +36,7 @@ from edgeml.core import (
 )
 from edgeml.testing.stopwatch import Stopwatch
 
-PATIENCE = 10.0  # seconds that a test waits for what should come at once
+PATIENCE = 20.0  # seconds that a test waits for what should come at once
 KB = 1 << 10
 MB = 1 << 20
 

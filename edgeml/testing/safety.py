@@ -186,8 +186,8 @@ class SafetyTests(EndsTests):
         with within(_AT_ONCE), pytest.raises(self._denied(client)):
             net.connect(endpoint, credentials=client).call(Message(b""), PATIENCE)
         if wrong in ("expired", "revoked") or (wrong == "nothing" and self.sees_connections):
-            assert until(lambda: endpoint.counts["PermissionDenied"] > 0, _AT_ONCE)
-            assert until(lambda: "refuse" in caplog.text, _AT_ONCE)
+            assert until(lambda: endpoint.counts["PermissionDenied"] > 0)
+            assert until(lambda: "refuse" in caplog.text)
         right = net.connect(endpoint, credentials=keys.client("viewer"))
         assert right.call(Message(b""), PATIENCE).header == b""
         assert [peer.identity for peer in peers] == ["viewer"]
@@ -379,8 +379,8 @@ class SafetyTests(EndsTests):
             with within(_AT_ONCE), pytest.raises(self._denied(bad)):
                 InferenceClient(url=server.url, credentials=bad, timeout=PATIENCE)
             if wrong in ("expired", "revoked", "another's token"):
-                assert until(lambda: server.stats().get("PermissionDenied", 0) > 0, _AT_ONCE)
-                assert until(lambda: "refuse" in caplog.text, _AT_ONCE)
+                assert until(lambda: server.stats().get("PermissionDenied", 0) > 0)
+                assert until(lambda: "refuse" in caplog.text)
             with InferenceClient(url=server.url, credentials=keys.client("viewer")) as client:
                 client.call("note", "right")
                 assert ran == ["right"]
@@ -408,7 +408,7 @@ class SafetyTests(EndsTests):
                         pass
                     return False
 
-                assert until(denied, 2 * _AT_ONCE)
+                assert until(denied)
         assert ran == ["before"]
 
     def test_a_flood_of_one_client_leaves_the_others_answered(self, net: Net) -> None:

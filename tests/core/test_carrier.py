@@ -12,7 +12,7 @@ import pytest
 from edgeml.core.carrier import Carrier, Left
 from pairs import no_thread_left, took, wait_until
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 
 
 class Loop:

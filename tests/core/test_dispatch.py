@@ -38,7 +38,7 @@ from edgeml.core.transport import Endpoint, Peer
 from edgeml.core.url import Url
 from pairs import no_thread_left, took, wait_until
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from edgeml.core.url import Url
 from edgeml.services.batching import Batching
 from pairs import plain_client, process, started, took, wait_until
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 NETWORKS = ["grpc", "shm", "ws", "zmq"]  # which lead to other processes
 
 
@@ -221,7 +221,7 @@ time.sleep(60)
     with started(server), process(program, server.url) as child:
         assert child.line() == "1"
         child.signal(signal.SIGKILL)
-        with took(at_least=0.5, at_most=PATIENCE):
+        with took(at_least=0.5, at_most=10.0):
             wait_until(lambda: counter.ended == [("dies", 1)])
     assert len(counter.threads) == 1
 

@@ -30,7 +30,7 @@ from edgeml.data import QueuedDataStore
 from edgeml.services.batching import Batching
 from pairs import no_thread_left, process, started, took, wait_until
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 NETWORKS = ["grpc", "shm", "ws", "zmq"]  # which lead to other processes
 
 

@@ -13,7 +13,7 @@ from edgeml import InferenceClient, InferenceServer, RemoteError, Timing, Unknow
 from edgeml.services.batching import Batching
 from pairs import started, wait_until
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 CLIENTS = 16
 SWAPS = 1000
 

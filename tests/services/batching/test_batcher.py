@@ -28,7 +28,7 @@ from edgeml.services.contract import PolicyContract
 from edgeml.services.functions import Function
 from pairs import took, wait_until
 
-PATIENCE = 10.0
+PATIENCE = 20.0
 
 
 class Policy:
