@@ -164,7 +164,7 @@ def connected(request):
     transport, anywhere = request.module.transport, request.module.ANYWHERE
     with (
         transport.serve(anywhere, lambda message, reply: reply(message)) as endpoint,
-        transport.connect(endpoint.url, 5.0) as requester,
+        transport.connect(endpoint.url, 20) as requester,
     ):
         yield endpoint, requester
 
@@ -178,6 +178,6 @@ def parking(request):
         transport.serve(
             anywhere, lambda message, reply: taken.append((message, reply))
         ) as endpoint,
-        transport.connect(endpoint.url, 5.0) as requester,
+        transport.connect(endpoint.url, 20) as requester,
     ):
         yield endpoint, requester, taken

@@ -66,6 +66,12 @@ def took(at_most: float, at_least: float = 0.0) -> Iterator[None]:
     assert seconds <= at_most, f"it took {seconds:.3f} s"
 
 
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Set this process's clock ahead, until the test ends."""
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + seconds)
+
+
 @contextmanager
 def no_thread_left() -> Iterator[None]:
     """Check that no thread outlives the block, beyond a moment for those that are ending."""

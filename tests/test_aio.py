@@ -127,7 +127,7 @@ def test_an_action_client_is_awaited(device):
     async def main():
         async with aio.ActionClient(config=DEVICE, url=device.url, task_id="viewer") as client:
             assert await client.obs() == {"joints": [1.0]}
-            assert await client.obs(["joints"], timeout=5) == {"joints": [1.0]}
+            assert await client.obs(["joints"], timeout=20) == {"joints": [1.0]}
             assert await client.act("move", {"x": 1}) == {"x": 1}
             with pytest.raises(UnknownInterface):
                 await client.act("jump")

@@ -1071,7 +1071,7 @@ def test_a_source_without_a_loop_is_served_all_the_same(dispatcher):
 def test_with_workers_no_call_waits_while_one_of_them_is_idle(source):
     with dispatching(workers=2) as dispatcher:
         together = threading.Barrier(2)
-        dispatcher.register("meet", answer_with(lambda payload, caller: together.wait(2.0)))
+        dispatcher.register("meet", answer_with(lambda *_: together.wait(PATIENCE / 2)))
         for _ in range(30):
             # One waits in the loop then, and the other for calls.
             assert source.bring(dispatcher, payload=1).outcome() == 1

@@ -39,7 +39,7 @@ def test_what_is_done_in_the_loop_is_done_in_order_and_in_its_thread(loop):
     done = queue.SimpleQueue()
     for index in range(100):
         assert loop.do(lambda index=index: done.put((index, loop.inside)))
-    assert [done.get(timeout=5) for _ in range(100)] == [(index, True) for index in range(100)]
+    assert [done.get(timeout=20) for _ in range(100)] == [(index, True) for index in range(100)]
     assert not loop.inside
 
 
@@ -49,21 +49,21 @@ def test_what_fails_is_logged_and_the_loop_goes_on(loop, caplog):
     async def fine():
         return 1
 
-    assert loop.start(fine()).result(5) == 1
+    assert loop.start(fine()).result(20) == 1
     wait_until(lambda: "ZeroDivisionError" in caplog.text)
 
 
 def test_who_connects_as_a_server_closes_is_not_left_waiting(loop):
     async def come_too_late():
         server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-        peer = socket.create_connection(server.sockets[0].getsockname(), 5)
+        peer = socket.create_connection(server.sockets[0].getsockname(), 20)
         for _ in range(2):  # rounds: in the second the connection has come, and no more than that
             await asyncio.sleep(0)
         server.close()
         return peer
 
-    with loop.start(come_too_late()).result(5) as peer, suppress(ConnectionResetError):
-        peer.settimeout(5)
+    with loop.start(come_too_late()).result(20) as peer, suppress(ConnectionResetError):
+        peer.settimeout(20)
         assert peer.recv(1) == b""
 
 
@@ -80,10 +80,10 @@ def test_connections_that_nobody_closed_end_with_the_loop(loop):
     async def stop():
         server.close()
 
-    server = loop.start(serve()).result(5)
+    server = loop.start(serve()).result(20)
     address = server.sockets[0].getsockname()
-    with socket.create_connection(address, 5) as peer, suppress(ConnectionResetError):
-        assert made.wait(5)
+    with socket.create_connection(address, 20) as peer, suppress(ConnectionResetError):
+        assert made.wait(20)
         loop.close(stop)
         assert peer.recv(1) == b""
 
@@ -99,7 +99,7 @@ def test_only_the_first_close_runs_its_last_coroutine_and_all_wait_for_it(loop):
     for each in closing:
         each.start()
     for each in closing:
-        each.join(5)
+        each.join(20)
         assert ran == ["a loop"]
     assert not any(thread.name == "a loop" for thread in threading.enumerate())
 
@@ -152,8 +152,8 @@ from edgeml.core import Closed, Message, Url, load_transport
 
 transport = load_transport("ws")
 endpoint = transport.serve(Url("ws"), lambda message, reply: reply(message))
-requester = transport.connect(endpoint.url, 5)
-assert requester.call(Message(b"x"), 5).header == b"x"
+requester = transport.connect(endpoint.url, 20)
+assert requester.call(Message(b"x"), 20).header == b"x"
 child = os.fork()
 if not child:
     for _ in range(2):
@@ -167,7 +167,7 @@ if not child:
     sys.exit()
 assert os.waitpid(child, 0)[1] == 0
 for _ in range(10):
-    assert requester.call(Message(b"parent"), 5).header == b"parent"
+    assert requester.call(Message(b"parent"), 20).header == b"parent"
 requester.close()
 endpoint.close()
 print("fine")
@@ -208,10 +208,10 @@ def piece(number, message):
 
 def receive(peer):
     """The number and the size of the next message, all its pieces read."""
-    number, size = PREFIX.unpack_from(first := peer.recv(timeout=5))
+    number, size = PREFIX.unpack_from(first := peer.recv(timeout=20))
     left = size - len(first) + PREFIX.size
     while left:
-        left -= len(peer.recv(timeout=5))
+        left -= len(peer.recv(timeout=20))
     return number, size
 
 
@@ -227,7 +227,7 @@ def test_a_peer_that_does_not_read_gets_so_much_and_no_more(requests):
         for number in range(1, 61):
             peer.send(piece(number, Message(b"more")))
         for _ in range(60):
-            reply = requests.get(timeout=5)[1]
+            reply = requests.get(timeout=20)[1]
             with took(at_most=2.0):
                 reply(big)
         wait_until(lambda: 5 < endpoint.dropped < 60)
@@ -236,21 +236,21 @@ def test_a_peer_that_does_not_read_gets_so_much_and_no_more(requests):
         refused = [number for number, size in told if size < 1 << 20]
         assert all(number & REFUSED for number in refused)
         peer.send(piece(99, Message(b"and now")))
-        assert requests.get(timeout=5)[0].header == b"and now"
+        assert requests.get(timeout=20)[0].header == b"and now"
 
 
 @pytest.mark.parametrize("sent", [b"", b"1234567", bytes(8), bytes(100), "text"])
 def test_who_speaks_something_else_is_cut_off_and_nobody_is_hurt(endpoint, requests, sent):
     with (
         connect(str(endpoint.url)) as stranger,
-        load_transport("ws").connect(endpoint.url, 5) as requester,
+        load_transport("ws").connect(endpoint.url, 20) as requester,
     ):
         stranger.send(sent)
         with pytest.raises(Exception, match="close frame"):
-            stranger.recv(timeout=5)
+            stranger.recv(timeout=20)
         future = requester.request(Message(b"x"))
-        requests.get(timeout=5)[1](Message(b"y"))
-        assert future.result(5).header == b"y"
+        requests.get(timeout=20)[1](Message(b"y"))
+        assert future.result(20).header == b"y"
 
 
 def test_a_web_page_is_refused(endpoint):
@@ -264,7 +264,7 @@ def test_links_take_turns_however_much_each_has_sent():
 
     def take(message, reply):
         if message.header == b"first":
-            assert go.wait(5)
+            assert go.wait(20)
         else:
             time.sleep(0.002)  # so much work it is
             order.append(message.header)
@@ -291,7 +291,7 @@ def test_a_lack_of_descriptors_is_told_in_one_line_and_rested_from(endpoint, mon
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(socket.socket, "accept", accept)
-    with socket.create_connection(("127.0.0.1", endpoint.url.port), 5):
+    with socket.create_connection(("127.0.0.1", endpoint.url.port), 20):
         wait_until(lambda: len(asked) >= 3)
     assert asked[2] - asked[0] > 1.0
     assert caplog.text.count("out of system resource") == 1

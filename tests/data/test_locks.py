@@ -117,13 +117,13 @@ def test_a_lock_that_is_held_for_too_long_delays_a_fork_and_no_more(
         assert held.wait(10)
 
         def use() -> None:
-            assert lock.acquire(timeout=5)
+            assert lock.acquire(timeout=20)
 
         run_in_child(use)
         enough.set()
         holding.result(timeout=10)
     assert "may be half changed" in caplog.text
-    assert lock.acquire(timeout=5)
+    assert lock.acquire(timeout=20)
     lock.release()
 
 

@@ -127,7 +127,7 @@ def test_servers_are_reached_at_every_address_of_the_machine() -> None:
     for server in (TrainerServer(TrainerConfig(0, 0)), InferenceServer(0), action):
         with running(server):
             for address in ("127.0.0.1", "127.0.0.2"):
-                socket.create_connection((address, server.port), 5.0).close()
+                socket.create_connection((address, server.port), 20).close()
 
 
 def test_what_differs_between_the_configurations_is_refused() -> None:
@@ -397,7 +397,7 @@ def test_the_data_callback_is_given_items_and_the_last_ones_id() -> None:
     ):
         store.batch_insert([{"x": np.zeros(2)}, {"x": np.ones(2)}])
         client.update()
-        name, payload = told.get(timeout=5)
+        name, payload = told.get(timeout=20)
         assert (name, sorted(payload), payload["last_id"]) == ("actor", ["data", "last_id"], 1)
         assert payload["last_id"] == store.latest_data_id()
         payload["data"][1]["x"] += 1
@@ -444,12 +444,12 @@ def test_a_current_weight_is_delivered_again_only_to_whom_asks_for_it() -> None:
         server.publish_network({"w": np.zeros(3)})
         client.recv_network_callback(fresh.put)
         client.recv_network_callback(all_of_them.put, current=True)
-        assert all_of_them.get(timeout=5)["w"].tolist() == [0, 0, 0]
+        assert all_of_them.get(timeout=20)["w"].tolist() == [0, 0, 0]
         server.publish_network({"w": np.ones(3)})
-        weights = fresh.get(timeout=5)["w"]
+        weights = fresh.get(timeout=20)["w"]
         weights += 1  # they may be written to
         assert weights.tolist() == [2, 2, 2]
-        assert all_of_them.get(timeout=5)["w"].tolist() == [1, 1, 1]
+        assert all_of_them.get(timeout=20)["w"].tolist() == [1, 1, 1]
 
 
 def test_weights_of_a_server_that_starts_anew_are_news() -> None:
@@ -476,7 +476,7 @@ def test_a_servers_own_in_edgeml_publishes_to_these_clients_too() -> None:
     ):
         client.recv_network_callback(got.put)
         server.publish_network({"w": np.ones(3)})
-        assert got.get(timeout=5)["w"].tolist() == [1, 1, 1]
+        assert got.get(timeout=20)["w"].tolist() == [1, 1, 1]
 
 
 def test_trees_come_back_in_the_types_in_which_they_were_published() -> None:
@@ -603,14 +603,14 @@ def test_infos_pass_with_whatever_is_in_them() -> None:
         actor(config) as client,
     ):
         assert client.request("send-stats", {"environment": info}) == {"kept": 1}
-        got = told.get(timeout=5)["environment"]
+        got = told.get(timeout=20)["environment"]
         assert client.left_out == 4
         assert got.pop("episode").pop("image").tolist() == [[0, 0], [0, 0]]
         assert got == {"success": True, "counts": {"a": 1}, "where": (1.0, "left"), "list": [1, 3]}
         assert client.request("send-stats", cycle) == {"kept": 1}
-        assert told.get(timeout=5)["again"] == 1
+        assert told.get(timeout=20)["again"] == 1
         assert client.request("send-stats", print) == {"kept": 1}
-        assert told.get(timeout=5) == {}
+        assert told.get(timeout=20) == {}
 
 
 # Both in one process ------------------------------------------------------------------------
@@ -688,7 +688,7 @@ def test_observations_are_published_to_those_who_listen() -> None:
         assert server.publish_obs({"cam": 0}) is True
         client.register_obs_callback(callback=got.put)
         server.publish_obs({"cam": 1})
-        assert got.get(timeout=5) == {"cam": 1}
+        assert got.get(timeout=20) == {"cam": 1}
         server.stop()
         assert client.obs() is None
 
@@ -799,7 +799,7 @@ def test_who_has_no_key_is_not_let_in(tmp_path: Path, monkeypatch: pytest.Monkey
         with actor(config, store) as client:
             client.recv_network_callback(got.put)
             server.publish_network("weights")
-            assert got.get(timeout=5) == "weights"
+            assert got.get(timeout=20) == "weights"
             store.insert(1)
             assert client.update()
         monkeypatch.delenv("EDGEML_CREDENTIALS")

@@ -103,7 +103,7 @@ def test_trainer() -> None:
         wait_until(lambda: learners["table1"].latest_data_id() == first.latest_data_id())
         network = np.array([100, 200, 300, 400])
         server.publish_network(network)
-        assert np.array_equal(networks.get(timeout=5), network)
+        assert np.array_equal(networks.get(timeout=20), network)
 
 
 def test_the_stress_test_of_a_trainer() -> None:
@@ -165,7 +165,7 @@ def test_action() -> None:
         assert np.array_equal(client.obs()["test_image"], image)
         assert client.act("send_image", {"image": image})["status"] == "success"
         server.publish_obs({"test-broadcast": 1})
-        assert "test-broadcast" in published.get(timeout=5)
+        assert "test-broadcast" in published.get(timeout=20)
 
 
 def test_inference() -> None:

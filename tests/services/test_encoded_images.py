@@ -419,7 +419,7 @@ def test_off_the_bytes_are_as_before(transport):
         session = client.sessions.current
         request = wire.Request(wire.CALL, session.key, "look", 5.0, expected.header)
         message = Message(wire.pack(request), expected.buffers)
-        reply = session.requester.call(message, 5.0)
+        reply = session.requester.call(message, 20)
         assert wire.unpack(wire.Answer, reply.header).body == expected.header
         assert [*map(bytes, reply.buffers)] == [*map(bytes, expected.buffers)]
     finally:
@@ -440,7 +440,7 @@ def test_forged_images_hurt_their_sender_alone(server):
         ):
             request = wire.Request(wire.CALL, session.key, "echo", 5.0, body)
             message = Message(wire.pack(request), list(map(memoryview, files)))
-            answer = wire.unpack(wire.Answer, session.requester.call(message, 5.0).header)
+            answer = wire.unpack(wire.Answer, session.requester.call(message, 20).header)
             with pytest.raises(Malformed):
                 raise wire.error_of(answer)
         assert client.call("echo", 5) == 5
@@ -452,6 +452,6 @@ def test_one_who_did_not_agree_on_images_can_not_send_them(server):
         body = ImageCodec(MsgpackCodec(), Plan({"*": Png()})).encode(photo())
         request = wire.Request(wire.CALL, session.key, "echo", 5.0, body.header)
         message = Message(wire.pack(request), body.buffers)
-        answer = wire.unpack(wire.Answer, session.requester.call(message, 5.0).header)
+        answer = wire.unpack(wire.Answer, session.requester.call(message, 20).header)
         with pytest.raises(Malformed):
             raise wire.error_of(answer)

@@ -102,7 +102,7 @@ def test_the_id_of_an_episode_is_the_one_that_was_asked_for(answer):
     with answering("inference", {"/reset": answer}) as url, InferenceClient(url=url) as client:
         for ask in (
             lambda: client.reset("mine"),
-            lambda: client.reset_async("mine").result(5.0),
+            lambda: client.reset_async("mine").result(20),
         ):
             assert isinstance(only_malformed(ask), Malformed)
 
@@ -180,7 +180,7 @@ def test_a_mark_is_a_number_up_to_which_there_are_items(answer):
             with pytest.raises(Malformed):
                 client.update(1.0)
         with pytest.raises(Malformed):
-            client.update_async(1.0).result(5.0)
+            client.update_async(1.0).result(20)
         assert client.stats()["items_refused"] == client.lost == 0
         assert len(store.get_latest_data(0)) == 5, "something that wasn't sent was let go of"
 

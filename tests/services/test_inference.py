@@ -121,7 +121,7 @@ def test_values_arrive_as_they_were_both_ways(server, client, value):
         return payload
 
     server.register_interface("echo", echo)
-    for answer in (client.call("echo", value), client.call_async("echo", value).result(5)):
+    for answer in (client.call("echo", value), client.call_async("echo", value).result(20)):
         for got in (answer, arrived[-1]):
             np.testing.assert_equal(got, value)
             assert type(got) is type(value)
@@ -131,8 +131,8 @@ def test_values_arrive_as_they_were_both_ways(server, client, value):
 
 def test_a_call_takes_its_arguments_by_name(server, client):
     server.register_interface("echo", lambda payload: payload)
-    assert client.call(name="echo", payload=1, timeout=2) == 1
-    assert client.call_async(name="echo", payload=1, timeout=2).result() == 1
+    assert client.call(name="echo", payload=1, timeout=20) == 1
+    assert client.call_async(name="echo", payload=1, timeout=20).result() == 1
 
 
 def test_call_async_gives_a_real_future_while_calls_go_on(server, client):
@@ -148,10 +148,10 @@ def test_call_async_gives_a_real_future_while_calls_go_on(server, client):
     assert not any(future.done() for future in futures)
     go_on.set()
     for n, future in enumerate(futures):
-        assert (future.result(5) == 2 * n).all()
+        assert (future.result(20) == 2 * n).all()
     with pytest.raises(RemoteError):
-        client.call_async("policy", {}).result(5)
-    assert isinstance(client.call_async("policy", {}).exception(5), RemoteError)
+        client.call_async("policy", {}).result(20)
+    assert isinstance(client.call_async("policy", {}).exception(20), RemoteError)
 
 
 def test_large_calls_go_both_ways_whole(server, client):

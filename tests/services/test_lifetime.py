@@ -54,7 +54,7 @@ def action_client(url):
 def inference_client(url):
     client = InferenceClient("", 0, transport=url)
     client.call("echo", 1)
-    client.call_async("echo", 1).result(5)
+    client.call_async("echo", 1).result(20)
     return client
 
 

@@ -105,7 +105,7 @@ def policy_at_work(server):
         assert client.interfaces() == ["policy"]
         for _ in range(3):
             client.call("policy", {"image": np.zeros(300_000, np.uint8)})
-            client.call_async("policy", None).result(5)
+            client.call_async("policy", None).result(20)
         yield client
 
 

@@ -67,9 +67,9 @@ def test_a_function_is_told_who_calls_and_until_when_they_wait(server):
     server.register_interface("policy", lambda payload, context: seen.append(context))
     with client_of(server, "robot-7") as client:
         before = time.monotonic()
-        client.call("policy", 1, timeout=5.0)
+        client.call("policy", 1, timeout=20)
         episode = client.reset()
-        client.call("policy", 2, timeout=5.0)
+        client.call("policy", 2, timeout=20)
         assert client.reset("grasp 12") == "grasp 12"
         client.call("policy", 3)
     context = seen[0]

@@ -111,13 +111,13 @@ def test_the_program_of_the_readme(transport):
     for _ in range(25):
         data_store.insert(env_step)
     client.update()
-    assert arrived.wait(5)
+    assert arrived.wait(20)
     assert len(buffer) == 25
     sample = buffer.sample(8)
     assert sample[0].shape == (8, 4)
 
     server.publish_network({"layer": {"w": np.ones((2, 2)), "b": np.zeros(2)}})
-    assert received.wait(5)
+    assert received.wait(20)
     assert weights[0]["layer"]["w"].tolist() == [[1, 1], [1, 1]]
     client.stop()
     server.stop()
@@ -134,7 +134,7 @@ def test_an_update_sends_what_is_new_and_tells_how_much(transport):
         assert client.update() == 10
         assert client.update() == 0
         store.batch_insert([transition(n) for n in range(10, 15)])
-        assert client.update(timeout=5) == 5
+        assert client.update(timeout=20) == 5
         there = server.data_store("actor_env")
         assert ids(there) == list(range(15))
         item = next(iter(there.get_latest_data(6, limit=1)))
@@ -567,15 +567,21 @@ def test_what_was_lost_is_counted_although_the_answer_or_a_later_piece_was_not_g
 
 
 def test_what_arrived_before_it_was_overwritten_is_not_counted_as_lost(transport):
-    slow = threading.Event()
+    arrived, slow = threading.Event(), threading.Event()
+
+    def wait(name, batch):
+        arrived.set()
+        slow.wait(20)
+
     with (
-        learner(transport, data_callback=lambda name, batch: slow.wait(10)) as server,
+        learner(transport, data_callback=wait) as server,
         actor(server, store := ReplayBuffer(10)) as client,
     ):
         for n in range(8):
             store.insert(transition(n))
-        with pytest.raises(DeadlineExceeded):
-            client.update(timeout=0.2)
+        while not arrived.is_set():
+            with pytest.raises(DeadlineExceeded):
+                client.update(timeout=0.2)
         slow.set()
         for n in range(8, 18):
             store.insert(transition(n))
@@ -747,14 +753,17 @@ def test_stop_sends_what_updates_that_were_asked_for_wait_for(transport, caplog)
     hold = threading.Event()
     with (
         no_thread_left(),
-        learner(transport, data_callback=lambda name, batch: hold.wait(0.2)) as server,
+        learner(transport, data_callback=lambda name, batch: hold.wait(20)) as server,
     ):
-        with actor(server, store := filled(5)) as client:
+        with ThreadPoolExecutor(1) as pool, actor(server, store := filled(5)) as client:
             first = client.update_async()
             wait_until(lambda: len(server.data_store("actor_env")) == 5)
             store.insert(transition(5))
             rest = [client.update_async() for _ in range(3)]
             rest[0].cancel()
+            stopping = pool.submit(client.stop)
+            hold.set()
+            stopping.result(20)
         assert first.result(0) == 5
         assert [future.result(0) for future in rest[1:]] == [1, 0]
         assert ids(server.data_store("actor_env")) == list(range(6))
@@ -777,7 +786,7 @@ def test_stop_does_not_wait_long_for_updates_that_were_asked_for(transport, capl
             client.stop()
         for future in (first, second):
             with pytest.raises(Closed):
-                future.result(1)
+                future.result(20)
         hold.set()
     assert "were not sent" in caplog.text
 
@@ -926,7 +935,7 @@ def test_weights_reach_an_actor_while_the_learner_computes(transport):
         got: list = []
         client.recv_network_callback(got.append)
         update = pool.submit(client.update)
-        assert entered.wait(5)
+        assert entered.wait(20)
         for n in range(5):
             server.publish_network(n)
             with took(at_most=2.5):  # sooner than after a heartbeat
@@ -936,7 +945,7 @@ def test_weights_reach_an_actor_while_the_learner_computes(transport):
             late.recv_network_callback(newest.append)
             wait_until(lambda: newest == [4])
         hold.set()
-        assert update.result(5) == 3
+        assert update.result(20) == 3
 
 
 def test_weights_that_cannot_be_carried_and_publishing_after_the_stop_are_errors(transport):
@@ -966,7 +975,7 @@ def test_requests_are_answered_by_the_callback(transport):
     ):
         assert client.request("stats", {"verbose": True}) == {"step": 7}
         assert client.request("stats") == {"step": 7}
-        assert client.request(type="stats", payload=[1], timeout=5) == {"step": 7}
+        assert client.request(type="stats", payload=[1], timeout=20) == {"step": 7}
         assert asked == [("stats", {"verbose": True}), ("stats", {}), ("stats", [1])]
         with pytest.raises(RemoteError, match="no such thing"):
             client.request("stats", "fail")
@@ -1064,15 +1073,15 @@ def test_a_call_whose_turn_comes_while_the_server_stops_is_refused_and_leaves_no
         ThreadPoolExecutor(1) as pool,
     ):
         first = client.call_async("request", ["stats", 1])
-        assert entered.wait(5)
+        assert entered.wait(20)
         second = client.call_async("request", ["stats", 2])
         stopped = pool.submit(server.stop)
         time.sleep(0.3)  # its turn comes
         go_on.set()
-        assert first.result(5) == 1
+        assert first.result(20) == 1
         with pytest.raises((Closed, Unreachable)):
-            second.result(5)
-        stopped.result(5)
+            second.result(20)
+        stopped.result(20)
     assert begun == [1]
 
 
@@ -1166,7 +1175,7 @@ def test_tunnels_do_not_get_in_each_others_way_and_stop_when_told():
                 blocked.result(0.1)
             one.stop()
             one.stop()
-            assert blocked.result(2) is None
+            assert blocked.result(20) is None
         with pytest.raises(EdgemlError):
             one.publish_network(3)
 

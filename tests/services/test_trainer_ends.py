@@ -267,7 +267,7 @@ def test_stop_does_not_wait_for_an_update_of_another_thread(transport, backgroun
         with took(at_most=5.0):
             client.stop()
         with pytest.raises(EdgemlError):
-            update.result(5)
+            update.result(20)
         assert "were not sent" in caplog.text
         assert "update() was not called" not in caplog.text
 

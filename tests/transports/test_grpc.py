@@ -8,7 +8,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,13 +95,13 @@ def stranger(connected):
 def unharmed(connected):
     """Holds the endpoint to answering, to old friends and new, and to leaving nothing behind."""
     endpoint, requester = connected
-    requester.call(Message(b"x"), 5.0)
+    requester.call(Message(b"x"), 20)
     before = under_way(endpoint)
     yield
-    assert requester.call(Message(b"known"), 5.0).header == b"known"
-    with transport.connect(endpoint.url, 5.0) as new:
+    assert requester.call(Message(b"known"), 20).header == b"known"
+    with transport.connect(endpoint.url, 20) as new:
         large = Message(b"new", [memoryview(bytes(LIMIT))])
-        assert new.call(large, 5.0).header == b"new"
+        assert new.call(large, 20).header == b"new"
     wait_until(lambda: under_way(endpoint) <= before)
 
 
@@ -231,10 +230,8 @@ def test_what_is_not_answered_in_time_exceeds_the_deadline(parking):
     endpoint, _, taken = parking
     with Stranger(endpoint.url.port) as stranger:
         for send in (stranger.request, lambda data, timeout: stranger.stream([data], timeout)):
-            began = time.monotonic()
-            with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
+            with took(at_most=2.0), refused(grpc.StatusCode.DEADLINE_EXCEEDED):
                 send(request_of(Message(b"park")), 0.2)
-            assert time.monotonic() - began < 2.0
         wait_until(lambda: all(reply.expired for _, reply in taken))
         assert len(taken) == 2
         for _, reply in taken:
@@ -259,7 +256,7 @@ def ask_for(path: bytes, port: int) -> socket.socket:
     """Ask for a path as no gRPC library does: as it is."""
     fields = b"\x83\x86\x04" + bytes([len(path)]) + path  # HPACK (RFC 7541): POST, http, and it
     fields += b"\x41\x01x\x5f\x10application/grpc\x40\x02te\x08trailers"
-    made = socket.create_connection(("127.0.0.1", port), 5)
+    made = socket.create_connection(("127.0.0.1", port), 20)
     made.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + struct.pack(">3xBBI", 4, 0, 0))
     made.sendall(struct.pack(">I", len(fields))[1:] + struct.pack(">BBI", 1, 4, 1) + fields)
     return made
@@ -276,13 +273,13 @@ def test_a_path_that_is_no_text_ends_neither_the_server_nor_what_is_under_way():
 
     with transport.serve(ANYWHERE, on_request) as endpoint:
         for count in range(1, 4):
-            with transport.connect(endpoint.url, 5.0) as requester:
+            with transport.connect(endpoint.url, 20) as requester:
                 future = requester.request(Message(b"park"))
                 wait_until(lambda n=count: len(parked) == n)
                 with ask_for(b"/edgeml/\xd1\xff", endpoint.url.port):
                     wait_until(lambda n=count: endpoint.counts["Malformed"] == n)
                     parked[-1](Message(b"answered"))
-                    assert future.result(5.0).header == b"answered"
+                    assert future.result(20).header == b"answered"
 
             def answered() -> bool:
                 try:
@@ -306,7 +303,7 @@ def test_an_http_client_and_noise_do_no_harm(connected, unharmed):
         *(rng.randbytes(3000) for _ in range(20)),
     ):
         with (
-            socket.create_connection(("127.0.0.1", port), 5.0) as peer,
+            socket.create_connection(("127.0.0.1", port), 20) as peer,
             contextlib.suppress(OSError),  # cut off, and rightly so
         ):
             peer.sendall(sent)
@@ -362,8 +359,8 @@ LARGE = Message(b"x", [memoryview(bytes(LIMIT))])
 
 
 ASK = (
-    lambda requester, message: requester.call(message, 5.0),
-    lambda requester, message: requester.request(message).result(5.0),
+    lambda requester, message: requester.call(message, 20),
+    lambda requester, message: requester.request(message).result(20),
 )
 
 
@@ -378,7 +375,7 @@ def test_a_code_is_an_error_of_ours(code, large):
     message = LARGE if large else SMALL
     with Strange(abort) as server:
         for ask in ASK:
-            with transport.connect(server.url, 5.0) as requester:
+            with transport.connect(server.url, 20) as requester:
                 meant = MEANS.get(code, Unreachable)
                 with pytest.raises(meant) as caught:
                     ask(requester, message)
@@ -390,18 +387,18 @@ def test_a_code_is_an_error_of_ours(code, large):
 def test_a_reply_that_is_none_is_malformed(piece):
     with (
         Strange(lambda data, context: piece) as server,
-        transport.connect(server.url, 5.0) as requester,
+        transport.connect(server.url, 20) as requester,
     ):
         for _ in range(2):
             with pytest.raises(Malformed):
-                requester.call(SMALL, 5.0)
+                requester.call(SMALL, 20)
             with pytest.raises(Malformed):
-                requester.request(SMALL).result(5.0)
+                requester.request(SMALL).result(20)
         server.behave = lambda data, context: [piece]
         with pytest.raises(Malformed):
-            requester.call(LARGE, 5.0)
+            requester.call(LARGE, 20)
         with pytest.raises(Malformed):
-            requester.request(LARGE).result(5.0)
+            requester.request(LARGE).result(20)
         assert not requester.lost
 
 
@@ -411,10 +408,10 @@ def test_a_large_reply_that_can_not_be_fetched_is_an_error():
             return PREFIX.pack(1, LIMIT)
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "too late")
 
-    with Strange(behave) as server, transport.connect(server.url, 5.0) as requester:
+    with Strange(behave) as server, transport.connect(server.url, 20) as requester:
         for send in (
-            lambda: requester.call(SMALL, 5.0),
-            lambda: requester.request(SMALL).result(5),
+            lambda: requester.call(SMALL, 20),
+            lambda: requester.request(SMALL).result(20),
         ):
             with pytest.raises(Malformed, match="too late"):
                 send()
@@ -452,12 +449,12 @@ def test_a_large_reply_that_is_not_as_promised_is_malformed_and_read_no_further(
             return PREFIX.pack(77, promised)
         return endless(context)
 
-    with Strange(behave) as server, transport.connect(server.url, 5.0) as requester:
+    with Strange(behave) as server, transport.connect(server.url, 20) as requester:
         with pytest.raises(Malformed), took(at_most=2.5):
             ask(requester, SMALL)
         assert not requester.lost
         if sent:
-            assert ended.wait(5.0)
+            assert ended.wait(20)
         assert sum(sent) <= 100 << 20
 
 
@@ -470,12 +467,12 @@ def test_a_reply_to_what_is_large_is_read_no_further_than_its_prefix_says():
         while not ended.is_set():
             yield PIECE
 
-    with Strange(endless) as server, transport.connect(server.url, 5.0) as requester:
+    with Strange(endless) as server, transport.connect(server.url, 20) as requester:
         for ask in ASK:
             ended.clear()
             with pytest.raises(Malformed), took(at_most=2.5):
                 ask(requester, LARGE)
-            assert ended.wait(5.0)
+            assert ended.wait(20)
         assert not requester.lost
 
 
@@ -485,7 +482,7 @@ def test_a_welcome_that_is_none_is_unreachable(welcome):
         Strange(connect=lambda data, context: welcome) as server,
         pytest.raises(Unreachable, match="no edgeml server"),
     ):
-        transport.connect(server.url, 5.0)
+        transport.connect(server.url, 20)
 
 
 def test_another_grpc_server_is_unreachable():
@@ -493,13 +490,13 @@ def test_another_grpc_server_is_unreachable():
         context.abort(grpc.StatusCode.NOT_FOUND, "")
 
     with Strange(connect=not_found) as strange, pytest.raises(Unreachable):
-        transport.connect(strange.url, 5.0)
+        transport.connect(strange.url, 20)
     pool = ThreadPoolExecutor(1)
     server = grpc.server(pool)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with pytest.raises(Unreachable):
-        transport.connect(ANYWHERE.with_port(port), 5.0)
+        transport.connect(ANYWHERE.with_port(port), 20)
     server.stop(0).wait()
     pool.shutdown()
 
@@ -524,7 +521,7 @@ def test_large_messages_go_both_ways_within_grpcs_own_limit(megabytes):
 
     with (
         transport.serve(ANYWHERE, on_request) as endpoint,
-        transport.connect(endpoint.url, 5.0) as requester,
+        transport.connect(endpoint.url, 20) as requester,
         Stranger(endpoint.url.port) as stranger,
     ):
         taken = b"%d" % (size + 5)
@@ -541,8 +538,8 @@ def test_large_messages_go_both_ways_within_grpcs_own_limit(megabytes):
 def test_at_the_limit_nothing_is_off_by_one(connected, extra):
     _, requester = connected
     header = b"\0" * (LIMIT - PREFIX.size - 8 + extra)
-    assert requester.call(Message(header), 5.0).header == header
-    assert requester.request(Message(header)).result(5.0).header == header
+    assert requester.call(Message(header), 20).header == header
+    assert requester.request(Message(header)).result(20).header == header
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -612,7 +609,7 @@ class HalfSender:
     ACK, END_HEADERS = 1, 4
 
     def __init__(self, port: int, method: str, streams: int):
-        self.sock = socket.create_connection(("127.0.0.1", port), 5.0)
+        self.sock = socket.create_connection(("127.0.0.1", port), 20)
         self.received = b""
         self.sent = dict.fromkeys(range(1, 2 * streams, 2), 0)
         self.windows = dict.fromkeys((0, *self.sent), 65_535)
@@ -639,7 +636,7 @@ class HalfSender:
             if not data:
                 raise ConnectionResetError
             self.received += data
-        self.sock.settimeout(5.0)
+        self.sock.settimeout(20)
         while len(self.received) >= (end := 9 + int.from_bytes(self.received[:3], "big")):
             frame, self.received = self.received[:end], self.received[end:]
             kind, flags = frame[3:5]
@@ -688,13 +685,13 @@ def test_requests_that_are_half_sent_are_bounded_for_each_connection(method):
     limits = Limits(bytes_per_client=1 << 20)
     with (
         transport.serve(ANYWHERE, lambda message, reply: reply(message), limits=limits) as served,
-        transport.connect(served.url, 5.0) as good,
+        transport.connect(served.url, 20) as good,
     ):
         sender = HalfSender(served.url.port, method, streams=200)
         flooding = ThreadPoolExecutor(1).submit(sender.flood)
         while not flooding.done():
             with took(at_most=1.0):
-                assert good.call(Message(b"x"), 5.0).header == b"x"
+                assert good.call(Message(b"x"), 20).header == b"x"
         assert flooding.result() < 600 << 20
         wait_until(lambda: served.counts["Overloaded"] == 1)
         wait_until(lambda: len(served._sockets._flows) <= 1)
@@ -706,7 +703,7 @@ def test_a_busy_client_is_not_taken_for_one_that_sends_by_halves():
     message = Message(b"x", [memoryview(bytes(1 << 20))])
     with (
         transport.serve(ANYWHERE, lambda message, reply: reply(Message(b"y")), limits=limits) as s,
-        transport.connect(s.url, 5.0) as one,
+        transport.connect(s.url, 20) as one,
         ThreadPoolExecutor(4) as pool,
     ):
         calls = [pool.submit(one.call, message, 20.0) for _ in range(200)]
@@ -760,12 +757,12 @@ def test_what_has_been_read_counts_no_more():
     limits = Limits(replies_per_client=8 << 20)
     with (
         transport.serve(ANYWHERE, lambda message, reply: reply(message), limits=limits) as served,
-        transport.connect(served.url, 5.0) as requester,
+        transport.connect(served.url, 20) as requester,
     ):
         for _ in range(12):
-            assert requester.call(answer, 5.0).buffers[0].nbytes == 1 << 20
-            assert requester.call(large, 5.0).buffers[0].nbytes == 6 << 20
-            assert requester.request(large).result(5.0).buffers[0].nbytes == 6 << 20
+            assert requester.call(answer, 20).buffers[0].nbytes == 1 << 20
+            assert requester.call(large, 20).buffers[0].nbytes == 6 << 20
+            assert requester.request(large).result(20).buffers[0].nbytes == 6 << 20
         wait_until(lambda: not served._unread.nbytes)
         assert not served._incoming.nbytes
         assert not served.counts
@@ -834,7 +831,7 @@ def test_a_stream_that_is_broken_off_is_forgotten(parking, assemblies, how):
     wait_until(lambda: taken)
     assert [message.header for message, _ in taken] == [b"x"]
     taken[0][1](Message(b"fine"))
-    assert future.result(5.0).header == b"fine"
+    assert future.result(20).header == b"fine"
 
 
 def test_a_large_reply_that_is_not_fetched_is_dropped_and_counted(
@@ -957,10 +954,10 @@ def test_health_is_answered_while_a_handler_computes():
             future = client.call_async("wait", None)
             check = stranger.channel.unary_unary(f"{HEALTH}Check")
             for _ in range(5):
-                assert check(b"", timeout=2) == SERVING
+                assert check(b"", timeout=20) == SERVING
             assert not future.done()
             over.set()
-            assert future.result(5.0)
+            assert future.result(20)
 
 
 @pytest.mark.parametrize(
@@ -1027,7 +1024,7 @@ def connecting_anew(requester):
 def test_another_server_on_the_port_is_not_taken_for_the_first(message):
     first = transport.serve(ANYWHERE, lambda message, reply: reply(message))
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(transport.connect(first.url, 5.0)) for _ in range(2)]
+        connections = [stack.enter_context(transport.connect(first.url, 20)) for _ in range(2)]
         stranger = stack.enter_context(Stranger(first.url.port))
         number, _ = PREFIX.unpack(stranger.connect())
         asked = []
@@ -1037,9 +1034,9 @@ def test_another_server_on_the_port_is_not_taken_for_the_first(message):
                 transport.serve(first.url, lambda message, reply: asked.append(reply(message)))
             )
         with pytest.raises(NotCarriedOut):
-            connections[0].call(message, 5.0)
+            connections[0].call(message, 20)
         with pytest.raises(NotCarriedOut):
-            connections[1].request(message).result(5.0)
+            connections[1].request(message).result(20)
         assert all(requester.lost for requester in connections)
 
         def answered_by_another() -> bool:
@@ -1054,8 +1051,8 @@ def test_another_server_on_the_port_is_not_taken_for_the_first(message):
         # While what a reply is fetched for has been carried out, by the first.
         with refused(grpc.StatusCode.UNAVAILABLE):
             stranger.fetch(PREFIX.pack(number, 1))
-        with transport.connect(first.url, 5.0) as requester:
-            assert requester.call(SMALL, 5.0).header == b"x"
+        with transport.connect(first.url, 20) as requester:
+            assert requester.call(SMALL, 20).header == b"x"
 
 
 def test_a_call_that_another_server_on_the_port_refused_is_made_again(monkeypatch):
@@ -1104,32 +1101,31 @@ def test_either_end_may_be_closed_while_large_streams_go_both_ways(end):
         arrived = threading.Event()
         with (
             transport.serve(ANYWHERE, on_request) as endpoint,
-            transport.connect(endpoint.url, 5.0) as requester,
+            transport.connect(endpoint.url, 20) as requester,
             ThreadPoolExecutor(4) as pool,
         ):
             asked = [requester.request(large if i % 2 else SMALL) for i in range(4)]
             asked += [pool.submit(requester.call, (SMALL, large)[i % 2], 30.0) for i in range(4)]
             assert arrived.wait(10)
-            began = time.monotonic()
-            (requester if end == "client" else endpoint).close()
-            assert time.monotonic() - began < 3.0
+            with took(at_most=3.0):
+                (requester if end == "client" else endpoint).close()
             for future in asked:
                 with contextlib.suppress(Closed, Unreachable):
-                    assert future.result(5.0).header == b"large"
+                    assert future.result(20).header == b"large"
 
 
 def test_two_servers_in_one_process_do_not_mind_each_other():
     def answering(text: bytes):
         return transport.serve(ANYWHERE, lambda message, reply: reply(Message(text)))
 
-    with answering(b"1") as one, transport.connect(one.url, 5.0) as to_one:
-        with answering(b"2") as two, transport.connect(two.url, 5.0) as to_two:
+    with answering(b"1") as one, transport.connect(one.url, 20) as to_one:
+        with answering(b"2") as two, transport.connect(two.url, 20) as to_two:
             assert one.url.port != two.url.port
             for _ in range(20):
                 assert to_one.call(SMALL, 5.0).header == b"1"
                 assert to_two.call(LARGE, 5.0).header == b"2"
         assert to_one.call(LARGE, 5.0).header == b"1"
-        with answering(b"3") as three, transport.connect(three.url, 5.0) as to_three:
+        with answering(b"3") as three, transport.connect(three.url, 20) as to_three:
             assert to_three.call(SMALL, 5.0).header == b"3"
 
 
@@ -1140,16 +1136,15 @@ def test_with_4096_requests_parked_others_are_answered_and_no_more_are_taken(par
         requester.request(Message(b"one more"))
     wait_until(lambda: len(taken) == 4096, 30.0)
     endpoint._on_request = lambda message, reply: reply(message)
-    with transport.connect(endpoint.url, 5.0) as other:
+    with transport.connect(endpoint.url, 20) as other:
         for each in (requester, other):
-            began = time.monotonic()
-            for _ in range(20):
-                assert each.call(Message(b"now"), 5.0).header == b"now"
-            assert time.monotonic() - began < 2.0
+            with took(at_most=2.0):
+                for _ in range(20):
+                    assert each.call(Message(b"now"), 20).header == b"now"
     endpoint.reply_many([reply for _, reply in taken], Message(b"all"))
     assert {future.result(20.0).header for future in asked} == {b"all"}
     assert endpoint.dropped == 0
-    assert requester.request(Message(b"again")).result(5.0).header == b"again"
+    assert requester.request(Message(b"again")).result(20).header == b"again"
 
 
 # Addresses --------------------------------------------------------------------------------
@@ -1182,7 +1177,7 @@ def test_no_proxy_is_asked_for_this_machine(proxy, host):
 def test_a_proxy_that_swallows_a_connection_is_named(proxy, monkeypatch):
     url = Url("grpc", "192.0.2.1", 5557)
     with pytest.raises(Unreachable, match=rf"\${proxy}.*no_proxy") as caught:
-        transport.connect(url, 5.0)
+        transport.connect(url, 20)
     assert "secret" not in str(caught.value)
     for excepted, asked in [("10.0.0.1, .2.1", ""), ("192.0.2.1", ""), (" ,", proxy), ("x", proxy)]:
         monkeypatch.setenv("no_proxy", excepted)
@@ -1200,8 +1195,8 @@ def test_a_host_may_be_a_name_or_an_address(host):
     with transport.serve(Url("grpc", host, 0), lambda message, reply: reply(message)) as endpoint:
         near = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         for url in (endpoint.url.with_host(near), Url.parse(str(endpoint.url.with_host(near)))):
-            with transport.connect(url, 5.0) as requester:
-                assert requester.call(Message(b"x"), 5.0).header == b"x"
+            with transport.connect(url, 20) as requester:
+                assert requester.call(Message(b"x"), 20).header == b"x"
         if ":" in host:
             with Stranger(endpoint.url.port, f"[{near}]") as stranger:
                 assert stranger.request(request_of(SMALL)) == request_of(SMALL)
@@ -1228,17 +1223,17 @@ from edgeml.core import Message, Url, load_transport
 
 url = Url.parse(sys.argv[1])
 large = Message(b"park", [memoryview(bytes(int(sys.argv[2])))])
-requester = load_transport("grpc").connect(url, 5.0)
+requester = load_transport("grpc").connect(url, 20)
 for _ in range(3):
     try:
         print("asking")
         requester.call(large, 30.0)
     except KeyboardInterrupt:
         print("interrupted")
-    assert requester.call(Message(b"echo"), 5.0).header == b"echo"
+    assert requester.call(Message(b"echo"), 20).header == b"echo"
 began = time.monotonic()
 requester.close()
-assert time.monotonic() - began < 2.0
+assert time.monotonic() - began < 10.0  # not the half minute
 print("closed")
 """
 
@@ -1258,10 +1253,9 @@ def test_ctrl_c_ends_a_call_at_once_and_the_connection_goes_on(size):
             for count in (1, 2, 3):
                 assert program.line() == "asking"
                 wait_until(lambda count=count: len(taken) == count)
-                began = time.monotonic()
-                program.signal(signal.SIGINT)
-                assert program.line() == "interrupted"
-                assert time.monotonic() - began < 2.0
+                with took(at_most=2.0):
+                    program.signal(signal.SIGINT)
+                    assert program.line() == "interrupted"
             assert program.line() == "closed"
             assert program.end() == (0, "")
         wait_until(lambda: all(reply.expired for reply in taken))
@@ -1282,12 +1276,12 @@ def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
         transport = load_transport("grpc")
         requester = transport.connect(Url.parse("{endpoint.url}"), 5.0)
         large = Message(b"x", [memoryview(bytes(5 << 20))])
-        requester.call(Message(b"x"), 5.0)
-        requester.request(large).result(5.0)
+        requester.call(Message(b"x"), 20)
+        requester.request(large).result(20)
         child = os.fork()
         if not child:
             began = time.monotonic()
-            for send in (requester.request, lambda m: requester.call(m, 5.0)):
+            for send in (requester.request, lambda m: requester.call(m, 20)):
                 for message in (Message(b"x"), large):
                     try:
                         send(message)
@@ -1296,11 +1290,11 @@ def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
                     else:
                         raise AssertionError
             requester.close()
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 15  # not the deadlines
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        assert requester.call(Message(b"parent"), 5.0).header == b"parent"
-        assert requester.request(large).result(5.0).header == b"x"
+        assert requester.call(Message(b"parent"), 20).header == b"parent"
+        assert requester.request(large).result(20).header == b"x"
         requester.close()
     """)
 
@@ -1324,15 +1318,15 @@ def test_a_child_forked_beside_grpc_is_told_to_be_spawned(connected):
                 function()
             except edgeml.EdgemlError as error:
                 assert "spawn" in str(error) and "forkserver" in str(error), error
-                assert time.monotonic() - began < 4.0  # not the deadline
+                assert time.monotonic() - began < 9.0  # not the deadline
                 return isinstance(error, PermissionDenied)
             raise AssertionError
 
         child = os.fork()
         if not child:
-            told(lambda: requester.call(Message(b"x"), 5.0))
+            told(lambda: requester.call(Message(b"x"), 20))
             assert told(lambda: client.call("echo", 1))
-            assert told(lambda: client.call_async("echo", 1).result(5.0))
+            assert told(lambda: client.call_async("echo", 1).result(20))
             assert told(lambda: edgeml.InferenceClient("127.0.0.1", server.port, "grpc"))
             config = edgeml.TrainerConfig(server.port, server.port)
             assert told(lambda: edgeml.TrainerClient(
@@ -1373,7 +1367,7 @@ def test_a_process_forked_before_grpc_is_used_may_use_it(connected):
         transport = load_transport("grpc")
         child = os.fork()
         with transport.connect(Url.parse("{endpoint.url}"), 5.0) as requester:
-            assert requester.call(Message(b"x"), 5.0).header == b"x"
+            assert requester.call(Message(b"x"), 20).header == b"x"
         if not child:
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
@@ -1462,7 +1456,7 @@ def test_what_waits_for_its_turn_is_bounded_for_each_connection(size, most, meth
             return channel.stream_stream(path)(iter([data]), timeout=20, metadata=metadata)
 
         def answer(call):
-            return call.result(5.0) if method == "Request" else b"".join(call)
+            return call.result(20) if method == "Request" else b"".join(call)
 
         def ask_in_turn(channel):
             """A request, and then the one that it comes after: neither is held up."""

@@ -19,8 +19,9 @@ from edgeml.core.refusals import Refusals
 from edgeml.core.security import SERVER_NAME, ClientKey, Keyring
 from edgeml.core.tls import read_keys
 from edgeml.testing.ends import resident_memory
+from edgeml.testing.stopwatch import Stopwatch
 from edgeml.transports.grpc.sockets import Sockets
-from pairs import make_keys, took, wait_until
+from pairs import later, make_keys, took, wait_until
 
 ANYWHERE = Url("grpc", "127.0.0.1", 0)
 COUNT = 800  # of garbage connections; ten thousand did no harm either
@@ -66,9 +67,9 @@ def test_both_ends_know_that_it_is_secured_and_who_asks(endpoint, credentials, r
     with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
         assert requester.secured
         assert requester.local
-        assert requester.call(Message(b"x"), 5.0).header == b"x"
-        assert requester.call(large, 5.0).buffers[0].nbytes == 9 << 20
-        assert requester.request(Message(b"y")).result(5.0).header == b"y"
+        assert requester.call(Message(b"x"), 20).header == b"x"
+        assert requester.call(large, 20).buffers[0].nbytes == 9 << 20
+        assert requester.request(Message(b"y")).result(20).header == b"y"
     assert [header for header, _ in requests] == [b"x", b"large", b"y"]
     assert {peer.identity for _, peer in requests} == {"robot"}
     assert {peer.host for _, peer in requests} == {"127.0.0.1"}
@@ -82,9 +83,9 @@ def test_without_keys_nothing_is_secured_and_nobody_has_an_identity(requests):
 
     with (
         transport.serve(Url("grpc", "0.0.0.0", 0), take) as endpoint,
-        transport.connect(Url("grpc", "localhost", endpoint.url.port), 5.0) as requester,
+        transport.connect(Url("grpc", "localhost", endpoint.url.port), 20) as requester,
     ):
-        requester.call(Message(b"x"), 5.0)
+        requester.call(Message(b"x"), 20)
         assert not endpoint.secured
         assert not endpoint.local
         assert not requester.secured
@@ -188,7 +189,7 @@ def test_handshakes_that_fail_are_counted_and_logged_once(
             transport.connect(endpoint.url, 5.0, credentials=credentials.get(WRONG[wrong][0]))
     with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
         wait_until(lambda: endpoint.counts["PermissionDenied"] >= 3)
-        assert requester.call(Message(b"x"), 5.0).header == b"x"
+        assert requester.call(Message(b"x"), 20).header == b"x"
     told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
     assert len(told) == 1
     assert "127.0.0.1" in told[0]
@@ -199,7 +200,7 @@ def test_handshakes_that_fail_are_counted_and_logged_once(
 def test_clients_that_come_and_go_are_not_taken_for_handshakes_that_failed(endpoint, credentials):
     for _ in range(20):
         with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
-            requester.call(Message(b"x"), 5.0)
+            requester.call(Message(b"x"), 20)
     wait_until(lambda: not endpoint._sockets._asked)
     assert not endpoint.counts
 
@@ -221,14 +222,14 @@ def test_one_address_has_so_many_connections_and_no_more(credentials, with_keys,
         with transport.connect(url, 5.0, credentials=client) as requester:
             wait_until(lambda: endpoint._sockets._descriptors)
             address = ("127.0.0.1", url.port)
-            more = [socket.create_connection(address, 5.0) for _ in range(5)]
+            more = [socket.create_connection(address, 20) for _ in range(5)]
             wait_until(lambda: endpoint.counts["Overloaded"] == 3)
-            assert requester.call(Message(b"x"), 5.0).header == b"x"
+            assert requester.call(Message(b"x"), 20).header == b"x"
             for each in more:
                 each.close()
             wait_until(lambda: len(endpoint._sockets._descriptors) == 1)
             with transport.connect(url, 5.0, credentials=client) as new:
-                assert new.call(Message(b"x"), 5.0).header == b"x"
+                assert new.call(Message(b"x"), 20).header == b"x"
 
 
 def test_keys_are_added_and_revoked_while_the_server_runs(tmp_path):
@@ -242,22 +243,22 @@ def test_keys_are_added_and_revoked_while_the_server_runs(tmp_path):
         robot = Credentials.load(make_client_keys(server, "robot"))
         clients.refresh()
         with transport.connect(endpoint.url, 5.0, credentials=robot) as requester:
-            assert requester.call(Message(b"x"), 5.0).header == b"x"
+            assert requester.call(Message(b"x"), 20).header == b"x"
             revoke(server, "robot")
             clients.refresh()
             for ask in (
-                lambda: requester.call(Message(b"x"), 5.0),
-                lambda: requester.request(Message(b"x")).result(5.0),
-                lambda: requester.call(Message(b"x", [memoryview(bytes(5 << 20))]), 5.0),
+                lambda: requester.call(Message(b"x"), 20),
+                lambda: requester.request(Message(b"x")).result(20),
+                lambda: requester.call(Message(b"x", [memoryview(bytes(5 << 20))]), 20),
             ):
                 with pytest.raises(PermissionDenied):
                     ask()
         assert endpoint.counts["PermissionDenied"] == 3
 
 
-def test_a_key_that_expires_while_its_client_is_connected_ends_there(credentials, keys):
+def test_a_key_that_expires_while_its_client_is_connected_ends_there(credentials, monkeypatch):
     known = credentials["server"].clients.by_name("robot")
-    soon = time.time() + 0.5
+    soon = time.time() + 1800
     clients = Keyring([ClientKey("robot", certificate=known.certificate, expires=soon)])
     serving = Credentials(tls=credentials["server"].tls, clients=clients)
     with (
@@ -266,10 +267,10 @@ def test_a_key_that_expires_while_its_client_is_connected_ends_there(credentials
         ) as endpoint,
         transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester,
     ):
-        assert requester.call(Message(b"x"), 5.0).header == b"x"
-        threading.Event().wait(max(0.0, soon - time.time()))
+        assert requester.call(Message(b"x"), 20).header == b"x"
+        later(monkeypatch, 3600)
         with pytest.raises(PermissionDenied, match="expired"):
-            requester.call(Message(b"x"), 5.0)
+            requester.call(Message(b"x"), 20)
 
 
 def test_keys_that_lack_what_is_needed_are_refused_and_say_what_to_do(credentials):
@@ -308,15 +309,15 @@ def test_what_passes_is_not_readable(endpoint, credentials):
                 back.start()
                 forward(near, far)
                 far.shutdown(socket.SHUT_RDWR)
-                back.join(5)
+                back.join(20)
 
         proxy = threading.Thread(target=serve, daemon=True)
         proxy.start()
         url = ANYWHERE.with_port(listener.getsockname()[1])
         with transport.connect(url, 5.0, credentials=credentials["robot"]) as requester:
             secret = Message(b"a-secret-header", [memoryview(b"a-secret-buffer" * 100)])
-            assert requester.call(secret, 5.0).header == b"a-secret-header"
-        proxy.join(5)
+            assert requester.call(secret, 20).header == b"a-secret-header"
+        proxy.join(20)
     assert len(seen) > 1000
     for word in (b"secret", b"edgeml.Transport", b"Request", b"robot"):
         assert word not in seen
@@ -348,7 +349,7 @@ def test_a_handshake_that_never_ends_is_cut_off(credentials):
     for keys in (None, credentials["server"]):
         with (
             transport.serve(ANYWHERE, lambda *_: None, credentials=keys, limits=limits) as endpoint,
-            socket.create_connection(("127.0.0.1", endpoint.url.port), 5.0) as slow,
+            socket.create_connection(("127.0.0.1", endpoint.url.port), 20) as slow,
             took(at_most=4.0),
         ):
             slow.sendall(b"\x16\x03\x01" if keys else b"PRI * ")
@@ -410,18 +411,18 @@ def test_garbage_connections_do_no_harm(credentials, with_keys):
         transport.connect(endpoint.url, 5.0, credentials=client) as good,
     ):
         address = ("127.0.0.1", endpoint.url.port)
-        slow = [socket.create_connection(address, 5.0) for _ in range(50)]
+        slow = [socket.create_connection(address, 20) for _ in range(50)]
 
         took_each = []
 
         def flood(count):
             for index in range(count):
-                with socket.create_connection(address, 5.0) as peer:
+                with socket.create_connection(address, 20) as peer:
                     peer.sendall(rng.choice(GREETINGS) + rng.randbytes(rng.choice((0, 10, 1000))))
                 if index % 20 == 0:
-                    began = time.monotonic()
-                    assert good.call(Message(b"x"), 5.0).header == b"x"
-                    took_each.append(time.monotonic() - began)
+                    watch = Stopwatch()
+                    assert good.call(Message(b"x"), 20).header == b"x"
+                    took_each.append(watch.seconds)
 
         flood(200)
         wait_until(lambda: len(endpoint._sockets._descriptors) <= 60)
@@ -436,6 +437,6 @@ def test_garbage_connections_do_no_harm(credentials, with_keys):
             took(at_most=2.0),
             transport.connect(endpoint.url, 5.0, credentials=client) as new,
         ):
-            assert new.call(Message(b"new"), 5.0).header == b"new"
+            assert new.call(Message(b"new"), 20).header == b"new"
         if with_keys:
             wait_until(lambda: endpoint.counts["PermissionDenied"] > COUNT // 2)

@@ -137,7 +137,7 @@ def until(condition, timeout=5.0) -> bool:
 def test_random_bytes_over_tcp_do_no_harm(server, unharmed, rng, start):
     for _ in range(40):
         with (
-            socket.create_connection(("127.0.0.1", server.port), 5.0) as peer,
+            socket.create_connection(("127.0.0.1", server.port), 20) as peer,
             contextlib.suppress(OSError),  # cut off, and rightly so
         ):
             peer.sendall(start)
@@ -221,7 +221,7 @@ def test_the_good_are_answered_within_a_second_beside_thousands_who_babble(rng, 
             good = pool.submit(ask)
             try:
                 for number in range(count):
-                    peer = socket.create_connection(("127.0.0.1", server.port), 5.0)
+                    peer = socket.create_connection(("127.0.0.1", server.port), 20)
                     with contextlib.suppress(OSError):
                         peer.sendall(babble(rng))
                     held.append(peer)
@@ -303,7 +303,7 @@ def test_peers_that_claim_what_others_are_to_be_called_do_no_harm():
 
 @pytest.mark.parametrize("size", [1000, 1 << 30, (1 << 30) + 1, 1 << 40, (1 << 64) - 1])
 def test_a_peer_that_announces_a_huge_frame_is_cut_off(server, unharmed, size):
-    with socket.create_connection(("127.0.0.1", server.port), 5.0) as peer:
+    with socket.create_connection(("127.0.0.1", server.port), 20) as peer:
         peer.sendall(GREETING + READY)
         got = b""
         while b"ROUTER" not in got:  # from here on we are taken for one of its own
@@ -329,7 +329,7 @@ def test_a_message_of_too_many_parts_is_ignored(server, unharmed):
 
 
 def test_an_http_client_gets_no_answer(server, unharmed):
-    with socket.create_connection(("127.0.0.1", server.port), 5.0) as peer:
+    with socket.create_connection(("127.0.0.1", server.port), 20) as peer:
         peer.sendall(b"GET / HTTP/1.1\r\nHost: robot\r\nConnection: close\r\n\r\n")
         peer.settimeout(0.3)
         got = b""
@@ -341,7 +341,7 @@ def test_an_http_client_gets_no_answer(server, unharmed):
 
 
 def test_peers_that_connect_and_say_nothing_do_no_harm(server, unharmed):
-    peers = [socket.create_connection(("127.0.0.1", server.port), 5.0) for _ in range(200)]
+    peers = [socket.create_connection(("127.0.0.1", server.port), 20) for _ in range(200)]
     with server.client() as client:
         assert client.call("echo", 1) == 1
     for peer in peers:
@@ -428,16 +428,14 @@ def strange():
         with contextlib.suppress(OSError):
             peer.shutdown(socket.SHUT_RDWR)
     for thread in threads:
-        thread.join(5.0)
+        thread.join(20)
 
 
 @pytest.mark.parametrize("behave", STRANGE, ids=lambda f: f.__name__)
 def test_a_client_of_something_else_is_told_so_in_time(strange, behave):
     port = strange(behave)
-    began = time.monotonic()
-    with pytest.raises(Unreachable):
+    with took(at_most=2.0), pytest.raises(Unreachable):
         InferenceClient("127.0.0.1", port, "zmq", timeout=0.5)
-    assert time.monotonic() - began < 2.0
 
 
 @pytest.mark.parametrize("behave", STRANGE, ids=lambda f: f.__name__)
@@ -447,8 +445,8 @@ def test_a_connection_to_something_else_can_be_closed(strange, behave):
             requester.request(Message(b"x", [memoryview(bytes(300_000))]))
         with pytest.raises((Unreachable, DeadlineExceeded)):
             requester.call(Message(b"x", [memoryview(bytes(300_000))]), 0.2)
-        began = time.monotonic()
-    assert time.monotonic() - began < 2.0
+        with took(at_most=2.0):
+            requester.close()
 
 
 def test_a_server_that_sends_replies_nobody_asked_for_does_no_harm(rng):
@@ -457,9 +455,7 @@ def test_a_server_that_sends_replies_nobody_asked_for_does_no_harm(rng):
         port = router.bind_to_random_port("tcp://127.0.0.1")
         with transport.connect(Url("zmq", "127.0.0.1", port), 5.0) as requester:
             future = requester.request(Message(b"shared"))
-            waiting = threading.Thread(
-                target=lambda: got.append(requester.call(Message(b"x"), 5.0))
-            )
+            waiting = threading.Thread(target=lambda: got.append(requester.call(Message(b"x"), 20)))
             got = []
             waiting.start()
             for _ in range(2):
@@ -469,9 +465,9 @@ def test_a_server_that_sends_replies_nobody_asked_for_does_no_harm(rng):
                     router.send_multipart([identity, *parts])
                 router.send_multipart([identity] + [b"x" * 20] * 20_000)
                 router.send_multipart([identity, head[:8] + b"the reply"])
-            waiting.join(5.0)
+            waiting.join(20)
             assert got[0].header == b"the reply"
-            assert future.result(5.0).header == b"the reply"
+            assert future.result(20).header == b"the reply"
 
 
 def test_a_frozen_server_misses_the_deadline_and_goes_on_when_it_thaws():
@@ -543,7 +539,7 @@ class Relay:
         for pair in self.pairs:
             self._hang_up(pair)
         for thread in self._threads:
-            thread.join(5.0)
+            thread.join(20)
         for end in itertools.chain(*self.pairs):
             end.close()
 
@@ -552,36 +548,36 @@ def test_a_callers_own_connection_that_is_cut_is_made_anew(connected):
     endpoint, _ = connected
     with Relay(endpoint.url.port) as relay:
         url = endpoint.url.with_port(relay.port)
-        with transport.connect(url, 5.0) as requester:
-            requester.request(Message(b"shared")).result(5.0)
+        with transport.connect(url, 20) as requester:
+            requester.request(Message(b"shared")).result(20)
             before = len(relay.pairs)
-            requester.call(Message(b"own"), 5.0)
+            requester.call(Message(b"own"), 20)
             assert len(relay.pairs) == before + 1
             relay.cut(-1)
             assert until(lambda: len(relay.pairs) == before + 2)
-            assert requester.call(Message(b"anew"), 5.0).header == b"anew"
-            assert requester.request(Message(b"shared")).result(5.0).header == b"shared"
+            assert requester.call(Message(b"anew"), 20).header == b"anew"
+            assert requester.request(Message(b"shared")).result(20).header == b"shared"
 
 
 def test_a_shared_connection_that_is_cut_is_lost_to_all(connected):
     endpoint, _ = connected
     with (
         Relay(endpoint.url.port) as relay,
-        transport.connect(endpoint.url.with_port(relay.port), 5.0) as requester,
+        transport.connect(endpoint.url.with_port(relay.port), 20) as requester,
     ):
-        requester.request(Message(b"shared")).result(5.0)
+        requester.request(Message(b"shared")).result(20)
         assert until(lambda: len(relay.pairs) == 2)  # the first only asked who is there
-        requester.call(Message(b"own"), 5.0)
+        requester.call(Message(b"own"), 20)
         relay.cut(1)
 
         def lost() -> bool:
             try:
-                requester.call(Message(b""), 1.0)
+                requester.call(Message(b""), 20)
             except Unreachable:
                 return True
             return False
 
-        assert until(lost, 2.0)
+        assert until(lost)
 
 
 @pytest.mark.slow
@@ -591,7 +587,7 @@ def test_a_frame_that_takes_long_is_not_cut_off(connected):
     sent = Message(b"", [memoryview(bytes(30_000_000))])
     with (
         Relay(endpoint.url.port, rate=1e6) as relay,
-        transport.connect(endpoint.url.with_port(relay.port), 5.0) as requester,
+        transport.connect(endpoint.url.with_port(relay.port), 20) as requester,
     ):
         future = requester.request(sent)
         assert requester.call(sent, 100.0).buffers[0].nbytes == 30_000_000
@@ -610,7 +606,7 @@ def test_what_zmq_does_not_carry_is_refused_with_a_reason(connected):
             with pytest.raises(NotEncodable, match=reason):
                 send(message)
     as_many_as_go = Message(b"", [memoryview(b"x")] * (1 << 14))
-    assert len(requester.call(as_many_as_go, 5.0).buffers) == 1 << 14
+    assert len(requester.call(as_many_as_go, 20).buffers) == 1 << 14
 
 
 def test_a_publication_may_take_longer_than_a_heartbeat_on_a_slow_network(monkeypatch):
@@ -639,7 +635,7 @@ def test_a_reply_that_zmq_does_not_carry_is_refused_and_another_can_be_given(par
     with pytest.raises(NotEncodable, match="16385 arrays"):
         reply(Message(b"", [memoryview(b"x")] * ((1 << 14) + 1)))
     reply(Message(b"small"))
-    assert future.result(5).header == b"small"
+    assert future.result(20).header == b"small"
 
 
 def test_what_a_frozen_peer_has_not_been_sent_can_be_forgotten():
@@ -667,10 +663,10 @@ def test_so_many_requests_may_be_under_way_and_no_more(parking):
 def test_no_file_descriptors_are_left():
     def live() -> None:
         with transport.serve(ANYWHERE, lambda message, reply: reply(message)) as endpoint:
-            with transport.connect(endpoint.url, 5.0) as requester:
-                requester.call(Message(b"", [memoryview(bytes(1 << 20))]), 5.0)
-            with transport.connect(endpoint.url, 5.0) as requester:
-                requester.request(Message(b"")).result(5.0)
+            with transport.connect(endpoint.url, 20) as requester:
+                requester.call(Message(b"", [memoryview(bytes(1 << 20))]), 20)
+            with transport.connect(endpoint.url, 20) as requester:
+                requester.request(Message(b"")).result(20)
 
     live()
     before = len(os.listdir("/proc/self/fd"))
@@ -686,19 +682,19 @@ def test_no_free_file_descriptor_is_told_as_unreachable(connected):
         from edgeml.core import Message, Unreachable, Url, load_transport
         transport = load_transport("zmq")
         url = Url.parse("{endpoint.url}")
-        first = transport.connect(url, 5.0)
+        first = transport.connect(url, 20)
         first.call(Message(b"x"), 5.0)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
-            transport.connect(url, 5.0)
+            transport.connect(url, 20)
         except Unreachable as error:
             assert "open files" in str(error), error
         else:
             raise AssertionError
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert first.call(Message(b"x"), 5.0).header == b"x"
-        with transport.connect(url, 5.0) as second:
+        with transport.connect(url, 20) as second:
             assert second.call(Message(b"x"), 5.0).header == b"x"
         first.close()
     """
@@ -739,13 +735,13 @@ def test_a_loop_that_is_replaced_while_it_sends_finishes_first():
             reply(Message(b"first", Relieving(replace)))
 
     with transport.serve(ANYWHERE, on_request) as endpoint:
-        with transport.connect(endpoint.url, 5.0) as requester:
+        with transport.connect(endpoint.url, 20) as requester:
             first = requester.request(Message(b"first"))
             second = requester.request(Message(b"other"))
-            assert first.result(5.0) == Message(b"first", [b"a", b"b"])
-            assert second.result(5.0) == Message(b"other")
+            assert first.result(20) == Message(b"first", [b"a", b"b"])
+            assert second.result(20) == Message(b"other")
         for thread in relieving:
-            thread.join(5.0)
+            thread.join(20)
 
 
 # Peers and addresses ----------------------------------------------------------------------
@@ -774,12 +770,12 @@ def test_a_host_may_be_a_name_or_an_address(host):
     with transport.serve(Url("zmq", host, 0), lambda message, reply: reply(message)) as endpoint:
         near = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         for url in (endpoint.url.with_host(near), Url.parse(str(endpoint.url.with_host(near)))):
-            with transport.connect(url, 5.0) as requester:
-                assert requester.call(Message(b"x"), 5.0).header == b"x"
-                assert requester.request(Message(b"x")).result(5.0).header == b"x"
+            with transport.connect(url, 20) as requester:
+                assert requester.call(Message(b"x"), 20).header == b"x"
+                assert requester.request(Message(b"x")).result(20).header == b"x"
         if host == "localhost":
             with transport.connect(endpoint.url.with_host("127.0.0.1"), 5.0) as requester:
-                assert requester.call(Message(b"x"), 5.0).header == b"x"
+                assert requester.call(Message(b"x"), 20).header == b"x"
 
 
 @pytest.mark.parametrize("host", ["203.0.113.1", "no such host", "." * 5, "a" * 300])
@@ -819,7 +815,7 @@ def test_ctrl_c_ends_a_call_and_the_array_may_be_changed(parking):
     for index in range(10):
         array.fill(index)
         with pytest.raises(KeyboardInterrupt), interrupted(signal.SIGINT, 0.01):
-            requester.call(Message(bytes([index]), [memoryview(array)]), 5.0)
+            requester.call(Message(bytes([index]), [memoryview(array)]), 20)
         array.fill(255)
     answer = requester.request(Message(b"done"))
     # It has a way of its own, and may come before what was sent and given up.
@@ -829,12 +825,12 @@ def test_ctrl_c_ends_a_call_and_the_array_may_be_changed(parking):
             reply(Message(b"fine"))
         else:
             assert (np.frombuffer(message.buffers[0], np.uint8) == message.header[0]).all()
-    assert answer.result(5.0).header == b"fine"
+    assert answer.result(20).header == b"fine"
 
 
 def test_an_interrupt_between_two_parts_of_a_message_is_survived(connected, monkeypatch, caplog):
     _, requester = connected
-    requester.call(Message(b""), 5.0)
+    requester.call(Message(b""), 20)
     send = zmq.Socket.send
 
     def send_and_raise(self, data, flags=0, copy=True, **options):
@@ -848,11 +844,9 @@ def test_an_interrupt_between_two_parts_of_a_message_is_survived(connected, monk
     for _ in range(3):
         with monkeypatch.context() as patch:
             patch.setattr(zmq.Socket, "send", send_and_raise)
-            began = time.monotonic()
-            with pytest.raises(KeyboardInterrupt):
-                requester.call(half, 5.0)
-            assert time.monotonic() - began < 2.0
-        assert requester.call(Message(b"whole"), 5.0) == Message(b"whole")
+            with took(at_most=2.0), pytest.raises(KeyboardInterrupt):
+                requester.call(half, 20)
+        assert requester.call(Message(b"whole"), 20) == Message(b"whole")
     assert "still holds" not in caplog.text
 
 
@@ -893,17 +887,17 @@ def test_signals_that_raise_at_any_moment_do_not_mix_up_messages(connected):
             try:
                 armed = True
                 if index % 3:
-                    requester.call(sent, 5.0)
+                    requester.call(sent, 20)
                 else:
-                    requester.request(sent).result(5.0)
+                    requester.request(sent).result(20)
             except Raised:
                 raised += 1
             armed = False
-            got = requester.call(sent, 5.0)
+            got = requester.call(sent, 20)
             assert got.header == sent.header
             assert got.buffers == sent.buffers
             if index % 10 == 0:
-                assert requester.request(sent).result(5.0).buffers == sent.buffers
+                assert requester.request(sent).result(20).buffers == sent.buffers
         stop.set()
         thread.join()
         requester.close()
@@ -923,10 +917,8 @@ def test_a_signals_handler_may_close_what_it_interrupted(parking):
     _, requester, _ = parking
     before = signal.signal(signal.SIGUSR1, lambda *_: requester.close())
     try:
-        began = time.monotonic()
-        with pytest.raises(Closed), interrupted(signal.SIGUSR1, 0.05):
-            requester.call(Message(b""), 10.0)
-        assert time.monotonic() - began < 2.0
+        with took(at_most=2.0), pytest.raises(Closed), interrupted(signal.SIGUSR1, 0.05):
+            requester.call(Message(b""), 20.0)
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -941,12 +933,12 @@ def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
         transport = load_transport("zmq")
         ours = transport.serve(Url("zmq", "127.0.0.1", 0), lambda message, reply: reply(message))
         requester = transport.connect(Url.parse("{endpoint.url}"), 5.0)
-        requester.call(Message(b"x"), 5.0)
+        requester.call(Message(b"x"), 20)
         pending = requester.request(Message(b"x", [memoryview(bytes(1 << 20))]))
         child = os.fork()
         if not child:
             began = time.monotonic()
-            for send in (requester.request, lambda m: requester.call(m, 5.0)):
+            for send in (requester.request, lambda m: requester.call(m, 20)):
                 try:
                     send(Message(b"x"))
                 except Closed as error:
@@ -958,12 +950,12 @@ def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
             ours.close()
             with transport.connect(Url.parse("{endpoint.url}"), 5.0) as mine:
                 assert mine.call(Message(b"child"), 5.0).header == b"child"
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 15  # not the deadlines
             sys.exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        assert len(pending.result(5.0).buffers[0]) == 1 << 20
-        assert requester.call(Message(b"parent"), 5.0).header == b"parent"
-        with transport.connect(ours.url, 5.0) as mine:
+        assert len(pending.result(20).buffers[0]) == 1 << 20
+        assert requester.call(Message(b"parent"), 20).header == b"parent"
+        with transport.connect(ours.url, 20) as mine:
             assert mine.call(Message(b"x"), 5.0).header == b"x"
         requester.close()
         ours.close()
@@ -999,19 +991,19 @@ def test_closing_at_any_moment_raises_only_what_is_promised(connected):
         try:
             for _ in range(1000):
                 requester.request(large)
-                requester.call(large, 5.0)
-                requester.call(Message(b""), 5.0)
+                requester.call(large, 20)
+                requester.call(Message(b""), 20)
         except (Closed, Unreachable):
             pass
 
     with ThreadPoolExecutor(2) as pool:
         for _ in range(200):
-            requester = transport.connect(endpoint.url, 5.0)
+            requester = transport.connect(endpoint.url, 20)
             users = [pool.submit(use, requester) for _ in range(2)]
             time.sleep(rng.random() * 5e-3)  # the moment
             requester.close()
             for user in users:
-                user.result(5.0)
+                user.result(20)
 
 
 # Limits -----------------------------------------------------------------------------------

@@ -206,13 +206,13 @@ def test_a_request_over_zmq_is_these_frames_and_so_is_its_reply():
         router.linger, router.rcvtimeo = 0, 5000
         port = router.bind_to_random_port("tcp://127.0.0.1")
         url = Url("zmq", "127.0.0.1", port)
-        with load_transport("zmq").connect(url, 5.0) as requester:
+        with load_transport("zmq").connect(url, 20) as requester:
             for vector in ZMQ["valid"]:  # in the order of their numbers
                 future = requester.request(message_of(vector))
                 identity, *frames = router.recv_multipart()
                 assert [part.hex() for part in frames] == vector["frames"]
                 router.send_multipart([identity, *frames])
-                assert same(future.result(5.0), message_of(vector))
+                assert same(future.result(20), message_of(vector))
 
 
 def test_frames_over_zmq_are_taken_for_a_request_and_those_that_are_none_ignored():
