@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +68,39 @@ def took(at_most: float, at_least: float = 0.0) -> Iterator[None]:
     passed, seconds = time.monotonic() - began, watch.seconds
     assert at_least <= passed, f"it took {passed:.3f} s"
     assert seconds <= at_most, f"it took {seconds:.3f} s"
+
+
+_ports = itertools.count(secrets.randbelow(2500))
+
+
+def free_port() -> int:
+    """A port that is free, and that nobody is given who asks for any, as it is below those.
+
+    Where a test stops serving and then serves again, or expects that nobody answers, a port that
+    the system picked could be somebody else's meanwhile.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12_000 + 2500 * (worker % 8) + next(_ports) % 2500
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def stop_server(server: ServiceServer, *clients: Any) -> None:
+    """Stop a server, and wait until these clients know.
+
+    Who asks just then may be told that its connection was lost, and not whether that was done.
+    """
+    server.stop()
+    know_of_the_end(*clients)
+
+
+def know_of_the_end(*clients: Any) -> None:
+    """Wait until these clients know that their connection is over."""
+    for client in clients:
+        sessions = client._client.sessions
+        wait_until(lambda sessions=sessions: sessions.current.lost)
 
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

@@ -27,7 +27,7 @@ from edgeml import (
     aio,
 )
 from edgeml.data import QueuedDataStore
-from pairs import no_thread_left, started, threads, took, wait_until
+from pairs import free_port, no_thread_left, started, threads, took, wait_until
 
 DEVICE = ActionConfig(0, ["move"], ["joints"])
 LEARNER = TrainerConfig(0, None, ["echo"])
@@ -173,9 +173,7 @@ def test_the_clients_take_what_the_others_do():
 
 def test_the_loop_goes_on_while_a_client_connects_and_waits_for_its_server(transport):
     async def main():
-        server = InferenceServer(url=url_of(transport))
-        with server.serving():
-            url = server.url
+        url = f"{transport}://127.0.0.1:{free_port()}"
         client = aio.InferenceClient(url=url, wait_for_server=20)
         connecting = asyncio.ensure_future(client.connect())
         for _ in range(20):  # none of which waits for the connection

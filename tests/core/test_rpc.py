@@ -44,7 +44,17 @@ from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
 from edgeml.core.server import Server
 from edgeml.core.url import Url, resolve
-from pairs import no_thread_left, plain_client, process, started, threads, took, wait_until
+from pairs import (
+    free_port,
+    no_thread_left,
+    plain_client,
+    process,
+    started,
+    stop_server,
+    threads,
+    took,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -342,7 +352,7 @@ def test_a_server_starts_once(server):
 
 
 def test_a_server_that_was_stopped_does_not_start_again_and_listens_nowhere(transport):
-    with started(new_server(transport)) as server:
+    with started(new_server(transport, free_port())) as server:
         port = server.port
     with no_thread_left():
         for threaded in (True, False):
@@ -357,7 +367,7 @@ def test_a_server_that_was_stopped_does_not_start_again_and_listens_nowhere(tran
 
 
 def test_nobody_there_is_told_at_once(transport):
-    with started(new_server(transport)) as server:
+    with started(new_server(transport, free_port())) as server:
         port = server.port
     with no_thread_left(), took(at_most=2), pytest.raises(Unreachable, match=str(port)) as caught:
         InferenceClient("127.0.0.1", port, transport)
@@ -1083,22 +1093,22 @@ def test_many_clients_in_one_process(server, transport):
 # Restarts -------------------------------------------------------------------------------------
 
 
-def test_a_client_whose_server_restarts_recovers_on_its_next_call(server, transport):
+def test_a_client_whose_server_restarts_recovers_on_its_next_call(transport):
     with contextlib.ExitStack() as stack:
-        stack.enter_context(started(server))
+        port = free_port()
+        server = stack.enter_context(started(new_server(transport, port)))
         client = stack.enter_context(client_of(server, transport))
         other = stack.enter_context(client_of(server, transport))
         for n in range(3):
             assert client.call("echo", n) == n
-            port = server.port
-            server.stop()
+            stop_server(server, client)
             server = stack.enter_context(started(new_server(transport, port)))
         assert client.call("echo", "again") == "again"
         assert client.call_async("echo", "again").result(20) == "again"
         assert other.call_async("echo", "again").result(20) == "again"
 
 
-def test_calls_go_on_through_many_restarts_and_none_is_answered_wrongly(server, transport):
+def test_calls_go_on_through_many_restarts_and_none_is_answered_wrongly(transport):
     """A call may fail while the server is away; it never hangs and never gets another's answer."""
     over = threading.Event()
     answered = []
@@ -1114,7 +1124,8 @@ def test_calls_go_on_through_many_restarts_and_none_is_answered_wrongly(server, 
                 pass
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(started(server))
+        port = free_port()
+        server = stack.enter_context(started(new_server(transport, port)))
         client = stack.enter_context(client_of(server, transport))
         pool = stack.enter_context(ThreadPoolExecutor(4))
         stack.callback(over.set)
@@ -1122,7 +1133,6 @@ def test_calls_go_on_through_many_restarts_and_none_is_answered_wrongly(server, 
         for _ in range(5):
             so_far = len(answered)
             wait_until(lambda so_far=so_far: len(answered) > so_far + 10)
-            port = server.port
             server.stop()
             server = stack.enter_context(started(new_server(transport, port)))
         so_far = len(answered)
@@ -1141,23 +1151,25 @@ def test_a_call_while_the_server_is_away_fails_soon_and_says_so(server, transpor
 
 
 def test_a_server_that_comes_back_configured_differently_is_told_to_its_callers(transport):
-    config = ActionConfig(0, ["move"], transport=transport)
-    with started(ActionServer(config, None, lambda key, payload: {})) as server:
-        port = server.port
-        with ActionClient("127.0.0.1", port, config=config) as client:
-            assert client.act("move") == {}
-            server.stop()
-            changed = ActionConfig(port, ["move"], version="2", transport=transport)
-            with started(ActionServer(changed, None, None)), pytest.raises(ConfigMismatch):
-                client.act("move")
-            with started(
-                ActionServer(
-                    ActionConfig(port, ["move"], transport=transport),
-                    None,
-                    lambda key, payload: {"back": key},
-                )
-            ):
-                assert client.act("move") == {"back": "move"}
+    port = free_port()
+    config = ActionConfig(port, ["move"], transport=transport)
+    with (
+        started(ActionServer(config, None, lambda key, payload: {})) as server,
+        ActionClient("127.0.0.1", port, config=config) as client,
+    ):
+        assert client.act("move") == {}
+        stop_server(server, client)
+        changed = ActionConfig(port, ["move"], version="2", transport=transport)
+        with started(ActionServer(changed, None, None)), pytest.raises(ConfigMismatch):
+            client.act("move")
+        with started(
+            ActionServer(
+                ActionConfig(port, ["move"], transport=transport),
+                None,
+                lambda key, payload: {"back": key},
+            )
+        ):
+            assert client.act("move") == {"back": "move"}
 
 
 SERVER = """
@@ -1338,9 +1350,9 @@ def test_stopping_is_quick_idempotent_and_leaves_no_thread(transport):
 def test_many_threads_may_stop_a_server_at_once_and_it_is_over_when_each_returns(transport):
     for _ in range(5):
         with no_thread_left():  # the client's are gone, too: it connects again and again meanwhile
-            server = new_server(transport)
+            port = free_port()
+            server = new_server(transport, port)
             server.start(threaded=True)
-            port = server.port
             with client_of(server, transport) as client:
                 client.call("echo", 1)
                 barrier = threading.Barrier(8)

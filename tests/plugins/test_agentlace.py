@@ -28,7 +28,7 @@ from agentlace.trainer import TrainerClient, TrainerConfig, TrainerServer, Train
 
 import edgeml
 from edgeml.cli.keygen import make_client_keys, make_server_keys
-from pairs import ROOT, took, wait_until
+from pairs import ROOT, free_port, took, wait_until
 
 
 @contextmanager
@@ -61,12 +61,6 @@ def actor(config: TrainerConfig, *arguments: Any, **options: Any) -> Iterator[Tr
         yield client
     finally:
         client.stop()
-
-
-def unused_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 # Signatures ---------------------------------------------------------------------------------
@@ -206,13 +200,13 @@ def test_requests_beyond_the_rate_limit_are_not_sent() -> None:
 
 
 def test_nobody_is_there() -> None:
-    config = TrainerConfig(unused_port(), 0)
+    config = TrainerConfig(free_port(), 0)
     with pytest.raises(edgeml.Unreachable):
         TrainerClient("actor", "127.0.0.1", config)
 
 
 def test_a_client_waits_for_a_server_that_comes_later() -> None:
-    config = TrainerConfig(unused_port(), None)
+    config = TrainerConfig(free_port(), None)
     server = TrainerServer(config)
     later = threading.Timer(0.5, server.start, [True])
     later.start()
@@ -266,7 +260,7 @@ def test_an_update_tells_whether_a_learner_has_it_all() -> None:
 
 
 def test_a_learner_that_starts_anew_is_sent_what_the_queue_still_has() -> None:
-    port, store = unused_port(), QueuedDataStore(3)
+    port, store = free_port(), QueuedDataStore(3)
     config = TrainerConfig(port, None)
     first, second = QueuedDataStore(9), QueuedDataStore(9)
     server = TrainerServer(config)
@@ -453,7 +447,7 @@ def test_a_current_weight_is_delivered_again_only_to_whom_asks_for_it() -> None:
 
 
 def test_weights_of_a_server_that_starts_anew_are_news() -> None:
-    config = TrainerConfig(unused_port(), None)
+    config = TrainerConfig(free_port(), None)
     got = queue.Queue[Any]()
     server = TrainerServer(config)
     with running(server), actor(config) as client:
@@ -730,7 +724,7 @@ def test_functions_are_called_by_name_and_replaced_by_registering_again() -> Non
 
 
 def test_a_client_of_functions_may_be_there_before_its_server() -> None:
-    port = unused_port()
+    port = free_port()
     client = InferenceClient("127.0.0.1", port)
     assert client.call("double", {}) is None
     assert client.interfaces() == set()

@@ -14,14 +14,14 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from edgeml import Feature, InferenceServer, Limits, PolicyContract, cli
-from pairs import ROOT, started, wait_until
+from pairs import ROOT, free_port, started, wait_until
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -236,12 +236,6 @@ def programs_of(page: str) -> dict[str, str]:
     found = [PROGRAM.fullmatch(block) for block in blocks_of(page, "python")]
     assert all(found), f"a program of {page} doesn't begin with its file's name"
     return dict(match.groups() for match in found if match)
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Run:

@@ -22,7 +22,16 @@ from edgeml import (
     Unreachable,
 )
 from edgeml.core import Url
-from pairs import TRANSPORTS, no_thread_left, plain_client, process, started, took, wait_until
+from pairs import (
+    TRANSPORTS,
+    free_port,
+    no_thread_left,
+    plain_client,
+    process,
+    started,
+    took,
+    wait_until,
+)
 
 
 def config_of(transport, port=0, **kwargs) -> ActionConfig:
@@ -371,8 +380,7 @@ def test_the_server_tells_who_its_clients_are_and_what_they_call_themselves(serv
 
 
 def test_nobody_there_leaves_nothing_behind(transport):
-    with started(ActionServer(config_of(transport), None, None)) as server:
-        port = server.port
+    port = free_port()
     with no_thread_left(), took(at_most=5), pytest.raises(Unreachable):
         ActionClient("127.0.0.1", port, config=config_of(transport))
 

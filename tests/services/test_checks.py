@@ -24,7 +24,7 @@ from edgeml.core.client import Client
 from edgeml.core.dispatch import answer_with
 from edgeml.core.server import Server
 from edgeml.services.batching import Batching
-from pairs import plain_client, started, wait_until
+from pairs import free_port, plain_client, started, stop_server, wait_until
 
 JOINTS = ("shoulder", "elbow", "wrist")
 STATE = Feature(3, "float32", names=JOINTS, units="rad", kind="state")
@@ -229,13 +229,11 @@ def serve(transport, port, contract, policy):
 
 def test_a_server_that_comes_back_with_another_contract_is_refused_before_an_action(transport):
     first, second = Policy(), Policy()
-    server = serve(transport, 0, CONTRACT, first)
-    port = server.port
-    with InferenceClient(
-        "127.0.0.1", port, transport, expect={"policy": CONTRACT}, timeout=5.0
-    ) as client:
+    port = free_port()
+    server = serve(transport, port, CONTRACT, first)
+    with InferenceClient("127.0.0.1", port, transport, expect={"policy": CONTRACT}) as client:
         client.call("policy", PAYLOAD)
-        server.stop()
+        stop_server(server, client)
         other = dataclasses.replace(CONTRACT, rate=30.0)
         with serve(transport, port, other, second) as again:
             for _ in range(3):

@@ -31,7 +31,7 @@ from edgeml.core.client import Client
 from edgeml.core.server import Server
 from edgeml.data import QueuedDataStore
 from edgeml.images import ImageCodec, Images, Plan
-from pairs import TRANSPORTS, plain_client, started, wait_until
+from pairs import TRANSPORTS, free_port, plain_client, started, stop_server, wait_until
 
 JPEGS = {"image*": Jpeg(90)}
 CONFIG = {"action_keys": ["show"], "observation_keys": ["image", "step"]}
@@ -283,11 +283,12 @@ def test_a_client_that_cannot_resize_is_refused(monkeypatch):
 @pytest.mark.parametrize("restarted", [{}, {"wants_images": {"image": Png((16, 16))}}])
 def test_after_a_restart_the_client_does_as_the_new_server_wants(restarted):
     wants = {"image": Png((32, 32))}
-    with started(InferenceServer(0, wants_images=wants)) as server:
+    port = free_port()
+    with started(InferenceServer(port, wants_images=wants)) as server:
         server.register_interface("shape", lambda payload: list(payload["image"].shape))
-        url, port = server.url, server.port
-        client = InferenceClient(url=url)
+        client = InferenceClient(url=server.url)
         assert client.call("shape", {"image": photo()}) == [32, 32, 3]
+        stop_server(server, client)
     with client, started(InferenceServer(port, **restarted)) as server:
         server.register_interface("shape", lambda payload: list(payload["image"].shape))
         asynchronous = client.call_async("shape", {"image": photo()})

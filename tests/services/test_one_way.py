@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import socket
 import threading
 import time
 from concurrent.futures import Future
@@ -28,15 +27,9 @@ from edgeml import (
 )
 from edgeml.core import Url
 from edgeml.data import QueuedDataStore
-from pairs import no_thread_left, started, took, wait_until
+from pairs import free_port, no_thread_left, started, took, wait_until
 
 KEYS = ["joints"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Action:

@@ -25,7 +25,7 @@ from edgeml.core.client import Client
 from edgeml.core.url import Url
 from edgeml.data import Batch, QueuedDataStore, ReplayBuffer
 from edgeml.services.trainer.refusals import Refusals, reason
-from pairs import started, wait_until
+from pairs import free_port, started, stop_server, wait_until
 
 NAME = "arm"
 
@@ -433,14 +433,15 @@ def test_a_learner_that_comes_back_refuses_again_and_the_actor_counts_once(trans
     local.batch_insert([{"id": k, "n": 1000 if k == 7 else k} for k in range(1, 11)])
     example = {"id": np.int64(0), "n": np.int8(0)}
     with contextlib.ExitStack() as stack:
-        with learner(transport, ReplayBuffer(1000, example=example)) as server:
+        port = free_port()
+        with learner(transport, ReplayBuffer(1000, example=example), port) as server:
             client = stack.enter_context(actor(server, local))
             client.update()
             server.save_checkpoint(tmp_path / "saved")
             local.batch_insert([{"id": k, "n": 1000 if k == 15 else k} for k in range(11, 21)])
             client.update()
-            port = server.port
             assert client.stats()["items_refused"] == 2
+            stop_server(server, client)
         again = TrainerServer(TrainerConfig(port, None, transport=transport))
         again.register_data_store(NAME, there := ReplayBuffer(1000, example=example))
         again.load_checkpoint(tmp_path / "saved")

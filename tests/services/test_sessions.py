@@ -15,7 +15,7 @@ from edgeml import Context, InferenceClient, InferenceServer, Malformed
 from edgeml.core.client import Client
 from edgeml.core.url import Url
 from edgeml.services.batching import Batching
-from pairs import plain_client, process, started, took, wait_until
+from pairs import free_port, plain_client, process, started, stop_server, took, wait_until
 
 PATIENCE = 20.0
 NETWORKS = ["grpc", "shm", "ws", "zmq"]  # which lead to other processes
@@ -316,12 +316,12 @@ def test_a_session_is_only_for_whoever_knows_its_key_and_name(server, counter):
 
 
 def test_after_a_restart_of_the_server_a_client_has_a_new_session(transport):
-    with started(InferenceServer(0, transport=transport)) as first:
+    port = free_port()
+    with started(InferenceServer(port, transport=transport)) as first:
         first.register_interface("count", Counter())
         with client_of(first, "a") as client:
             assert [client.call("count", None) for _ in range(2)] == [1, 2]
-            port = first.port
-            first.stop()
+            stop_server(first, client)
             with started(InferenceServer(port, transport=transport)) as second:
                 second.register_interface("count", Counter())
                 assert client.call("count", None) == 1

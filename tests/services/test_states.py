@@ -28,7 +28,7 @@ from edgeml import (
 )
 from edgeml.data import QueuedDataStore
 from edgeml.services.batching import Batching
-from pairs import no_thread_left, process, started, took, wait_until
+from pairs import free_port, know_of_the_end, no_thread_left, process, started, took, wait_until
 
 PATIENCE = 20.0
 NETWORKS = ["grpc", "shm", "ws", "zmq"]  # which lead to other processes
@@ -424,13 +424,12 @@ def test_draining_gives_up_at_its_time_and_is_ended_by_a_stop(transport, end, mo
 
 
 def test_who_waits_for_a_server_while_one_drains_gets_the_next(transport):
-    gate = Gate()
-    first = InferenceServer(0, transport=transport)
+    gate, port = Gate(), free_port()
+    first = InferenceServer(port, transport=transport)
     first.register_interface("gate", gate)
     with started(first), client_of(first, transport) as client, ThreadPoolExecutor(2) as pool:
         under_way = client.call_async("gate", "first")
         assert gate.entered.acquire(timeout=PATIENCE)
-        port = first.port
         drained = pool.submit(first.drain, PATIENCE)
         wait_until(lambda: first.state().state == "draining")
         made = pool.submit(client_of, first, transport, wait_for_server=PATIENCE)
@@ -438,6 +437,7 @@ def test_who_waits_for_a_server_while_one_drains_gets_the_next(transport):
         gate.go_on.set()
         assert under_way.result(PATIENCE) == "first"
         assert drained.result(PATIENCE)
+        know_of_the_end(client)
         second = InferenceServer(port, transport=transport)
         second.register_interface("which", lambda _: "second")
         with started(second), made.result(PATIENCE) as waited:

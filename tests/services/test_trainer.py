@@ -34,7 +34,16 @@ from edgeml.core.client import Client
 from edgeml.core.message import pooled
 from edgeml.core.url import Url
 from edgeml.data import Batch, QueuedDataStore, ReplayBuffer, checkpoint
-from pairs import no_thread_left, plain_client, process, started, took, wait_until
+from pairs import (
+    free_port,
+    no_thread_left,
+    plain_client,
+    process,
+    started,
+    stop_server,
+    took,
+    wait_until,
+)
 
 
 def config_of(transport, port=0, **kwargs) -> TrainerConfig:
@@ -612,7 +621,8 @@ def test_uploads_survive_restarts_of_the_learner_without_loss_or_doubles(transpo
     there = QueuedDataStore(100_000)
     store = QueuedDataStore(100_000)
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(learner(transport, store=there))
+        port = free_port()
+        server = stack.enter_context(learner(transport, port, store=there))
         client = stack.enter_context(actor(server, store, timeout=5))
         client.start_async_update(interval=0.002)
         n = 0
@@ -622,7 +632,6 @@ def test_uploads_survive_restarts_of_the_learner_without_loss_or_doubles(transpo
                 store.insert(transition(n))
                 n += 1
                 time.sleep(0.0005)  # a robot's pace, not a wait for something
-            port = server.port
             server.stop()
             for _ in range(20):
                 store.insert(transition(n))
@@ -636,10 +645,10 @@ def test_uploads_survive_restarts_of_the_learner_without_loss_or_doubles(transpo
 
 def test_an_update_while_the_learner_is_away_says_so_and_sends_it_all_later(transport):
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(learner(transport))
+        port = free_port()
+        server = stack.enter_context(learner(transport, port))
         client = stack.enter_context(actor(server, store := filled(5)))
         client.update()
-        port = server.port
         server.stop()
         store.insert(transition(5))
         with took(at_most=2), pytest.raises((Unreachable, Closed)):
@@ -715,7 +724,8 @@ def test_updates_of_all_kinds_take_turns_and_each_item_arrives_once_and_in_order
 
 def test_an_update_that_is_asked_for_raises_what_update_raises(transport):
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(learner(transport))
+        port = free_port()
+        server = stack.enter_context(learner(transport, port))
         client = stack.enter_context(actor(server, store := filled(5), timeout=2))
         assert client.update_async().result(10) == 5
         store.insert({"id": object()})
@@ -723,7 +733,6 @@ def test_an_update_that_is_asked_for_raises_what_update_raises(transport):
             client.update_async(on_refused="raise").result(10)
         assert client.update_async().result(10) == 0
         assert client.stats()["items_refused"] == 1
-        port = server.port
         server.stop()
         store.insert(transition(7))
         with pytest.raises((Unreachable, Closed)):
@@ -1110,8 +1119,7 @@ def test_all_that_differs_is_told_at_once_with_both_values(transport):
 
 
 def test_a_client_may_wait_for_a_learner_that_is_not_there_yet(transport):
-    with learner(transport) as server:
-        port = server.port
+    port = free_port()
     config = config_of(transport, port)
     with took(at_most=5), pytest.raises(Unreachable):
         TrainerClient("a", "127.0.0.1", config)
@@ -1439,7 +1447,8 @@ def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transpor
     local = ReplayBuffer(1000)
     local.batch_insert([transition(n) for n in range(10)])
     with contextlib.ExitStack() as stack:
-        with learner(transport, store=ReplayBuffer(1000)) as server:
+        port = free_port()
+        with learner(transport, port, ReplayBuffer(1000)) as server:
             client = stack.enter_context(actor(server, local))
             client.update()
             weights = np.arange(5.0)
@@ -1447,7 +1456,7 @@ def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transpor
             assert report.items == {"actor_env": 10}
             local.batch_insert([transition(n) for n in range(10, 15)])
             assert client.update() == 5
-            port = server.port
+            stop_server(server, client)
         store = ReplayBuffer(1000)
         again = TrainerServer(config_of(transport, port))
         again.register_data_store("actor_env", store)
@@ -1471,11 +1480,12 @@ def test_a_learner_that_comes_back_gets_again_what_came_of_those_its_checkpoint_
     local = ReplayBuffer(1000)
     local.batch_insert([transition(n) for n in range(10)])
     with contextlib.ExitStack() as stack:
-        with learner(transport, store=ReplayBuffer(1000)) as server:
+        port = free_port()
+        with learner(transport, port, ReplayBuffer(1000)) as server:
             server.save_checkpoint(tmp_path / "early")
             client = stack.enter_context(actor(server, local))
             client.update()
-            port = server.port
+            stop_server(server, client)
         store = ReplayBuffer(1000)
         again = TrainerServer(config_of(transport, port))
         again.register_data_store("actor_env", store)

@@ -36,7 +36,7 @@ from edgeml.core.session import SessionKeeper
 from edgeml.testing import TransportTests
 from edgeml.transports.shm import channel, memory, segments, sockets
 from edgeml.transports.shm.waiting import Waiter
-from pairs import plain_client, process, wait_until
+from pairs import free_port, plain_client, process, wait_until
 from shm_records import FORGET, HEAD, HELLO, MAP, MESSAGE, RETURN, record
 
 ANY = Url.parse("shm://127.0.0.1:0")
@@ -477,8 +477,8 @@ def test_this_machine_has_many_names(host):
 # Several transports -----------------------------------------------------------------------
 
 
-def new_server(transport):
-    server = InferenceServer(0, transport=transport)
+def new_server(transport, port=0):
+    server = InferenceServer(port, transport=transport)
     server.register_interface("echo", lambda payload: payload)
     server.start(threaded=True)
     return server
@@ -516,8 +516,8 @@ def test_auto_says_all_that_it_tried():
 
 
 def test_auto_comes_back_by_whatever_the_server_offers_after_a_restart():
-    server = new_server("auto")
-    port = server.port
+    port = free_port()
+    server = new_server("auto", port)
     with InferenceClient("localhost", port, "auto") as client:
         server.stop()
         again = InferenceServer(port, transport="zmq")
@@ -721,12 +721,6 @@ def squatter():
             assert stack.enter_context(process(program, port, said)).line() == "taken"
 
         yield take
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @root_only
