@@ -27,7 +27,7 @@ from edgeml import (
     PermissionDenied,
     Unreachable,
 )
-from edgeml.core import Limits, Message, Url, load_transport, wire
+from edgeml.core import Limits, Message, Url, load_transport, loops, wire
 from edgeml.core.errors import NotCarriedOut
 from edgeml.core.frames import frame
 from edgeml.core.pieces import Assembly
@@ -35,6 +35,7 @@ from edgeml.core.session import SessionKeeper
 from edgeml.testing.ends import resident_memory
 from edgeml.transports.grpc import order
 from edgeml.transports.grpc.failures import find_proxy
+from edgeml.transports.grpc.protocol import QUEUES
 from pairs import process, run_fresh, started, took, wait_until
 
 ANYWHERE = Url("grpc", "127.0.0.1", 0)
@@ -138,11 +139,15 @@ def test_a_method_that_does_not_exist_is_unimplemented(stranger, unharmed, metho
         list(stranger.channel.stream_stream(method)(iter([b"x"]), timeout=10))
 
 
-def test_whoever_connects_is_told_the_same_number(stranger, unharmed):
-    number, nothing = PREFIX.unpack(stranger.connect())
+def test_whoever_connects_is_told_the_same_number_and_a_queue_of_its_own(stranger, unharmed):
+    told = [PREFIX.unpack(stranger.connect(data)) for data in (b"", b"whatever") * QUEUES]
+    number, queue = told[0]
     assert number
-    assert not nothing
-    assert stranger.connect(b"whatever") == stranger.connect()
+    assert {each for each, _ in told} == {number}
+    assert {each for _, each in told} == set(range(1, QUEUES + 1))
+    request = stranger.channel.unary_unary(f"/edgeml.Transport/Request{queue}")
+    asked = request_of(Message(b"x"), number)
+    assert request(asked, timeout=10) == request_of(Message(b"x"))
     assert stranger.request(request_of(Message(b"x"), number)) == request_of(Message(b"x"))
     assert stranger.stream([request_of(Message(b"x"), number)]) == request_of(Message(b"x"))
 
@@ -1446,6 +1451,7 @@ def test_what_waits_for_its_turn_is_bounded_for_each_connection(size, most, meth
         Stranger(served.url.port) as stranger,
         Stranger(served.url.port) as other,
     ):
+        before = under_way(served)
         data = request_of(Message(b"x", [memoryview(bytes(size))]))
         path = f"/edgeml.Transport/{method}"
 
@@ -1472,7 +1478,7 @@ def test_what_waits_for_its_turn_is_bounded_for_each_connection(size, most, meth
         ask_in_turn(other.channel)
         for call in calls:
             call.cancel()
-        wait_until(lambda: under_way(served) < most)
+        wait_until(lambda: under_way(served) < before + most)
         ask_in_turn(stranger.channel)
 
 
@@ -1491,3 +1497,38 @@ def test_a_server_forgets_the_oldest_lanes(monkeypatch):
     for index in range(100):
         asyncio.run(turns.take([("edgeml-order", f"{index} 1 0")], contextlib.nullcontext))
     assert len(turns._lanes) == 10
+
+
+def test_the_requests_of_many_clients_are_taken_together(monkeypatch):
+    """And not each in rounds of its own, for which all others wait: seconds, beside other work."""
+    rounds = 0
+    taken = []
+
+    def counted(loop, run=loops._Loop._run_once):
+        nonlocal rounds
+        rounds += 1
+        run(loop)
+
+    def take(message, reply):
+        taken.append(rounds)
+        reply(message)
+
+    def ask_at_once() -> int:
+        """In how many rounds the requests are taken that all sent while the loop stood still."""
+        free = threading.Event()
+        endpoint._loop.do(free.wait, 10.0)
+        sent = [each.request(Message(b"x")) for each in clients]
+        free.set()
+        for future in sent:
+            future.result(10.0)
+        counts = len(set(taken))
+        taken.clear()
+        return counts
+
+    monkeypatch.setattr(loops._Loop, "_run_once", counted)
+    with contextlib.ExitStack() as stack:
+        endpoint = stack.enter_context(transport.serve(ANYWHERE, take))
+        clients = [stack.enter_context(transport.connect(endpoint.url, 5.0)) for _ in range(28)]
+        taken.clear()
+        # Some may come only after the loop goes on, which takes rounds of their own.
+        wait_until(lambda: ask_at_once() <= len(clients) / 2)

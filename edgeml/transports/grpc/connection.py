@@ -34,7 +34,7 @@ from edgeml.core.url import leads_to_loopback, require_no_path
 from edgeml.transports.grpc.failures import explain_failure, find_proxy
 from edgeml.transports.grpc.order import Lane
 from edgeml.transports.grpc.processes import NO_FORKS
-from edgeml.transports.grpc.protocol import ERRORS, LARGEST_FRAME, SERVICE, STREAMED
+from edgeml.transports.grpc.protocol import ERRORS, LARGEST_FRAME, SERVICE, STREAMED, name_request
 from edgeml.transports.grpc.tls import CHANNEL_OPTIONS, channel_credentials
 
 # Retries stay as gRPC has them, with nothing but a request that no server has seen sent again:
@@ -70,14 +70,13 @@ class Connection(Requester):
             self._channel = grpc.secure_channel(
                 f"{host}:{url.port}", channel_credentials(keys), [*options, *CHANNEL_OPTIONS]
             )
-        self._request = self._channel.unary_unary(f"/{SERVICE}/Request")
         self._stream = self._channel.stream_stream(f"/{SERVICE}/Stream")
         self._fetch = self._channel.unary_stream(f"/{SERVICE}/Fetch")
         try:
             welcome = self._channel.unary_unary(f"/{SERVICE}/Connect")(b"", timeout=timeout)
             if len(welcome) != PREFIX.size:
                 raise Unreachable(f"what answers at {url} is no edgeml server")
-            self._number = PREFIX.unpack(welcome)[0]
+            self._number, queue = PREFIX.unpack(welcome)
         except grpc.RpcError as error:
             self._channel.close()
             left = deadline - time.monotonic()
@@ -85,6 +84,7 @@ class Connection(Requester):
         except BaseException:
             self._channel.close()
             raise
+        self._request = self._channel.unary_unary(f"/{SERVICE}/{name_request(queue)}")
         self._peers: set[tuple[str, int]] = set()
         with suppress(OSError):  # a proxy's connection has another end
             found = socket.getaddrinfo(host.strip("[]"), url.port, type=socket.SOCK_STREAM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -43,7 +44,14 @@ from edgeml.core.tls import server_keys
 from edgeml.core.url import is_loopback, require_no_path
 from edgeml.transports.grpc.health import Health
 from edgeml.transports.grpc.order import Turns
-from edgeml.transports.grpc.protocol import ERRORS, LARGEST_FRAME, SERVICE, STREAMED
+from edgeml.transports.grpc.protocol import (
+    ERRORS,
+    LARGEST_FRAME,
+    QUEUES,
+    SERVICE,
+    STREAMED,
+    name_request,
+)
 from edgeml.transports.grpc.sockets import Address, Sockets
 from edgeml.transports.grpc.tls import Clients, server_credentials
 
@@ -138,6 +146,7 @@ class Listener(LoopEndpoint):
         self._waiting: set[asyncio.Future[_Answer]] = set()
         self._kept: dict[int, tuple[Message, Held]] = {}  # replies that are to be fetched
         self._turns = Turns()
+        self._queues = itertools.cycle([0])  # of which the next connection is told one
         self._closed = False
         self._health = Health(self._receive)
         self._loop = Loop(f"edgeml {url}")
@@ -175,6 +184,10 @@ class Listener(LoopEndpoint):
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers), self._health.handler())
         )
+        if hasattr(server, "add_registered_method_handlers"):  # not in older releases
+            names = {name_request(queue): handlers["Request"] for queue in range(1, QUEUES + 1)}
+            server.add_registered_method_handlers(SERVICE, names)
+            self._queues = itertools.cycle(range(1, QUEUES + 1))
         try:
             if keys is None:
                 port = server.add_insecure_port(f"{self._address}:{url.port}")
@@ -236,7 +249,7 @@ class Listener(LoopEndpoint):
             self._identify(context)
         except EdgemlError as error:
             await self._abort(context, error)
-        return PREFIX.pack(self._number, 0)
+        return PREFIX.pack(self._number, next(self._queues))
 
     async def _request(self, _: AsyncIterator[bytes], context: _Context) -> bytes:
         try:
