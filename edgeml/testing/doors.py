@@ -661,14 +661,14 @@ class DoorTests:
         assert good.call({"x": 1}) == {"x": 1}  # which had nothing to say, and may
 
     def test_a_message_that_comes_slowly_arrives(self, lab: Lab) -> None:
-        server = lab.serve(limits=Limits(stall=0.5, handshake=0.5))
+        server = lab.serve(limits=Limits(stall=1.5, handshake=1.5))
         url = lab.door_of(server)
         said = b"".join(lab.overhear(url, {"image": np.zeros(100 * KB, np.uint8)}))
         calls = server.stats()[f"calls_by_{url.scheme}"]
         with self.dial(url) as slow:
             for part in range(8):  # takes longer than a pause may
                 slow.sendall(said[len(said) * part // 8 : len(said) * (part + 1) // 8])
-                time.sleep(0.1)
+                time.sleep(0.25)
             assert until(lambda: server.stats()[f"calls_by_{url.scheme}"] == calls + 1)
 
     def test_connections_from_one_address_are_limited(self, lab: Lab) -> None:

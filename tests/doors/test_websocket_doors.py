@@ -236,8 +236,8 @@ def test_what_waits_for_a_slow_function_is_not_given_up() -> None:
     with serving(function, stall=0.2) as (_, port), visiting(port) as client:
         client.say(whole, whole, whole[:20_000])  # of which two are read, and then no more
         time.sleep(0.7)
-        go_on.set()
         client.say(whole[20_000:])
+        go_on.set()
         for _ in range(3):
             assert decode(client.receive())["x"] == bytes(30_000)
 

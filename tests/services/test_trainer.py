@@ -1040,7 +1040,7 @@ def test_calls_beyond_the_rate_limit_wait_their_turn(transport):
         actor(server) as other,
         took(at_least=0.24, at_most=5.0),
     ):
-        calls = [client.call_async("request", ["stats", n]) for n in range(100)]
+        calls = [client.call_async("request", ["stats", n]) for n in range(400)]
         wait_until(lambda: server.stats()["waiting"] > 50)
         other.request("stats")  # the limit is each client's own
         assert not calls[-1].done()

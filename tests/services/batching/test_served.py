@@ -130,9 +130,9 @@ def test_late_calls_cost_nothing(serve):
     with InferenceClient(url=server.url) as client:
         first = client.call_async("policy", {"x": 0.0})
         assert held.entered.wait(10)
-        with pytest.raises(DeadlineExceeded):
-            client.call("policy", {"x": 1.0}, timeout=0.05)
-        wait_until(lambda: server.stats()["waiting"] == 1)
+        while not server.stats()["waiting"]:
+            with pytest.raises(DeadlineExceeded):
+                client.call("policy", {"x": 1.0}, timeout=0.05)
         time.sleep(0.1)  # until it is late at the server, too
         held.go_on.set()
         first.result(10)
@@ -288,8 +288,9 @@ def test_a_client_that_asks_ahead_gets_full_batches_time_after_time(serve):
     # So long that the next batch has come, also where calls come a millisecond apart.
     server = serve(lambda batch: time.sleep(0.02) or batch["x"], Batching(max_size=16))
     with InferenceClient(url=server.url) as client:
-        for _ in range(4):
+        means = []
+        for _ in range(5):
             futures = [client.call_async("policy", {"x": float(n)}) for n in range(160)]
             assert [future.result(30) for future in futures] == list(range(160))
-        sizes = [future.timing.batch_size for future in futures]
-    assert np.mean(sizes) > 6
+            means.append(np.mean([future.timing.batch_size for future in futures]))
+    assert np.median(means) > 6
