@@ -11,6 +11,7 @@ __all__ = [
     "has_pillow",
     "has_simplejpeg",
     "load_jax",
+    "load_matplotlib",
     "load_pillow",
     "load_simplejpeg",
     "need_cryptography",
@@ -29,6 +30,20 @@ def load_jax() -> Any:
     except ImportError as error:
         raise _explain("this needs JAX", "jax") from error
     return jax
+
+
+def load_matplotlib() -> Any:
+    """Return the module `matplotlib`, which draws to files alone.
+
+    Raises:
+        ImportError: it is not installed; the text says how to.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise _explain("a picture needs matplotlib", "soak") from error
+    matplotlib.use("Agg")
+    return matplotlib
 
 
 def load_pillow() -> Any:

@@ -161,6 +161,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_credentials(serve, "a server's keys", default=argparse.SUPPRESS)  # what bench was given
     serve.set_defaults(run=_serve)
+
+    soak = commands.add_parser(
+        "soak",
+        help="hold many clients for a long time, and see what that takes",
+        description="Hold clients of all three kinds on this machine, in several processes, each "
+        "calling in turn, and print errors, memory, descriptors and threads over the time. Exits "
+        "with 1 if a call failed, an answer was wrong, or anything grew after the first minute.",
+    )
+    soak.add_argument(
+        "--transport", metavar="NAME", help="as for any server (default: $EDGEML_TRANSPORT, or zmq)"
+    )
+    soak.add_argument("--clients", type=_count, default=300, metavar="N", help="(default: 300)")
+    soak.add_argument(
+        "--minutes", type=_minutes, default=10.0, metavar="M", help="(default: %(default)g)"
+    )
+    soak.add_argument(
+        "--rate",
+        type=_rate,
+        default=0.5,
+        metavar="HZ",
+        help="calls per second of each client (default: %(default)g)",
+    )
+    soak.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="seconds that connecting, or a call, may take (default: %(default)g)",
+    )
+    soak.add_argument(
+        "--picture", type=Path, metavar="FILE", help="write a PNG as well, by matplotlib"
+    )
+    soak.set_defaults(run=_soak)
     return parser
 
 
@@ -223,6 +256,19 @@ def _serve(options: argparse.Namespace) -> int:
     return bench.serve(options.transport, options.host, options.port, options.credentials)
 
 
+def _soak(options: argparse.Namespace) -> int:
+    from edgeml.cli import soak
+
+    return soak.run(
+        options.transport,
+        options.clients,
+        options.minutes * 60,
+        options.rate,
+        options.timeout,
+        options.picture,
+    )
+
+
 # What arguments mean ----------------------------------------------------------------------
 
 
@@ -238,6 +284,21 @@ def _url(text: str) -> Url:
 
 def _seconds(text: str) -> float:
     return _amount(text, 1e6, "time in seconds")
+
+
+def _minutes(text: str) -> float:
+    return _amount(text, 1e5, "time in minutes")
+
+
+def _rate(text: str) -> float:
+    return _amount(text, 1e4, "number of calls per second, up to 10000")
+
+
+def _count(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if not 1 <= count <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of clients, from 1 to 100000")
+    return count
 
 
 def _days(text: str) -> float:

@@ -79,7 +79,7 @@ def installed(tmp_path):
 def test_help_names_the_commands_and_each_has_its_own():
     done = edgeml("--help")
     assert done.returncode == 0
-    for command in ("plugins", "doctor", "keygen", "bench"):
+    for command in ("plugins", "doctor", "keygen", "bench", "soak"):
         assert command in done.stdout
         assert edgeml(command, "--help").returncode == 0
     assert "--host" in edgeml("bench", "serve", "--help").stdout
@@ -102,6 +102,7 @@ def test_the_console_script_is_the_same_program():
         (["bench", "--size", "big"], "'big' is no size"),
         (["bench", "--size", "0"], "'0' is no size"),
         (["bench", "--seconds", "-1"], "'-1' is no time in seconds"),
+        (["soak", "--clients", "0"], "'0' is no number of clients"),
         (["bench", "--url", "zmq://a:1", "--transport", "zmq"], "not allowed with"),
     ],
 )

@@ -1,0 +1,117 @@
+"""The command line: `python -m tests.chaos --help`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from . import faults
+from .harness import Plan, has_logs, name_of, run_all
+
+TRANSPORTS = ("zmq", "grpc", "shm")
+
+
+def main() -> int:
+    """Run what is asked for; 1 where something was found."""
+    options = _options()
+    plans = options.plans(options)
+    directory = Path(options.directory or tempfile.mkdtemp(prefix="chaos-"))
+    began, done, wrong = time.monotonic(), Counter(), Counter()
+
+    def tell(plan: Plan, found: list[str], seconds: float) -> None:
+        done[plan.transport, plan.fault] += 1
+        if found:
+            wrong[plan.transport, plan.fault] += 1
+            print(f"\n{name_of(plan)} ({seconds:.1f} s), in {directory / name_of(plan)}:")
+            for text in found:
+                print(f"  {text}")
+        if sys.stdout.isatty() or done.total() % 20 == 0:
+            print(
+                f"\r{done.total()} of {len(plans)} runs, {wrong.total()} with findings, "
+                f"{time.monotonic() - began:.0f} s ",
+                end="" if sys.stdout.isatty() else "\n",
+                flush=True,
+            )
+
+    run_all(plans, directory, options.jobs, tell)
+    transports = list(dict.fromkeys(plan.transport for plan in plans))
+    print(f"\n\n{'runs with findings':<20}" + "".join(f"{name:>12}" for name in transports))
+    for fault in dict.fromkeys(plan.fault for plan in plans):
+        cells = [(wrong[name, fault], done[name, fault]) for name in transports]
+        print(f"{fault:<20}" + "".join(f"{f'{a} of {b}' if b else '-':>12}" for a, b in cells))
+    if not wrong and not options.directory:
+        shutil.rmtree(directory)
+    return 1 if wrong else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="Runs of a learner and two actors, of 1,000 numbered items, in real processes, "
+        "to which something is done at moments that a seed chooses. What came of it is compared "
+        "with what must hold: nothing lost, nothing twice, in order; nothing called durable that "
+        "isn't; no call past its deadline. What a run with findings told is kept.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    each = commands.add_parser("faults", help="transports x faults x seeds")
+    each.add_argument("--faults", metavar="NAMES", help="with commas between; all by default")
+    each.add_argument("--seeds", type=int, default=20, help="of each (default: %(default)s)")
+    each.set_defaults(plans=_faults)
+
+    kills = commands.add_parser("kills", help="kill -9 of learner and actors, a number of runs")
+    kills.add_argument("--runs", type=int, default=200, help="of each transport (default 200)")
+    kills.set_defaults(plans=_kills)
+
+    for command in (each, kills):
+        command.add_argument("--transports", default=",".join(TRANSPORTS), metavar="NAMES")
+        command.add_argument("--first-seed", type=int, default=0, metavar="N")
+        command.add_argument("--items", type=int, default=1000, help="of a run")
+        command.add_argument("--actors", type=int, default=2, help="on one store (default 2)")
+        command.add_argument("--seconds", type=float, default=2.0, help="that the items take")
+        command.add_argument("--jobs", type=int, default=3, help="runs at a time (default 3)")
+        command.add_argument("--without-checkpoints", action="store_true")
+        command.add_argument("--without-logs", action="store_true")
+        command.add_argument("--directory", metavar="DIR", help="for what the processes tell")
+    return parser.parse_args()
+
+
+def _faults(options: argparse.Namespace) -> list[Plan]:
+    chosen = options.faults.split(",") if options.faults else None
+    return [
+        _plan(options, transport, fault, seed)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        for transport in options.transports.split(",")
+        for fault in faults.of_transport(transport)
+        if chosen is None or fault in chosen
+    ]
+
+
+def _kills(options: argparse.Namespace) -> list[Plan]:
+    return [
+        _plan(options, transport, "kills", seed)
+        for seed in range(options.first_seed, options.first_seed + options.runs)
+        for transport in options.transports.split(",")
+    ]
+
+
+def _plan(options: argparse.Namespace, transport: str, fault: str, seed: int) -> Plan:
+    return Plan(
+        transport,
+        fault,
+        seed,
+        items=options.items,
+        actors=options.actors,
+        checkpoints=not options.without_checkpoints,
+        logs=has_logs() and not options.without_logs,
+        seconds=options.seconds,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

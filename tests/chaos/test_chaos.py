@@ -1,0 +1,28 @@
+"""Some runs of `python -m tests.chaos`; all of its faults are slow."""
+
+import pytest
+
+from chaos.faults import FAULTS, of_transport
+from chaos.harness import Plan, has_logs, run
+
+TRANSPORTS = ("grpc", "shm", "ws", "zmq")
+SEEDS = 3
+
+
+@pytest.mark.parametrize(
+    ("transport", "fault"),
+    [("grpc", "kills"), ("shm", "kills"), ("ws", "storm"), ("zmq", "kills"), ("zmq", "storm")],
+)
+def test_nothing_is_lost_or_late_whatever_is_done(zygote, tmp_path, transport, fault):
+    plan = Plan(transport, fault, 0, items=400, seconds=1.0, logs=has_logs())
+    assert run(plan, tmp_path / "run", zygote) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_nothing_is_lost_or_late_whatever_is_done_at_any_moment(zygote, tmp_path, transport, fault):
+    for seed in range(1, 1 + SEEDS) if fault in [*of_transport(transport), "kills"] else ():
+        plan = Plan(transport, fault, seed, logs=has_logs())
+        assert run(plan, tmp_path / str(seed), zygote) == []
