@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,9 +61,15 @@ def plain_client(server: ServiceServer, **settings: Any) -> Iterator[Client]:
 
 
 @contextmanager
-def took(at_most: float, at_least: float = 0.0) -> Iterator[None]:
-    """Check how long something takes, in seconds: at most by a `Stopwatch`."""
-    began, watch = time.monotonic(), Stopwatch()
+def took(at_most: float, at_least: float = 0.0, others: Sequence[int] = ()) -> Iterator[None]:
+    """Check how long something takes, in seconds: at most by a `Stopwatch`.
+
+    Args:
+        at_most: seconds.
+        at_least: seconds.
+        others: processes that are waited for.
+    """
+    began, watch = time.monotonic(), Stopwatch(*others)
     yield
     passed, seconds = time.monotonic() - began, watch.seconds
     assert at_least <= passed, f"it took {passed:.3f} s"

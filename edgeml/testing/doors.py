@@ -68,7 +68,7 @@ _STALL = 1.0  # seconds that nobody's misbehaviour may hold up anybody else
 _LATE = 0.5  # seconds by which an error may come after its time
 _GROWTH = 48 * MB  # that misbehaviour may cost
 _MOST_LINES = 100  # of a log, in a second
-_NARROW = Limits(message_bytes=MB, nodes=10_000, stall=0.5)
+_NARROW = Limits(message_bytes=MB, nodes=10_000, stall=2.0)
 
 _DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -693,7 +693,7 @@ class DoorTests:
         assert until(comes_in)
 
     def test_who_says_nothing_is_cut_off(self, lab: Lab) -> None:
-        server = lab.serve(limits=Limits(handshake=0.3))
+        server = lab.serve(limits=Limits(handshake=1.0))
         good = lab.visit(server)
         good.call({"x": 1})
         with self.dial(lab.door_of(server)) as silent:

@@ -289,7 +289,7 @@ class SafetyTests(EndsTests):
     def test_who_says_nothing_is_cut_off(self, net: Net) -> None:
         if not self.has_handshake:
             pytest.skip("the silent can't be told from those that have nothing to say")
-        endpoint = net.serve(echo, limits=Limits(handshake=0.3))
+        endpoint = net.serve(echo, limits=Limits(handshake=1.0))
         good = net.connect(endpoint)
         silent = self.dial(endpoint.url)
         if silent is None:

@@ -462,7 +462,7 @@ def test_garbage_pieces_cut_off_whoever_sends_them_and_nobody_else():
 def test_who_shakes_hands_by_a_key_and_speaks_garbage_is_cut_off(credentials, requests):
     context = client_context(credentials["robot"].tls)
     with (
-        serve(requests, credentials=credentials["server"], limits=Limits(handshake=0.5)) as served,
+        serve(requests, credentials=credentials["server"], limits=Limits(handshake=2.0)) as served,
         socket.create_connection(("127.0.0.1", served.url.port), 20) as plain,
         context.wrap_socket(plain, server_hostname=SERVER_NAME) as secured,
         dial(served, credentials["robot"]) as requester,

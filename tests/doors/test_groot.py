@@ -295,7 +295,7 @@ def test_who_asks_for_more_than_may_wait_is_told_for_each_and_takes_up_nothing()
             assert kept(_Refused) - before_them == 1
             with zmq_peer(zmq.REQ, url) as other:  # who is not held up
                 other.send(pack({"endpoint": "ping"}))
-                with took(at_most=1.0):
+                with took(at_most=3.0):
                     assert unpack(other.recv())["status"] == "ok"
             if sys.platform == "linux":
                 assert resident_memory() - before < 48 << 20
@@ -427,7 +427,7 @@ def test_a_request_of_countless_frames_takes_up_nothing_and_is_answered():
         before = resident_memory() if sys.platform == "linux" else 0
         for _ in range(300):  # 19 MB, which would take 600
             wire.socket.sendall(b"\x01\x00" * (1 << 15))
-            with took(at_most=1.0):
+            with took(at_most=3.0):
                 assert good.call({"x": 1}) == {"x": 1}
         wire.socket.sendall(b"\x00\x00")
         delimiter, answer = wire.receive()
@@ -498,7 +498,7 @@ def test_all_that_wait_are_told_that_the_server_stops():
 
 
 def test_of_too_many_connections_the_last_are_refused_and_those_that_say_nothing_go():
-    limits = Limits(connections_per_address=6, handshake=0.5)
+    limits = Limits(connections_per_address=6, handshake=1.5)
     with served(limits=limits) as (server, url), ExitStack() as stack:
         good = [stack.enter_context(Client(url)) for _ in range(3)]
         for each in good:
@@ -699,11 +699,16 @@ def test_what_is_only_said_to_come_keeps_nobody_out_and_small_requests_nothing()
 
 def test_a_message_that_comes_for_ever_is_given_up():
     with served(limits=Limits(stall=0.1)) as (server, url), closing(Wire(url)) as wire:
-        with took(at_most=5.0, at_least=0.9), suppress(ConnectionError):
+        slowest, began = 0.0, time.monotonic()
+        with took(at_most=5.0), suppress(ConnectionError):
             wire.socket.sendall(frame(b"", True) + b"\2" + struct.pack(">Q", 1 << 20))
             for _ in range(500):
+                last = time.monotonic()
                 wire.socket.sendall(b"x")
                 time.sleep(0.02)
+                slowest = max(slowest, time.monotonic() - last)
+        # Where nothing came for so long, as the machine was busy, it was given up for that.
+        assert time.monotonic() - began > 0.9 or slowest > 0.08
         wait_until(lambda: server.stats().get("Stalled", 0) == 1)
 
 

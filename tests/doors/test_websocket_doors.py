@@ -244,21 +244,21 @@ def test_what_waits_for_a_slow_function_is_not_given_up() -> None:
 
 def test_who_reads_nothing_is_given_up() -> None:
     answer = {"x": bytes(8 * MB)}
-    with serving(lambda _: answer, stall=0.4) as (server, port), visiting(port) as good:
+    with serving(lambda _: answer, stall=1.0) as (server, port), visiting(port) as good:
         with RawWebSocket(port) as deaf:
             deaf.send(encode({}))
-            wait_until(lambda: server.stats().get("DeadlineExceeded") == 1, 5.0)
-            wait_until(lambda: len(server.clients()) == 1, 5.0)
+            wait_until(lambda: server.stats().get("DeadlineExceeded") == 1)
+            wait_until(lambda: len(server.clients()) == 1)
         good.send(encode({}))
         assert len(decode(good.receive())["x"]) == 8 * MB
 
 
 def test_who_reads_slowly_is_not_given_up() -> None:
     answer = {"x": bytes(8 * MB)}
-    with serving(lambda _: answer, stall=0.4) as (server, port), visiting(port) as slow:
+    with serving(lambda _: answer, stall=1.5) as (server, port), visiting(port) as slow:
         slow.send(encode({}))
         for _ in range(10):
-            time.sleep(0.1)
+            time.sleep(0.2)
             slow._need(len(slow._data) + MB // 2)
         assert len(decode(slow.receive())["x"]) == 8 * MB
         assert server.stats().get("DeadlineExceeded", 0) == 0
@@ -329,11 +329,16 @@ def test_small_messages_are_kept_out_by_nobody() -> None:
 
 def test_a_message_that_comes_for_ever_is_given_up() -> None:
     whole = frame(BINARY, bytes(100_000))
-    with serving(stall=0.1) as (server, port), visiting(port) as client, took(5.0, at_least=1.0):
+    with serving(stall=0.1) as (server, port), visiting(port) as client, took(5.0):
+        slowest, began = 0.0, time.monotonic()
         with suppress(ConnectionError):
             for at in range(200):
+                last = time.monotonic()
                 client.say(whole[at : at + 1])
                 time.sleep(0.02)
+                slowest = max(slowest, time.monotonic() - last)
+        # Where nothing came for so long, as the machine was busy, it was given up for that.
+        assert time.monotonic() - began > 1.0 or slowest > 0.08
         wait_until(lambda: server.stats().get("DeadlineExceeded") == 1)
 
 
@@ -411,7 +416,7 @@ def test_what_is_no_handshake_is_over_soon_and_counted(said: bytes) -> None:
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHost"])
 def test_a_handshake_that_takes_too_long_is_cut_off(said: bytes) -> None:
-    with serving(handshake=0.3) as (server, port), visiting(port) as good:
+    with serving(handshake=1.0) as (server, port), visiting(port) as good:
         with socket.create_connection(("127.0.0.1", port), 10) as silent, took(3.0):
             silent.sendall(said)
             assert not silent.recv(100)

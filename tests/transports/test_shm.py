@@ -956,7 +956,7 @@ def limited(**limits):
 
 
 def test_who_does_not_say_hello_is_cut_off():
-    with limited(handshake=0.1) as endpoint, SHM.connect(endpoint.url, 20) as requester:
+    with limited(handshake=1.0) as endpoint, SHM.connect(endpoint.url, 20) as requester:
         stranger = Stranger(endpoint, hello=None)
         assert stranger.refused()
         assert endpoint.counts == {"HandshakeTimeout": 1}
@@ -964,7 +964,7 @@ def test_who_does_not_say_hello_is_cut_off():
 
 
 def test_who_announces_memory_that_never_comes_is_cut_off():
-    with limited(stall=0.1) as endpoint:
+    with limited(stall=0.5) as endpoint:
         stranger = Stranger(endpoint)
         stranger.send(HEAD.pack(MAP, 0, 0, 1, 0, 1) + struct.pack("<Q", 4096))
         assert stranger.refused()

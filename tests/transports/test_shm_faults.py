@@ -48,7 +48,7 @@ def spawn(zygote: Zygote) -> Iterator[Spawn]:
     before = names_left()
     yield zygote.spawn
     zygote.kill_all()
-    assert until(lambda: names_left() <= before), names_left() - before
+    assert until(lambda: names_left() <= before, 20.0), names_left() - before
 
 
 def blocks(count: int) -> Iterator[range]:
@@ -71,7 +71,7 @@ def at_rest(child: Child) -> Held:
 
 def assert_no_more_is_held(child: Child, *before: Any) -> None:
     """Like `Held.beyond`; what a process releases may take it a moment."""
-    until(lambda: not Held.by(child).beyond(*before))
+    until(lambda: not Held.by(child).beyond(*before), 20.0)
     beyond = Held.by(child).beyond(*before)
     assert not beyond, beyond
 
@@ -266,5 +266,5 @@ def test_a_forked_child_reads_what_was_kept_and_keeps_no_connection_alive(
         assert client.ask("recheck_hoard") == kept // 2 + 90  # answered by the forked child
         assert client.ask("works") == [True]
         assert client.status() == -signal.SIGKILL
-        assert until(lambda: not is_alive(child))  # noqa: B023 - called at once
+        assert until(lambda: not is_alive(child), 20.0)  # noqa: B023 - called at once
     server.end()
