@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import faults
 from .harness import Plan, has_logs, name_of, run_all
+from .slow import watch
 
 TRANSPORTS = ("zmq", "grpc", "shm")
 
@@ -19,6 +20,8 @@ TRANSPORTS = ("zmq", "grpc", "shm")
 def main() -> int:
     """Run what is asked for; 1 where something was found."""
     options = _options()
+    if options.plans is None:
+        return _slow(options)
     plans = options.plans(options)
     directory = Path(options.directory or tempfile.mkdtemp(prefix="chaos-"))
     began, done, wrong = time.monotonic(), Counter(), Counter()
@@ -68,6 +71,17 @@ def _options() -> argparse.Namespace:
     kills.add_argument("--runs", type=int, default=200, help="of each transport (default 200)")
     kills.set_defaults(plans=_kills)
 
+    slow = commands.add_parser("slow", help="memory, with many slow subscribers of much")
+    slow.add_argument("--transports", default=",".join(TRANSPORTS), metavar="NAMES")
+    slow.add_argument("--subscribers", type=int, default=100, metavar="N")
+    slow.add_argument("--megabytes", type=float, default=10.0, help="of a publication")
+    slow.add_argument("--hz", type=float, default=100.0, help="publications a second")
+    slow.add_argument(
+        "--pause", type=float, default=5.0, help="seconds a subscriber takes over one"
+    )
+    slow.add_argument("--seconds", type=float, default=120.0)
+    slow.set_defaults(plans=None)
+
     for command in (each, kills):
         command.add_argument("--transports", default=",".join(TRANSPORTS), metavar="NAMES")
         command.add_argument("--first-seed", type=int, default=0, metavar="N")
@@ -79,6 +93,21 @@ def _options() -> argparse.Namespace:
         command.add_argument("--without-logs", action="store_true")
         command.add_argument("--directory", metavar="DIR", help="for what the processes tell")
     return parser.parse_args()
+
+
+def _slow(options: argparse.Namespace) -> int:
+    found = []
+    for transport in options.transports.split(","):
+        found += watch(
+            transport,
+            options.subscribers,
+            int(options.megabytes * 1e6),
+            options.hz,
+            options.pause,
+            options.seconds,
+        )
+    print("\n".join(found))
+    return 1 if found else 0
 
 
 def _faults(options: argparse.Namespace) -> list[Plan]:

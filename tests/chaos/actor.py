@@ -22,6 +22,7 @@ from . import breaks, clock, items
 from .history import Writer
 
 _BURST = 30  # items, at most
+_CHUNK = 32  # items that a message of an update has at least, where there are so many
 _CLOSING = 2.0  # seconds that `stop` may spend on what is left, by its documentation
 
 
@@ -36,6 +37,7 @@ class Actor:
         self.history = Writer(options["history"])
         self.rng = random.Random(f"{options['seed']} {options['actor']} {options['life']}")
         self.next: int = options["first"]
+        self.arrived = 1  # all items below it are with the learner
         count = max(1, options["last"])
         if options["store"] == "queue":
             self.store: Any = QueuedDataStore(count, "block", timeout=self.timeout)
@@ -143,7 +145,11 @@ class Actor:
             self.next = number + 1
 
     def update(self) -> bool:
-        done = self.timed("update", self.timeout, lambda: self.client.update())
+        # Each of its messages may take the timeout, and it goes on as long as answers come.
+        messages = 2 + (self.next - self.arrived) // _CHUNK
+        done = self.timed("update", messages * self.timeout, lambda: self.client.update())
+        if done is not None:
+            self.arrived = self.next
         stats = self.client.stats()
         self.history.tell("stats", stats=stats.get("stores", {}).get("data"))
         return done is not None

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeml.data import DataStoreBase
+from edgeml import TrainerClient
 
 from . import clock
 from .checker import check
@@ -31,13 +31,12 @@ _LOGS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python
 
 
 # A queue whose items are gone when they are applied loses them with a learner that is killed.
-_STORES = ["replay", "replay", "queue" if hasattr(DataStoreBase, "mark_applied") else "replay"]
+_HELD = inspect.signature(TrainerClient.update).return_annotation != "int"
+_STORES = ["replay", "replay", "queue" if _HELD else "replay"]
 
 
 def has_logs() -> bool:
     """Whether actors can have logs."""
-    from edgeml import TrainerClient
-
     return "log" in inspect.signature(TrainerClient.__init__).parameters
 
 

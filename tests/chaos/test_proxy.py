@@ -87,6 +87,8 @@ def test_is_as_slow_as_it_is_told_and_keeps_the_order(proxy, weather):
 def test_passes_on_a_few_bytes_at_a_time(proxy):
     with connected(proxy) as (client, server):
         proxy.ask(do="set", piece=3)
+        client.sendall(b"x")  # it waits for as much as it was told before
+        exactly(server, 1)
         client.sendall(bytes(100))
         exactly(server, 100)
         wait_until(lambda: proxy.ask(do="counts")["pieces"] >= 34)
