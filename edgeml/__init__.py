@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         ActionServer,
         Batching,
         Context,
+        Delivered,
         Feature,
         InferenceClient,
         InferenceServer,
@@ -68,6 +69,7 @@ __all__ = [
     "TrainerServer",
     "TrainerClient",
     "TrainerTunnel",
+    "Delivered",
     "Subscription",
     # how a server answers
     "Batching",
@@ -109,6 +111,7 @@ _HOMES = {
     "Batching": "services",
     "Context": "services",
     "Credentials": "core.security",
+    "Delivered": "services",
     "Feature": "services",
     "Jpeg": "images",
     "Limits": "core.limits",

@@ -40,7 +40,7 @@ from edgeml.core.errors import Closed
 from edgeml.core.state import ServerState
 from edgeml.core.streams import Subscription as _Subscription
 from edgeml.services.base import ServiceClient
-from edgeml.services.trainer.uploader import OnRefused
+from edgeml.services.trainer.uploader import Delivered, OnRefused
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -375,7 +375,7 @@ class _Client(Generic[C]):
         sync = self._sync
         return await _result(_in_thread(lambda: sync.state(timeout)))
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Counts since the start, as those of the client of the same name in `edgeml`."""
         return self._sync.stats()
 
@@ -466,7 +466,9 @@ class TrainerClient(_Client[services.TrainerClient]):
         """Items that a store had overwritten before they could be sent."""
         return self._sync.lost
 
-    async def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> int:
+    async def update(
+        self, timeout: float | None = None, on_refused: OnRefused = "skip"
+    ) -> Delivered:
         """Send what the learner doesn't have yet; see `edgeml.TrainerClient.update`.
 
         An update that is under way goes on when its task is cancelled.

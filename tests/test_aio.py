@@ -146,7 +146,7 @@ def test_a_trainer_client_is_awaited(transport):
         async with aio.TrainerClient("arm", None, LEARNER, here, url=server.url) as client:
             assert await client.request("echo", 3) == 3
             here.batch_insert(list(range(5)))
-            assert await client.update() == 5
+            assert (await client.update()).applied == 5
             assert client.lost == 0
             assert client.stats()["items_refused"] == 0
             server.publish_network({"w": 1})

@@ -149,7 +149,7 @@ def use(transport: str, keys: str) -> None:
         actor.recv_network_callback(weights.put)
         for _ in range(3):
             store.insert({"key-of-a-payload": secret(11)})
-        assert actor.update() == 3
+        assert actor.update().applied == 3
         same(actor.request("type-of-a-request", {"key-of-a-payload": secret(12)}), 5)
         same(weights.get(timeout=10)["key-of-a-payload"], 7)
     print("done", flush=True)

@@ -51,9 +51,9 @@ class Numbering:
         Raises:
             TypeError, ValueError: it is none.
         """
-        *lineage, (known, _) = ((known, at) for known, at in entries)
+        *lineage, (known, _) = [(known, at) for known, at in entries]
         for entry in (*lineage, (known, 0)):
-            if any(type(n) is not int or not 0 <= n < 1 << _BITS for n in entry):
+            if any(type(n) is not int or not 0 <= n < 1 << 63 for n in entry):
                 raise ValueError("a numbering has random numbers and ids")
         if len(lineage) > _LONGEST:
             raise ValueError(f"a numbering has branched off {_LONGEST} others at most")

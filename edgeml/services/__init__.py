@@ -5,7 +5,13 @@ from edgeml.services.batching import Batching
 from edgeml.services.contract import Feature, PolicyContract
 from edgeml.services.functions import Context
 from edgeml.services.inference import InferenceClient, InferenceServer
-from edgeml.services.trainer import TrainerClient, TrainerConfig, TrainerServer, TrainerTunnel
+from edgeml.services.trainer import (
+    Delivered,
+    TrainerClient,
+    TrainerConfig,
+    TrainerServer,
+    TrainerTunnel,
+)
 
 __all__ = [
     "ActionClient",
@@ -13,6 +19,7 @@ __all__ = [
     "ActionServer",
     "Batching",
     "Context",
+    "Delivered",
     "Feature",
     "InferenceClient",
     "InferenceServer",

@@ -151,7 +151,7 @@ def test_uploads_and_weights(transport):
         with TrainerClient(
             "arm", url=server.url, config=config, data_store=actor, images=JPEGS
         ) as client:
-            assert client.update() == 6
+            assert client.update().applied == 6
             items = list(learner.get_latest_data(0))
             for step in range(5):
                 assert was_jpeg(items[step]["observations"]["image"], photo(at=step))
@@ -175,7 +175,7 @@ def test_an_item_whose_image_is_none_is_refused_by_its_path(caplog):
         with TrainerClient(
             "arm", url=server.url, config=config, data_store=actor, images=JPEGS
         ) as client:
-            assert client.update() == 1
+            assert client.update().applied == 1
             assert client.stats()["items_refused"] == 1
     assert "['image']" in caplog.text
     assert "float32" in caplog.text

@@ -189,26 +189,37 @@ def test_a_mark_is_a_number_up_to_which_there_are_items(answer):
     "answer",
     [
         {"mark": 5},
-        {"mark": True, "refused": []},
-        {"mark": 6, "refused": []},
-        {"mark": 5, "refused": None},
-        {"mark": 5, "refused": "ab"},
-        {"mark": 5, "refused": [[1, 2]]},
-        {"mark": 5, "refused": [[True, 1, "no"]]},
-        {"mark": 5, "refused": [[1, 5, b"no"]]},
-        {"mark": 5, "refused": [[0, 1, "no"]]},
-        {"mark": 5, "refused": [[1, 0, "no"]]},
-        {"mark": 5, "refused": [[1, 6, "no"]]},
-        {"mark": 5, "refused": [[4, 1 << 70, "no"]]},
-        {"mark": 5, "refused": [[3, 2, "no"], [4, 1, "no"]]},
-        {"mark": 5, "refused": [[4, 1, "no"], [3, 1, "no"]]},
+        {"mark": True},
         {"mark": 6},
+        {"mark": -1},
+        {"durable": 6},
+        {"durable": -1},
+        {"durable": True},
+        {"durable": "5"},
+        {"durable": ...},
+        {"epoch": None},
+        {"epoch": -1},
+        {"epoch": 1 << 63},
+        {"refused": None},
+        {"refused": "ab"},
+        {"refused": [[1, 2]]},
+        {"refused": [[True, 1, "no"]]},
+        {"refused": [[1, 5, b"no"]]},
+        {"refused": [[0, 1, "no"]]},
+        {"refused": [[1, 0, "no"]]},
+        {"refused": [[1, 6, "no"]]},
+        {"refused": [[4, 1 << 70, "no"]]},
+        {"refused": [[3, 2, "no"], [4, 1, "no"]]},
+        {"refused": [[4, 1, "no"], [3, 1, "no"]]},
         6,
         -1,
     ],
     ids=str,
 )
 def test_what_was_refused_are_items_that_were_sent(answer):
+    if isinstance(answer, dict) and answer != {"mark": 5}:
+        answer = {"mark": 5, "durable": None, "epoch": 1, "refused": []} | answer
+        answer = {key: value for key, value in answer.items() if value is not ...}
     with actor_of(answer) as (client, store):
         for _ in range(2):
             with pytest.raises(Malformed):
@@ -218,10 +229,14 @@ def test_what_was_refused_are_items_that_were_sent(answer):
 
 
 def test_what_fits_goes_on_as_ever():
-    told = {"mark": 5, "refused": [[2, 1, "no"], [4, 2, "neither"]]}
+    refused = [[2, 1, "no"], [4, 2, "neither"]]
+    told = {"mark": 5, "durable": 4, "epoch": 1, "refused": refused}
     with actor_of(told) as (client, _):
-        assert client.update(1.0) == 2
-        assert client.stats()["items_refused"] == 3
+        client.update(1.0)
+        counts = client.stats()["stores"]["arm"]
+        assert counts["applied"] == 2
+        assert counts["durable"] == 2
+        assert counts["refused"] == {"no": 1, "neither": 2}
 
 
 # Environments -----------------------------------------------------------------------------------

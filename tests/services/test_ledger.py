@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from edgeml import PermissionDenied
-from edgeml.services.trainer.ledger import Ledger, Verdict
+from edgeml.data.numbering import Numbering
+from edgeml.services.trainer.ledger import Ledger, Upload, Verdict
+
+ARM = Numbering(1)
 
 
-def offer(
-    ledger, first, count, *, after=None, acknowledged=0, incarnation=1, client="arm", identity=None
+def made(
+    first,
+    count,
+    *,
+    after=None,
+    acknowledged=0,
+    incarnation=1,
+    client="arm",
+    identity=None,
+    numbering=ARM,
+    epoch=None,
+    store="demos",
 ):
-    """Offer items to a ledger and, as a server does, note them as inserted."""
     after = first - 1 if after is None else after
-    verdict = ledger.accept(
-        client,
-        incarnation,
-        "demos",
-        identity=identity,
-        acknowledged=acknowledged,
-        after=after,
-        first=first,
-        count=count,
+    return Upload(
+        store, client, incarnation, identity, numbering, epoch, acknowledged, after, first, count
     )
-    ledger.advance(client, "demos", verdict.mark)
+
+
+def offer(ledger, first, count, **more):
+    """Offer items to a ledger and, as a server does, note them as inserted."""
+    upload = made(first, count, **more)
+    verdict = ledger.accept(upload)
+    ledger.advance(upload, verdict.mark)
     return verdict
 
 
@@ -43,11 +52,74 @@ def test_what_is_new_of_an_upload_and_how_far_it_brings():
     assert offer(ledger, 23, 1, after=19) == Verdict(mark=23, lost=1)  # 20 and 21 are there
 
 
-def test_a_client_that_is_not_known_goes_on_from_what_it_was_told():
-    assert offer(Ledger(), 101, 10, acknowledged=100) == Verdict(mark=110)
-    assert offer(Ledger(), 111, 10, acknowledged=100) == Verdict(mark=100, gap=True)
-    # But what was restored has nothing of it.
-    assert offer(Ledger.restore([]), 101, 10, acknowledged=100) == Verdict(mark=0, gap=True)
+def test_items_that_are_not_known_come_again_but_where_this_ledger_had_them():
+    for ledger in (Ledger(), Ledger.restore({"clients": [], "marks": []})):
+        assert offer(ledger, 101, 10, acknowledged=100) == Verdict(mark=0, gap=True)
+        told = {"acknowledged": 100, "epoch": ledger.epoch}
+        numbering = Numbering()  # of which the mark was forgotten, as it was long not used
+        assert offer(ledger, 111, 10, numbering=numbering, **told) == Verdict(mark=100, gap=True)
+        assert offer(ledger, 101, 10, numbering=numbering, **told) == Verdict(mark=110)
+        other = {"acknowledged": 100, "epoch": ledger.epoch ^ 1}
+        assert offer(ledger, 101, 1, numbering=Numbering(), **other) == Verdict(mark=0, gap=True)
+
+
+def test_a_store_goes_on_with_another_client():
+    ledger = Ledger()
+    offer(ledger, 1, 10)
+    assert offer(ledger, 1, 15, client="leg", incarnation=7) == Verdict(mark=15, repeated=10)
+    assert offer(ledger, 1, 15) == Verdict(mark=15, repeated=15)
+    assert offer(ledger, 1, 15, incarnation=2) == Verdict(mark=15, repeated=15)
+    assert offer(ledger, 1, 2, store="online") == Verdict(mark=2)
+
+
+def test_a_branch_goes_on_from_what_it_shares():
+    ledger = Ledger()
+    offer(ledger, 1, 150)
+    loaded, other = ARM.branch(100), ARM.branch(100)
+    assert offer(ledger, 1, 0, numbering=loaded).mark == 100
+    assert offer(ledger, 101, 60, numbering=loaded) == Verdict(mark=160)
+    assert offer(ledger, 91, 20, numbering=other, after=0) == Verdict(mark=110, repeated=10)
+    assert offer(ledger, 151, 1) == Verdict(mark=151)  # the first goes on
+
+
+def test_what_branches_share_comes_once():
+    ledger = Ledger()
+    offer(ledger, 1, 80)
+    one, two = ARM.branch(100), ARM.branch(100)
+    assert offer(ledger, 1, 0, numbering=one).mark == offer(ledger, 1, 0, numbering=two).mark == 80
+    assert offer(ledger, 81, 40, numbering=one) == Verdict(mark=120)
+    assert offer(ledger, 81, 30, numbering=two) == Verdict(mark=110, repeated=20)
+    assert offer(ledger, 81, 30, numbering=two.branch(200)) == Verdict(mark=110, repeated=30)
+    assert offer(ledger, 1, 0).mark == 100
+
+
+def test_what_is_durable_is_what_was_saved():
+    ledger = Ledger()
+    upload = made(1, 10)
+    ledger.accept(upload)
+    ledger.advance(upload, 4)
+    assert ledger.durable(upload) is None
+    state = ledger.state()
+    ledger.advance(upload, 10)
+    assert ledger.durable(upload) is None  # the file isn't there yet
+    ledger.saved(state)
+    assert ledger.durable(upload) == 4
+    loaded = Ledger.restore(state)
+    assert loaded.epoch != ledger.epoch
+    assert loaded.accept(upload) == Verdict(mark=10, repeated=4)
+    assert loaded.durable(upload) == 4
+    branch = made(1, 10, numbering=ARM.branch(3))
+    assert loaded.accept(branch).repeated == loaded.durable(branch) == 3
+
+
+def test_marks_of_stores_that_are_not_there_are_let_go():
+    ledger = Ledger()
+    offer(ledger, 1, 5)
+    offer(ledger, 1, 6, store="online")
+    ledger = Ledger.restore(ledger.state())
+    ledger.keep({"demos"})
+    assert offer(ledger, 1, 5).repeated == 5
+    assert offer(ledger, 1, 6, store="online").repeated == 0
 
 
 def test_an_incarnation_that_was_replaced_stays_out_also_after_a_restart():
@@ -58,33 +130,26 @@ def test_an_incarnation_that_was_replaced_stays_out_also_after_a_restart():
         with pytest.raises(PermissionDenied, match="'arm'"):
             offer(same, 4, 1, incarnation=5)
         assert offer(same, 3, 1, incarnation=4).mark == 3
-        assert offer(same, 3, 1, incarnation=5, client="other").gap
+        assert offer(same, 3, 1, incarnation=5, client="other").repeated == 1
 
 
 def test_what_is_refused_counts_as_there_and_is_told_until_it_is_acknowledged():
     ledger = Ledger()
-    verdict = ledger.accept("arm", 1, "demos", acknowledged=0, after=0, first=1, count=9)
-    ledger.advance("arm", "demos", 2)
+    upload = made(1, 9)
+    verdict = ledger.accept(upload)
+    ledger.advance(upload, 2)
     for number in (3, 4):
-        ledger.refuse("arm", "demos", number, "no")
-    ledger.refuse("arm", "demos", 5, "another reason")
-    ledger.advance("arm", "demos", 8)
-    ledger.refuse("arm", "demos", 9, "another reason")
+        ledger.refuse(upload, number, "no")
+    ledger.refuse(upload, 5, "another reason")
+    ledger.advance(upload, 8)
+    ledger.refuse(upload, 9, "another reason")
     told = [(3, 2, "no"), (5, 1, "another reason"), (9, 1, "another reason")]
-    assert ledger.refused("arm", "demos") == told
+    assert ledger.refused(upload) == told
     assert offer(ledger, 1, 9) == Verdict(mark=9, repeated=9)
     assert offer(ledger, 10, 1, acknowledged=verdict.mark - 1) == Verdict(mark=10)
-    assert ledger.refused("arm", "demos") == told[2:]
+    assert ledger.refused(upload) == told[2:]
     assert offer(ledger, 11, 1, acknowledged=10).mark == 11
-    assert ledger.refused("arm", "demos") == []
-
-
-def test_a_new_incarnation_is_told_nothing_of_the_one_before():
-    ledger = Ledger()
-    ledger.accept("arm", 1, "demos", acknowledged=0, after=0, first=1, count=1)
-    ledger.refuse("arm", "demos", 1, "no")
-    offer(ledger, 1, 1, incarnation=2)
-    assert ledger.refused("arm", "demos") == []
+    assert ledger.refused(upload) == []
 
 
 def test_accepting_alone_changes_nothing_that_counts():
@@ -92,58 +157,75 @@ def test_accepting_alone_changes_nothing_that_counts():
     ledger = Ledger()
     offer(ledger, 1, 5)
     for _ in range(2):
-        verdict = ledger.accept("arm", 1, "demos", acknowledged=5, after=5, first=6, count=5)
-        assert verdict == Verdict(mark=10)
-    assert ledger.state() == [["arm", "demos", 1, 5, []]]
+        assert ledger.accept(made(6, 5, acknowledged=5)) == Verdict(mark=10)
+    marks = {"clients": [["arm", None, "demos", [1]]], "marks": [["demos", 1, 5, None]]}
+    assert ledger.state() == marks
 
 
-@pytest.mark.parametrize("state", [None, 3, [1], [["arm", "demos", 1, 5]], [[1, 2, 3, 4, 5]], {}])
+STATE = {
+    "clients": [["arm", "key", "demos", [3, 1]], ["arm", "key", "online", [1]]],
+    "marks": [["demos", 9, 5, "key"], ["online", 9, 6, "key"]],
+}
+
+
+@pytest.mark.parametrize("state", [None, 3, [1], [["arm", "demos", 1, 5]], {}, {"clients": []}])
 def test_what_is_no_state_is_refused(state):
-    if state == {}:
-        assert Ledger.restore(state).state() == []
-        return
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((LookupError, TypeError, ValueError)):
         Ledger.restore(state)
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        ["arm", None, "demos", ["1"]],
+        ["arm", None, "demos", [-1]],
+        ["arm", None, "demos", [True]],
+        ["arm", None, "demos", [1 << 64]],
+        ["arm", None, "demos", "12"],
+        ["arm", None, "demos", list(range(300))],
+        ["arm", None, b"demos", [1]],
+        [["arm"], None, "demos", [1]],
+        ["arm", 5, "demos", [1]],
+        ["arm", None, "demos"],
+        ["arm", "key", "demos", [1]],  # twice
+        ["arm", "other", "third", [1]],
+    ],
+    ids=str,
+)
+def test_what_is_no_client_is_refused_before_it_is_used(client):
+    assert Ledger.restore(STATE).state() == STATE
+    with pytest.raises((LookupError, PermissionDenied, TypeError, ValueError)):
+        Ledger.restore({**STATE, "clients": [*STATE["clients"], client]})
 
 
 @pytest.mark.parametrize(
     "mark",
     [
-        ["arm", "demos", "1", 5, []],
-        ["arm", "demos", 1, 5.0, []],
-        ["arm", "demos", 1, -1, []],
-        ["arm", "demos", True, 5, []],
-        ["arm", "demos", 1, 1 << 64, []],
-        ["arm", "demos", 1, 5, ["1"]],
-        ["arm", "demos", 1, 5, "12"],
-        ["arm", "demos", 1, 5, list(range(300))],
-        ["arm", b"demos", 1, 5, []],
-        [["arm"], "demos", 1, 5, []],
-        ["arm", "demos", 1, 5, [], None],
-        ["arm", "demos", 1, 5, [], "key", "key"],
+        ["demos", "1", 5, None],
+        ["demos", 1, 5.0, None],
+        ["demos", 1, -1, None],
+        ["demos", True, 5, None],
+        ["demos", 1, 1 << 64, None],
+        [b"demos", 1, 5, None],
+        [["demos"], 1, 5, None],
+        ["demos", 1, 5, 7],
+        ["demos", 1, 5],
+        ["demos", 9, 5, "key"],  # twice
+        ["demos", 9, 5, "other"],
     ],
     ids=str,
 )
 def test_what_is_no_mark_is_refused_before_it_is_used(mark):
-    assert Ledger.restore([["arm", "demos", 1, 5, []]])
-    with pytest.raises((TypeError, ValueError)):
-        Ledger.restore([mark])
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        Ledger.restore({**STATE, "marks": [*STATE["marks"], mark]})
 
 
-@pytest.mark.parametrize(
-    "second",
-    [
-        ["arm", "demos", 1, 6, [], "key"],
-        ["arm", "online", 1, 6, []],
-        ["arm", "online", 1, 6, [], "other"],
-    ],
-    ids=str,
-)
-def test_marks_that_contradict_each_other_are_refused(second):
-    first = ["arm", "demos", 1, 5, [], "key"]
-    assert Ledger.restore([first, ["arm", "online", 1, 6, [], "key"]])
-    with pytest.raises(ValueError, match=r"contradicts|belongs"):
-        Ledger.restore([first, second])
+def test_marks_that_were_saved_by_incarnations_are_read():
+    ledger = Ledger.restore([["arm", "demos", 9, 5, [4]], ["leg", "demos", 8, 7, [], "key"]])
+    with pytest.raises(PermissionDenied):
+        offer(ledger, 6, 1, incarnation=4)
+    assert offer(ledger, 1, 5, numbering=Numbering(9), incarnation=9).repeated == 5
+    assert dict(ledger.owners()) == {"leg": "key"}
 
 
 # Whose a client's id is -------------------------------------------------------------------------
@@ -157,7 +239,10 @@ def test_an_id_belongs_to_the_key_that_used_it_first_also_after_a_restart():
             with pytest.raises(PermissionDenied, match="'other'"):
                 offer(same, 6, 5, identity="other", incarnation=incarnation)
         assert offer(same, 6, 1, identity="boss").mark == 6  # it was not shut out
-        assert offer(same, 1, 1, identity="other", client="leg").mark == 1
+        leg = {"client": "leg", "identity": "other"}
+        with pytest.raises(PermissionDenied, match="another key"):
+            offer(same, 1, 1, **leg)
+        assert offer(same, 1, 1, numbering=Numbering(), **leg).mark == 1
         assert dict(same.owners()) == {"arm": "boss", "leg": "other"}
 
 
@@ -174,141 +259,167 @@ def test_an_id_from_when_no_keys_were_asked_for_is_the_first_ones_who_shows_one(
 def test_one_key_makes_nobody_elses_marks_be_forgotten():
     ledger = Ledger()
     offer(ledger, 1, 5, identity="boss")
-    offer(ledger, 1, 5, client="nobody's")
-    for k in range(20_000):
-        offer(ledger, 1, 1, client=str(k), identity="other")
-        if k == 10_000:
-            offer(ledger, 2, 1, client="0", identity="other")
+    offer(ledger, 1, 5, client="nobody's", numbering=Numbering(2))
+    other = {"identity": "other", "epoch": ledger.epoch}
+    for k in range(40_000):
+        offer(ledger, 1, 1, client=str(k), numbering=Numbering(10 + k), **other)
+        if k in (10_000, 30_000):
+            offer(ledger, 2, 1, client="0", numbering=Numbering(10), **other)
     assert offer(ledger, 6, 1, identity="boss").mark == 6
-    assert offer(ledger, 6, 1, client="nobody's").mark == 6
+    assert offer(ledger, 6, 1, client="nobody's", numbering=Numbering(2)).mark == 6
     kept = [client for client, owner in ledger.owners() if owner == "other"]
     assert len(kept) <= 1 << 14
-    assert {"0", "19999"} <= set(kept)
+    assert {"0", "39999"} <= set(kept)
     assert "1" not in kept
-    assert offer(ledger, 51, 1, client="1", identity="other", acknowledged=50).mark == 51
+    assert len(ledger.state()["marks"]) == (1 << 15) + 2
+    one = {"client": "1", "numbering": Numbering(11), **other}
+    assert offer(ledger, 51, 1, acknowledged=50, **one).mark == 51
 
 
 def test_what_is_remembered_of_refusals_is_bounded():
     ledger = Ledger()
-    for client in range(30):
-        name = str(client)
-        ledger.accept(name, 1, "demos", acknowledged=0, after=0, first=1, count=5000)
+    uploads = [made(1, 5000, client=str(k), numbering=Numbering(k)) for k in range(30)]
+    for upload in uploads:
+        ledger.accept(upload)
         for number in range(1, 5001):
-            ledger.refuse(name, "demos", number, f"reason {number}")
-        assert len(ledger.refused(name, "demos")) <= 4096
-    held = [ledger.refused(str(client), "demos") for client in range(30)]
+            ledger.refuse(upload, number, f"reason {number}")
+        assert len(ledger.refused(upload)) <= 4096
+    held = [ledger.refused(upload) for upload in uploads]
     assert sum(map(len, held)) <= 1 << 16
     assert held[0][-1] == (5000, 1, "reason 5000")
-    for client in range(30):  # and what is told makes room
-        offer(ledger, 5001, 0, acknowledged=5000, client=str(client))
-        assert ledger.refused(str(client), "demos") == []
-    ledger.refuse("29", "demos", 5001, "again")
-    assert ledger.refused("29", "demos") == [(5001, 1, "again")]
+    for k, upload in enumerate(uploads):  # and what is told makes room
+        offer(ledger, 5001, 0, acknowledged=5000, client=str(k), numbering=Numbering(k))
+        assert ledger.refused(upload) == []
+    ledger.refuse(uploads[29], 5001, "again")
+    assert ledger.refused(uploads[29]) == [(5001, 1, "again")]
+
+
+class Store:
+    """An actor's: its numbering, and of each item where it was first inserted."""
+
+    def __init__(self, numbering, items, client):
+        self.numbering = numbering
+        self.items = items  # (numbering's id, id), by which an item is the same in all branches
+        self.client = client
+        self.told = 0, None  # the newest mark that it was told, and the epoch of that
 
 
 class Deliveries(RuleBasedStateMachine):
     """Actors send as `docs/wire.md` says; a network repeats, holds back and drops what they send.
 
-    The model is the obvious one: for each actor's store all the numbers that are there. An upload
-    is taken where all before it are there (or said to be lost), and of it what isn't there.
+    The model is the obvious one: all items that are there, and all that are said to be lost. An
+    upload is taken where all before it are there (or lost), and of it what isn't there.
     """
 
     @initialize()
     def begin(self) -> None:
         self.ledger = Ledger()
-        self.saved = Ledger().state(), {}, {}  # a checkpoint: marks, and the stores' contents
-        self.there = defaultdict(list)  # (client, incarnation) -> numbers, as they came
-        self.skipped = defaultdict(set)  # ... that it has said to be lost
+        self.saved = None  # a checkpoint: marks, and the contents
+        self.there = []  # items, as they came
+        self.skipped = set()
         self.incarnation = dict.fromkeys("ab", 1)
-        self.told = defaultdict(int)  # the newest mark that an actor was told
-        self.made = defaultdict(int)  # how many items it has made
+        self.stores = [Store(Numbering(), [], client) for client in "ab"]
         self.sent = []  # everything that was ever sent, to come at any time and again
-        self.epoch = 0
 
     clients = st.sampled_from("ab")
 
-    @rule(client=clients, n=st.integers(1, 5))
-    def make(self, client, n) -> None:
-        self.made[client, self.incarnation[client]] += n
+    @rule(data=st.data(), n=st.integers(1, 5))
+    def make(self, data, n) -> None:
+        store = data.draw(st.sampled_from(self.stores))
+        known = store.numbering.id
+        store.items += [(known, len(store.items) + k) for k in range(1, n + 1)]
 
-    @rule(client=clients, start=st.integers(0, 6), n=st.integers(0, 6), gone=st.integers(0, 3))
-    def send(self, client, start, n, gone) -> None:
+    @rule(data=st.data(), client=clients, back=st.integers(0, 4))
+    def load(self, data, client, back) -> None:
+        """A store is saved, and loaded by whoever, maybe from a while ago."""
+        store = data.draw(st.sampled_from(self.stores))
+        at = max(0, len(store.items) - back)
+        self.stores.append(Store(store.numbering.branch(at), store.items[:at], client))
+
+    @rule(
+        data=st.data(),
+        start=st.integers(0, 6),
+        n=st.integers(0, 6),
+        gone=st.sampled_from([0, 0, 2]),
+    )
+    def send(self, data, start, n, gone) -> None:
         """Send some items from a bit after the mark on, those just before maybe overwritten."""
-        me = client, self.incarnation[client]
-        after = min(self.told[me] + start, self.made[me])
-        first = min(after + 1 + gone, self.made[me] + 1)
-        count = min(n, self.made[me] + 1 - first)
-        self.sent.append((*me, self.told[me], after, first, count, self.epoch))
+        store = data.draw(st.sampled_from(self.stores))
+        told, epoch = store.told
+        after = min(told + start, len(store.items))
+        first = min(after + 1 + gone, len(store.items) + 1)
+        count = min(n, len(store.items) + 1 - first)
+        upload = made(
+            first,
+            count,
+            after=after,
+            acknowledged=told,
+            client=store.client,
+            incarnation=self.incarnation[store.client],
+            numbering=store.numbering,
+            epoch=epoch,
+        )
+        self.sent.append((store, list(store.items), upload))
 
     @rule(data=st.data())
     def arrive(self, data) -> None:
         if not self.sent:
             return
-        upload = data.draw(st.sampled_from(self.sent))
-        client, incarnation, told, after, first, count, epoch = upload
-        me = client, incarnation
-        if epoch != self.epoch:
-            return  # of a connection to the server before
-        there = set(self.there[me]) | self.skipped[me]
+        store, items, upload = data.draw(st.sampled_from(self.sent))
+        there = set(self.there) | self.skipped
         try:
-            verdict = self.ledger.accept(
-                client,
-                incarnation,
-                "s",
-                acknowledged=told,
-                after=after,
-                first=first,
-                count=count,
-            )
+            verdict = self.ledger.accept(upload)
         except PermissionDenied:
-            assert incarnation < self.incarnation[client]
+            assert upload.incarnation < self.incarnation[upload.client]
             return
-        numbers = range(first, first + count)
+        sent = items[upload.first - 1 : upload.first - 1 + upload.count]
+        before = set(items[: upload.after])
         if verdict.gap:
-            assert not set(range(1, after + 1)) <= there
+            assert not before <= there
         else:
-            assert set(range(1, after + 1)) <= there
-            new = [n for n in numbers if n not in there]
-            assert list(numbers[verdict.repeated :]) == new
+            assert before <= there
+            new = [item for item in sent if item not in there]
+            assert sent[verdict.repeated :] == new
             if new:
-                lost = set(range(after + 1, first)) - there
+                lost = set(items[upload.after : upload.first - 1]) - there
                 assert verdict.lost == len(lost)
-                self.skipped[me] |= lost
-                self.there[me] += new
-                self.ledger.advance(client, "s", verdict.mark)
-        assert verdict.mark == max(self.there[me], default=0)
-        self.told[me] = max(self.told[me], verdict.mark)
+                self.skipped |= lost
+                self.there += new
+                self.ledger.advance(upload, verdict.mark)
+        there = set(self.there) | self.skipped
+        assert set(items[: verdict.mark]) <= there
+        assert verdict.mark >= len(items) or items[verdict.mark] not in there
+        if store.told[1] != self.ledger.epoch or store.told[0] < verdict.mark:
+            store.told = verdict.mark, self.ledger.epoch
 
     @rule(client=clients)
     def replace(self, client) -> None:
         """A newer client with the same id; what the old one has sent may come until it is seen."""
         self.incarnation[client] += 1
-        self.sent = [upload for upload in self.sent if upload[0] != client]
 
     @rule()
     def save(self) -> None:
-        there = {me: list(numbers) for me, numbers in self.there.items()}
-        skipped = {me: set(numbers) for me, numbers in self.skipped.items()}
-        self.saved = self.ledger.state(), there, skipped
+        self.saved = self.ledger.state(), list(self.there), set(self.skipped)
+        self.ledger.saved(self.saved[0])
 
-    @rule()
-    def restart(self) -> None:
-        """The server comes back from its checkpoint, and tells each actor how far it is."""
+    @rule(saves=st.booleans())
+    def restart(self, saves) -> None:
+        """The server comes back from its checkpoint, or anew."""
+        if self.saved is None or not saves:
+            self.ledger, self.there, self.skipped, self.saved = Ledger(), [], set(), None
+            return
         state, there, skipped = self.saved
         self.ledger = Ledger.restore(state)
-        self.epoch += 1
-        self.there = defaultdict(list, {me: list(n) for me, n in there.items()})
-        self.skipped = defaultdict(set, {me: set(n) for me, n in skipped.items()})
-        for me in list(self.told):
-            self.told[me] = max(self.there[me], default=0)
+        self.there, self.skipped = list(there), set(skipped)
 
     @invariant()
     def each_once_and_in_order(self) -> None:
         if not hasattr(self, "there"):
             return
-        for me, numbers in self.there.items():
-            assert numbers == sorted(set(numbers))
-            assert set(range(1, max(numbers, default=0) + 1)) == set(numbers) | self.skipped[me]
+        assert len(set(self.there)) == len(self.there)
+        for store in self.stores:
+            mine = [item for item in self.there if item[0] == store.numbering.id]
+            assert mine == sorted(mine)
 
 
 TestDeliveries = Deliveries.TestCase

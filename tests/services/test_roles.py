@@ -228,7 +228,7 @@ def test_a_role_says_which_stores_requests_and_topics(transport, home, key_of):
         server.publish_network({"w": 1})
         got = []
         with actor(server, key_of("actor")) as client:
-            assert client.update() == 5
+            assert client.update().applied == 5
             client.recv_network_callback(got.append)
             wait_until(lambda: got == [{"w": 1}])
             with refused("call:stats"):
@@ -251,7 +251,7 @@ def test_a_role_says_which_stores_requests_and_topics(transport, home, key_of):
 def test_nobody_uploads_in_anothers_name_also_after_a_restart(transport, home, key_of, tmp_path):
     with started(learner(transport, home)) as server:
         with actor(server, key_of("boss"), client_id="arm-1") as client:
-            assert client.update() == 5
+            assert client.update().applied == 5
         with pytest.raises(PermissionDenied, match="arm-1"):
             actor(server, key_of("other"), client_id="arm-1", timeout=20.0)
         server.save_checkpoint(tmp_path / "run")
@@ -261,7 +261,7 @@ def test_nobody_uploads_in_anothers_name_also_after_a_restart(transport, home, k
         with pytest.raises(PermissionDenied, match="arm-1"):
             actor(server, key_of("other"), client_id="arm-1", timeout=20.0)
         with actor(server, key_of("boss"), n=3, client_id="arm-1") as client:
-            assert client.update() == 3
+            assert client.update().applied == 3
         assert len(server.data_store("demos")) == 8
 
 
@@ -330,6 +330,6 @@ def test_whose_first_item_says_what_all_must_be_like_is_told(caplog):
             own.insert({"x": np.zeros(3, np.float32)})
             config = TrainerConfig(server.port, None, transport="inproc")
             with TrainerClient(name, None, config, own, client_id="stranger") as client:
-                assert client.update() == (name == "learns")
+                assert client.update().applied == (name == "learns")
     assert told(caplog, "'learns'", "example=")
     assert not told(caplog, "'knows'", "example=")

@@ -137,13 +137,13 @@ def test_the_program_of_the_readme(transport):
 
 def test_an_update_sends_what_is_new_and_tells_how_much(transport):
     with learner(transport) as server, actor(server, store := QueuedDataStore(1000)) as client:
-        assert client.update() == 0
+        assert client.update().applied == 0
         for n in range(10):
             store.insert(transition(n))
-        assert client.update() == 10
-        assert client.update() == 0
+        assert client.update().applied == 10
+        assert client.update().applied == 0
         store.batch_insert([transition(n) for n in range(10, 15)])
-        assert client.update(timeout=20) == 5
+        assert client.update(timeout=20).applied == 5
         there = server.data_store("actor_env")
         assert ids(there) == list(range(15))
         item = next(iter(there.get_latest_data(6, limit=1)))
@@ -166,7 +166,7 @@ def test_an_update_sends_what_is_new_and_tells_how_much(transport):
 def test_items_of_any_kind_arrive_as_they_were(transport, items):
     with learner(transport) as server, actor(server, store := QueuedDataStore(10)) as client:
         store.batch_insert(items)
-        assert client.update() == len(items)
+        assert client.update().applied == len(items)
         there = list(server.data_store("actor_env").get_latest_data(0))
     assert repr(there) == repr(list(store_of(items)))
 
@@ -219,7 +219,7 @@ def test_large_uploads_go_in_pieces_of_a_few_megabytes(transport):
             extra = {} if as_columns else {"text": "no number, so no column"}
             for n in range(100):
                 store.insert({"frame": np.full(500_000, n, np.uint8), "n": n, **extra})
-            assert client.update() == 100
+            assert client.update().applied == 100
             sizes = [len(batch) for batch in batches]
             assert sum(sizes) == 100
             assert max(sizes) * 500_000 < 10e6, sizes
@@ -233,7 +233,7 @@ def test_small_items_go_many_at_a_time(transport):
         learner(transport, data_callback=lambda name, batch: batches.append(len(batch))) as server,
         actor(server, filled(20_000)) as client,
     ):
-        assert client.update() == 20_000
+        assert client.update().applied == 20_000
     assert len(batches) < 10
 
 
@@ -246,7 +246,7 @@ def test_a_client_may_have_several_stores(transport):
         with actor(server, QueuedDataStore(10), "arm", data_stores=stores) as client:
             stores["left"].insert({"id": 1})
             stores["right"].batch_insert([{"id": 2}, {"id": 3}])
-            assert client.update() == 3
+            assert client.update().applied == 3
         assert {name: ids(server.data_store(name)) for name in server.store_names()} == {
             "arm": [],
             "left": [1],
@@ -271,7 +271,7 @@ def test_a_store_that_the_learner_lacks_is_told_with_those_it_has(transport):
                 with pytest.raises(UnknownInterface, match=r"'nobody'; known: actor_env"):
                     client.update()
             server.register_data_store("nobody", late := QueuedDataStore(10))
-            assert client.update() == 3
+            assert client.update().applied == 3
             assert ids(late) == [0, 1, 2]
 
 
@@ -307,7 +307,7 @@ def test_a_full_store_that_refuses_holds_the_client_up_and_loses_nothing(transpo
                 client.update()
         taken = ids(there)
         there.release(8)
-        assert client.update() == 8
+        assert client.update().applied == 8
         assert taken + ids(there) == list(range(16))
 
 
@@ -324,20 +324,19 @@ def raw(transport):
             Client("trainer", urls, config=config.shared(), client_id="me")
         ) as client:
 
-            def upload(first, n, after=None, incarnation=1, store="actor_env", acknowledged=None):
+            def upload(first, n, after=None, incarnation=1, store="actor_env", **more):
                 after = first - 1 if after is None else after
                 items = [{"id": k} for k in range(first, first + n)]
                 payload = Batch.of(items, first).to_payload()
-                return client.call(
-                    "update",
-                    {
-                        "store": store,
-                        "incarnation": incarnation,
-                        "acknowledged": after if acknowledged is None else acknowledged,
-                        "after": after,
-                        "batch": payload,
-                    },
-                )
+                upload = {
+                    "store": store,
+                    "incarnation": incarnation,
+                    "acknowledged": after,
+                    "after": after,
+                    "batch": payload,
+                    **more,
+                }
+                return client.call("update", upload)["mark"]
 
             yield server, client, upload
 
@@ -367,21 +366,30 @@ def test_what_the_sender_says_is_lost_is_no_gap_and_counted(raw):
     assert server.stats()["items_lost_by_clients"] == 4
 
 
-def test_a_client_that_the_learner_does_not_know_goes_on_from_where_it_was(raw):
-    """The learner has restarted: what it had is its own affair, what is new is welcome."""
+def test_a_learner_that_does_not_know_the_items_asks_for_all_that_are_held(raw):
     server, _, upload = raw
-    assert upload(101, 10, after=100) == 110
+    assert upload(101, 10, after=100) == 0
+    assert upload(101, 10, after=0, acknowledged=0) == 110  # those before are gone
     assert ids(server.data_store("actor_env")) == list(range(101, 111))
 
 
 def test_a_later_of_several_uploads_that_comes_first_is_a_gap(raw):
     """The learner has restarted in the midst of them."""
     server, _, upload = raw
-    assert upload(111, 10, acknowledged=100) == 100
-    assert upload(101, 10, acknowledged=100) == 110
-    assert upload(111, 10, acknowledged=100) == 120
-    assert upload(131, 10, acknowledged=120, incarnation=2) == 120
-    assert ids(server.data_store("actor_env")) == list(range(101, 121))
+    assert upload(11, 10, acknowledged=0) == 0
+    assert upload(1, 10, acknowledged=0) == 10
+    assert upload(11, 10, acknowledged=0) == 20
+    assert upload(31, 10, acknowledged=20) == 20
+    assert ids(server.data_store("actor_env")) == list(range(1, 21))
+
+
+def test_items_are_known_by_their_stores_numbering_whichever_client_sends_them(raw):
+    server, _, upload = raw
+    assert upload(1, 10, numbering=[[7, 0]]) == 10
+    assert upload(1, 12, numbering=[[7, 0]], incarnation=2) == 12
+    assert upload(1, 15, numbering=[[7, 11], [8, 0]], incarnation=2) == 15  # branched off it at 11
+    assert upload(1, 12, numbering=[[7, 0]], incarnation=2) == 12
+    assert ids(server.data_store("actor_env")) == [*range(1, 13), *range(12, 16)]
 
 
 def test_a_newer_incarnation_starts_anew_and_shuts_the_older_out(raw):
@@ -437,6 +445,28 @@ def test_a_newer_incarnation_starts_anew_and_shuts_the_older_out(raw):
             "batch": {"first_id": 1, "items": 7},
         },
         {"store": "actor_env", "incarnation": 1, "acknowledged": 0, "after": 0, "batch": None},
+        *(
+            {
+                "store": "actor_env",
+                "incarnation": 1,
+                "acknowledged": 0,
+                "after": 0,
+                "batch": {"first_id": 1, "items": [{"id": 1}]},
+                **wrong,
+            }
+            for wrong in (
+                {"numbering": None},
+                {"numbering": []},
+                {"numbering": [1]},
+                {"numbering": [[1]]},
+                {"numbering": [["1", 0]]},
+                {"numbering": [[1 << 63, 0]]},
+                {"numbering": [[1, -1], [2, 0]]},
+                {"numbering": [[k, k] for k in range(70)]},
+                {"epoch": "1"},
+                {"epoch": True},
+            )
+        ),
         {
             "store": "actor_env",
             "incarnation": 1,
@@ -503,8 +533,8 @@ def test_an_update_whose_answer_comes_too_late_is_not_lost_and_not_doubled(trans
         slow.set()
         for n in range(10, 15):
             store.insert(transition(n))
-        assert client.update() == 15
-        assert client.update() == 0
+        assert client.update().applied == 15
+        assert client.update().applied == 0
         assert ids(server.data_store("actor_env")) == list(range(15))
         assert len(store) == 0  # all were released
         assert client.lost == 0
@@ -539,14 +569,14 @@ def test_a_local_store_that_overwrote_what_was_not_sent_counts_it(transport, cap
     with learner(transport) as server, actor(server, store := ReplayBuffer(10)) as client:
         for n in range(25):
             store.insert(transition(n))
-        assert client.update() == 10
+        assert client.update().applied == 10
         assert client.lost == 15
-        assert "15 items of 'actor_env' were overwritten" in caplog.text
+        assert "15 items of 'actor_env' are held no more" in caplog.text
         assert ids(server.data_store("actor_env")) == list(range(15, 25))
         assert server.stats()["items_lost_by_clients"] == 15
         for n in range(25, 30):
             store.insert(transition(n))
-        assert client.update() == 5
+        assert client.update().applied == 5
         assert client.lost == 15
 
 
@@ -603,16 +633,16 @@ def test_of_two_clients_with_one_explicit_id_the_newer_goes_on(transport):
     with learner(transport) as server:
         with actor(server, old := filled(5), client_id="arm-1") as first:
             assert first.client_id == "arm-1"
-            assert first.update() == 5
+            assert first.update().applied == 5
             with actor(server, filled(3, 100), client_id="arm-1") as second:
-                assert second.update() == 3
+                assert second.update().applied == 3
                 old.insert(transition(5))
                 for _ in range(2):
                     with pytest.raises(PermissionDenied, match="arm-1") as caught:
                         first.update()
                 assert isinstance(caught.value, PermissionError)
                 with actor(server, filled(2, 200)) as third:  # of no interest to others
-                    assert third.update() == 2
+                    assert third.update().applied == 2
         assert ids(server.data_store("actor_env")) == [0, 1, 2, 3, 4, 100, 101, 102, 200, 201]
 
 
@@ -640,7 +670,7 @@ def test_uploads_survive_restarts_of_the_learner_without_loss_or_doubles(transpo
         wait_until(lambda: len(there) >= n)
         client.stop()
         assert ids(there) == list(range(n))
-        assert client.lost == 0
+        assert client.stats()["stores"]["actor_env"]["dropped"] == 0
 
 
 def test_an_update_while_the_learner_is_away_says_so_and_sends_it_all_later(transport):
@@ -654,7 +684,7 @@ def test_an_update_while_the_learner_is_away_says_so_and_sends_it_all_later(tran
         with took(at_most=2), pytest.raises((Unreachable, Closed)):
             client.update()
         server = stack.enter_context(learner(transport, port))
-        assert client.update() == 1
+        assert client.update().applied == 1
         assert ids(server.data_store("actor_env")) == [5]
 
 
@@ -700,8 +730,8 @@ def test_an_update_that_is_asked_for_is_sent_while_the_program_goes_on(transport
             assert not futures[0].done()
             store.insert(transition(5))  # goes with the next
             hold.set()
-            assert [future.result(10) for future in futures] == [5, 1, 0]
-            assert client.update() == 0
+            assert [future.result(10).applied for future in futures] == [5, 1, 0]
+            assert client.update().applied == 0
             with pytest.raises(ValueError, match="on_refused is one of"):
                 client.update_async(on_refused="ignore")
         with pytest.raises(Closed):
@@ -717,7 +747,7 @@ def test_updates_of_all_kinds_take_turns_and_each_item_arrives_once_and_in_order
             for n in range(300):
                 store.insert(transition(n))
                 counts.append(client.update_async() if n % 2 else pool.submit(client.update))
-            told = [future.result(20) for future in counts]
+            told = [future.result(20).applied for future in counts]
         wait_until(lambda: ids(server.data_store("actor_env")) == list(range(300)))
         assert 0 <= sum(told) <= 300  # what went by itself is told to nobody
 
@@ -727,18 +757,18 @@ def test_an_update_that_is_asked_for_raises_what_update_raises(transport):
         port = free_port()
         server = stack.enter_context(learner(transport, port))
         client = stack.enter_context(actor(server, store := filled(5), timeout=2))
-        assert client.update_async().result(10) == 5
+        assert client.update_async().result(10).applied == 5
         store.insert({"id": object()})
         with pytest.raises(NotEncodable, match="item 6"):
             client.update_async(on_refused="raise").result(10)
-        assert client.update_async().result(10) == 0
+        assert client.update_async().result(10).applied == 0
         assert client.stats()["items_refused"] == 1
         server.stop()
         store.insert(transition(7))
         with pytest.raises((Unreachable, Closed)):
             client.update_async().result(10)
         server = stack.enter_context(learner(transport, port))
-        assert client.update_async().result(10) == 1
+        assert client.update_async().result(10).applied == 1
 
 
 def test_an_update_that_is_cancelled_before_its_turn_is_left_out(transport):
@@ -754,7 +784,7 @@ def test_an_update_that_is_cancelled_before_its_turn_is_left_out(transport):
         assert second.cancel()
         store.insert(transition(5))
         hold.set()
-        assert [first.result(10), third.result(10)] == [5, 1]
+        assert [first.result(10).applied, third.result(10).applied] == [5, 1]
         assert second.cancelled()
 
 
@@ -773,8 +803,8 @@ def test_stop_sends_what_updates_that_were_asked_for_wait_for(transport, caplog)
             stopping = pool.submit(client.stop)
             hold.set()
             stopping.result(20)
-        assert first.result(0) == 5
-        assert [future.result(0) for future in rest[1:]] == [1, 0]
+        assert first.result(0).applied == 5
+        assert [future.result(0).applied for future in rest[1:]] == [1, 0]
         assert ids(server.data_store("actor_env")) == list(range(6))
     assert "not sent" not in caplog.text
 
@@ -828,7 +858,7 @@ def test_no_more_updates_wait_than_can_be_told(transport, monkeypatch):
         with pytest.raises(Overloaded, match="3 updates wait"):
             client.update_async()
         hold.set()
-        assert [future.result(10) for future in futures] == [5, 0, 0, 0]
+        assert [future.result(10).applied for future in futures] == [5, 0, 0, 0]
 
 
 @pytest.mark.parametrize("interval", [0, -1])
@@ -954,7 +984,7 @@ def test_weights_reach_an_actor_while_the_learner_computes(transport):
             late.recv_network_callback(newest.append)
             wait_until(lambda: newest == [4])
         hold.set()
-        assert update.result(20) == 3
+        assert update.result(20).applied == 3
 
 
 def test_weights_that_cannot_be_carried_and_publishing_after_the_stop_are_errors(transport):
@@ -1025,7 +1055,7 @@ def test_a_data_callback_that_raises_is_told_and_the_data_are_in(transport):
     with learner(transport, data_callback=fail) as server, actor(server, filled(3)) as client:
         with pytest.raises(RemoteError, match="out of memory"):
             client.update()
-        assert client.update() == 3
+        assert client.update().applied == 3
         assert ids(server.data_store("actor_env")) == [0, 1, 2]
 
 
@@ -1156,7 +1186,7 @@ def test_a_tunnel_is_a_learner_and_an_actor_in_one():
         tunnel.recv_network_callback(got.append)
         tunnel.start_async_update(interval=1)
         store.insert(transition(1))
-        assert tunnel.update() == 0
+        assert tunnel.update() == (0, 0)
         assert len(tunnel.data_store("actor_env")) == 1
         params = {"w": np.zeros(100_000)}
         tunnel.publish_network(params)
@@ -1266,7 +1296,9 @@ def test_an_actor_outlives_its_learners_death_and_gets_the_next_ones_weights():
                 wait_until(lambda: client.request("stats") == 50)
                 wait_until(lambda: len(got) == 2)
                 assert [weights["from"] for weights in got] == ["the first", "the second"]
-                assert client.lost == 0
+                counts = client.stats()["stores"]["actor_env"]
+                # A learner that never saves; so the queue had let go of what it had.
+                assert (counts["lost"], counts["dropped"], counts["applied"]) == (100, 0, 50)
 
 
 def test_the_newer_of_two_clients_goes_on_whatever_the_clock_says(transport, monkeypatch):
@@ -1289,7 +1321,7 @@ def test_an_item_that_cannot_be_sent_is_named_and_can_be_given_up(transport):
             with pytest.raises(NotEncodable, match=r"store 'actor_env', item 1: item\['bad'\]"):
                 client.update(on_refused="raise")
             store.release(1)
-            assert client.update() == 1
+            assert client.update().applied == 1
 
 
 UNSTOPPED = """
@@ -1436,7 +1468,7 @@ def test_a_local_store_that_is_reset_sends_what_comes_then(transport):
             client.update()
             local.reset()
             local.batch_insert([transition(n) for n in range(20, 28)])
-            assert client.update() == 8
+            assert client.update().applied == 8
             assert client.lost == 0
         assert ids(server.data_store("actor_env")) == [*range(10), *range(20, 28)]
         assert local.allocate is pooled
@@ -1455,7 +1487,7 @@ def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transpor
             report = server.save_checkpoint(path, lambda: {"weights": weights, "updates": 3})
             assert report.items == {"actor_env": 10}
             local.batch_insert([transition(n) for n in range(10, 15)])
-            assert client.update() == 5
+            assert client.update().applied == 5
             stop_server(server, client)
         store = ReplayBuffer(1000)
         again = TrainerServer(config_of(transport, port))
@@ -1466,7 +1498,7 @@ def test_a_learner_that_comes_back_gets_again_what_its_checkpoint_lacks(transpor
         assert ids(store) == list(range(10))
         with started(again):
             # Although there is nothing new to send.
-            wait_until(lambda: client.update() > 0 or len(store) > 10)
+            wait_until(lambda: client.update().applied > 0 or len(store) > 10)
             assert ids(store) == list(range(15))
             local.insert(transition(15))
             client.update()
@@ -1491,7 +1523,7 @@ def test_a_learner_that_comes_back_gets_again_what_came_of_those_its_checkpoint_
         again.register_data_store("actor_env", store)
         again.load_checkpoint(tmp_path / "early")
         with started(again):
-            wait_until(lambda: client.update() > 0 or len(store) > 0)
+            wait_until(lambda: client.update().applied > 0 or len(store) > 0)
             assert ids(store) == list(range(10))
             assert client.lost == 0
 

@@ -394,11 +394,16 @@ def test_an_upload_as_the_page_has_it_is_taken():
         store = Notes(10)
         server.register_data_store("demos", store)
         with closing(Client("trainer", [Url.parse(server.url)], config=config.shared())) as client:
-            for name, mark in (("upload", 2), ("upload of items", 3), ("upload", 3)):
+            answers = {}
+            for name in ("upload", "upload of items", "upload of what may be refused"):
                 upload = codec.decode(message_of(_one(CODEC["valid"], name)))
-                assert client.call("update", upload) == mark
-            name = "upload of what may be refused"
-            upload = codec.decode(message_of(_one(CODEC["valid"], name)))
+                answers[name] = client.call("update", upload)
+                assert client.call("update", upload) == answers[name]  # repeated
             refused = codec.decode(message_of(_one(CODEC["valid"], "refused")))
-            assert client.call("update", upload) == refused
+            answer = answers["upload of what may be refused"]
+            assert {**answer, "epoch": refused["epoch"]} == refused
+            assert answers["upload"]["mark"] == 2
+            like = codec.decode(message_of(_one(CODEC["valid"], "answer")))
+            assert answers["upload of items"].keys() == like.keys()
+            assert answers["upload of items"]["mark"] == like["mark"]
         assert store.latest_data_id() == 4

@@ -14,5 +14,6 @@ from edgeml.services.trainer.client import TrainerClient
 from edgeml.services.trainer.config import TrainerConfig
 from edgeml.services.trainer.server import TrainerServer
 from edgeml.services.trainer.tunnel import TrainerTunnel
+from edgeml.services.trainer.uploader import Delivered
 
-__all__ = ["TrainerClient", "TrainerConfig", "TrainerServer", "TrainerTunnel"]
+__all__ = ["Delivered", "TrainerClient", "TrainerConfig", "TrainerServer", "TrainerTunnel"]

@@ -12,7 +12,7 @@ from edgeml.data import DataStoreBase
 from edgeml.services.base import ClientSettings, ServiceClient, named
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
 from edgeml.services.trainer.updates import Updates
-from edgeml.services.trainer.uploader import OnRefused
+from edgeml.services.trainer.uploader import Delivered, OnRefused
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,16 +79,20 @@ class TrainerClient(ServiceClient):
 
     @property
     def lost(self) -> int:
-        """Items that a store had overwritten before they could be sent."""
-        return self._updates.lost
+        """Items that no learner will get, as the store holds them no more: dropped, or lost."""
+        return int(self.stats()["items_lost"])
 
-    def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> int:
-        """Send what the learner doesn't have yet; returns how many items it now has more.
+    def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> Delivered:
+        """Send what the learner doesn't have yet; returns how much more it has, and has saved.
 
-        Nothing is sent twice or left out, whatever happens under way: an error means that the
-        rest will be sent by the next call. But an item that the codec doesn't carry, or that the
-        learner's store refuses, is left out for good: `stats` counts it, and the log tells the
-        first of each kind, and some later ones, with id and path.
+        ``applied`` is how many items more its store has, and ``durable`` how many more are in a
+        checkpoint of its, and so outlive it. Nothing is sent twice or left out, whatever happens
+        under way: an error means that the rest will be sent by the next call. A learner that starts
+        anew, or from an older checkpoint, is sent again what the stores still hold.
+
+        But an item that the codec doesn't carry, or that the learner's store refuses, is left out
+        for good: `stats` counts it, and the log tells the first of each kind, and some later ones,
+        with id and path.
 
         Args:
             timeout: seconds for each message; the client's own by default.
@@ -108,7 +112,7 @@ class TrainerClient(ServiceClient):
 
     def update_async(
         self, timeout: float | None = None, on_refused: OnRefused = "skip"
-    ) -> Future[int]:
+    ) -> Future[Delivered]:
         """Send what the learner doesn't have yet, and return a future of what `update` returns.
 
         Updates take turns, however they are asked for, and those that are asked for by this in the
@@ -123,16 +127,24 @@ class TrainerClient(ServiceClient):
         """
         return self._updates.update_later(timeout, _checked(on_refused))
 
-    def stats(self) -> dict[str, int]:
-        """Counts since the start.
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start, and of each store what became of its items.
 
-        ``items_refused`` are those that can't be sent, or that the learner's store refused, and
-        ``items_lost`` those that the own store had overwritten before they could be sent.
+        ``stores`` has of each, by name: ``accepted`` by the store, which is always the sum of
+        ``applied`` (the learner has them), ``refused`` (a dict: reasons and counts; they can't be
+        sent, or the learner's store refused them), ``dropped`` (overwritten before they were
+        sent), ``lost`` (a learner had them and forgot them, and the store holds them no more) and
+        ``waiting``. Of those applied how many are ``durable``, in a checkpoint of the learner's,
+        and how many were ``sent``, ``repeated`` of them not for the first time. ``items_refused``,
+        and ``items_lost`` (or dropped), are the sums of all stores.
         ``replies_copied`` are replies and publications that came as private copies, because too
         many received arrays are held for the transport to lend more.
         """
-        counts = {"items_refused": self._updates.refused, "items_lost": self._updates.lost}
-        return {**super().stats(), **counts}
+        stores = self._updates.count()
+        refused = sum(sum(store["refused"].values()) for store in stores.values())
+        lost = sum(store["dropped"] + store["lost"] for store in stores.values())
+        sums = {"items_refused": refused, "items_lost": lost}
+        return {**super().stats(), **sums, "stores": stores}
 
     def request(self, type: str, payload: Any = None, timeout: float | None = None) -> Any:
         """Ask the learner something; returns what its ``request_callback`` gives.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from edgeml.core.dispatch import Call, Caller
 from edgeml.core.errors import EdgemlError, Malformed, UnknownInterface
 from edgeml.data import Batch, DataStoreBase
+from edgeml.data.numbering import Numbering
 from edgeml.services.functions import Callback
-from edgeml.services.trainer.ledger import Ledger
+from edgeml.services.trainer.account import ServerAccount
+from edgeml.services.trainer.ledger import Ledger, Upload
 from edgeml.services.trainer.refusals import Refusals, reason
 
 __all__ = ["Intake"]
@@ -43,6 +45,10 @@ class Intake:
     def __init__(self, callback: Callable[..., Any] | None) -> None:
         self.stores: dict[str, DataStoreBase] = {}
         self.counts: Counter[str] = Counter()
+        self._accounts: defaultdict[str, ServerAccount] = defaultdict(ServerAccount)
+        self._loaded: set[str] = (
+            set()
+        )  # names of stores in a checkpoint that were not filled from it
         self._callback = None if callback is None else Callback("data_callback", callback, 2)
         self._refusals = Refusals()
         self._ledger = Ledger()
@@ -59,19 +65,53 @@ class Intake:
             known = ", ".join(self.stores) or "none"
             raise UnknownInterface(f"there is no store {name!r}; known: {known}") from None
 
+    def register(self, name: str, store: DataStoreBase) -> None:
+        """See `TrainerServer.register_data_store`."""
+        if name in self.stores:
+            raise ValueError(f"there is a store {name!r} already")
+        if name in self._loaded:
+            raise ValueError(
+                f"the checkpoint that was loaded has a store {name!r}, which was not filled: "
+                "register all stores before load_checkpoint"
+            )
+        self.stores[name] = store
+
     def state(self) -> Any:
-        """Return the ledger's state; call it under the stores' locks."""
-        return self._ledger.state()
+        """Return what `saved` and `Ledger.restore` need; call it under the stores' locks."""
+        applied = {name: account.applied for name, account in self._accounts.items()}
+        return self._ledger.state(), applied
+
+    def expect(self) -> None:
+        """Note that marks will be saved: until then, nothing is durable."""
+        with self._lock:
+            self._ledger.saves = True
+
+    def saved(self, state: Any) -> None:
+        """Note that what `state` gave is in a file, and the stores' items of then."""
+        marks, applied = state
+        with self._lock:
+            self._ledger.saved(marks)
+            for name, n in applied.items():
+                self._accounts[name].durable = max(self._accounts[name].durable, n)
 
     def resume(self, ledger: Ledger) -> None:
-        """Go on from what a ledger of before knows, which must fit the stores."""
-        self._ledger, self._last = ledger, {}
+        """Go on from what a ledger of before knows, as far as it fits the stores."""
+        with self._lock:
+            self._loaded = ledger.keep(self.stores)
+            self._ledger, self._last = ledger, {}
+
+    def stats(self) -> dict[str, Any]:
+        """Return all counts."""
+        with self._lock:
+            stores = {name: self._accounts[name].count() for name in self.stores}
+            return {**self.counts, "stores": stores}
 
     def update(self, call: Call) -> None:
         """Insert what is new of an upload, and answer it.
 
-        The answer is the mark; a dict of ``mark`` and ``refused``, the ledger's runs, where the
-        upload lets items be left out and some above what it acknowledges were.
+        The answer is a dict of the ``mark``, the ``durable`` one (None where nothing is saved), the
+        ledger's ``epoch``, and ``refused``, its runs, where the upload lets items be left out and
+        some above what it acknowledges were.
         """
         payload, caller = call.payload(), call.caller
         match payload:
@@ -86,60 +126,75 @@ class Intake:
                 batch = Batch.from_payload(payload.get("batch"))
             case _:
                 raise Malformed("update takes a store, an incarnation, two numbers and a batch")
+        numbering, epoch = _read_numbering(payload, incarnation), payload.get("epoch")
+        if not (epoch is None or type(epoch) is int):
+            raise Malformed("an upload's epoch is a number")
         if not 0 <= acknowledged <= after < batch.first_id:
             raise Malformed(
                 f"a batch from {batch.first_id} on cannot come after {after}, or {acknowledged}"
             )
         skip_refused = payload.get("skip_refused") is True
-        store, client, identity = self.store(name), caller.client_id, caller.identity
+        store, client = self.store(name), caller.client_id
+        upload = Upload(
+            name,
+            client,
+            incarnation,
+            caller.identity,
+            numbering,
+            epoch,
+            acknowledged,
+            after,
+            batch.first_id,
+            len(batch),
+        )
         inserted: list[Batch] = []
         failure: Exception | None = None
         # The store's own lock, too, so that a checkpoint finds items and marks at the same point.
         # It alone won't do, since a store that waits for room lets go of it.
         with self._lock, store.lock:
-            verdict = self._ledger.accept(
-                client,
-                incarnation,
-                name,
-                identity=identity,
-                acknowledged=acknowledged,
-                after=after,
-                first=batch.first_id,
-                count=len(batch),
-            )
+            account = self._accounts[name]
+            verdict = self._ledger.accept(upload)
             self.counts["items_repeated"] += verdict.repeated
+            account.repeated += verdict.repeated
             new = batch[len(batch) if verdict.gap else verdict.repeated :]
             if len(new):
                 self.counts["items_lost_by_clients"] += verdict.lost
+                account.dropped += verdict.lost
                 sender = (client, incarnation)
                 if self._last.get(name) != (*sender, new.first_id, store.latest_data_id()):
                     store.interrupt()
                 if store.learns:
                     _log.info(_LEARNT, name, caller)
                 try:
-                    for part in self._insert(name, caller, new, skip_refused):
+                    for part in self._insert(upload, caller, new, skip_refused):
                         inserted.append(part)
                         following = part.first_id + len(part)
                         self._last[name] = (*sender, following, store.latest_data_id())
                 except Exception as error:  # some may be in, of which the callback is told first
                     failure = error
-            refused = list(map(list, self._ledger.refused(client, name))) if skip_refused else []
+            answer = {
+                "mark": verdict.mark,
+                "durable": self._ledger.durable(upload),
+                "epoch": self._ledger.epoch,
+                "refused": [*map(list, self._ledger.refused(upload))] if skip_refused else [],
+            }
         if self._callback is not None:
             for part in inserted:
                 self._callback(call, name, name, part)
         if failure is not None:
             raise failure
-        call.answer({"mark": verdict.mark, "refused": refused} if refused else verdict.mark)
+        call.answer(answer)
 
     def _insert(
-        self, name: str, caller: Caller, batch: Batch, skip_refused: bool
+        self, upload: Upload, caller: Caller, batch: Batch, skip_refused: bool
     ) -> Iterator[Batch]:
         """Insert a batch, and where the store refuses that, by halves all that it doesn't refuse.
 
         Yields:
             What is in, in order.
         """
-        store, parts, client = self.stores[name], [batch], caller.client_id
+        name, parts = upload.store, [batch]
+        store, account = self.stores[name], self._accounts[name]
         while parts:
             part = parts.pop()
             before = store.latest_data_id()
@@ -155,9 +210,10 @@ class Intake:
                 done = part[:some]
             if len(done):
                 self.counts["items"] += len(done)
+                account.applied += len(done)
                 if caller.identity is not None:
                     self.counts[f"items_of_{caller.identity}"] += len(done)
-                self._ledger.advance(client, name, done.first_id + len(done) - 1)
+                self._ledger.advance(upload, done.first_id + len(done) - 1)
                 yield done
             if error is None or len(done) == len(part):
                 continue
@@ -173,6 +229,15 @@ class Intake:
                 raise ValueError(f"store {name!r}, item {item}: {why}") from error
             store.interrupt()  # what comes next doesn't follow upon what came before
             self.counts["items_refused"] += 1
-            self._ledger.refuse(client, name, item, why)
+            account.refuse(why)
+            self._ledger.refuse(upload, item, why)
             key = "" if caller.identity is None else f", with the key of {caller.identity}"
-            self._refusals.add(name, item, 1, f"{why} (from {client!r}{key})")
+            self._refusals.add(name, item, 1, f"{why} (from {upload.client!r}{key})")
+
+
+def _read_numbering(payload: dict[str, Any], incarnation: int) -> Numbering:
+    """An upload's numbering; clients of before this was told numbered anew in each incarnation."""
+    try:
+        return Numbering.from_list(payload.get("numbering", [(incarnation, 0)]))
+    except (TypeError, ValueError) as error:
+        raise Malformed(f"an upload's numbering is none: {error}") from None

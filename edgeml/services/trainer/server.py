@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from edgeml.core.dispatch import Call, Handler
-from edgeml.core.errors import Malformed, UnknownInterface
+from edgeml.core.errors import Malformed, PermissionDenied, UnknownInterface
 from edgeml.data import DataStoreBase, checkpoint
 from edgeml.data.checkpoint import Report
 from edgeml.services.base import ServerSettings, ServiceServer
@@ -73,11 +73,10 @@ class TrainerServer(ServiceServer):
         must be like.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name is taken, or a checkpoint was loaded that has such a store, which
+                is filled only where it was registered before.
         """
-        if name in self._intake.stores:
-            raise ValueError(f"there is a store {name!r} already")
-        self._intake.stores[name] = store
+        self._intake.register(name, store)
 
     def data_store(self, name: str) -> DataStoreBase:
         """Return the store of a name; raises UnknownInterface, which lists those known."""
@@ -93,8 +92,9 @@ class TrainerServer(ServiceServer):
         """Save all registered stores, and values of your own, to one file.
 
         Also how far each client's uploads have come: after `load_checkpoint` nothing is inserted
-        twice, and a client that still holds what the file lacks sends that again. Uploads and
-        calls go on meanwhile. See `edgeml.data.checkpoint.save`, which has the promises.
+        twice, and a client that still holds what the file lacks sends that again. Once the file is
+        there, clients are told that what is in it is durable, and queues let go of that. Uploads
+        and calls go on meanwhile. See `edgeml.data.checkpoint.save`, which has the promises.
 
         Args:
             path: of the file, which is replaced as a whole.
@@ -106,21 +106,30 @@ class TrainerServer(ServiceServer):
             OSError: what the system says.
         """
 
-        def all_values() -> Any:
-            given = values() if callable(values) else values
-            return {"values": given, "marks": self._intake.state()}
+        state: Any = None
 
-        return checkpoint.save(path, all_values, self._intake.stores)
+        def all_values() -> Any:
+            nonlocal state
+            given = values() if callable(values) else values
+            state = self._intake.state()
+            return {"values": given, "marks": state[0]}
+
+        self._intake.expect()
+        report = checkpoint.save(path, all_values, self._intake.stores)
+        self._intake.saved(state)
+        return report
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> Any:
         """Fill all registered stores from what `save_checkpoint` wrote, and return the values.
 
-        Call it before `start`.
+        Call it before `start`, also where there may be no file yet: a learner that asks for one is
+        one that saves, and clients hold what they have until it does.
 
         Raises:
             FileNotFoundError: there is none.
             Malformed, ConfigMismatch, ValueError: see `edgeml.data.checkpoint.load`.
         """
+        self._intake.expect()
         ledger = Ledger()
 
         def check(saved: Any) -> None:
@@ -128,7 +137,7 @@ class TrainerServer(ServiceServer):
             try:
                 ledger = Ledger.restore(saved["marks"])
                 saved["values"]
-            except (KeyError, TypeError, ValueError):
+            except (LookupError, PermissionDenied, TypeError, ValueError):
                 raise Malformed(
                     f"{os.fspath(path)} is no checkpoint of a TrainerServer: "
                     "load it with edgeml.data.checkpoint.load"
@@ -140,14 +149,17 @@ class TrainerServer(ServiceServer):
             self._server.claim(client_id, identity)
         return saved["values"]
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Counts since the start: calls, and everything refused or dropped, by reason.
 
         Among them ``items`` that were inserted, ``items_refused`` by their stores,
         ``items_repeated``, which were there already, and ``items_lost_by_clients``, which a client
         overwrote before they were sent, or can't send; and ``items_of_NAME`` for each key.
+        ``stores`` has of each store, by name: ``accepted``, which is always the sum of ``applied``,
+        ``refused`` (a dict: reasons and counts) and ``repeated``; of those applied, how many are
+        ``durable``, in a checkpoint; and ``dropped``, which clients don't hold any more.
         """
-        return {**super().stats(), **self._intake.counts}
+        return {**super().stats(), **self._intake.stats()}
 
     def publish_network(self, params: Any) -> int:
         """Send weights to every client, those that connect later included.

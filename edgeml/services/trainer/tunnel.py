@@ -12,7 +12,7 @@ from edgeml.core.streams import Subscription
 from edgeml.services.trainer.client import TrainerClient
 from edgeml.services.trainer.config import TrainerConfig
 from edgeml.services.trainer.server import TrainerServer
-from edgeml.services.trainer.uploader import OnRefused
+from edgeml.services.trainer.uploader import Delivered, OnRefused
 
 __all__ = ["TrainerTunnel"]
 
@@ -46,16 +46,16 @@ class TrainerTunnel(TrainerServer):
         if not threaded:
             self._block(self._stopped.wait)
 
-    def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> int:
+    def update(self, timeout: float | None = None, on_refused: OnRefused = "skip") -> Delivered:
         """Nothing to send: both sides have the same store."""
-        return 0
+        return Delivered(0, 0)
 
     def update_async(
         self, timeout: float | None = None, on_refused: OnRefused = "skip"
-    ) -> Future[int]:
+    ) -> Future[Delivered]:
         """Nothing to send: both sides have the same store."""
-        done: Future[int] = Future()
-        done.set_result(0)
+        done: Future[Delivered] = Future()
+        done.set_result(Delivered(0, 0))
         return done
 
     def start_async_update(self, interval: float = 10) -> None:

@@ -9,14 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgeml.core.client import Client
 from edgeml.core.ending import run_at_end
 from edgeml.core.errors import Closed, EdgemlError, Overloaded
 from edgeml.core.forks import watch_forks
 from edgeml.data import DataStoreBase
-from edgeml.services.trainer.uploader import OnRefused, Uploader
+from edgeml.services.trainer.uploader import Delivered, OnRefused, Uploader
 
 __all__ = ["Updates"]
 
@@ -29,7 +29,7 @@ _MOST_WAITING = 1 << 12  # asynchronous updates
 class _Asked(NamedTuple):
     """An update that somebody has a future of."""
 
-    future: Future[int]
+    future: Future[Delivered]
     timeout: float | None
     on_refused: OnRefused
 
@@ -63,22 +63,16 @@ class Updates:
         self._failure = ""  # of the last update, if it failed
         watch_forks(self)
 
-    @property
-    def lost(self) -> int:
-        """Items that a store had overwritten before they could be sent."""
-        return sum(uploader.lost for uploader in self._uploaders)
+    def count(self) -> dict[str, dict[str, Any]]:
+        """Tell of each store what became of its items."""
+        return {uploader.name: uploader.count() for uploader in self._uploaders}
 
-    @property
-    def refused(self) -> int:
-        """Items that can't be sent, or that the learner's store refused."""
-        return sum(uploader.refusals.count for uploader in self._uploaders)
-
-    def update(self, timeout: float | None, on_refused: OnRefused = "skip") -> int:
+    def update(self, timeout: float | None, on_refused: OnRefused = "skip") -> Delivered:
         """See `TrainerClient.update`."""
         with self._turn:
             return self._update(timeout, on_refused)
 
-    def update_later(self, timeout: float | None, on_refused: OnRefused) -> Future[int]:
+    def update_later(self, timeout: float | None, on_refused: OnRefused) -> Future[Delivered]:
         """See `TrainerClient.update_async`."""
         asked = _Asked(Future(), timeout, on_refused)
         with self._asking:
@@ -118,17 +112,17 @@ class Updates:
         on_refused: OnRefused = "skip",
         deadline: float = math.inf,
         one_by_one: bool = False,
-    ) -> int:
+    ) -> Delivered:
         try:
-            arrived = sum(
+            each = [
                 uploader.update(timeout, on_refused, deadline, one_by_one)
                 for uploader in self._uploaders
-            )
+            ]
         except BaseException as error:
             self._failure = str(error) or type(error).__name__
             raise
         self._failure = ""
-        return arrived
+        return Delivered(sum(one.applied for one in each), sum(one.durable for one in each))
 
     def start(self, interval: float) -> None:
         """See `TrainerClient.start_async_update`."""
@@ -209,7 +203,7 @@ class Updates:
     def _update_at_last(self, one_by_one: bool, waiting: list[_Asked]) -> None:
         """Send what is left; it is the update of those that wait for one."""
         deadline = time.monotonic() + _LAST_UPDATE
-        arrived = 0
+        arrived = Delivered(0, 0)
         failure: Exception | None = None
         if self._turn.acquire(timeout=_LAST_UPDATE):
             try:
@@ -225,7 +219,7 @@ class Updates:
         for each in waiting:
             if failure is None:
                 each.future.set_result(arrived)
-                arrived = 0  # all of it has been told
+                arrived = Delivered(0, 0)  # all of it has been told
             else:
                 each.future.set_exception(failure)
 

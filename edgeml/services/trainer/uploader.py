@@ -7,18 +7,18 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple
 
 from edgeml.core.client import Client
 from edgeml.core.errors import DeadlineExceeded, EdgemlError, Malformed, NotEncodable, shown
 from edgeml.core.message import pooled
 from edgeml.data import Batch, DataStoreBase
+from edgeml.services.trainer.account import ClientAccount
 from edgeml.services.trainer.ledger import Run
 from edgeml.services.trainer.refusals import Refusals
 
-__all__ = ["OnRefused", "Uploader"]
+__all__ = ["Delivered", "OnRefused", "Uploader"]
 
 OnRefused = Literal["skip", "raise"]
 
@@ -31,6 +31,18 @@ _MOST_ITEMS = 4096  # in a chunk
 _FIRST_ITEMS = 32  # in the first chunk, since the size of the items isn't known yet
 _MOST_SETBACKS = 8  # times that a server may ask for items again in an update that gets no further
 _LONGEST_REASON = 300  # characters, of why an item was refused
+
+
+class Delivered(NamedTuple):
+    """What an update has brought about.
+
+    Attributes:
+        applied: how many items the learner's store has more.
+        durable: how many more are in a checkpoint of the learner's, where it saves any.
+    """
+
+    applied: int
+    durable: int
 
 
 class _Chunk(NamedTuple):
@@ -64,27 +76,26 @@ class Uploader:
         incarnation: of the client.
 
     Attributes:
-        sent: the id up to which the server is known to have the items.
-        lost: how many items the store had overwritten before they could be sent.
-        refusals: of items that can't be sent, or that the learner's store refused.
+        sent: the id up to which the learner is known to have the items.
+        account: what became of them.
     """
 
     def __init__(self, name: str, store: DataStoreBase, client: Client, incarnation: int) -> None:
+        self.name = name
         self.sent = 0
-        self.lost = 0
-        self.refusals = Refusals()
-        self._name = name
+        self.account = ClientAccount()
+        self._refusals = Refusals()
         self._store = store
         self._client = client
         self._incarnation = incarnation
+        self._numbering = store.numbering
         self._unsure: deque[_Chunk] = deque()  # under way, or whose answer was lost
-        self._furthest = 0  # the newest id that was ever sent
         self._arrived = 0  # items
-        self._unfit: deque[int] = deque()  # ids above `sent` of items that can't be sent
-        self._passed = 0  # up to this id, what is above `sent` can't be
-        self._refused_here = self._refused_there = 0  # the newest ids that were counted
+        self._passed = 0  # up to this id, what is above `sent` can't be sent
+        self._durable: int | None = None  # as the learner has told
         self._good_length = _FIRST_ITEMS  # of a chunk
-        self._epoch = client.epoch
+        self._connected = -1  # the client's epoch, of the learner that told its mark last
+        self._epoch: int | None = None  # the ledger's
         self._timeout: float | None = None  # these are the update's
         self._deadline = math.inf
         self._window = _WINDOW
@@ -94,8 +105,12 @@ class Uploader:
 
     @property
     def unsent(self) -> int:
-        """How many items the server isn't known to have, and may yet get."""
+        """How many items the learner isn't known to have, and may yet get."""
         return self._store.latest_data_id() - max(self.sent, self._passed)
+
+    def count(self) -> dict[str, Any]:
+        """Tell what became of the store's items."""
+        return self.account.count(self._store.latest_data_id())
 
     def close(self) -> None:
         """Let go of the store."""
@@ -108,8 +123,8 @@ class Uploader:
         on_refused: OnRefused = "skip",
         deadline: float = math.inf,
         one_by_one: bool = False,
-    ) -> int:
-        """Send what is new; returns how much of it the server has now.
+    ) -> Delivered:
+        """Send what is new; returns how much more of it the learner has, and has saved.
 
         Args:
             timeout: seconds for each message; the client's own by default.
@@ -124,14 +139,31 @@ class Uploader:
         self._timeout, self._deadline = timeout, deadline
         self._window = 1 if one_by_one else _WINDOW
         self._on_refused = on_refused
-        before = self._arrived
+        if self._store.numbering.id != self._numbering.id:
+            self._begin_anew()
+        arrived, durable = self._arrived, self.account.durable()
         newest = self._store.latest_data_id()  # what comes in meanwhile goes with the next update
-        epoch = self._client.epoch
-        if self._unsure or epoch != self._epoch:
-            # A server that was started anew may have its stores from a checkpoint, and lack what
-            # came after that; this store may hold it yet.
-            self._ask_how_far()
-            self._epoch = epoch
+        if newest:
+            connected = self._client.epoch
+            waits = self._durable is not None and self._durable < self.sent
+            if self._unsure or connected != self._connected or (waits and newest <= self.sent):
+                # A learner that was started anew may lack what this store holds yet; one that
+                # goes on may have more of it than this client knows, or have saved it meanwhile.
+                self._ask_how_far()
+                self._connected = connected
+            self._send_all(newest)
+        return Delivered(self._arrived - arrived, max(0, self.account.durable() - durable))
+
+    def _begin_anew(self) -> None:
+        """Start from the first item of a store whose ids have begun anew."""
+        self._numbering = self._store.numbering
+        self.account.begin_anew()
+        self._unsure.clear()
+        self.sent = self._passed = 0
+        self._connected, self._durable = -1, None
+
+    def _send_all(self, newest: int) -> None:
+        """Send what is new, up to an id, but for items that can't be sent."""
         most = _MOST_ITEMS
         while True:
             try:
@@ -149,17 +181,18 @@ class Uploader:
                 )
                 if self._on_refused == "raise":
                     raise type(error)(
-                        f"store {self._name!r}, item {chunk.first}: {why}; "
+                        f"store {self.name!r}, item {chunk.first}: {why}; "
                         "its release(id) gives up the items up to that id"
                     )
-                self._refuse(chunk.first, why)
-        if self._passed > self.sent:
+                self._passed = chunk.first
+                self._miss(chunk.after, chunk.first)
+                self._refuse(chunk.first, 1, why)
+        if self._passed > self.sent and (self._durable is None or self._durable >= self.sent):
             self._store.release(self._passed)
-        return self._arrived - before
 
     def _send(self, newest: int, most: int) -> None:
         """Send what is new, up to an id; at first no more than ``most`` items at a time."""
-        under_way: deque[tuple[Callable[[], Any], _Chunk]] = deque()
+        under_way: deque[tuple[Future[Any], _Chunk]] = deque()
         after, cursor = self.sent, max(self.sent, self._passed)
         unfit: _Unfit | None = None
         furthest, setbacks = self.sent, 0
@@ -184,24 +217,26 @@ class Uploader:
                     break
                 answer, chunk = under_way.popleft()
                 try:
-                    answered = answer()
+                    answered = answer.result()
                 except Malformed as error:
                     raise _Unfit(chunk, error) from None
                 self._acknowledge(answered)
                 if self.sent < chunk.last:  # a gap, and so are those that follow
-                    _wait_for(under_way)
+                    while under_way:
+                        under_way.popleft()[0].cancel()
                     self._ask_how_far()
                     after = cursor = self.sent
                     unfit = None
                     setbacks = 0 if self.sent > furthest else setbacks + 1
                     if setbacks > _MOST_SETBACKS:
                         raise Malformed(
-                            f"the server asks for the items of {self._name!r} from {self.sent + 1} "
+                            f"the server asks for the items of {self.name!r} from {self.sent + 1} "
                             f"on again and again, and was sent them {setbacks} times"
                         )
                 furthest = max(furthest, self.sent)
         except BaseException:
-            _wait_for(under_way)
+            for upload, _ in under_way:  # if they arrive all the same, the next update is told
+                upload.cancel()
             raise
         if unfit is not None:
             raise unfit
@@ -225,13 +260,13 @@ class Uploader:
         place = self._client.allocate(nbytes) if nbytes >= _LARGE_COLUMN else None
         return place if place is not None else pooled(nbytes)
 
-    def _upload(
-        self, chunk: _Chunk, batch: Batch, alone: bool, skip_refused: bool
-    ) -> Callable[[], Any]:
-        """Send a batch; returns what gives the server's answer."""
+    def _upload(self, chunk: _Chunk, batch: Batch, alone: bool, skip_refused: bool) -> Future[Any]:
+        """Send a batch; returns the future of the learner's answer."""
         upload = {
-            "store": self._name,
+            "store": self.name,
             "incarnation": self._incarnation,
+            "numbering": self._numbering.to_list(),
+            "epoch": self._epoch,
             "acknowledged": self.sent,
             "after": chunk.after,
             "batch": batch.to_payload(),
@@ -239,15 +274,19 @@ class Uploader:
         }
         timeout = self._limit()
         self._unsure.append(chunk)
-        self._furthest = max(self._furthest, chunk.last)
         try:
-            if not alone:
-                return self._client.call_async("update", upload, timeout).result
-            answer = self._client.call("update", upload, timeout)  # spares two thread hops
+            if alone:  # a blocking call spares two thread hops
+                answer: Future[Any] = Future()
+                answer.set_result(self._client.call("update", upload, timeout))
+            else:
+                answer = self._client.call_async("update", upload, timeout)
         except NotEncodable:
             self._unsure.pop()  # nothing of it was sent
             raise
-        return lambda: answer
+        finally:
+            if self._unsure and self._unsure[-1] is chunk:
+                self.account.send(chunk.first, chunk.n)
+        return answer
 
     def _limit(self) -> float | None:
         """Seconds that the next message may take; raises DeadlineExceeded when there are none."""
@@ -262,69 +301,90 @@ class Uploader:
         """Learn the server's mark rather than send again what is there."""
         nothing = Batch.of([], self.sent + 1)
         chunk = _Chunk(self.sent, nothing.first_id, 0)
-        answer = self._upload(chunk, nothing, True, True)()
+        answer = self._upload(chunk, nothing, True, True).result()
         self._unsure.pop()
-        before = self.sent
         self._acknowledge(answer)
         self._unsure.clear()  # what isn't there by now will be sent anew
-        if self.sent < before:
-            self._passed = 0
 
     def _acknowledge(self, answer: Any) -> None:
         """The server has all items up to its mark, but for those overwritten or refused."""
-        mark, refused = _parse(answer, self._furthest)
-        n_refused = 0
-        for first, n, why in refused:
-            start = max(first, self._refused_there + 1)
-            if (fresh := first + n - start) > 0:
-                self.refusals.add(self._name, start, fresh, why)
-                self._refused_there = first + n - 1
-                n_refused += fresh
+        told = _parse(answer, self._store.latest_data_id())
+        before, mark = self.sent, told.mark
+        self._epoch, self._durable = told.epoch, told.durable
         while self._unsure and self._unsure[0].first <= mark:
             chunk = self._unsure.popleft()
             self._arrived += min(chunk.n, mark + 1 - chunk.first)
-            lost = chunk.first - chunk.after - 1
-            while self._unfit and self._unfit[0] < chunk.first:
-                lost -= self._unfit.popleft() > chunk.after
-            if lost:
-                self.lost += lost
-                _log.warning(
-                    "%d items of %r were overwritten before they were sent", lost, self._name
-                )
-        self._arrived -= n_refused
+            self._miss(chunk.after, chunk.first)
         self.sent = mark
-        self._store.release(mark)
+        self.account.mark(mark, told.durable or 0)
+        for first, n, why in told.refused:
+            self._arrived -= self._refuse(first, n, why)
+        if mark < before:
+            _log.warning(
+                "the learner has the items of %r up to %d only, where it had %d: what is still "
+                "held of them is sent again",
+                self.name,
+                mark,
+                before,
+            )
+            self._passed = 0
+        if told.durable is None:
+            self._store.mark_applied(mark)
+        else:
+            self._store.release(told.durable)
 
-    def _refuse(self, item_id: int, why: str) -> None:
-        """Go past an item that can't be sent."""
-        self._passed = item_id
-        if not self._unfit or self._unfit[-1] < item_id:
-            self._unfit.append(item_id)
-        if item_id > self._refused_here:
-            self._refused_here = item_id
-            self.refusals.add(self._name, item_id, 1, why)
+    def _miss(self, after: int, first: int) -> None:
+        """Note that what lies between two items is in the store no more."""
+        missed = self.account.miss(after + 1, first - 1 - after) if first - 1 > after else 0
+        if missed:
+            _log.warning(
+                "%d items of %r are held no more, and the learner lacks them", missed, self.name
+            )
+
+    def _refuse(self, first: int, n: int, why: str) -> int:
+        """Note that items can't be sent, or the learner refuses them; how many are new."""
+        fresh = self.account.refuse(first, n, why)
+        if fresh:
+            self._refusals.add(self.name, first + n - fresh, fresh, why)
+        return fresh
 
 
-def _parse(answer: Any, newest: int) -> tuple[int, list[Run]]:
-    """The mark in an answer, and the runs of items that the learner's store refused.
+class _Told(NamedTuple):
+    """An answer to an upload."""
+
+    mark: int
+    durable: int | None
+    epoch: int
+    refused: list[Run]
+
+
+def _parse(answer: Any, newest: int) -> _Told:
+    """What an answer says: the mark, and the runs of items that the learner's store refused.
 
     Args:
         answer: whatever a server gave.
-        newest: the number of the newest item that it was sent.
+        newest: the id of the newest item that there is.
 
     Raises:
         Malformed: it can't be an answer to an upload.
     """
     match answer:
-        case {"mark": mark, "refused": list(runs)}:
+        case {
+            "mark": int(mark),
+            "durable": int() | None as durable,
+            "epoch": int(epoch),
+            "refused": list(runs),
+        } if (
+            0 <= (durable or 0) <= mark <= newest
+            and 0 <= epoch < 1 << 63
+            and not any(isinstance(value, bool) for value in (mark, durable, epoch))
+        ):
             pass
-        case mark:
-            runs = []
-    if type(mark) is not int or not 0 <= mark <= newest:
-        raise Malformed(
-            f"an answer to an upload has a mark of 0 to {newest}, which was sent, "
-            f"not {shown(answer)}"
-        )
+        case _:
+            raise Malformed(
+                f"an answer to an upload has a mark of 0 to {newest}, the newest item, up to where "
+                f"that is durable, an epoch, and what was refused, not {shown(answer)}"
+            )
     refused: list[Run] = []
     following = 1
     for run in runs:
@@ -338,14 +398,7 @@ def _parse(answer: Any, newest: int) -> tuple[int, list[Run]]:
             "an answer to an upload has runs of items up to its mark, in order, each a number, a "
             f"count and a text, not {shown(run)}"
         )
-    return mark, refused
-
-
-def _wait_for(under_way: deque[tuple[Callable[[], Any], _Chunk]]) -> None:
-    """Wait for uploads whose answers do not matter any more."""
-    while under_way:
-        with suppress(Exception):
-            under_way.popleft()[0]()
+    return _Told(mark, durable, epoch, refused)
 
 
 def _fitting(batch: Batch) -> int:

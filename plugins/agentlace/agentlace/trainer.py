@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -110,7 +108,6 @@ class TrainerServer(ServerBase):
             answer,
             host="0.0.0.0",
         )
-        _start_from_nothing(self._server)
 
     def register_data_store(self, name: str, data_store: Any) -> None:
         """Put what actors send under this name into a store, in place of one that was there."""
@@ -136,17 +133,6 @@ class TrainerServer(ServerBase):
             edgeml.NotEncodable: something in them can't be sent; the text says where it is.
         """
         self._counted.publish(self._server.publish_network, payload)
-
-
-def _start_from_nothing(server: edgeml.TrainerServer) -> None:
-    """Have clients send again what this server can't have, being new, and they still hold.
-
-    That is what a server does that was loaded from a checkpoint; this one is of nothing.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        path = os.path.join(place, "nothing")
-        server.save_checkpoint(path)
-        server.load_checkpoint(path)
 
 
 class _Requests:

@@ -280,6 +280,8 @@ def codecs() -> Vector:
         "upload": {
             "store": "demos",
             "incarnation": 12345,
+            "numbering": [[678, 0]],
+            "epoch": None,
             "acknowledged": 0,
             "after": 0,
             "batch": {
@@ -290,6 +292,8 @@ def codecs() -> Vector:
         "upload of items": {
             "store": "demos",
             "incarnation": 12345,
+            "numbering": [[678, 2], [679, 0]],
+            "epoch": 90,
             "acknowledged": 2,
             "after": 2,
             "batch": {"first_id": 3, "items": [{"note": "fell"}]},
@@ -297,12 +301,20 @@ def codecs() -> Vector:
         "upload of what may be refused": {
             "store": "demos",
             "incarnation": 12345,
+            "numbering": [[678, 2], [679, 0]],
+            "epoch": 90,
             "acknowledged": 3,
             "after": 3,
             "batch": {"first_id": 4, "items": [{"note": "up"}, {"note": 7}, {"note": 8}]},
             "skip_refused": True,
         },
-        "refused": {"mark": 6, "refused": [[5, 2, "item['note'] is no text"]]},
+        "answer": {"mark": 3, "durable": 2, "epoch": 90, "refused": []},
+        "refused": {
+            "mark": 6,
+            "durable": None,
+            "epoch": 90,
+            "refused": [[5, 2, "item['note'] is no text"]],
+        },
     }
     array = ext(1, descriptor("uint8", 3) + index(0))
     also = [
