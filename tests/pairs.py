@@ -120,7 +120,7 @@ def no_thread_left() -> Iterator[None]:
     """Check that no thread outlives the block, beyond a moment for those that are ending."""
     before = threads()
     yield
-    wait_until(lambda: threads() <= before, timeout=5.0)
+    wait_until(lambda: threads() <= before)
 
 
 def is_a_librarys(thread: threading.Thread) -> bool:

@@ -85,7 +85,7 @@ async def eventually(seconds=10.0):
     alarm.cancel()
 
 
-async def until(predicate, timeout=10.0) -> None:
+async def until(predicate, timeout=30.0) -> None:
     deadline = time.monotonic() + timeout
     while not predicate():
         assert time.monotonic() < deadline

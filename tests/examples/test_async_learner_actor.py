@@ -35,7 +35,7 @@ def two_processes(arguments: list[str], seconds: float) -> tuple[str, str]:
         finally:
             actor.kill()
             actor.wait()
-        learned, _ = learner.communicate(timeout=30)
+        learned, _ = learner.communicate(timeout=100)
         assert learner.returncode == 0, learned
     finally:
         learner.kill()
@@ -113,7 +113,7 @@ def test_a_learner_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) ->
         acted, _ = processes[1].communicate(timeout=100)
         assert processes[1].returncode == 0, acted
         evaluation_return(acted)
-        learned, _ = processes[2].communicate(timeout=30)
+        learned, _ = processes[2].communicate(timeout=100)
         assert re.search(r"going on from \S+run: [1-6]\d\d transitions", learned), learned
         assert "600 updates from 700 transitions" in learned
     finally:
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_a_waiting_learner_cleanly() -> None:
     assert learner.stdout is not None
     learner.stdout.readline()
     learner.send_signal(signal.SIGINT)
-    printed, _ = learner.communicate(timeout=30)
+    printed, _ = learner.communicate(timeout=100)
     assert learner.returncode == 0, printed
     assert "Traceback" not in printed
 

@@ -271,7 +271,7 @@ class Run:
                 return True
             return False
 
-        wait_until(answers, timeout=30)
+        wait_until(answers, timeout=60)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
@@ -281,13 +281,13 @@ def test_a_server_and_a_client_run_as_they_stand(pair: Pair, tmp_path: Path) -> 
     try:
         run.await_port(pair.port, server)
         client = run.start(f"{pair.name}_client.py")
-        printed, _ = client.communicate(timeout=60)
+        printed, _ = client.communicate(timeout=100)
         assert client.returncode == 0, printed
         for text in pair.prints:
             assert text in printed
         if not pair.ends:
             server.send_signal(signal.SIGINT)
-        printed, _ = server.communicate(timeout=30)
+        printed, _ = server.communicate(timeout=100)
         assert server.returncode == 0, printed
         assert "Traceback" not in printed
     finally:
@@ -311,7 +311,7 @@ def test_a_program_of_one_process_runs_as_it_stands(page: str, name: str, tmp_pa
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     run = Run(tmp_path, "docs/tutorials/checkpoints.md")
     for printed in ("steps 100 items 100\n", "steps 200 items 200\n"):
-        assert run.start("resume.py").communicate(timeout=60)[0] == printed
+        assert run.start("resume.py").communicate(timeout=100)[0] == printed
 
 
 SERVE_BEYOND = """
@@ -359,9 +359,9 @@ def test_keys_for_two_machines_take_five_lines(transport: str, tmp_path: Path) -
         port = server.stdout.readline().strip()
         assert port, server.communicate()[1]
         robot = start(theirs, client_home, port, transport)
-        assert robot.communicate(timeout=30) == ("robot\n", ""), transport
+        assert robot.communicate(timeout=100) == ("robot\n", ""), transport
         stranger = start("", client_home, port, transport)
-        printed, error = stranger.communicate(timeout=30)
+        printed, error = stranger.communicate(timeout=100)
         assert not printed
         assert "PermissionDenied" in error
     finally:

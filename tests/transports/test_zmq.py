@@ -26,6 +26,7 @@ import edgeml
 from edgeml import Closed, DeadlineExceeded, InferenceClient, NotEncodable, Overloaded, Unreachable
 from edgeml.core import Message, Url, load_transport, wire
 from edgeml.core.security import Credentials, CurveKeys
+from edgeml.testing.ends import until
 from edgeml.testing.stopwatch import Stopwatch
 from pairs import process, run_fresh, threads, took
 
@@ -119,15 +120,6 @@ def unharmed(server):
 @pytest.fixture
 def rng():
     return random.Random(0)
-
-
-def until(condition, timeout=5.0) -> bool:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(2e-3)
-    return True
 
 
 # Hostile bytes ----------------------------------------------------------------------------
