@@ -3,6 +3,7 @@
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.limiter import RateLimiter
+from edgeml.data.logged import LoggedDataStore, Sync
 from edgeml.data.mixture import Mixture
 from edgeml.data.prefetch import Prefetch, on_device
 from edgeml.data.prioritized import PrioritizedReplayBuffer
@@ -29,6 +30,8 @@ __all__ = [
     "DataStoreBase",
     "Batch",
     "QueuedDataStore",
+    "LoggedDataStore",
+    "Sync",
     "ReplayBuffer",
     "ReplayBufferDataStore",
     "PrioritizedReplayBuffer",

@@ -234,8 +234,10 @@ def _write_items(writer: RecordWriter, store: DataStoreBase, stored: _Stored, he
                 return
         # Not under the lock: the store takes it for as long as it must.
         batch, extra = store.dump(at, limit=min(n, latest - at))
-        if batch.first_id > at + 1:
-            continue  # the oldest were overwritten just now
+        if batch.first_id > at + 1:  # the oldest were overwritten just now, or some were lost
+            stored.parts.clear()
+            at = batch.first_id - 1
+            continue
         if not batch:
             raise RuntimeError(f"{store!r} holds ids {at + 1} to {latest}, but dumps none of them")
         begin = writer.at

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["KEPT", "explain_errors", "replace"]
+__all__ = ["KEPT", "explain_errors", "replace", "sync_names"]
 
 KEPT = "the file that was there, if any, is as it was"
 """What `explain_errors` says of a file that is being replaced."""
@@ -59,7 +59,7 @@ def replace(path: Path) -> Iterator[int]:
             with explain_errors(path, os.fstat(fd).st_size, KEPT):
                 os.fsync(fd)
                 os.replace(temporary, path)
-                _sync_names(path.parent)
+                sync_names(path.parent)
         except BaseException:
             if _is_at(fd, temporary):
                 os.unlink(temporary)
@@ -103,7 +103,7 @@ def _is_at(fd: int, path: Path) -> bool:
         return False
 
 
-def _sync_names(directory: Path) -> None:
+def sync_names(directory: Path) -> None:
     """See the names of a directory on the disk, those of new files in it among them."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

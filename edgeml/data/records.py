@@ -35,7 +35,7 @@ from edgeml.core.message import empty, pooled
 from edgeml.core.plugins import load_codec
 from edgeml.data.files import explain_errors
 
-__all__ = ["RecordReader", "RecordWriter"]
+__all__ = ["RecordReader", "RecordWriter", "make_codec"]
 
 _HEAD = struct.Struct("<8sQ44sI")
 _CHECKED = _HEAD.size - 4  # bytes of a head that its own checksum covers
@@ -50,8 +50,9 @@ _AT_ONCE = 1024  # pieces that the system takes in one call
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has the latter alone
 
 
-def _make_codec() -> Codec:
-    # What lies in a file is more than what a peer sends, and one's own: 16,384 items of 256 nodes.
+def make_codec() -> Codec:
+    """Return the codec of what lies in files: of more than a peer may send, as it is one's own."""
+    # 16,384 items of 256 nodes.
     return limited(load_codec("msgpack"), replace(DEFAULT_LIMITS, nodes=1 << 22))
 
 
@@ -75,7 +76,7 @@ class RecordWriter:
         self._fd, self._path, self._kept = fd, path, kept
         self._crc = 0
         self._unsynced = 0
-        self._codec = _make_codec()
+        self._codec = make_codec()
         self._write([], _FILE + bytes([_VERSION]), 0)
 
     def append(self, value: Any) -> int:
@@ -154,7 +155,7 @@ class RecordReader:
         self.path = path
         self._kind = kind
         self._fd = fd
-        self._codec = _make_codec()
+        self._codec = make_codec()
         self._sizes: dict[int, int] = {}  # of the frames, by the offsets of their records
         self.index = self.read(self._check())
 
