@@ -345,7 +345,7 @@ def test_what_waits_is_bounded_in_bytes():
 
 
 def test_who_asks_by_a_proxy_has_a_session_of_its_own(monkeypatch):
-    monkeypatch.setattr("edgeml_groot.endpoint._FORGET", 0.5)
+    monkeypatch.setattr("edgeml_groot.endpoint._FORGET", 3.0)
     ended = []
 
     def function(observation, context):
