@@ -158,13 +158,13 @@ def test_accepting_alone_changes_nothing_that_counts():
     offer(ledger, 1, 5)
     for _ in range(2):
         assert ledger.accept(made(6, 5, acknowledged=5)) == Verdict(mark=10)
-    marks = {"clients": [["arm", None, "demos", [1]]], "marks": [["demos", 1, 5, None]]}
+    marks = {"clients": [["arm", None, "demos", [1]]], "marks": [["demos", 1, 5, None, []]]}
     assert ledger.state() == marks
 
 
 STATE = {
     "clients": [["arm", "key", "demos", [3, 1]], ["arm", "key", "online", [1]]],
-    "marks": [["demos", 9, 5, "key"], ["online", 9, 6, "key"]],
+    "marks": [["demos", 9, 5, "key", []], ["online", 9, 6, "key", [[2, 3, "no"]]]],
 }
 
 
@@ -201,17 +201,22 @@ def test_what_is_no_client_is_refused_before_it_is_used(client):
 @pytest.mark.parametrize(
     "mark",
     [
-        ["demos", "1", 5, None],
-        ["demos", 1, 5.0, None],
-        ["demos", 1, -1, None],
-        ["demos", True, 5, None],
-        ["demos", 1, 1 << 64, None],
-        [b"demos", 1, 5, None],
-        [["demos"], 1, 5, None],
-        ["demos", 1, 5, 7],
-        ["demos", 1, 5],
-        ["demos", 9, 5, "key"],  # twice
-        ["demos", 9, 5, "other"],
+        ["demos", "1", 5, None, []],
+        ["demos", 1, 5.0, None, []],
+        ["demos", 1, -1, None, []],
+        ["demos", True, 5, None, []],
+        ["demos", 1, 1 << 64, None, []],
+        [b"demos", 1, 5, None, []],
+        [["demos"], 1, 5, None, []],
+        ["demos", 1, 5, 7, []],
+        ["demos", 1, 5, None],
+        ["demos", 1, 5, None, 3],
+        ["demos", 1, 5, None, [[5, 2, "no"]]],
+        ["demos", 1, 5, None, [[0, 2, "no"]]],
+        ["demos", 1, 5, None, [[1, 2, 3]]],
+        ["demos", 1, 5, None, [[1, 2]]],
+        ["demos", 9, 5, "key", []],  # twice
+        ["demos", 9, 5, "other", []],
     ],
     ids=str,
 )

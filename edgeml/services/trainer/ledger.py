@@ -254,7 +254,7 @@ class Ledger:
     def saved(self, state: Any) -> None:
         """Note that what `state` gave is in a file, and what is in the stores with it."""
         self.saves = True
-        for store, numbering, number, _ in state["marks"]:
+        for store, numbering, number, *_ in state["marks"]:
             key = (store, numbering)
             if key in self._owners:
                 mark = self._marks[self._owners[key]][key]
@@ -267,7 +267,7 @@ class Ledger:
                 yield client, known.owner
 
     def state(self) -> Any:
-        """Return all marks, as plain values, for `restore`; what was refused is not among it."""
+        """Return all that is known, as plain values, for `restore`."""
         return {
             "clients": [
                 [client, known.owner, store, list(incarnations)]
@@ -275,7 +275,7 @@ class Ledger:
                 for store, incarnations in known.incarnations.items()
             ],
             "marks": [
-                [store, numbering, mark.number, owner]
+                [store, numbering, mark.number, owner, [list(run) for run in mark.refused]]
                 for owner, marks in self._marks.items()
                 for (store, numbering), mark in marks.items()
             ],
@@ -307,12 +307,19 @@ class Ledger:
             if store in known.incarnations or owner != known.owner:
                 raise ValueError(f"a client that contradicts another: {shown([client, store])}")
             known.incarnations[store] = list(incarnations)
-        for store, numbering, number, owner in state["marks"]:
-            if not (type(store) is str and _are_numbers([numbering, number]) and _is_owner(owner)):
+        for store, numbering, number, owner, refused in state["marks"]:
+            if not (
+                type(store) is str
+                and _are_numbers([numbering, number])
+                and _is_owner(owner)
+                and isinstance(refused, list)
+            ):
                 raise ValueError(f"no mark: {shown([store, numbering, number])}")
             if (store, numbering) in ledger._owners:
                 raise ValueError(f"a mark that contradicts another: {shown([store, numbering])}")
-            ledger._add(store, numbering, owner, _Mark(number, number))
+            runs = [_read_run(run, number) for run in refused[-_REFUSED:]]
+            ledger._add(store, numbering, owner, _Mark(number, number, runs))
+            ledger._refused += len(runs)
         return ledger
 
     def keep(self, stores: Collection[str]) -> set[str]:
@@ -332,8 +339,15 @@ def _from_list(state: list[Any]) -> dict[str, Any]:
             raise ValueError(f"no client's mark: {shown(client)}")
         name = owner[0] if owner else None
         clients.append([client, name, store, [*shut_out, incarnation]])
-        marks.append([store, incarnation, number, name])
+        marks.append([store, incarnation, number, name, []])
     return {"clients": clients, "marks": marks}
+
+
+def _read_run(run: Any, mark: int) -> Run:
+    first, n, why = run
+    if not (_are_numbers([first, n]) and 1 <= first <= first + n - 1 <= mark and type(why) is str):
+        raise ValueError(f"no refused items: {shown(run)}")
+    return first, n, why
 
 
 def _last(run: Run) -> int:
