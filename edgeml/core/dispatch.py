@@ -23,34 +23,32 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
 from edgeml.core.alarms import Alarm, Alarms
-from edgeml.core.episode import Episode
+from edgeml.core.call import NOBODY, Call, Caller, LocalCall
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
-    DeadlineExceeded,
     EdgemlError,
     Malformed,
     Overloaded,
     PermissionDenied,
     RemoteError,
     UnknownInterface,
-    printable,
     shown,
     text_of,
 )
 from edgeml.core.interrupts import insisting
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.lines import Lines
-from edgeml.core.security import ALL, Role
-from edgeml.core.transport import Endpoint, Peer
+from edgeml.core.pace import Pace
+from edgeml.core.transport import Endpoint
+from edgeml.core.waiting import Lane, Queue
 
 __all__ = [
     "Call",
@@ -70,229 +68,12 @@ _SHORT = 0.5e-3  # seconds; to have another thread carry a loop costs a good par
 _ROUND = 1e-3  # seconds of handlers after which a loop gets a round, though more calls wait
 _STUCK = 0.02  # seconds that a handler may take before the loop goes on elsewhere
 _STREAK = 4  # calls that another endpoint brings in a row, after which its loop is carried
-_SMALL = 1 << 16  # bytes of a call that takes next to no room
 _MOST_ROUNDS = 64  # that are made for more calls of a batch
 _QUIET = 5  # looks of the watch without a call, after which it rests
-_TOO_LATE = "nobody waits for this call any more"
 _GRACE = 2.0  # seconds that handlers have to return when the dispatcher is closed
 
 # Raised by a handler, these reach the caller as they are; all else is a RemoteError.
 _PASSED_ON = (UnknownInterface, Malformed, ConfigMismatch, PermissionDenied, Overloaded)
-
-
-@dataclass(eq=False)
-class Caller:
-    """Who calls.
-
-    Attributes:
-        client_id: the identity that the client gave; random unless its user chose one.
-        label: what the client calls itself, for people to read.
-        peer: who the transport says it is.
-        identity: the name of its key; None where the server asks for none.
-        role: what that key may do.
-        revoked: whether its key has been revoked since.
-        episode: what handlers keep about it.
-    """
-
-    client_id: str
-    label: str
-    peer: Peer
-    turn: float = 0.0  # when the next call may start, under a rate limit
-    episode: Episode = field(default_factory=Episode)
-    identity: str | None = None
-    role: Role = ALL
-    revoked: bool = False
-
-    @property
-    def group(self) -> str:
-        """What it shares with others: its key, or else its machine, or else its connection."""
-        return self.identity or self.peer.host or self.peer.id
-
-    def join_episode(self) -> Episode:
-        """Return the episode to which a call that comes now belongs, until it leaves it."""
-        episode = self.episode
-        episode.calls.append(None)  # before the look, so that its end either waits for this or was
-        if episode.ended:
-            episode.leave()
-            episode = self.episode
-            episode.calls.append(None)
-        return episode
-
-    def require(self, permission: str, name: str) -> None:
-        """Raise PermissionDenied unless its key may do this.
-
-        Args:
-            permission: one of `edgeml.core.security.PERMISSIONS`.
-            name: of what it is to be done with.
-        """
-        if self.role.allowed is not None and not self.role.allows(permission, name):
-            raise PermissionDenied(
-                f"the key of {self.identity!r} has the role {str(self.role)!r}, which lacks "
-                f"{permission}:{printable(name)}"
-            )
-
-    def __str__(self) -> str:
-        key = "" if self.identity is None else f" with the key of {self.identity}"
-        return f"{printable(self.label or self.client_id)}{key} at {self.peer.address}"
-
-
-_NOBODY = Caller("", "", Peer("", ""))
-
-
-class Call(ABC):
-    """One call of an interface, and the right to answer it: once, at any time, from any thread.
-
-    Args:
-        name: of the interface.
-        caller: who calls.
-        deadline: until when the caller waits, on the clock `time.monotonic`.
-        nbytes: what the payload takes up while the call waits.
-        source: the endpoint that brought it, which the handlers' thread may carry; None for none.
-
-    Attributes:
-        detail: what of the interface is meant, as a handler may say for the log: an action's key.
-        episode: of the caller, when it came.
-        arrived: when it came, on the clock `time.monotonic`.
-        began: when its handler began.
-        ended: when there was a result, if that was before it was answered; else 0.
-        batch_size: calls that are answered together with this.
-        version: of what answers it; 0 for none.
-    """
-
-    __slots__ = (
-        "_open",
-        "arrived",
-        "batch_size",
-        "began",
-        "caller",
-        "deadline",
-        "detail",
-        "ended",
-        "episode",
-        "name",
-        "nbytes",
-        "source",
-        "version",
-    )
-
-    def __init__(
-        self,
-        name: str,
-        caller: Caller,
-        deadline: float,
-        nbytes: int = 0,
-        source: Endpoint | None = None,
-    ) -> None:
-        self.name = name
-        self.caller = caller
-        self.deadline = deadline
-        self.nbytes = nbytes
-        self.source = source
-        self.detail = ""
-        self.episode = caller.episode
-        self.arrived = self.began = time.monotonic()
-        self.ended = 0.0
-        self.batch_size = 1
-        self.version = 0
-        self._open = [True]  # until it is answered; to pop from it happens once
-
-    @abstractmethod
-    def payload(self) -> Any:
-        """Return what the caller sent, decoded now: call this in the thread that handles it.
-
-        Raises:
-            Malformed: it can't be decoded.
-        """
-
-    def drop_payload(self) -> None:  # noqa: B027 - most have nothing to let go of
-        """Let go of the payload, which has been copied: it may lie in memory that others need."""
-
-    @property
-    def expired(self) -> bool:
-        """Whether nobody waits for the answer any more."""
-        return time.monotonic() > self.deadline
-
-    @property
-    def answered(self) -> bool:
-        """Whether it has had its answer."""
-        return not self._open
-
-    def answer(self, value: Any) -> None:
-        """Give the caller this result; the value may be changed when this returns.
-
-        Raises:
-            NotEncodable: the value can't be carried; an answer is still due.
-            RuntimeError: there was an answer before.
-        """
-        self._settle(value, self._send)
-
-    def fail(self, error: EdgemlError) -> None:
-        """Give the caller this error in place of a result.
-
-        Raises:
-            RuntimeError: there was an answer before.
-        """
-        self._settle(error, self._send_error)
-
-    def _settle(self, what: Any, send: Callable[[Any], None]) -> None:
-        try:
-            self._open.pop()
-        except IndexError:
-            raise RuntimeError(f"a call of {self.name!r} is answered twice") from None
-        try:
-            send(what)
-        except BaseException:
-            self._open.append(True)
-            raise
-
-    @abstractmethod
-    def _send(self, value: Any) -> None:
-        """Encode a result and give it to the caller."""
-
-    @abstractmethod
-    def _send_error(self, error: EdgemlError) -> None:
-        """Give an error to the caller."""
-
-
-class LocalCall(Call):
-    """A call from this very process: the payload and the result are passed as they are.
-
-    Args:
-        name: of the interface.
-        payload: any value.
-        timeout: seconds until nobody waits any more.
-        caller: who calls; somebody in this process by default.
-
-    Attributes:
-        future: gives the result, or raises what the handler's end does.
-    """
-
-    __slots__ = ("_payload", "future")
-
-    def __init__(
-        self, name: str, payload: Any, timeout: float = 10.0, caller: Caller | None = None
-    ) -> None:
-        who = caller or Caller("local", "local", Peer("local", "this process"))
-        super().__init__(name, who, time.monotonic() + timeout)
-        self.future: Future[Any] = Future()
-        self._payload = payload
-
-    def payload(self) -> Any:
-        """See `Call.payload`."""
-        return self._payload
-
-    @property
-    def expired(self) -> bool:
-        """See `Call.expired`."""
-        return self.future.done() or super().expired
-
-    def _send(self, value: Any) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_result(value)
-
-    def _send_error(self, error: EdgemlError) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
 
 
 Handler = Callable[[Call], None]
@@ -355,7 +136,7 @@ class _Job(_Turn):
     __slots__ = ("function", "future")
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__("job", _NOBODY, math.inf)
+        super().__init__("job", NOBODY, math.inf)
         self.function = function
         self.future: Future[Any] = Future()
 
@@ -393,7 +174,7 @@ class Turns:
         Args:
             source: the endpoint that brought the newest of the calls, if one did.
         """
-        turn = _Turn(self._interface.name, _NOBODY, math.inf, source=source)
+        turn = _Turn(self._interface.name, NOBODY, math.inf, source=source)
         self._dispatcher._put_turn(turn, self._turn)
 
     def after(self, delay: float, action: Callable[[], None]) -> Alarm:
@@ -403,8 +184,7 @@ class Turns:
     def begin(self, call: Call) -> bool:
         """Say that a call waits no longer; False if nobody waits for it, which is refused then."""
         self._dispatcher._leave_gatherer(call, self._interface.lane)
-        if (why := self._dispatcher._check_call(call, self._interface)) is not None:
-            self._dispatcher.refuse(call, why)
+        if self._dispatcher._is_barred(call, self._interface, time.monotonic()):
             return False
         self._dispatcher._count(call, self._interface)
         return True
@@ -448,15 +228,25 @@ def require_plain(what: str, function: object) -> None:
 
 
 class _Interface:
-    __slots__ = ("fresh", "gatherer", "handler", "lane", "name", "needs", "typical")
+    __slots__ = (
+        "fresh",
+        "gatherer",
+        "handler",
+        "lane",
+        "name",
+        "needs",
+        "newest_first",
+        "pace",
+    )
 
     def __init__(
         self,
         name: str,
         handler: Handler,
-        lane: _Lane,
+        lane: Lane[_Interface],
         needs: str = "",
         gatherer: Gatherer | None = None,
+        newest_first: bool = False,
     ) -> None:
         self.gatherer = gatherer
         self.name = name
@@ -464,144 +254,8 @@ class _Interface:
         self.lane = lane
         self.needs = needs
         self.fresh = not name.startswith("/")  # not called yet; our own are not worth a line
-        self.typical = 1.0  # seconds that it takes, of late; long until it has shown otherwise
-
-
-class _Line:
-    """What waits, of each connection in the order in which it came.
-
-    Groups of connections take turns, and in each group its connections: who opens many of them
-    gets no more turns for that.
-    """
-
-    def __init__(self) -> None:
-        # Whose turn is next comes first.
-        self._groups: dict[str, dict[str, deque[tuple[Call, _Interface]]]] = {}
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def append(self, call: Call, interface: _Interface) -> None:
-        self._count += 1
-        caller = call.caller
-        group = self._groups.get(caller.group)
-        if group is None:
-            self._groups[caller.group] = group = {}
-        line = group.get(caller.peer.id)
-        if line is None:
-            group[caller.peer.id] = line = deque()
-        line.append((call, interface))
-
-    def popleft(self) -> tuple[Call, _Interface]:
-        self._count -= 1
-        name = next(iter(self._groups))
-        group = self._groups.pop(name)
-        peer = next(iter(group))
-        line = group.pop(peer)
-        first = line.popleft()
-        if line:
-            group[peer] = line
-        if group:
-            self._groups[name] = group
-        return first
-
-    def clear(self) -> list[Call]:
-        """Empty it, and return what calls there were."""
-        groups, self._groups, self._count = self._groups, {}, 0
-        return [c for group in groups.values() for line in group.values() for c, _ in line]
-
-
-class _Share:
-    """What somebody has waiting."""
-
-    __slots__ = ("calls", "nbytes")
-
-    def __init__(self) -> None:
-        self.calls = self.nbytes = 0
-
-
-_NONE = _Share()
-
-
-class _Lane:
-    """Calls that wait, and the threads that take them, one each at a time."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.waiting = _Line()
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        self.idle = 0  # threads that wait for `changed`, and have not been notified
-        self.early: set[Call] = set()  # whose turn, under a rate limit, is still to come
-        self.gathered = 0  # calls that gatherers have, and have not begun
-        # Of all three:
-        self.nbytes = 0
-        self._connections: dict[str, _Share] = {}
-        self._groups: dict[str, _Share] = {}
-        self._limits = limits
-
-    @property
-    def length(self) -> int:
-        """Calls that wait, in any way."""
-        return len(self.waiting) + len(self.early) + self.gathered
-
-    def enter(self, call: Call) -> EdgemlError | None:
-        """Count a call that is to wait here, or return why it can't; under the lock.
-
-        One call is always taken, however large: of each group as far as all have room, and of all.
-        A small one of a connection that has none waiting is taken as long as all have room, so that
-        nobody is kept out by others of its group.
-        """
-        limits, size = self._limits, call.nbytes
-        connection = self._connections.get(call.caller.peer.id, _NONE)
-        group = self._groups.get(call.caller.group, _NONE)
-        if connection.calls and (
-            connection.calls >= limits.calls_per_client
-            or connection.nbytes + size > limits.bytes_per_client
-        ):
-            most = limits.calls_per_client, limits.bytes_per_client
-            return _too_many("of this client", connection.calls, connection.nbytes, *most)
-        half = limits.calls // 2, limits.bytes // 2
-        if (connection.calls and group.calls >= half[0]) or (
-            group.calls and group.nbytes + size > half[1] and (connection.calls or size > _SMALL)
-        ):
-            return _too_many("of one key or machine", group.calls, group.nbytes, *half)
-        waiting = self.length
-        if waiting >= limits.calls or (waiting and self.nbytes + size > limits.bytes):
-            return _too_many("of all clients", waiting, self.nbytes, limits.calls, limits.bytes)
-        if connection is _NONE:
-            self._connections[call.caller.peer.id] = connection = _Share()
-        if group is _NONE:
-            self._groups[call.caller.group] = group = _Share()
-        for share in (connection, group):
-            share.calls += 1
-            share.nbytes += size
-        self.nbytes += size
-        return None
-
-    def leave(self, call: Call) -> None:
-        """Count a call no longer; under the lock."""
-        if isinstance(call, _Turn):
-            return
-        self.nbytes -= call.nbytes
-        caller = call.caller
-        for shares, name in ((self._connections, caller.peer.id), (self._groups, caller.group)):
-            share = shares.get(name)
-            if share is None:  # all were refused meanwhile, as this has been closed
-                return
-            share.calls -= 1
-            share.nbytes -= call.nbytes
-            if not share.calls:
-                del shares[name]
-
-    def clear(self) -> list[Call]:
-        """Forget all, and return what calls there were, gatherers' apart; under the lock."""
-        calls = [*self.waiting.clear(), *self.early]
-        self.early.clear()
-        self._connections.clear()
-        self._groups.clear()
-        self.nbytes = self.gathered = 0
-        return calls
+        self.newest_first = newest_first
+        self.pace = Pace()
 
 
 def _check_role(call: Call, interface: _Interface) -> PermissionDenied | None:
@@ -612,13 +266,6 @@ def _check_role(call: Call, interface: _Interface) -> PermissionDenied | None:
         except PermissionDenied as error:
             return error
     return None
-
-
-def _too_many(whose: str, waiting: int, held: int, calls: int, nbytes: int) -> Overloaded:
-    return Overloaded(
-        f"calls waiting already: {waiting}, of {held / 1e6:.1f} MB; {whose} at most {calls}, or "
-        f"{nbytes / 1e6:.0f} MB, may wait"
-    )
 
 
 def _never() -> bool:
@@ -671,13 +318,14 @@ class Dispatcher:
         self._interfaces: dict[str, _Interface] = {}
         self._limits = limits
         self.lines = Lines(_log)
-        self._main = _Lane(limits)
+        self._main: Lane[_Interface] = Lane(limits, workers)
         self._lanes = {"": self._main}
         self._jobs = _Interface("job", _do_job, self._main)
         self._parallel = workers > 1
         self._workers = workers
         self._threads: list[threading.Thread] = []
-        self._running: dict[int, float] = {}  # threads in a handler, and since when
+        # Threads in a handler, since when, and in which.
+        self._running: dict[int, tuple[float, _Interface]] = {}
         self._returned = threading.Condition()  # one of them came out
         self._closed = False
 
@@ -697,7 +345,12 @@ class Dispatcher:
     # What is served -----------------------------------------------------------------------
 
     def register(
-        self, name: str, handler: Handler | Gatherer, lane: str = "", needs: str = ""
+        self,
+        name: str,
+        handler: Handler | Gatherer,
+        lane: str = "",
+        needs: str = "",
+        newest_first: bool = False,
     ) -> None:
         """Serve calls of ``name`` by ``handler``, from now on, in place of any other.
 
@@ -708,15 +361,17 @@ class Dispatcher:
                 and wait for no handler of another. To be named before `run`.
             needs: the permission, for this name, without which a call is refused before its payload
                 is looked at; empty for none, where the handler asks `Caller.require` itself.
+            newest_first: whether of the calls of one connection that wait the newest is taken
+                first, rather than the oldest; a gatherer has its own order.
         """
         if lane not in self._lanes:
-            self._lanes[lane] = _Lane(self._limits)
+            self._lanes[lane] = Lane(self._limits)
             self._parallel = True
         if isinstance(handler, Gatherer):
             made = _Interface(name, _answer_nothing, self._lanes[lane], needs, handler)
             handler.attach(Turns(self, made, handler))
         else:
-            made = _Interface(name, handler, self._lanes[lane], needs)
+            made = _Interface(name, handler, self._lanes[lane], needs, None, newest_first)
         self._interfaces[name] = made
 
     @property
@@ -799,6 +454,18 @@ class Dispatcher:
                 self._queue(call, interface)
         if refused is not None:
             self.refuse(call, refused)
+        elif lane.refused:
+            self._tell_refused(lane)
+
+    def _tell_refused(self, lane: Lane[_Interface]) -> None:
+        """Tell those that can't make it; not under the lane's lock."""
+        while True:
+            try:
+                call, error, reason = lane.refused.popleft()
+            except IndexError:
+                return
+            self.counts[reason] += 1
+            self.refuse(call, error)
 
     def _put_at_hand(self, call: Call, interface: _Interface) -> bool:
         """Leave a call to this very thread, which takes it when its round is over, if it may."""
@@ -819,7 +486,7 @@ class Dispatcher:
                 return
         self.refuse(turn, Closed("the server has been stopped"))
 
-    def _leave_gatherer(self, call: Call, lane: _Lane) -> None:
+    def _leave_gatherer(self, call: Call, lane: Lane[_Interface]) -> None:
         with lane.lock:
             lane.gathered -= 1
             lane.leave(call)
@@ -844,20 +511,25 @@ class Dispatcher:
             lane.early.remove(call)
             if interface.gatherer is None:
                 self._queue(call, interface)
-                return
-            lane.gathered += 1
-        interface.gatherer.take(call)
+            else:
+                lane.gathered += 1
+        if interface.gatherer is not None:
+            interface.gatherer.take(call)
+        elif lane.refused:
+            self._tell_refused(lane)
 
-    def _enter(self, lane: _Lane, call: Call) -> EdgemlError | None:
+    def _enter(self, lane: Lane[_Interface], call: Call) -> EdgemlError | None:
         """Count a call that is to wait, or return why it can't; under the lane's lock."""
         if self._closed:
             return Closed("the server has been stopped")
         return lane.enter(call)
 
     def _queue(self, call: Call, interface: _Interface) -> None:
-        """Have a thread take a call; under its lane's lock."""
+        """Have a thread take a call, if it can make it; under its lane's lock."""
         lane = interface.lane
-        lane.waiting.append(call, interface)
+        queue = lane.waiting.append(call, interface)
+        if not lane.idle and self._is_refused(queue, interface):
+            return
         if lane is self._main:
             if call.source is self._wanted:
                 self._streak += 1
@@ -874,6 +546,23 @@ class Dispatcher:
             and get_ident() != self._carrying
         ):
             carried.wake()
+
+    def _is_refused(self, queue: Queue[_Interface], interface: _Interface) -> bool:
+        """Refuse what just came to wait, where that can't make it; under its lane's lock."""
+        lane = interface.lane
+        now = time.monotonic()
+        if not lane.is_short(now):
+            return False
+        call = queue.calls[-1][0]
+        lane.check(queue, now, self._free_in(lane, now))
+        return not queue.calls or queue.calls[-1][0] is not call
+
+    def _free_in(self, lane: Lane[_Interface], now: float) -> float:
+        """Seconds until one of a lane's threads will have nothing to do."""
+        running = [each for each in list(self._running.values()) if each[1].lane is lane]
+        if len(running) < lane.threads:
+            return 0.0
+        return max(0.0, min(since + each.pace.usual for since, each in running) - now)
 
     # Threads ------------------------------------------------------------------------------
 
@@ -901,30 +590,25 @@ class Dispatcher:
         """Handle calls in a thread of its own; once."""
         self._start(lambda _: self.run(), self._main, f"edgeml {self._service} handlers")
 
-    def _start(self, target: Callable[[_Lane], None], lane: _Lane, name: str) -> None:
+    def _start(
+        self, target: Callable[[Lane[_Interface]], None], lane: Lane[_Interface], name: str
+    ) -> None:
         thread = threading.Thread(target=target, args=(lane,), name=name, daemon=True)
         thread.start()
         self._threads.append(thread)  # only now, since `close` joins it
 
-    def _work(self, lane: _Lane) -> None:
-        while True:
+    def _work(self, lane: Lane[_Interface]) -> None:
+        while not self._closed:
             with lane.lock:
                 while not lane.waiting and not self._closed:
                     lane.idle += 1
                     lane.changed.wait()
-                taken = self._take(lane)
-            if taken is None:
-                return
-            self._handle(*taken)
+                taken = lane.take(time.monotonic())
+            if lane.refused:
+                self._tell_refused(lane)
+            if taken is not None:
+                self._handle(*taken)
             del taken
-
-    def _take(self, lane: _Lane) -> tuple[Call, _Interface] | None:
-        """The next that waits, if any; under its lock."""
-        if not lane.waiting:
-            return None
-        taken = lane.waiting.popleft()
-        lane.leave(taken[0])
-        return taken
 
     def _next(self) -> tuple[Call, _Interface] | None:
         """What the carrying thread handles next; None when the dispatcher is closed."""
@@ -936,8 +620,11 @@ class Dispatcher:
                 stay = _never  # all that came meanwhile is taken in first, hellos among it
             elif lane.waiting:
                 with lane.lock:
-                    if (taken := self._take(lane)) is not None:
-                        return taken
+                    taken = lane.take(time.monotonic())
+                if lane.refused:
+                    self._tell_refused(lane)
+                if taken is not None:
+                    return taken
                 continue
             elif self._wanted is not carried and (carried is None or self._streak >= _STREAK):
                 if carried is not None:
@@ -993,21 +680,25 @@ class Dispatcher:
             self.refuse(call, Closed("the server has been stopped"))
             return
         if not isinstance(call, _Turn):
-            if (why := self._check_call(call, interface)) is not None:
-                self.refuse(call, why)
+            if self._is_barred(call, interface, began):
                 return
             self._count(call, interface)
         me = get_ident()
         carries = me == self._carrying
+        lane, pace = interface.lane, interface.pace
         if carries and self._carried is not None:
-            if self._parallel and interface.typical > _SHORT:
-                self._carried.relieve()  # or other calls would wait, which another thread may take
+            # Or other calls would wait, which another thread may take, or which can't make it.
+            if (self._parallel or lane.pressed) and not 0 < pace.usual < _SHORT:
+                self._carried.relieve()
             elif not self._watched:
                 self._watched = True
                 self._alarms.after(_STUCK, self._watch)
-        self._running[me] = call.began = began
+        call.began = began
+        self._running[me] = began, interface
+        done = False
         try:
             interface.handler(call)
+            done = True
         except BaseException as error:
             self._fail(call, interface, error)
             # Ctrl-C, and whatever else a signal's handler raises to end the program.
@@ -1021,19 +712,33 @@ class Dispatcher:
         ended = time.monotonic()
         if carries:
             self._done = ended
-        took = ended - began
-        # Quickly down, and slowly up: a busy machine makes a short handler look long now and then.
-        interface.typical += (took - interface.typical) * (0.5 if took < interface.typical else 0.1)
+        if done:
+            pace.add(ended - began, ended)
+            if lane.pressed:
+                lane.ease()
+            if ended > call.deadline and call.answered:
+                self._note_late(lane)
 
-    @staticmethod
-    def _check_call(call: Call, interface: _Interface) -> EdgemlError | None:
-        """Why a call that may have waited is not to be handled any more, if so."""
-        caller = call.caller
+    def _note_late(self, lane: Lane[_Interface]) -> None:
+        """Count an answer that came too late."""
+        self.counts["answered_too_late"] += 1
+        lane.press()
+
+    def _is_barred(self, call: Call, interface: _Interface, now: float) -> bool:
+        """Refuse a call that may have waited, where it is not to be handled any more."""
+        caller, pace = call.caller, interface.pace
+        why: EdgemlError | None = None
         if caller.revoked:
-            return PermissionDenied(f"the key of {caller.identity!r} has been revoked")
-        if (denied := _check_role(call, interface)) is not None:
-            return denied
-        return DeadlineExceeded(_TOO_LATE) if call.expired else None
+            why = PermissionDenied(f"the key of {caller.identity!r} has been revoked")
+        elif (denied := _check_role(call, interface)) is not None:
+            why = denied
+        elif pace.rules_out(call.deadline - now, now) or call.expired:
+            why, reason = pace.refusal(call, now)
+            self.counts[reason] += 1
+        if why is None:
+            return False
+        self.refuse(call, why)
+        return True
 
     def _count(self, call: Call, interface: _Interface) -> None:
         self.counts["calls"] += 1
@@ -1066,12 +771,12 @@ class Dispatcher:
 
     def _watch(self) -> None:
         """Have a loop go on elsewhere while a handler takes long; rests when no calls come."""
-        since = self._running.get(self._carrying)
+        running = self._running.get(self._carrying)
         carried = self._carried
-        if since is not None and time.monotonic() - since > _STUCK and carried is not None:
+        if running is not None and time.monotonic() - running[0] > _STUCK and carried is not None:
             carried.relieve()
         calls = self.counts["calls"]
-        self._quiet = 0 if calls != self._calls_seen or since is not None else self._quiet + 1
+        self._quiet = 0 if calls != self._calls_seen or running is not None else self._quiet + 1
         self._calls_seen = calls
         if self._quiet < _QUIET:
             self._alarms.after(_STUCK, self._watch)

@@ -177,9 +177,7 @@ class _DoorCall(Call):
         return not self._untold or self.guest.left or time.monotonic() > self.deadline
 
     def _send(self, value: Any) -> None:
-        if not self._claim():
-            self._entrance.counts["answered_too_late"] += 1
-        else:
+        if self._claim():
             try:
                 self._answer(self._entrance.passage.take_back(value))
             except BaseException:
@@ -295,7 +293,7 @@ class Entrance(Dispatch):
         self.timeout = timeout
         self.endpoint: Endpoint | None = None
         self.under_way: set[_DoorCall] = set()
-        self.counts: dict[str, int] = {f"calls_by_{scheme}": 0, "answered_too_late": 0}
+        self.counts: dict[str, int] = {f"calls_by_{scheme}": 0}
         self._describe = describe
 
     def __str__(self) -> str:

@@ -242,10 +242,15 @@ class Server:
     # What is served -----------------------------------------------------------------------
 
     def register(
-        self, name: str, handler: Handler | Gatherer, lane: str = "", needs: str = ""
+        self,
+        name: str,
+        handler: Handler | Gatherer,
+        lane: str = "",
+        needs: str = "",
+        newest_first: bool = False,
     ) -> None:
         """Serve calls of ``name`` by ``handler``; see `Dispatcher.register`."""
-        self.dispatcher.register(name, handler, lane, needs)
+        self.dispatcher.register(name, handler, lane, needs, newest_first)
 
     def extend(self, name: str, negotiate: Negotiate) -> None:
         """Answer an extension in each hello that has it; before `open`."""

@@ -90,6 +90,7 @@ class InferenceServer(ServiceServer):
         contract: PolicyContract | None = None,
         check: Check = "first",
         permission: str = "call",
+        newest_first: bool = False,
     ) -> Callable[[F], F]: ...
 
     @overload
@@ -103,6 +104,7 @@ class InferenceServer(ServiceServer):
         contract: PolicyContract | None = None,
         check: Check = "first",
         permission: str = "call",
+        newest_first: bool = False,
     ) -> F: ...
 
     def register_interface(
@@ -115,6 +117,7 @@ class InferenceServer(ServiceServer):
         contract: PolicyContract | None = None,
         check: Check = "first",
         permission: str = "call",
+        newest_first: bool = False,
     ) -> F | Callable[[F], F]:
         """Serve ``function(payload) -> result`` under a name, before or after the start.
 
@@ -139,6 +142,10 @@ class InferenceServer(ServiceServer):
                 passed, ``"all"``, or ``"none"``.
             permission: what a client's role must allow, with this interface's name, where the
                 server asks for keys: ``"administer"`` for what only its keepers are to do.
+            newest_first: whether of the calls of one client that wait the newest is answered
+                first, as robots want it that ask at a steady rate; older ones are answered where
+                there is time for them. By default they are answered in the order in which they
+                were asked, as a function with a memory needs it.
 
         Returns:
             The function.
@@ -162,6 +169,7 @@ class InferenceServer(ServiceServer):
                 contract=contract,
                 check=check,
                 permission=permission,
+                newest_first=newest_first,
             )
         with self._contracts.changing:
             if name in self._interfaces:
@@ -169,7 +177,7 @@ class InferenceServer(ServiceServer):
             made = Function.make(f"interface {name!r}", function, 1, with_context)
             made = made._replace(checks=self._contracts.offer(name, contract, check))
             handler = Single(made) if batching is None else Batcher(made, batching)
-            self._server.register(name, handler, needs=permission)
+            self._server.register(name, handler, needs=permission, newest_first=newest_first)
             self._interfaces[name] = handler
         return function
 

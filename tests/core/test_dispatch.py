@@ -106,6 +106,18 @@ def held_up(dispatcher, *names):
         held.future.result(PATIENCE)
 
 
+class Clock:
+    """Stands still but for handlers that work."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = time.monotonic()
+        for module in ("call", "dispatch"):
+            monkeypatch.setattr(f"edgeml.core.{module}.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 class Foreign(Call):
     """A call as a server of another protocol makes it, of which much may go wrong."""
 
@@ -358,6 +370,89 @@ def test_those_of_each_thread_are_handled_in_its_order(dispatcher):
         list(pool.map(submit, range(6)))
     for who in range(6):
         assert [n for by, n in seen if by == who] == list(range(200))
+
+
+def test_the_newest_call_of_a_client_comes_first_where_that_is_wanted(dispatcher):
+    seen = []
+    dispatcher.register(
+        "note", lambda call: call.answer(seen.append(call.payload())), newest_first=True
+    )
+    with held_up(dispatcher):
+        calls = [ask(dispatcher, "note", n) for n in range(5)]
+    for call in calls:
+        call.future.result(PATIENCE)
+    assert seen == [4, 3, 2, 1, 0]
+
+
+# Those that can't make it ---------------------------------------------------------------------
+
+
+def test_a_call_with_less_time_than_runs_take_is_refused_unseen_and_another_is_tried_later(
+    dispatcher, monkeypatch
+):
+    clock = Clock(monkeypatch)
+    seen = []
+
+    def work(call):
+        seen.append(call.payload())
+        clock.now += 0.2
+        call.answer(None)
+
+    dispatcher.register("work", work)
+    for _ in range(5):
+        answer_of(dispatcher, "work")
+    short = ask(dispatcher, "work", "short", timeout=0.1)
+    with pytest.raises(DeadlineExceeded, match="'work' takes 200 ms of late, and the caller waits"):
+        short.future.result(PATIENCE)
+    assert seen == [None] * 5
+    assert dispatcher.counts["refused_too_short"] == 1
+    answer_of(dispatcher, "echo")
+    clock.now += 5.0
+    ask(dispatcher, "work", "again", timeout=0.1).future.result(PATIENCE)
+    assert seen[5:] == ["again"]
+    assert dispatcher.counts["answered_too_late"] == 1
+
+
+def test_calls_that_come_after_too_many_others_are_refused_at_once(dispatcher, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def work(call):
+        clock.now += 0.02
+        call.answer(call.payload())
+
+    dispatcher.register("work", work)
+    for _ in range(5):
+        answer_of(dispatcher, "work")
+    with held_up(dispatcher):
+        calls = [ask(dispatcher, "work", n, 0.1, caller_named(f"c{n}")) for n in range(7)]
+        for call in calls[5:]:
+            with pytest.raises(Overloaded, match="ask less often, with more time, or another"):
+                call.future.result(0)
+        assert dispatcher.waiting == 5
+    assert [call.future.result(PATIENCE) for call in calls[:5]] == list(range(5))
+    assert dispatcher.counts["refused_too_busy"] == 2
+    assert dispatcher.counts["Overloaded"] == 2
+
+
+def test_a_loop_goes_on_elsewhere_before_a_handler_for_which_more_wait_than_can(
+    dispatcher, source, monkeypatch
+):
+    monkeypatch.setattr("edgeml.core.dispatch._STUCK", 60.0)  # no watch does it
+    thread = handlers_thread(dispatcher)
+    settle(dispatcher, source, thread)
+    gate = Gate()
+    dispatcher.register("slow", gate)
+    late = Foreign("echo", timeout=-1, source=source)
+    with held_up(dispatcher):
+        dispatcher.submit(late)
+    assert isinstance(late.outcome(), DeadlineExceeded)
+    settle(dispatcher, source, thread)
+    held = source.bring(dispatcher, "slow")
+    assert gate.entered.wait(PATIENCE)
+    beside = source.bring(dispatcher, "none")
+    assert isinstance(beside.outcome(), UnknownInterface)  # which needs the loop and no handler
+    gate.go_on.set()
+    held.outcome()
 
 
 # Lanes and workers ----------------------------------------------------------------------------
