@@ -182,13 +182,13 @@ def quick_or_slow(mean):
 
 
 @pytest.mark.parametrize("newest_first", [False, True])
-@pytest.mark.parametrize("load", [1.1, 2, 3.2, 10, 50])
+@pytest.mark.parametrize("load", [1.1, 3.2, 20])
 @pytest.mark.parametrize("kind", ["fixed", "varying"])
 def test_whatever_is_asked_nearly_all_that_can_be_answered_is_answered_in_time_and_to_all_alike(
     kind, load, newest_first
 ):
     took = 0.02 if kind == "fixed" else varying(0.02)
-    played = play(load, took, jitter=0.2, newest_first=newest_first, seconds=10)
+    played = play(load, took, jitter=0.2, newest_first=newest_first, seconds=8)
     assert played.share > 0.93
     assert played.fairness > 0.85
     assert played.late <= 0.04 * len(played.begun)
@@ -209,7 +209,7 @@ def test_neither_runs_of_which_some_take_nine_times_as_long_as_others_nor_severa
 def test_how_long_runs_take_makes_no_difference(seconds):
     for load in (1.1, 3.2, 10):
         played = play(
-            load, seconds, timeout=max(0.1, 5 * seconds), jitter=0.2, seconds=500 * seconds
+            load, seconds, timeout=max(0.1, 5 * seconds), jitter=0.2, seconds=300 * seconds
         )
         assert played.share > 0.95
         assert played.fairness > 0.9
@@ -218,9 +218,9 @@ def test_how_long_runs_take_makes_no_difference(seconds):
 def test_those_who_call_at_the_same_beat_all_the_time_get_equal_shares():
     played = play(3.2, 0.02, clients=8, seconds=20)
     assert played.fairness > 0.75  # each has a call waiting for part of its time only
-    played = play(20, 0.02, clients=200, seconds=40)
+    played = play(10, 0.02, clients=100, seconds=20)
     assert played.share > 0.95
-    assert min(played.useful.values()) >= 8  # of 10
+    assert min(played.useful.values()) >= 7  # of 10
 
 
 def test_who_asks_more_or_by_more_connections_gets_no_more_than_others():
@@ -243,7 +243,7 @@ def test_below_what_can_be_answered_nothing_is_refused():
 
 def test_most_of_those_that_are_refused_know_it_at_once():
     for newest_first in (False, True):
-        told = sorted(play(10, 0.02, seconds=10, newest_first=newest_first).told)
+        told = sorted(play(10, 0.02, seconds=5, newest_first=newest_first).told)
         # Those that a newer one overtakes know it when that comes, 16 ms later.
         assert told[len(told) // 2] < (0.2 if newest_first else 0.05)
         assert told[len(told) * 9 // 10] < 0.3
