@@ -160,6 +160,10 @@ ALONE = {
     ("docs/guides/transports.md", "transport_both.py"): ["shm\nzmq\ngrpc"],
     ("docs/guides/transports.md", "transport_url.py"): ["zmq://robot.local:"],
     ("docs/guides/delivery.md", "refused.py"): ["99 arrived, 1 refused"],
+    ("docs/guides/delivery.md", "ledger.py"): [
+        "Delivered(applied=100, durable=0) 100 held",
+        "Delivered(applied=0, durable=100) 0 held",
+    ],
     ("docs/guides/serving.md", "serving_load.py"): ["early: loading, ", "\nready (7,)"],
     ("docs/guides/serving.md", "serving_session.py"): [
         "[1. 1. 1.] [1.5 1.5 1.5]\n[1. 1. 1.]\n",
