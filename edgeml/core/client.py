@@ -113,6 +113,8 @@ class Client:
         wait: seconds to go on trying when nobody serves there yet, or the server is not ready.
         writable: whether received arrays are private copies rather than read-only views.
         credentials: see `Credentials.resolve`; a client's.
+        on_disconnect: called, without arguments, when the connection is lost; see `SessionKeeper`.
+        on_reconnect: called, without arguments, when there is one again.
         on_connecting: is given, before it connects, what gives that up, from any thread.
 
     Raises:
@@ -137,6 +139,8 @@ class Client:
         wait: float = 0.0,
         writable: bool = False,
         credentials: CredentialsLike = None,
+        on_disconnect: Callable[[], object] | None = None,
+        on_reconnect: Callable[[], object] | None = None,
         on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if not timeout > 0:
@@ -173,6 +177,8 @@ class Client:
             wrapping=wrapping,
             timeout=self.timeout,
             credentials=None if given is None else given.for_client(),
+            on_disconnect=on_disconnect,
+            on_reconnect=on_reconnect,
         )
         try:
             if on_connecting is not None:
@@ -295,6 +301,7 @@ class Client:
             except Closed:
                 raise self.sessions.explain(session) from None
             else:
+                session.note_life(deadline - limit)
                 reply = wire.unpack(wire.Result, message.header)
                 if reply.status != wire.NO_SESSION:
                     return session, reply, message
@@ -371,12 +378,14 @@ class Client:
         except Unreachable as error:
             session.lose(error)
             raise
+        session.under_way.append(None)
         call.request.add_done_callback(lambda done: self._receive(call, session, done))
         if call.future.done():  # meanwhile
             call.request.cancel()
 
     def _receive(self, call: _Asynchronous, session: Session, done: Future[Message]) -> None:
         """Settle a call with what came for it; runs in the transport's thread."""
+        session.under_way.pop()
         if done.cancelled():
             return
         try:
@@ -386,6 +395,7 @@ class Client:
                 session.lose(error)
                 self._send_later(call)
                 return
+            session.note_life(call.began)
             reply = wire.unpack(wire.Result, message.header)
             if reply.status == wire.NO_SESSION:
                 session.lose(wire.error_of(reply))  # not carried out, so it can be sent again

@@ -30,7 +30,10 @@ class Known(Caller):
         proved: the key that it has shown.
         key: by which it is found again; nobody else knows it.
         seen: when it was last heard from.
-        forget: seconds of silence after which it is taken to have left.
+        quiet: seconds since then, without those in which this process did not run.
+        silence: seconds of quiet after which it is taken to be gone, and told so.
+        gone: whether it is; its next request shows that it is not.
+        forget: seconds of quiet after which nothing is kept of it.
         left: whether it is no longer kept.
     """
 
@@ -44,7 +47,9 @@ class Known(Caller):
         self.proved = proved
         self.key = secrets.token_bytes(16)
         self.seen = time.monotonic()
-        self.forget = forget
+        self.quiet = 0.0
+        self.silence = self.forget = forget
+        self.gone = False
         self.left = False
 
 

@@ -179,6 +179,8 @@ class _Traffic:
         self._why: Exception | None = None  # it was given up
         self._refusals = 0  # that have not been sent
         self.lost = False
+        self.heard = 0.0  # when a piece last came
+        self.taken = 0.0  # when there was last room for another piece of the same message
 
     # Out ----------------------------------------------------------------------------------
 
@@ -232,6 +234,8 @@ class _Traffic:
                 pieces.reverse()
                 while pieces:
                     await self._link.send(pieces.pop())
+                    if pieces:
+                        self.taken = time.monotonic()
         except Exception as error:
             failed(Unreachable(f"the connection was lost: {error}"))
         finally:
@@ -266,6 +270,7 @@ class _Traffic:
                     worked = 0.0
                     await asyncio.sleep(0)  # `receive` doesn't wait while there is something
                 piece = await self._link.receive()
+                self.heard = time.monotonic()
                 began = time.perf_counter()
                 if len(piece) < PREFIX.size:
                     raise Malformed("a piece without a prefix")
@@ -316,6 +321,7 @@ class _Traffic:
         """The next piece of a message that is half read."""
         self._watch(self._limits.stall)
         piece = await self._link.receive()
+        self.heard = time.monotonic()
         if not piece:
             raise Malformed("a piece of nothing")
         return piece
@@ -409,6 +415,10 @@ class _Listener(LoopEndpoint):
             raise
         self.local = is_loopback(self.url.host) if accept.local is None else accept.local
 
+    def heard_from(self, peer: Peer) -> float:
+        links = list(self._links.items())
+        return max((t.heard for t, (who, _) in links if who.id == peer.id), default=0.0)
+
     async def welcome(self, link: Link, address: object) -> None:
         """Serve a peer until it has gone."""
         host = str(address[0]) if isinstance(address, tuple) else str(address)
@@ -487,6 +497,8 @@ def _certificate_of(link: Link) -> bytes:
 
 
 class _Connection(Requester):
+    tells_loss = True
+
     def __init__(
         self,
         url: Url,
@@ -587,6 +599,10 @@ class _Connection(Requester):
     @property
     def lost(self) -> bool:
         return self._over is not None
+
+    @property
+    def heard(self) -> float:
+        return max(self._traffic.heard, self._traffic.taken)
 
     def call(self, message: Message, timeout: float) -> Message:
         if self._loop.inside:  # in a future's callback: another thread must receive the reply

@@ -26,11 +26,13 @@ from edgeml.core.errors import (
     NotReady,
     Overloaded,
     PermissionDenied,
+    shown,
     text_of,
 )
 from edgeml.core.guests import Entrance, Known
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message
+from edgeml.core.notices import Notices
 from edgeml.core.plugins import load_codec, load_door, load_transport
 from edgeml.core.security import ClientKey, Credentials, CredentialsLike, digest
 from edgeml.core.state import ServerState
@@ -50,7 +52,7 @@ Load = Callable[[Callable[[float, str], None]], object]
 """``load(report)`` makes a server able to answer; ``report(fraction, detail)`` tells how far it is.
 """
 
-_TICK = 0.25  # seconds
+_TICK = wire.TICK  # seconds
 _LOOK = 0.005  # seconds between two looks whether all is answered
 _UNDER_WAY = 0.1  # seconds that a call may be on its way, or unread, when draining begins
 _DRAINING = "the server is draining: it answers what it has, and then stops; call another, or later"
@@ -60,6 +62,7 @@ _NOTHING = Message(b"")
 _MOST_IDS = 1 << 12  # client ids that are remembered to belong to one key
 _PORT_TRIES = 16  # to find a port that is free for all transports
 _FORGET = 30.0  # seconds without a sign of life after which a session ends
+_BRIEFEST = 0.1  # seconds of silence after which a client may ask to be taken to be gone
 
 
 class _Session(Known):
@@ -71,6 +74,7 @@ class _Session(Known):
         super().__init__(hello.client_id, hello.label, peer, proved, _FORGET)
         self.codec = codec
         self.spoken = Spoken(codec, codec)
+        self.paced = False  # whether it says how long its heartbeats are to be kept
 
 
 class _EnvelopeCall(Call):
@@ -162,6 +166,9 @@ class Server:
         rate_limit: calls per second and client; None for any number.
         limits: what clients may make it keep or do.
         credentials: see `Credentials.resolve`; a server's.
+        on_connect: is called with each client that has come, or is back after it was taken to be
+            gone: in a thread of its own, as `on_disconnect` is, one after the other.
+        on_disconnect: is called with each client that has left, or is gone.
     """
 
     def __init__(
@@ -177,6 +184,8 @@ class Server:
         rate_limit: float | None = None,
         limits: Limits = DEFAULT_LIMITS,
         credentials: CredentialsLike = None,
+        on_connect: Callable[[Caller], object] | None = None,
+        on_disconnect: Callable[[Caller], object] | None = None,
     ) -> None:
         self.service = service
         self.epoch = time.time_ns()
@@ -200,7 +209,11 @@ class Server:
         self._wrapping = wrapping
         if wrapping is not None:
             self.extend(wrapping.name, self._wrap)
+        self._on_connect = on_connect
+        self._on_disconnect = on_disconnect
+        self._notices = Notices(f"edgeml {service} notices")
         self._alarms = Alarms(f"edgeml {service} alarms")
+        self._ticked = time.monotonic()
         self.dispatcher = Dispatcher(service, self._alarms, workers, rate_limit, limits)
         self.dispatcher.at_end = self._run_last
         self._topics: dict[str, Topic] = {}
@@ -283,8 +296,8 @@ class Server:
 
     @property
     def callers(self) -> list[Caller]:
-        """The clients that have been heard from of late."""
-        return list(self._sessions.values())
+        """The clients that are there."""
+        return [each for each in list(self._sessions.values()) if not each.gone]
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: calls, and everything that was refused or dropped, by reason; and
@@ -342,6 +355,7 @@ class Server:
         except BaseException:
             self.close()
             raise
+        self._ticked = time.monotonic()
         self._alarms.after(_TICK, self._tick)
         _log.info("serving %s on %s", self.service, ", ".join(map(str, self.urls)))
 
@@ -517,24 +531,62 @@ class Server:
             if listener.endpoint is not None:
                 listener.endpoint.close()
         self._alarms.close()
+        self._notices.close()
 
     def _tick(self) -> None:
         try:
-            now = time.monotonic()
             for topic in self._topics.values():
                 topic.tick()
-            with self._lock:
-                silent = [s for s in self._sessions.values() if now - s.seen > s.forget]
-                for session in silent:
-                    self._remove(session)
+            self._look_for_the_silent()
             self._check_keys()
-            for session in silent:
-                self._end(session.episode)
-                self._say(f"{session} is lost: silent for {session.forget:g} s")
             for _, entrance, _ in list(self._doors):
                 entrance.look()
         finally:
             self._alarms.after(_TICK, self._tick)
+
+    def _look_for_the_silent(self) -> None:
+        """Take note of the clients that are gone, and forget those that stay away."""
+        before, self._ticked = self._ticked, time.monotonic()
+        # Who slept through what clients had to say doesn't hold it against them.
+        passed = min(self._ticked - before, 2 * _TICK)
+        with self._lock:
+            sessions = list(self._sessions.values())
+            for session in sessions:
+                seen = session.seen
+                session.quiet = (session.quiet if seen < before else 0.0) + min(
+                    passed, self._ticked - seen
+                )
+            gone = [
+                s
+                for s in sessions
+                if s.quiet > s.silence and not s.gone and not self._is_sending(s)
+            ]
+            for session in gone:
+                session.gone = True
+            forgotten = [s for s in sessions if s.quiet > s.forget]
+            for session in forgotten:
+                self._remove(session)
+        for session in gone:
+            self.counts["clients_lost"] += 1
+            for topic in self._topics.values():
+                topic.release(session.key)
+            self._say(f"{session} is lost: silent for {session.silence:g} s")
+            self._notices.tell(self._on_disconnect, session)
+        for session in forgotten:
+            self._end(session.episode)
+
+    def _is_sending(self, session: Known) -> bool:
+        """Whether something that takes long is just coming from a client."""
+        heard = max((end.heard_from(session.peer) for end in self._endpoints()), default=0.0)
+        return time.monotonic() - heard < session.silence
+
+    def _come_back(self, session: Known) -> None:
+        """Take note that a client that was taken to be gone is there."""
+        with self._lock:
+            gone, session.gone = session.gone, False
+        if gone:
+            self._say(f"{session} is back")
+            self._notices.tell(self._on_connect, session)
 
     # Keys ---------------------------------------------------------------------------------
 
@@ -602,6 +654,8 @@ class Server:
         self._end(session.episode)
         self.counts["PermissionDenied"] += 1
         _log.warning("%s: %s is cut off: %s", self.service, session, why)
+        if not session.gone:
+            self._notices.tell(self._on_disconnect, session)
 
     # Sessions -----------------------------------------------------------------------------
 
@@ -678,6 +732,7 @@ class Server:
             self._count_refusal(peer, error)
             raise
         self._say(f"{made} has come")
+        self._notices.tell(self._on_connect, made)
         return made
 
     def dismiss(self, known: Known) -> None:
@@ -688,6 +743,8 @@ class Server:
         if there:
             self._end(known.episode)
             self._say(f"{known} has left")
+            if not known.gone:
+                self._notices.tell(self._on_disconnect, known)
 
     def _remove(self, session: Known) -> None:
         """Forget a session, if it is there; under the lock."""
@@ -733,17 +790,21 @@ class Server:
             self._over = True
         self._run_due()
 
-    def _resume(self, key: Any, session: _Session) -> bool:
-        """Go on where a client's lost connection left off; nobody else knows that session's key."""
+    def _resume(self, key: Any, session: _Session) -> Known | None:
+        """Go on where a client's lost connection left off; nobody else knows that session's key.
+
+        Returns:
+            The session that this one takes the place of; None if it isn't there.
+        """
         with self._lock:
             old = self._sessions.get(key) if isinstance(key, bytes) else None
             if old is None or old is session or old.client_id != session.client_id:
-                return False
+                return None
             self._remove(old)
             session.episode, session.turn = old.episode, old.turn
         for topic in self._topics.values():
             topic.forget(old.key)
-        return True
+        return old
 
     # States -------------------------------------------------------------------------------
 
@@ -868,6 +929,8 @@ class Server:
                 reply(Message(wire.pack(wire.Answer(wire.NO_SESSION))))
                 return
             session.seen = time.monotonic()
+            if session.gone:
+                self._come_back(session)
             if request.kind == wire.CALL:
                 call = _EnvelopeCall(request, session, message, reply, listener.endpoint)
                 self.submit(call)
@@ -878,7 +941,15 @@ class Server:
                     raise unknown("topic", request.name, self._topics)
                 if topic.needs:
                     session.require(topic.needs, topic.name)
-                topic.park(session.key, session.spoken.encoder, credit, reply, listener.answer)
+                paced = session.paced and not request.name
+                topic.park(
+                    session.key,
+                    session.spoken.encoder,
+                    credit,
+                    reply,
+                    listener.answer,
+                    request.timeout if paced else None,
+                )
             elif request.kind == wire.GOODBYE:
                 self.dismiss(session)
                 for topic in self._topics.values():
@@ -962,11 +1033,19 @@ class Server:
             for name, asked in hello.extensions.items()
             if name in self._extensions
         }
+        if wire.ALIVE in hello.extensions:
+            session.silence = _agree_on_silence(hello.extensions[wire.ALIVE], session.forget)
+            answers[wire.ALIVE] = session.silence
+            session.paced = True
         with self._lock:
             self._add(session)
+        old = None
         if wire.RESUME in hello.extensions:
-            answers[wire.RESUME] = self._resume(hello.extensions[wire.RESUME], session)
+            old = self._resume(hello.extensions[wire.RESUME], session)
+            answers[wire.RESUME] = old is not None
         self._say(f"{session} has come")
+        if old is None or old.gone:  # and not where its connection alone is another
+            self._notices.tell(self._on_connect, session)
         topics = {
             topic.name: topic.keep if _allows(session, topic) else 0
             for topic in self._topics.values()
@@ -987,3 +1066,10 @@ class Server:
 
 def _allows(session: _Session, topic: Topic) -> bool:
     return not topic.needs or session.role.allows(topic.needs, topic.name)
+
+
+def _agree_on_silence(asked: object, most: float) -> float:
+    """The silence after which a client is taken to be gone, of the one that it asks for."""
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not asked > 0:
+        raise Malformed(f"{wire.ALIVE!r} is a positive number of seconds, not {shown(asked)}")
+    return min(max(float(asked), _BRIEFEST), most)

@@ -1,18 +1,25 @@
 """Sessions: a connection that a server has welcomed; made, greeted, kept and lost.
 
-A keeper thread always has one heartbeat credit parked at the server, so a server that dies or
-freezes is noticed within `edgeml.core.wire.SILENCE` seconds on any transport, and it makes a new
-session in the background. Whoever needs one before makes it at once, so that the first call after
-a restart just works.
+Any answer is a sign of life. Where none has come for a while, a keeper thread asks for one: a
+heartbeat, which the server keeps for a second before it answers, so that a connection that breaks
+meanwhile is noticed at once. A server that dies, freezes or is cut off is noticed within
+`edgeml.core.wire.SILENCE` seconds on any transport, and the keeper makes a new session in the
+background. Whoever needs one before makes it at once, so that the first call after a restart just
+works.
+
+What this process sleeps through, suspended, starved of a processor or with the GIL held by somebody
+else, is no silence of the server's: who is given up was asked once more, by a process that ran.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +41,7 @@ from edgeml.core.errors import (
     copy_error,
 )
 from edgeml.core.message import Message
+from edgeml.core.notices import Notices
 from edgeml.core.plugins import load_transport
 from edgeml.core.security import Credentials
 from edgeml.core.transport import Requester
@@ -45,6 +53,12 @@ _log = logging.getLogger(__name__)
 
 _IMPATIENCE = 0.05  # seconds; the first pause between two attempts to connect
 _PATIENCE = 2.0  # seconds; the longest pause between two attempts to connect in the background
+_ATTEMPT = 3.0  # seconds that the first attempt to connect in the background may take
+_LONGEST_ATTEMPT = 10.0  # seconds that a later one may take at least
+_FIRST_ASKED = 0.4  # the part of what is left that the answer to a heartbeat may be late
+_LATE = 0.1  # seconds from when a wait should have ended, beyond which we ourselves were held up
+_EACH = 0.003  # seconds that each call under way, which a server may be at first, lengthens that by
+_MOST_LAG = 5.0  # seconds of it that count
 _GOODBYE = 3.0  # seconds that a server which stops may take to answer what it has begun
 _FAREWELL = 0.2  # seconds that closing may spend on telling the server
 
@@ -60,7 +74,14 @@ class Session:
         topics: what can be subscribed to, and how many publications the server keeps of each.
         epoch: of this start of the server.
         extensions: what the server answers to those of the hello.
+        silence: seconds without a sign of life after which each end takes the other to be gone.
+        lag: seconds that the server took of late to answer what it answers at once.
+        asked: when the newest request was sent that has had an answer.
+        heard: when an answer last came.
+        under_way: has as many entries as asynchronous calls without an answer; see `Episode`.
         why_lost: None as long as it works.
+        over: set when it is lost.
+        told: whether the user has been told that.
     """
 
     requester: Requester
@@ -69,7 +90,14 @@ class Session:
     topics: dict[str, int]
     epoch: int
     extensions: dict[str, Any] = field(default_factory=dict)
+    silence: float = wire.OLD_SILENCE
+    lag: float = 0.0
+    asked: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
+    under_way: list[None] = field(default_factory=list)
     why_lost: EdgemlError | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+    told: bool = False
     retired: bool = False
     counted: bool = False  # its figures are among those of the keeper
 
@@ -78,12 +106,31 @@ class Session:
         """Whether it is to be used no more."""
         return self.why_lost is not None or self.requester.lost
 
+    @property
+    def slowness(self) -> float:
+        """Seconds by which an answer may be later than one of a server that has time."""
+        return 2 * self.lag + _EACH * len(self.under_way)
+
+    def note_life(self, asked: float) -> None:
+        """Take notice that a request has just been answered which was sent at that time, or later.
+
+        So the server had a sign of life, too, by then: what counts for when it is due the next.
+        """
+        self.heard = time.monotonic()
+        if asked > self.asked:
+            self.asked = asked
+
+    def note_lag(self, seconds: float) -> None:
+        """Take notice how long an answer took: the longest counts, less and less as time goes."""
+        self.lag = min(max(seconds, 0.8 * self.lag, 0.0), _MOST_LAG)
+
     def lose(self, why: EdgemlError) -> None:
         """Use it no more; a server that says so itself may still answer what is under way."""
         if self.why_lost is None:
             self.why_lost = why
         if not isinstance(why, Closed):
             self.requester.close()
+        self.over.set()
 
 
 class SessionKeeper:
@@ -98,6 +145,9 @@ class SessionKeeper:
         needed: extensions of the hello that the server must answer.
         timeout: seconds that making a session in the background may take.
         credentials: given to the transport.
+        on_disconnect: is called when a session is lost, in a thread of its own, and
+        on_reconnect: when there is one again, in the same way: one after the other. Neither is
+            called for the first session, nor when this is closed.
     """
 
     def __init__(
@@ -111,6 +161,8 @@ class SessionKeeper:
         wrapping: Wrapping | None = None,
         timeout: float,
         credentials: Credentials | None = None,
+        on_disconnect: Callable[[], object] | None = None,
+        on_reconnect: Callable[[], object] | None = None,
     ) -> None:
         self.closed = False
         self.current: Session | None = None
@@ -123,6 +175,9 @@ class SessionKeeper:
         self._alarms = alarms
         self._timeout = timeout
         self._credentials = credentials
+        self._on_disconnect = on_disconnect
+        self._on_reconnect = on_reconnect
+        self._notices = Notices("edgeml notices")
         self._retired: weakref.WeakSet[Requester] = weakref.WeakSet()
         self._attempt: Requester | None = None  # a connection whose handshake is under way
         self._connecting = threading.Lock()
@@ -189,6 +244,7 @@ class SessionKeeper:
             if self.closed:
                 raise Closed("this client has been closed")
             if session is not None:
+                self._tell_lost(session)
                 self._retire(session)
             made = self._greet_first(deadline)
             with self._changed:
@@ -197,9 +253,18 @@ class SessionKeeper:
                     raise Closed("this client has been closed")
                 self.current = made
                 self._changed.notify_all()
+            if session is not None:
+                self._notices.tell(self._on_reconnect)
             return made
         finally:
             self._connecting.release()
+
+    def _tell_lost(self, session: Session) -> None:
+        """Tell the user that a session is lost, once; not of an end that is the user's own."""
+        with self._changed:
+            told, session.told = session.told, True
+            if not told and not self.closed:
+                self._notices.tell(self._on_disconnect)
 
     def _retire(self, session: Session) -> None:
         """Close a lost connection; later, where the server may still answer."""
@@ -277,10 +342,13 @@ class SessionKeeper:
             extensions[wire.RESUME] = self.current.key
         if self._credentials is not None and self._credentials.token is not None:
             extensions[wire.TOKEN] = self._credentials.token
+        extensions[wire.ALIVE] = wire.SILENCE
         hello = msgspec.structs.replace(self._hello, extensions=extensions)
         header = wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, wire.pack(hello)))
-        left = max(0.01, deadline - time.monotonic())
+        began = time.monotonic()
+        left = max(0.01, deadline - began)
         reply = wire.unpack(wire.Answer, requester.call(Message(header), left).header)
+        took = time.monotonic() - began
         if reply.status != wire.OK:
             raise wire.error_of(reply)
         welcome = wire.unpack(wire.Welcome, reply.body)
@@ -297,22 +365,34 @@ class SessionKeeper:
         if self._wrapping is not None:
             answered = welcome.extensions.get(self._wrapping.name)
             spoken = self._wrapping.accept(answered, self._codec, requester.url)
-        return Session(
+        agreed = welcome.extensions.pop(wire.ALIVE, None)
+        made = Session(
             requester,
             welcome.session,
             spoken,
             welcome.topics,
             welcome.epoch,
             welcome.extensions,
+            silence=float(agreed) if isinstance(agreed, (int, float)) else wire.OLD_SILENCE,
+            asked=began,
         )
+        made.note_lag(took)
+        return made
 
     def _keep(self) -> None:
-        """Keep a heartbeat under way, and make a new session when one is lost."""
-        pause, told = 0.05, ""
+        """Watch over the session, and make a new one when it is lost."""
+        pause, told = _IMPATIENCE, ""
+        attempt = min(self._timeout, _ATTEMPT)
         while not self.closed:
             try:
-                self._beat(self.connect(self._timeout))
-                pause, told = 0.05, ""
+                session, began = self.connect(attempt), time.monotonic()
+                attempt = min(self._timeout, _ATTEMPT)
+                try:
+                    self._watch(session)
+                finally:
+                    self._tell_lost(session)
+                    if time.monotonic() - began > _PATIENCE:  # it was no sham
+                        pause, told = _IMPATIENCE, ""
             except Exception as error:
                 if isinstance(error, (ConfigMismatch, PermissionDenied)):
                     if told != (told := str(error)):
@@ -326,41 +406,84 @@ class SessionKeeper:
                     if not self.closed:
                         self._changed.wait(pause)
                 pause = min(2 * pause, _PATIENCE)
+                # A server that is too busy for one attempt may answer a longer one.
+                attempt = min(2 * attempt, max(self._timeout, _LONGEST_ATTEMPT))
 
-    def _beat(self, session: Session) -> None:
-        """Send one heartbeat credit, and lose the session if the answer isn't as it should be.
+    def _watch(self, session: Session) -> None:
+        """Raise why a session is lost, once it is."""
+        hold = 0.0
+        parked: Future[Message] | None = None
+        while not session.lost and not self.closed:
+            idle = session.silence * wire.IDLE
+            left = session.asked + idle - time.monotonic()
+            if left > 0:  # something has been answered
+                if not session.requester.tells_loss and (parked is None or parked.done()):
+                    parked = self._park(session)
+                session.over.wait(left)
+                hold = 0.0
+            else:
+                self._beat(session, hold)
+                hold = idle
+        raise self.explain(session)
+
+    def _park(self, session: Session) -> Future[Message] | None:
+        """Keep a request under way, which fails when the connection breaks."""
+        try:
+            future = session.requester.request(_make_heartbeat(session, wire.HOLD))
+        except Overloaded:
+            return None
+        except EdgemlError as error:
+            session.lose(error)
+            raise
+        future.add_done_callback(functools.partial(_lose_by, session))
+        return future
+
+    def _beat(self, session: Session, hold: float) -> None:
+        """Ask for a sign of life; lose the session if none comes.
+
+        Args:
+            session: whose server is asked.
+            hold: seconds that the server is to wait before it answers.
+        """
+        requester = session.requester
+        spare = session.silence * (1 - wire.IDLE) - wire.TICK
+        slow = session.slowness
+        first, wait = _FIRST_ASKED * spare, (1 - _FIRST_ASKED) * spare + slow
+        if self._ask(session, hold, hold + wire.TICK + first):
+            return
+        while wait > 0:
+            began = time.monotonic()
+            if self._ask(session, 0.0, wait) or session.lost:
+                return
+            ended = time.monotonic()
+            if ended - began <= wait + _LATE:  # or we were held up ourselves, and ask once more
+                slow = max(slow, session.slowness)  # what was cancelled is a server's work as well
+                heard = max(session.heard, requester.heard)
+                wait = heard + session.silence + slow - ended
+        lost = Unreachable(f"no heartbeat from {requester.url} in {session.silence:g} s")
+        session.lose(lost)
+        raise lost
+
+    def _ask(self, session: Session, hold: float, wait: float) -> bool:
+        """Send one heartbeat; whether it was answered in time. Lose the session if it is refused.
 
         It is a call, since a transport may give the keeper's thread a connection of its own: there
         it never waits behind a large publication that a slow network takes a minute for.
         """
-        credit = wire.pack(wire.Credit(0, 0, 0))
-        header = wire.pack(
-            wire.Request(wire.NEXT, session.key, wire.HEARTBEAT, wire.SILENCE, credit)
-        )
+        began = time.monotonic()
         try:
-            reply = wire.unpack(wire.Answer, self._ask(session, Message(header)).header)
-            if reply.status != wire.NOTHING_YET:
-                raise wire.error_of(reply)
+            _check_heartbeat(session.requester.call(_make_heartbeat(session, hold), wait))
+        except DeadlineExceeded:
+            return False
         except Overloaded:  # by calls, each of which has its own deadline
-            with self._changed:
-                if not self.closed:
-                    self._changed.wait(0.1)
+            session.over.wait(0.1)
         except EdgemlError as error:
             session.lose(error)
             raise
-
-    def _ask(self, session: Session, message: Message) -> Message:
-        """Twice, so that a process which was itself held up gets another chance."""
-        try:
-            return session.requester.call(message, wire.SILENCE / 2)
-        except DeadlineExceeded:
-            pass
-        try:
-            return session.requester.call(message, wire.SILENCE / 2)
-        except DeadlineExceeded:
-            raise Unreachable(
-                f"no heartbeat from {session.requester.url} in {wire.SILENCE:g} s"
-            ) from None
+        session.note_life(began)
+        late = time.monotonic() - began - hold
+        session.note_lag(late - wire.TICK if hold else late)
+        return True
 
     def next(self) -> Session | None:
         """Wait for a session that works; None once this client is closed."""
@@ -379,6 +502,7 @@ class SessionKeeper:
             self.closed = True
             self._changed.notify_all()
             session, attempt = self.current, self._attempt
+        self._notices.close(0.0)
         if session is not None:
             if not session.lost:
                 self._say_goodbye(session)
@@ -389,7 +513,8 @@ class SessionKeeper:
                 requester.close()
 
     def join(self) -> None:
-        """Wait for the end of the thread, unless this is it."""
+        """Wait for the end of the threads, unless this is one of them."""
+        self._notices.close()
         if self._thread not in (None, threading.current_thread()):
             self._thread.join(2.0)
 
@@ -406,3 +531,26 @@ class SessionKeeper:
         header = wire.pack(wire.Request(wire.GOODBYE, session.key, "", _FAREWELL, b""))
         with suppress(EdgemlError):
             session.requester.call(Message(header), _FAREWELL)
+
+
+def _make_heartbeat(session: Session, hold: float) -> Message:
+    """Make a request that is answered "nothing yet" after so many seconds."""
+    credit = wire.pack(wire.Credit(0, 0, 0))
+    return Message(wire.pack(wire.Request(wire.NEXT, session.key, wire.HEARTBEAT, hold, credit)))
+
+
+def _check_heartbeat(answer: Message) -> None:
+    reply = wire.unpack(wire.Answer, answer.header)
+    if reply.status != wire.NOTHING_YET:
+        raise wire.error_of(reply)
+
+
+def _lose_by(session: Session, parked: Future[Message]) -> None:
+    """Lose a session by what became of a request that was kept under way."""
+    try:
+        if not parked.cancelled():
+            _check_heartbeat(parked.result())
+    except Overloaded:
+        pass
+    except EdgemlError as error:
+        session.lose(error)

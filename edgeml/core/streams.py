@@ -40,7 +40,6 @@ from edgeml.core.wire import (
     NEXT,
     NOTHING_YET,
     OK,
-    SILENCE,
     Answer,
     Credit,
     Request,
@@ -55,6 +54,7 @@ __all__ = ["Answerer", "Subscription", "Topic"]
 _log = logging.getLogger(__name__)
 
 _MOST_SILENCE = 120.0  # seconds that one publication may take to arrive
+_FORGET = 20.0  # seconds without a credit after which a subscription is forgotten
 _REFUSED = 1.0  # seconds until a subscription that was refused is tried again
 _MOST_CREDITS = 16  # that a subscriber sends ahead
 _BYTES_AHEAD = 64 << 20  # that a subscriber asks for ahead, beyond one publication
@@ -66,7 +66,7 @@ Answerer = Callable[[Iterable[Reply], Message], None]
 
 @dataclass(slots=True)
 class _Parked:
-    since: float
+    until: float
     codec: Codec
     answerer: Answerer
     reply: Reply
@@ -194,11 +194,21 @@ class Topic:
             answerer(replies, message)
 
     def park(
-        self, who: Hashable, codec: Codec, credit: Credit, reply: Reply, answerer: Answerer
+        self,
+        who: Hashable,
+        codec: Codec,
+        credit: Credit,
+        reply: Reply,
+        answerer: Answerer,
+        hold: float | None = None,
     ) -> None:
-        """Take a credit: answer it at once if there is something past the cursor."""
+        """Take a credit: answer it at once if there is something past the cursor.
+
+        Else it is answered "nothing yet" after ``hold`` seconds, by default and at most `HOLD`.
+        """
         now = time.monotonic()
-        parked = _Parked(now, codec, answerer, reply)
+        held = HOLD if hold is None or not hold < HOLD else hold
+        parked = _Parked(now + held, codec, answerer, reply)
         with self._lock:
             if self._closed:
                 raise Closed("the server has been stopped")
@@ -214,22 +224,30 @@ class Topic:
                 own[credit.subscription] = subscriber = _Subscriber(cursor, codec, now)
             subscriber.seen = now
             subscriber.cursor = max(subscriber.cursor, cursor)
-            if subscriber.cursor == self.number:
+            if subscriber.cursor == self.number and held > 0:
                 if len(subscriber.parked) >= self._limits.credits:
                     most = self._limits.credits
                     raise Overloaded(f"{most} credits of one subscription are parked")
                 subscriber.parked.append(parked)
                 return
-            publication = self._next(subscriber)
-        reply(publication.message(codec))
+            news = None if subscriber.cursor == self.number else self._next(subscriber)
+        reply(_NOTHING_YET if news is None else news.message(codec))
 
     def forget(self, who: Hashable, why: EdgemlError | None = None) -> None:
         """Let go of a client: one that has left and waits for no answers, or is told ``why``."""
         with self._lock:
             own = self._subscribers.pop(who, {})
         if why is not None:
-            told = Message(pack_error(why))
-            self._answer((parked, told) for each in own.values() for parked in each.parked)
+            self._tell(own, Message(pack_error(why)))
+
+    def release(self, who: Hashable) -> None:
+        """Let go of a client that is silent; if it lives it is told to ask again."""
+        with self._lock:
+            own = self._subscribers.pop(who, {})
+        self._tell(own, _NOTHING_YET)
+
+    def _tell(self, own: dict[int, _Subscriber], message: Message) -> None:
+        self._answer((parked, message) for each in own.values() for parked in each.parked)
 
     def tick(self) -> None:
         """Answer what has been parked for long, and forget who has not been heard from."""
@@ -238,9 +256,9 @@ class Topic:
         with self._lock:
             for who, own in list(self._subscribers.items()):
                 for number, subscriber in list(own.items()):
-                    while subscriber.parked and now - subscriber.parked[0].since >= HOLD:
+                    while subscriber.parked and subscriber.parked[0].until <= now:
                         due.append(subscriber.parked.popleft())
-                    if now - subscriber.seen > 2 * SILENCE:
+                    if now - subscriber.seen > _FORGET:
                         del own[number]
                 if not own:
                     del self._subscribers[who]
@@ -359,7 +377,7 @@ class Subscription:
         waited = time.monotonic() - began
         if not self._closed and not self._ready(keep):
             raise Unreachable(f"no answer to a subscription for {_MOST_SILENCE:g} s")
-        done = self._take(keep)
+        done = self._take(session, keep)
         values = [pair for pair in map(_open, done) if self._is_news(pair[0])]
         values.sort(key=lambda pair: pair[0].number)
         if keep == 1 and len(values) > 1:
@@ -376,8 +394,10 @@ class Subscription:
 
     def _send_credit(self, session: Session) -> None:
         credit = pack(Credit(self._number, *self.version))
-        header = pack(Request(NEXT, session.key, self.topic, SILENCE, credit))
+        header = pack(Request(NEXT, session.key, self.topic, HOLD, credit))
+        began = time.monotonic()
         future = session.requester.request(Message(header))
+        future.began = began  # type: ignore[attr-defined]
         self._under_way.append(future)
         future.add_done_callback(self._notify)
 
@@ -391,7 +411,7 @@ class Subscription:
             return self._under_way[0].done()
         return any(future.done() for future in self._under_way)
 
-    def _take(self, keep: int) -> list[Message]:
+    def _take(self, session: Session, keep: int) -> list[Message]:
         """Remove and return the answers that may be handed on."""
         if keep > 1:
             done = list(takewhile(Future.done, self._under_way))
@@ -411,6 +431,7 @@ class Subscription:
                     self._changed.wait_for(lambda: self._closed, 0.1)
             else:
                 self._refused = False
+                session.note_life(future.began)  # type: ignore[attr-defined]
         return messages
 
     def _is_news(self, answer: Answer) -> bool:

@@ -91,6 +91,15 @@ class Endpoint(ClosedAtExit, Unpicklable, ABC):
     """Whether nobody else can read or change what passes, and each side has proved to the other who
     it is: by the credentials given, or as the system itself vouches for it."""
 
+    def heard_from(self, peer: Peer) -> float:
+        """When something last came from a peer, a part of a message say, by `time.monotonic`.
+
+        0 where that isn't known, as here. A message that takes long over a slow network is a sign
+        of life then, and the heartbeats that wait behind it are not missed.
+        """
+        del peer
+        return 0.0
+
     @cached_property
     def counts(self) -> Counter[str]:
         """What this end refused or cut off by itself, by kind: ``"PermissionDenied"``, say."""
@@ -167,6 +176,15 @@ class Requester(Endpoint):
 
     A future's callbacks may use it as well, `call` included.
     """
+
+    tells_loss: ClassVar[bool] = False
+    """Whether `lost` becomes true as soon as the connection breaks, though nothing is asked. Core
+    keeps a request under way where it doesn't."""
+
+    @property
+    def heard(self) -> float:
+        """When something last came from the other side, or was taken by it, as `heard_from`."""
+        return 0.0
 
     @property
     def lost(self) -> bool:

@@ -28,19 +28,23 @@ from edgeml.core.errors import (
 from edgeml.core.tokens import TEXT, check
 
 __all__ = [
+    "ALIVE",
     "CALL",
     "GOODBYE",
     "HEARTBEAT",
     "HELLO",
     "HOLD",
+    "IDLE",
     "NEXT",
     "NOTHING_YET",
     "NO_SESSION",
     "OK",
+    "OLD_SILENCE",
     "PING",
     "PROTOCOL",
     "RESUME",
     "SILENCE",
+    "TICK",
     "TOKEN",
     "Answer",
     "Credit",
@@ -63,12 +67,25 @@ PROTOCOL = 1
 HOLD = 3.0
 """Seconds that a parked request is kept before it is answered "nothing yet"."""
 
-SILENCE = 10.0
-"""Seconds without an answer to a heartbeat after which a client gives its server up; more than
-twice `HOLD`, for it is asked twice, with time to spare for the way."""
+SILENCE = 2.5
+"""Seconds without a sign of life after which each end takes the other to be gone; with the time
+that it takes to find out and to tell, 3."""
+
+OLD_SILENCE = 10.0
+"""As `SILENCE`, where the server doesn't know the extension `ALIVE`; more than twice `HOLD`."""
+
+IDLE = 0.4
+"""The part of the silence after which a client that got no answers asks for one."""
+
+TICK = 0.25
+"""Seconds between two looks of a server at what is parked; so much longer it may stay there."""
 
 HEARTBEAT = ""
 """The topic on which nothing is ever published: its credits are the heartbeat."""
+
+ALIVE = "alive"
+"""The extension by which both ends agree on the seconds of silence after which the other is gone,
+and that a server keeps a heartbeat only as long as its `Request.timeout` says."""
 
 RESUME = "resume"
 """The extension by which a client that lost its connection goes on with its session."""
@@ -105,7 +122,8 @@ class Request(msgspec.Struct, array_like=True, frozen=True, gc=False):
             ``GOODBYE`` (forget this session) or ``PING`` (who are you, and what is the time?).
         session: what the server gave in its `Welcome`; empty in a ``HELLO`` or ``PING``.
         name: of the interface or topic.
-        timeout: seconds that the sender goes on waiting, counted from the sending.
+        timeout: seconds that the sender goes on waiting, counted from the sending; of a heartbeat,
+            those after which it wants the answer.
         body: the codec's header; for ``HELLO`` and ``NEXT`` a packed `Hello` or `Credit`.
     """
 

@@ -45,8 +45,8 @@ class EnvServer(InferenceServer):
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: a transport's name, or a URL; None for ``$EDGEML_TRANSPORT``, which defaults to
             ``"zmq"``.
-        settings: ``url``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``, ``limits``:
-            see `ServiceServer`.
+        settings: ``url``, ``codecs``, ``rate_limit``, ``advertise``, ``credentials``, ``limits``,
+            ``on_connect``, ``on_disconnect``: see `ServiceServer`.
 
     Raises:
         TypeError: it is neither, or a space of the environment can't be sent.

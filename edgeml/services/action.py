@@ -81,7 +81,8 @@ class ActionServer(ServiceServer):
             callback waits for the other.
         transport: in place of the configuration's.
         settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
-            ``advertise``, ``credentials``, ``limits``: see `ServiceServer`.
+            ``advertise``, ``credentials``, ``limits``, ``on_connect``, ``on_disconnect``: see
+            `ServiceServer`.
 
     A callback that raises hurts only the call that it was for, whose client gets a `RemoteError`.
     """
@@ -217,7 +218,7 @@ class ActionClient(ServiceClient):
         wait_for_server: go on trying, for 600 s or the number of seconds given, until a device
             answers and is ready.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
-            ``credentials``: see `ServiceClient`.
+            ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 import numpy as np
 
 from edgeml.core.client import Client
+from edgeml.core.dispatch import Caller, require_plain
 from edgeml.core.errors import Closed, printable
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import empty
@@ -56,6 +57,8 @@ class ServerSettings(TypedDict, total=False):
     limits: Limits
     advertise: str | None
     credentials: CredentialsLike
+    on_connect: Callable[[Peer], object] | None
+    on_disconnect: Callable[[Peer], object] | None
 
 
 class ClientSettings(TypedDict, total=False):
@@ -68,6 +71,8 @@ class ClientSettings(TypedDict, total=False):
     images: Mapping[str, Format] | None
     writable: bool
     credentials: CredentialsLike
+    on_disconnect: Callable[[], object] | None
+    on_reconnect: Callable[[], object] | None
 
 
 def _addresses(
@@ -173,6 +178,12 @@ class ServiceServer(_Service):
             None for where it listens.
         credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
             ``$EDGEML_CREDENTIALS`` by default. See ``docs/security.md``.
+        on_connect: ``on_connect(peer)`` is called with each client that has come, as `clients`
+            tells of it, and with each that is back after it was taken to be gone.
+        on_disconnect: ``on_disconnect(peer)`` is called with each client that has left, or is gone:
+            has sent nothing for 2.5 seconds, in which a client that lives does. Both run in a
+            thread of the library's, one call after another, and may take their time; what they
+            raise is logged. `stop` calls neither.
 
     Raises:
         ValueError: the address is said in two ways, or is none.
@@ -195,6 +206,8 @@ class ServiceServer(_Service):
         limits: Limits = DEFAULT_LIMITS,
         advertise: str | None = None,
         credentials: CredentialsLike = None,
+        on_connect: Callable[[Peer], object] | None = None,
+        on_disconnect: Callable[[Peer], object] | None = None,
     ) -> None:
         self._server = Server(
             service,
@@ -206,6 +219,8 @@ class ServiceServer(_Service):
             rate_limit=rate_limit,
             limits=limits,
             credentials=credentials,
+            on_connect=_given_peers("on_connect", on_connect),
+            on_disconnect=_given_peers("on_disconnect", on_disconnect),
         )
         self._advertise = advertise
         self._stopped = threading.Event()
@@ -342,26 +357,34 @@ class ServiceServer(_Service):
         return self._advertised(url).with_port(url.port)
 
     def clients(self) -> list[Peer]:
-        """Return the clients heard from of late.
+        """Return the clients that are there.
 
         Their ids, for people their labels and addresses, and as ``identity`` the names of the keys
         that they have shown; None where this server asks for none.
         """
-        return [
-            Peer(
-                caller.client_id,
-                f"{printable(caller.label)} at {caller.peer.address}".strip(),
-                caller.peer.host,
-                caller.identity,
-            )
-            for caller in self._server.callers
-        ]
+        return [_peer(caller) for caller in self._server.callers]
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: calls, and everything refused or dropped, by reason; and
         ``waiting``, the calls that wait for a handler now.
         """
         return self._server.stats()
+
+
+def _peer(caller: Caller) -> Peer:
+    """Return a client as a server's user is told of it."""
+    address = f"{printable(caller.label)} at {caller.peer.address}".strip()
+    return Peer(caller.client_id, address, caller.peer.host, caller.identity)
+
+
+def _given_peers(
+    name: str, function: Callable[[Peer], object] | None
+) -> Callable[[Caller], object] | None:
+    """Return a user's function as the core calls it."""
+    if function is None:
+        return None
+    require_plain(name, function)
+    return lambda caller: function(_peer(caller))
 
 
 class ServiceClient(_Service):
@@ -385,6 +408,11 @@ class ServiceClient(_Service):
         writable: whether received arrays are private copies rather than read-only views.
         credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
             ``$EDGEML_CREDENTIALS`` by default. See ``docs/security.md``.
+        on_disconnect: ``on_disconnect()`` is called when the connection is lost, or the server has
+            given no sign of life for 2.5 seconds. The client connects anew by itself.
+        on_reconnect: ``on_reconnect()`` is called when there is a connection again. Both run in a
+            thread of the library's, one call after another, and may use the client; what they raise
+            is logged. The first connection and `stop` call neither.
 
     Raises:
         ValueError: the address is said in two ways, or is none.
@@ -412,12 +440,17 @@ class ServiceClient(_Service):
         images: Mapping[str, Format] | None = None,
         writable: bool = False,
         credentials: CredentialsLike = None,
+        on_disconnect: Callable[[], object] | None = None,
+        on_reconnect: Callable[[], object] | None = None,
         on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if server_ip is not None:
             if host is not None:
                 raise ValueError(f"host {host!r} and server_ip {server_ip!r}: give one of them")
             host = server_ip
+        for name, function in (("on_disconnect", on_disconnect), ("on_reconnect", on_reconnect)):
+            if function is not None:
+                require_plain(name, function)
         if url is None and config is not None:
             transport = transport or config.transport
         known = 0 if config is None else config.port_number
@@ -438,6 +471,8 @@ class ServiceClient(_Service):
             wait=_WAIT_FOR_SERVER if wait_for_server is True else float(wait_for_server),
             writable=writable,
             credentials=credentials,
+            on_disconnect=on_disconnect,
+            on_reconnect=on_reconnect,
             on_connecting=on_connecting,
         )
         self._close: Callable[[], object] = lambda: None

@@ -55,7 +55,8 @@ class InferenceServer(ServiceServer):
             to call the server's one interface, or of several the one called ``"policy"``;
             `open_door` says more.
         settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
-            ``advertise``, ``credentials``, ``limits``: see `ServiceServer`.
+            ``advertise``, ``credentials``, ``limits``, ``on_connect``, ``on_disconnect``: see
+            `ServiceServer`.
     """
 
     def __init__(
@@ -377,7 +378,7 @@ class InferenceClient(ServiceClient):
             names. It is compared whenever the client connects, after a restart of the server too,
             and what differs is refused before anything is called.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
-            ``credentials``: see `ServiceClient`.
+            ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.

@@ -61,6 +61,7 @@ from edgeml.testing.ends import (
     until,
     within,
 )
+from edgeml.testing.liveness import LivenessTests
 from edgeml.testing.safety import SafetyTests
 
 __all__ = ["TransportTests"]
@@ -75,7 +76,7 @@ _SIZES = (
 T = TypeVar("T")
 
 
-class TransportTests(SafetyTests):
+class TransportTests(SafetyTests, LivenessTests):
     """Subclass it and set ``url``; see the module's docstring."""
 
     # Messages -----------------------------------------------------------------------------

@@ -204,6 +204,7 @@ class _Reply:
 
 class _Connection(Requester):
     local = secured = True
+    tells_loss = True
 
     def __init__(self, url: Url) -> None:
         listener = _ports.find(url.port)

@@ -170,9 +170,6 @@ def refuse(timeout):
 
 
 def test_a_client_that_is_lost_is_told(transport, said, monkeypatch):
-    monkeypatch.setattr("edgeml.core.server._FORGET", 3.0)
-    monkeypatch.setattr("edgeml.core.server._TICK", 0.05)
-    monkeypatch.setattr("edgeml.core.streams.HOLD", 0.1)  # of the heartbeats of those that live
     with (
         started(inference_server(transport)) as server,
         plain_client(server, label="arm") as client,
@@ -189,7 +186,7 @@ def test_a_client_that_is_lost_is_told(transport, said, monkeypatch):
         # Now it can't.
         monkeypatch.setattr(client.sessions, "connect", refuse)
         client.sessions.current.lose(Unreachable("cut for a test"))
-        wait_until(lambda: f"inference: {arm} is lost: silent for 3 s" in said())
+        wait_until(lambda: f"inference: {arm} is lost: silent for 2.5 s" in said())
         assert sum("is lost" in each for each in said()) == 1
         other.call("policy", None)
     assert said(logging.WARNING) == []

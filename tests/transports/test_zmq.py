@@ -601,9 +601,7 @@ def test_what_zmq_does_not_carry_is_refused_with_a_reason(connected):
     assert len(requester.call(as_many_as_go, 20).buffers) == 1 << 14
 
 
-def test_a_publication_may_take_longer_than_a_heartbeat_on_a_slow_network(monkeypatch):
-    monkeypatch.setattr("edgeml.core.wire.SILENCE", 3.0)
-    monkeypatch.setattr("edgeml.core.streams.HOLD", 1.0)
+def test_a_publication_may_take_longer_than_a_heartbeat_on_a_slow_network():
     config = edgeml.TrainerConfig(0, transport="zmq")
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(edgeml.TrainerServer(config))

@@ -34,8 +34,8 @@ class TrainerClient(ServiceClient):
         timeout: seconds that connecting, or a call, may take unless told otherwise.
         transport: in place of the configuration's.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
-            ``credentials``: see `ServiceClient`. Of two clients with the same ``client_id``, the
-            newer shuts the older out.
+            ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`. Of two
+            clients with the same ``client_id``, the newer shuts the older out.
 
     Raises:
         Unreachable: no learner answers.

@@ -40,8 +40,8 @@ class TrainerServer(ServiceServer):
         host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
         transport: in place of the configuration's.
         settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit`` in
-            place of the configuration's, ``advertise``, ``credentials``, ``limits``: see
-            `ServiceServer`.
+            place of the configuration's, ``advertise``, ``credentials``, ``limits``,
+            ``on_connect``, ``on_disconnect``: see `ServiceServer`.
 
     Raises:
         TypeError: a callback that is an ``async def``.

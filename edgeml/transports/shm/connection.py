@@ -119,6 +119,7 @@ class Connection(Requester):
     """
 
     local = secured = True
+    tells_loss = True
 
     def __init__(self, url: Url, timeout: float, users: frozenset[int]) -> None:
         self.url = url

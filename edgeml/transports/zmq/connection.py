@@ -186,6 +186,8 @@ _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | _FAILED
 class Connection(Requester):
     """One connection, over several sockets; see `Requester`."""
 
+    tells_loss = True
+
     def __init__(self, url: Url, address: Url, keys: Credentials | None) -> None:
         self.url = url
         self._address = address
