@@ -165,7 +165,7 @@ with tempfile.TemporaryDirectory() as folder:
         store = QueuedDataStore(100)
         store.batch_insert([{"x": np.full(3, k, np.float32), "r": float(k)} for k in range(20)])
         with TrainerClient("demos", "127.0.0.1", config, store, credentials=client_keys) as client:
-            same(client.update(), 20)
+            same(client.update().applied, 20)
             same(client.request("ask", value), value)
             came = threading.Event()
             client.recv_network_callback(lambda got: (same(got, value), came.set()))
