@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,11 +66,12 @@ def _save_old_items() -> None:
 
 
 def _save_old_marks(server: Any) -> None:
-    state, before = server._intake.state, [[]]
+    state = server._intake.state
+    before = deque([state()], maxlen=2)
 
     def older() -> Any:
         before.append(state())
-        return before[-2]
+        return before[0]
 
     server._intake.state = older
 

@@ -143,14 +143,14 @@ class Run:
         self.slow(0.0)
 
     def _finish(self) -> None:
-        for durable in (False, True):
+        for durable in (False, True) if self.plan.checkpoints else (False,):
             for name in self.actors:
                 self._processes[name].tell(do="finish", durable=durable)
             for name in self.actors:
                 self._hear(name)
             if self._given_up:
                 break
-            if self.plan.checkpoints and not durable:
+            if not durable and self.plan.checkpoints:
                 self._processes["learner"].tell(do="save")
                 self._hear("learner")
         for name in [*self.actors, "learner"]:

@@ -9,14 +9,14 @@ from statistics import median
 from .processes import Process, Zygote
 
 _GROUP = 10  # subscribers in a process
-_WARM = 0.25  # of the time, after which memory counts
+_WARM = 10  # publications that each has had before memory counts
 _GROWTH = 0.05
 
 
 def watch(
     transport: str, subscribers: int, nbytes: int, hz: float, pause: float, seconds: float
 ) -> list[str]:
-    """Publish to slow subscribers for so long and print a table; returns what is wrong."""
+    """Publish to slow subscribers for so long, once it has warmed up; returns what is wrong."""
     at = "shm://" if transport == "shm" else f"{transport}://127.0.0.1:0"
     samples: list[tuple[float, float]] = []
     with Zygote() as zygote:
@@ -38,14 +38,16 @@ def watch(
         )
         began, wrong = time.monotonic(), ""
         before = (0.0, publisher.ask(do="counts"), 0)
-        while (now := time.monotonic() - began) < seconds:
-            time.sleep(min(max(2.0, seconds / 24), max(0.0, seconds - now)))
+        end = _WARM * pause + seconds
+        while (now := time.monotonic() - began) < end:
+            time.sleep(min(max(2.0, end / 30), max(0.0, end - now)))
             now = time.monotonic() - began
             told = [group.ask(do="counts") for group in groups]
             counts = now, publisher.ask(do="counts"), sum(t.get("publications", 0) for t in told)
             passed = now - before[0]
             own, all_groups = _share(publisher), sum(map(_share, groups))
-            samples.append((own / 1e6, (own + all_groups) / 1e6))
+            if now > _WARM * pause:
+                samples.append((own / 1e6, (own + all_groups) / 1e6))
             print(
                 f"{now:>8.0f}{(counts[1] - before[1]) / passed:>13.1f}"
                 f"{(counts[2] - before[2]) / passed:>12.1f}{own / 1e6:>14.1f}"
@@ -59,9 +61,8 @@ def watch(
                 if (n := sum(t.get(what, 0) for t in told))
             )
     found = [wrong] if wrong else []
-    warm = samples[int(len(samples) * _WARM) :]
-    some = max(1, len(warm) // 4)
-    for name, values in zip(("publisher", "all"), zip(*warm, strict=True), strict=True):
+    some = max(1, len(samples) // 4)
+    for name, values in zip(("publisher", "all"), zip(*samples, strict=True), strict=True):
         first, last = median(values[:some]), median(values[-some:])
         print(f"{name}: {first:.1f} to {last:.1f} MB, {last / first - 1:+.1%}")
         if last > first * (1 + _GROWTH):

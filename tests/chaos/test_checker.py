@@ -187,6 +187,7 @@ def test_what_is_broken_is_found(zygote, tmp_path, how):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", sorted(set(BREAKS) - set(AT_ONCE)))
 def test_whatever_is_broken_is_found(zygote, tmp_path, how):
     test_what_is_broken_is_found(zygote, tmp_path, how)
