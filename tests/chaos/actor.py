@@ -154,19 +154,21 @@ class Actor:
         self.history.tell("stats", stats=stats.get("stores", {}).get("data"))
         return done is not None
 
-    def echo(self) -> None:
+    def echo(self) -> bool:
         self.echoes += 1
         asked = {"actor": self.options["actor"], "echo": self.echoes}
         answer = self.timed("echo", self.timeout, lambda: self.client.request("echo", asked))
         if answer is not None and answer != asked:
             self.history.tell("another's answer", asked=asked, answer=answer)
+        return answer is not None
 
     def finish(self, durable: bool) -> None:
         """Insert what is left, and upload until all has arrived."""
         while self.next <= self.options["last"]:
             self.insert()
             self.update()
-        while not self.update():
+        # An update that has nothing to send asks nobody, and so learns of no restart.
+        while not (self.echo() and self.update()):
             time.sleep(0.05)
         while durable:
             stats = self.client.stats().get("stores", {}).get("data")
