@@ -123,7 +123,9 @@ def run(
             f"{rate:g} calls a second and client, for {seconds:g} s",
             flush=True,
         )
-        samples = _watch(servers, groups, seconds)
+        samples: list[Sample] = []
+        with suppress(KeyboardInterrupt):  # what has been seen by then is told
+            _watch(servers, groups, seconds, samples)
     code = _conclude(samples)
     if plot is not None and picture is not None:
         plot(samples, picture)
@@ -134,20 +136,21 @@ def run(
 # The table ----------------------------------------------------------------------------------
 
 
-def _watch(servers: list[_Process], groups: list[_Process], seconds: float) -> list[Sample]:
+def _watch(
+    servers: list[_Process], groups: list[_Process], seconds: float, samples: list[Sample]
+) -> None:
     print(
         f"\n{'time s':>8}{'calls/s':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}"
         f"{'servers MB':>12}{'clients MB':>12}{'descriptors':>13}{'threads':>9}"
     )
     began = time.monotonic()
-    samples = [_look(servers, groups, 0.0)]
+    samples.append(_look(servers, groups, 0.0))
     pause = max(1.0, seconds / _ROWS)
     while (now := time.monotonic() - began) < seconds:
         time.sleep(min(pause, max(0.0, seconds - now)))
         sample = _look(servers, groups, time.monotonic() - began)
         _print_row(sample, sample.seconds - samples[-1].seconds)
         samples.append(sample)
-    return samples
 
 
 def _look(servers: list[_Process], groups: list[_Process], seconds: float) -> Sample:
@@ -180,7 +183,10 @@ def _print_row(sample: Sample, seconds: float) -> None:
 
 
 def _conclude(samples: list[Sample]) -> int:
-    """Print what there is to say, and say whether all is well."""
+    """Print what there is to say, and return 0 where all is well."""
+    if len(samples) < 2:
+        print("\nnothing was seen yet")
+        return 1
     end = samples[-1].seconds
     warm = [each for each in samples if each.seconds >= min(_WARM, end / 4)]
     some = max(1, len(warm) // 5)  # of which the medians are compared
