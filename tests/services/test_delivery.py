@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -153,6 +154,26 @@ def test_a_checkpoint_that_could_not_be_written_makes_nothing_durable(lab, tmp_p
         assert client.update() == (3, 0)
         assert client.update() == (0, 0)
         assert len(store) == 3
+
+
+def test_a_checkpoint_and_counts_do_not_wait_for_an_upload_that_waits_for_room(lab):
+    begun = threading.Event()
+
+    class Full(QueuedDataStore):
+        def batch_insert(self, batch):
+            begun.set()
+            super().batch_insert(batch)
+
+    lab.learner(store=fill(Full(5, on_full="block", timeout=60), 0, 3))
+    store = fill(QueuedDataStore(100), 3, 4)
+    with lab.actor(store) as client:
+        update = client.update_async(timeout=60)
+        assert begun.wait(60)
+        lab.save()
+        assert lab.server.stats()["stores"][NAME]["applied"] == 0
+        assert not update.done()
+        lab.there.release(3)
+        assert update.result(60) == (4, 0)
 
 
 def test_an_actor_that_restarts_with_its_store_sends_nothing_twice(lab, tmp_path):

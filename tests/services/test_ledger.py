@@ -93,6 +93,15 @@ def test_what_branches_share_comes_once():
     assert offer(ledger, 1, 0).mark == 100
 
 
+def test_nobody_says_of_another_keys_items_that_they_are_here():
+    ledger = Ledger()
+    offer(ledger, 1, 10, identity="boss")
+    theirs = {"identity": "other", "client": "leg", "numbering": ARM.branch(100)}
+    assert offer(ledger, 1, 0, **theirs).mark == 10  # but it is known, and not sent again
+    assert offer(ledger, 11, 90, **theirs).mark == 100
+    assert offer(ledger, 11, 5, identity="boss") == Verdict(mark=15)
+
+
 def test_what_is_durable_is_what_was_saved():
     ledger = Ledger()
     upload = made(1, 10)

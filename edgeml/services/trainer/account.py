@@ -184,7 +184,7 @@ class ClientAccount:
 
 
 class ServerAccount:
-    """The learner's end. Its methods are called under one lock.
+    """The learner's end. One thread at a time changes it; any may `count`.
 
     Attributes:
         applied: items that are in the store.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,7 +45,7 @@ class Intake:
     def __init__(self, callback: Callable[..., Any] | None) -> None:
         self.stores: dict[str, DataStoreBase] = {}
         self.counts: Counter[str] = Counter()
-        self._accounts: defaultdict[str, ServerAccount] = defaultdict(ServerAccount)
+        self._accounts: dict[str, ServerAccount] = {}
         self._loaded: set[str] = (
             set()
         )  # names of stores in a checkpoint that were not filled from it
@@ -74,6 +74,7 @@ class Intake:
                 f"the checkpoint that was loaded has a store {name!r}, which was not filled: "
                 "register all stores before load_checkpoint"
             )
+        self._accounts[name] = ServerAccount()
         self.stores[name] = store
 
     def state(self) -> Any:
@@ -81,18 +82,19 @@ class Intake:
         applied = {name: account.applied for name, account in self._accounts.items()}
         return self._ledger.state(), applied
 
+    # Whoever saves doesn't wait for an upload, which may wait for room in a store, or for the very
+    # learner that saves to take samples.
+
     def expect(self) -> None:
         """Note that marks will be saved: until then, nothing is durable."""
-        with self._lock:
-            self._ledger.saves = True
+        self._ledger.saves = True
 
     def saved(self, state: Any) -> None:
         """Note that what `state` gave is in a file, and the stores' items of then."""
         marks, applied = state
-        with self._lock:
-            self._ledger.saved(marks)
-            for name, n in applied.items():
-                self._accounts[name].durable = max(self._accounts[name].durable, n)
+        self._ledger.saved(marks)
+        for name, n in applied.items():
+            self._accounts[name].durable = max(self._accounts[name].durable, n)
 
     def resume(self, ledger: Ledger) -> None:
         """Go on from what a ledger of before knows, as far as it fits the stores."""
@@ -102,9 +104,8 @@ class Intake:
 
     def stats(self) -> dict[str, Any]:
         """Return all counts."""
-        with self._lock:
-            stores = {name: self._accounts[name].count() for name in self.stores}
-            return {**self.counts, "stores": stores}
+        stores = {name: account.count() for name, account in list(self._accounts.items())}
+        return {**self.counts, "stores": stores}
 
     def update(self, call: Call) -> None:
         """Insert what is new of an upload, and answer it.

@@ -91,7 +91,7 @@ class Ledger:
     Items are known by the numbering of the client's store and their ids in it, whichever client
     sends them. A client's id, and a numbering, belongs to the key with which it was first used:
     nobody else may upload in its name, or shut it out. Of those of one key, the ones used last are
-    remembered. Not safe to use from several threads.
+    remembered. Not safe to use from several threads, but for `saves` and `saved`.
 
     Attributes:
         epoch: a random number; what a client was told in another one counts for nothing here.
@@ -174,11 +174,17 @@ class Ledger:
             mark = self._add(upload.store, upload.numbering.id, owner, _Mark(0))
             mark.number = upload.acknowledged if same else 0
         for parent, at in upload.numbering.lineage:
-            before = self._mark(upload.store, parent, owner)
+            before = self._get(upload.store, parent)  # whose ever it is
             if before is not None:
                 mark.number = max(mark.number, min(before.number, at))
                 mark.durable = max(mark.durable, min(before.durable, at))
         return mark
+
+    def _get(self, store: str, numbering: int) -> _Mark | None:
+        # In two steps that another thread may come between.
+        key = (store, numbering)
+        marks = self._marks.get(self._owners.get(key))
+        return None if marks is None else marks.get(key)
 
     def _mark(self, store: str, numbering: int, owner: str | None) -> _Mark | None:
         key = (store, numbering)
@@ -222,10 +228,13 @@ class Ledger:
         mark.number = max(mark.number, number)
         owner = self._owners[upload.store, upload.numbering.id]
         for parent, at in upload.numbering.lineage:
-            # They are items of these too, which another branch may send as well.
-            before = self._mark(upload.store, parent, owner)
+            # They are items of these too, which another branch may send as well; but nobody
+            # says of another key's that they are here.
+            before = self._get(upload.store, parent)
             if before is None:
                 before = self._add(upload.store, parent, owner, _Mark(0))
+            elif self._owners[upload.store, parent] != owner:
+                continue
             before.number = max(before.number, min(mark.number, at))
 
     def refuse(self, upload: Upload, number: int, why: str) -> None:
@@ -255,9 +264,8 @@ class Ledger:
         """Note that what `state` gave is in a file, and what is in the stores with it."""
         self.saves = True
         for store, numbering, number, *_ in state["marks"]:
-            key = (store, numbering)
-            if key in self._owners:
-                mark = self._marks[self._owners[key]][key]
+            mark = self._get(store, numbering)
+            if mark is not None:
                 mark.durable = max(mark.durable, number)
 
     def owners(self) -> Iterator[tuple[str, str]]:

@@ -146,7 +146,11 @@ class Uploader:
         if newest:
             connected = self._client.epoch
             waits = self._durable is not None and self._durable < self.sent
-            if self._unsure or connected != self._connected or (waits and newest <= self.sent):
+            if (
+                self._unsure
+                or connected != self._connected
+                or (waits and newest <= max(self.sent, self._passed))
+            ):
                 # A learner that was started anew may lack what this store holds yet; one that
                 # goes on may have more of it than this client knows, or have saved it meanwhile.
                 self._ask_how_far()
