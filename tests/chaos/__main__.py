@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from . import faults
-from .harness import Plan, has_logs, name_of, run_all
+from .harness import Plan, name_of, run_all
 from .slow import watch
 
 TRANSPORTS = ("zmq", "grpc", "shm")
@@ -137,7 +137,7 @@ def _plan(options: argparse.Namespace, transport: str, fault: str, seed: int) ->
         items=options.items,
         actors=options.actors,
         checkpoints=not options.without_checkpoints,
-        logs=has_logs() and not options.without_logs,
+        logs=not options.without_logs,
         seconds=options.seconds,
     )
 

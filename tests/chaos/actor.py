@@ -2,10 +2,11 @@
 
 Options: ``url``, ``history`` (a file), ``actor`` (its number), ``first`` and ``last`` (numbers of
 items), ``size`` (of an item's data), ``pause`` (seconds between two bursts, on average),
-``timeout`` (of each call), ``store`` ("replay" or "queue"), ``outbox`` (a directory, for an actor's
-log; None for none), ``updates`` ("call", or "thread" for those in the background), ``seed``,
-``clock``, ``breaks``. Orders: ``finish``, answered once all has been inserted and has arrived; with
-``durable``, once all of it is durable; and ``stop``.
+``timeout`` (of each call), ``store`` ("replay", "queue" or "logged"), ``outbox`` (a directory, for
+an actor's log; None for none), ``saves`` (whether the learner saves checkpoints), ``updates``
+("call", or "thread" for those in the background), ``seed``, ``clock``, ``breaks``. Orders:
+``finish``, answered once all has been inserted and has arrived; with ``durable``, once all of it is
+durable; and ``stop``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Actor:
     """Does what `main` is told."""
 
     def __init__(self, orders: socket.socket, options: dict[str, Any]) -> None:
-        from edgeml.data import QueuedDataStore, ReplayBuffer
+        from edgeml.data import LoggedDataStore, QueuedDataStore, ReplayBuffer
 
         self.orders, self.options = orders, options
         self.timeout: float = options["timeout"]
@@ -39,10 +40,14 @@ class Actor:
         self.next: int = options["first"]
         self.arrived = 1  # all items below it are with the learner
         count = max(1, options["last"])
-        if options["store"] == "queue":
-            self.store: Any = QueuedDataStore(count, "block", timeout=self.timeout)
+        if options["store"] == "logged":
+            self.store: Any = LoggedDataStore(options["outbox"])
+        elif options["store"] == "queue":
+            self.store = QueuedDataStore(count, "block", timeout=self.timeout)
         else:
             self.store = ReplayBuffer(count, example=items.make(0, 0, options["size"]))
+        if options["saves"]:
+            self.watch_release()
         self.client: Any = None
         self.echoes = 0
 
@@ -110,7 +115,8 @@ class Actor:
     def connect(self) -> None:
         from edgeml import TrainerClient, TrainerConfig
 
-        more = {} if self.options.get("outbox") is None else {"log": self.options["outbox"]}
+        has_log = self.options.get("outbox") is not None and self.options["store"] != "logged"
+        more = {"log": self.options["outbox"]} if has_log else {}
         self.client = TrainerClient(
             "data",
             config=TrainerConfig(0, None, request_types=["echo"]),
@@ -122,6 +128,17 @@ class Actor:
         )
         if self.options.get("breaks"):
             breaks.break_actor(self.options["breaks"], self.client, self.store)
+
+    def watch_release(self) -> None:
+        """Tell what the store is told that it may let go of, as it is durable."""
+        release = self.store.release
+
+        def released(up_to: int) -> None:
+            for item in self.store.get_latest_data(up_to - 1, limit=1) if up_to else ():
+                self.history.tell("released", n=int(item["number"]))
+            release(up_to)
+
+        self.store.release = released
 
     def subscribe(self) -> None:
         self.client.recv_network_callback(self.weights)

@@ -8,7 +8,8 @@ have a part, in that order and each once, and must have all of those that nobody
 - without one, each item of an actor's life that wasn't ended by a kill, and of the others as many,
   from the first on, as it was told are durable; or are applied, where no learner was killed either.
 
-What `update()` has said to be durable must be in each checkpoint that a learner loads from then on.
+What `update()` has said to be durable, and what an actor's store was told it may let go of, must be
+in each checkpoint that a learner loads from then on.
 And no call may outlive its deadline by more than `LATE`, less what the machine and the harness (by
 SIGSTOP) kept its process from running.
 """
@@ -37,6 +38,8 @@ class _Life:
         begun: numbers, in order, of which nobody knows whether they were inserted.
         order: both.
         durable: moments, and how many items it had been told are durable by then.
+        released: moments, and the numbers of items that its store was told to let go of, with all
+            before them.
         applied: how many it was told are applied.
         ended: whether it came to its own end, with nothing left to send.
     """
@@ -45,6 +48,7 @@ class _Life:
     begun: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     durable: list[tuple[float, int]] = field(default_factory=list)
+    released: list[tuple[float, int]] = field(default_factory=list)
     applied: int = 0
     ended: bool = False
 
@@ -93,6 +97,8 @@ def _lives(events: list[Event]) -> dict[int, list[_Life]]:
                 life.applied += event.get("applied", 0)
                 before = life.durable[-1][1] if life.durable else 0
                 life.durable.append((event["t"], before + (event.get("durable") or 0)))
+            case "released":
+                life.released.append((event["t"], event["n"]))
             case "end":
                 life.ended = True
     return {actor: [its[n] for n in sorted(its)] for actor, its in sorted(lives.items())}
@@ -139,13 +145,16 @@ def _durable(events: list[Event], lives: dict[int, list[_Life]], logs: bool) -> 
         for actor, its in lives.items():
             has = {number for who, number in event.get("contents", ()) if who == actor}
             said: set[int] = set()
-            total, order, begun = 0, [], set()
+            order: list[int] = []
+            begun: set[int] = set()
             for life in its:
                 if not logs:  # each life's store is another one
-                    total, order, begun = 0, [], set()
+                    order, begun = [], set()
                 order, begun = order + life.order, begun | set(life.begun)
-                total += max((n for t, n in life.durable if t < when), default=0)
-                said |= set(order[:total]) - begun
+                # What a life before had been told may be told again, so counts don't add up.
+                total = max((n for t, n in life.durable if t < when), default=0)
+                let_go = max((n for t, n in life.released if t < when), default=0)
+                said |= {*order[:total], *(n for n in order if n <= let_go)} - begun
             if missing := sorted(said - has):
                 found.append(
                     f"actor {actor}: {_some(missing)} were said to be durable, and are not in what "

@@ -30,14 +30,9 @@ _DISK = 24 << 20  # bytes of the small disk
 _LOGS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python error")
 
 
-# A queue whose items are gone when they are applied loses them with a learner that is killed.
-_HELD = inspect.signature(TrainerClient.update).return_annotation != "int"
-_STORES = ["replay", "replay", "queue" if _HELD else "replay"]
-
-
-def has_logs() -> bool:
-    """Whether actors can have logs."""
-    return "log" in inspect.signature(TrainerClient.__init__).parameters
+_CAN_LOG = "log" in inspect.signature(TrainerClient.__init__).parameters
+_STORES = ["replay", "replay", "queue"]
+_LOGGED = [*_STORES, "logged"] if _CAN_LOG else ["logged"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Plan:
     items: int = 1000
     actors: int = 2
     checkpoints: bool = True
-    logs: bool = False
+    logs: bool = True
     seconds: float = 2.0
     breaks: str = ""
 
@@ -92,7 +87,7 @@ class Run:
         clock.make(self._clock)
         self._styles = {
             name: {
-                "store": self.rng.choice(_STORES),
+                "store": self.rng.choice(_LOGGED if plan.logs else _STORES),
                 "updates": self.rng.choice(["call", "call", "thread"]),
             }
             for name in self.actors
@@ -230,6 +225,7 @@ class Run:
             last=share,
             pause=self.plan.seconds / (share / 15),
             timeout=_TIMEOUT,
+            saves=self.plan.checkpoints,
             outbox=str(self._disk / f"outbox-{number}") if self.plan.logs else None,
             seed=self.plan.seed,
             **self._styles[name],

@@ -41,11 +41,14 @@ def main(orders: socket.socket, options: dict[str, Any]) -> None:
     path = Path(options["checkpoint"]) if options.get("checkpoint") else None
     if options.get("breaks"):
         breaks.break_learner(options["breaks"], server, store)
-    if path is not None and path.exists():
+    try:
+        if path is None:
+            raise FileNotFoundError
         server.load_checkpoint(path)
-        history.tell("loaded", contents=items.tell(store.get_latest_data(0)))
-    else:
+    except FileNotFoundError:
         history.tell("began empty")
+    else:
+        history.tell("loaded", contents=items.tell(store.get_latest_data(0)))
 
     def save() -> None:
         assert path is not None

@@ -3,7 +3,7 @@
 import pytest
 
 from chaos.faults import FAULTS, of_transport
-from chaos.harness import Plan, has_logs, run
+from chaos.harness import Plan, run
 
 TRANSPORTS = ("grpc", "shm", "ws", "zmq")
 SEEDS = 3
@@ -14,7 +14,7 @@ SEEDS = 3
     [("grpc", "kills"), ("shm", "kills"), ("ws", "storm"), ("zmq", "kills"), ("zmq", "storm")],
 )
 def test_nothing_is_lost_or_late_whatever_is_done(zygote, tmp_path, transport, fault):
-    plan = Plan(transport, fault, 0, items=400, seconds=1.0, logs=has_logs())
+    plan = Plan(transport, fault, 0, items=400, seconds=1.0)
     assert run(plan, tmp_path / "run", zygote) == []
 
 
@@ -24,5 +24,5 @@ def test_nothing_is_lost_or_late_whatever_is_done(zygote, tmp_path, transport, f
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_nothing_is_lost_or_late_whatever_is_done_at_any_moment(zygote, tmp_path, transport, fault):
     for seed in range(1, 1 + SEEDS) if fault in [*of_transport(transport), "kills"] else ():
-        plan = Plan(transport, fault, seed, logs=has_logs())
+        plan = Plan(transport, fault, seed)
         assert run(plan, tmp_path / str(seed), zygote) == []

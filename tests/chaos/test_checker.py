@@ -109,13 +109,15 @@ def test_what_was_said_to_be_durable_must_be_in_what_is_loaded_from_then_on():
             assert bool(wrong) == (has < wants)
 
 
-def test_with_a_log_what_is_durable_is_counted_through_all_lives_of_an_actor():
-    first = told(*inserted(1, 4), update(2.0, 2, 2)), killed("actor-0", 1, 3.0)
-    second = told(*inserted(5, 6, 4.0), update(5.0, 4, 3), end(), life=2)
-    loaded = learner(items(1, 2, 3, 4), 6.0, 2, "loaded")
+def test_what_a_store_was_told_to_let_go_of_must_be_in_what_is_loaded_from_then_on():
+    first = told(*inserted(1, 4)), killed("actor-0", 1, 3.0)
+    second = told(*inserted(5, 6, 4.0), {"e": "released", "t": 5.0, "n": 5}, end(), life=2)
     final = learner(items(1, 2, 3, 4, 5, 6), life=2)
-    (wrong,) = found(*first, second, loaded, final, logs=True)
-    assert "1 items (5) were said to be durable" in wrong
+    for when, has, wrong in ((4.5, 0, False), (6.0, 5, False), (6.0, 4, True)):
+        loaded = learner(items(*range(1, has + 1)), when, 2, "loaded")
+        texts = found(*first, second, loaded, final, logs=True)
+        assert [text for text in texts if "1 items (5) were said" in text] == texts
+        assert bool(texts) == wrong
 
 
 def test_a_late_call_is_found_but_for_the_time_that_its_process_was_held():
