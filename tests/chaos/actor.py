@@ -134,8 +134,9 @@ class Actor:
         release = self.store.release
 
         def released(up_to: int) -> None:
-            for item in self.store.get_latest_data(up_to - 1, limit=1) if up_to else ():
-                self.history.tell("released", n=int(item["number"]))
+            batch = self.store.get_latest_data(max(0, up_to - 1), limit=1)
+            if len(batch) and batch.first_id == up_to:  # else it was told before
+                self.history.tell("released", n=int(batch[0]["number"]))
             release(up_to)
 
         self.store.release = released

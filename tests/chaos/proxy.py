@@ -116,7 +116,7 @@ class Proxy:
         self._place = self._bind(0)
         self.port: int = self._place.getsockname()[1]
         self._listener: socket.socket | None = None
-        self._accepting: asyncio.Task[None] | None = None
+        self._accepting = False
         self._target: int | None = None
         self._pairs: dict[asyncio.Task[None], tuple[socket.socket, socket.socket]] = {}
         self._orphans: list[socket.socket] = []  # whose peers were taken from them
@@ -149,7 +149,7 @@ class Proxy:
                 setattr(self.weather, name, value)
             self._let_go_of_orphans()
         elif what == "target":
-            await self._lead_to(order["port"])
+            self._lead_to(order["port"])
         elif what == "cut":
             self._end_all(reset=False)
         elif what == "reset":
@@ -164,29 +164,37 @@ class Proxy:
             return {**self.counts, "open": len(self._pairs), "orphans": len(self._orphans)}
         else:
             raise ValueError(f"no such order: {what!r}")
+        self._accept_or_not()
         async with self._changed:
             self._changed.notify_all()
         return None
 
-    async def _lead_to(self, port: int | None) -> None:
+    def _lead_to(self, port: int | None) -> None:
         self._target = port
-        if port is None and self._accepting is not None:
-            accepting, self._accepting = self._accepting, None
-            accepting.cancel()
-            await asyncio.gather(accepting, return_exceptions=True)  # the loop watches it no more
-            await asyncio.sleep(0)
-            assert self._listener is not None
+        if port is None and self._listener is not None:
+            self._accept_or_not()
             self._listener.close()
-        elif port is not None and self._accepting is None:
+            self._listener = None
+        elif port is not None and self._listener is None:
             self._listener = self._bind(self.port)
             self._listener.listen(1024)
-            self._accepting = asyncio.ensure_future(self._accept(self._listener))
 
-    async def _accept(self, listener: socket.socket) -> None:
+    def _accept_or_not(self) -> None:
+        """Accept connections but in the dark, where the kernel takes them and nobody answers."""
+        accept = self._target is not None and self.weather.dark not in ("up", "both")
+        if self._listener is None or accept == self._accepting:
+            return
+        self._accepting = accept
         loop = asyncio.get_running_loop()
-        while True:
-            await self.light("up")  # else the kernel takes them, and nobody answers
-            client, _ = await loop.sock_accept(listener)
+        if accept:
+            loop.add_reader(self._listener, self._accept, self._listener)
+        else:
+            loop.remove_reader(self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(BlockingIOError, ConnectionAbortedError):
+            client, _ = listener.accept()
+            client.setblocking(False)
             task = asyncio.ensure_future(self._serve(client))
             self._pairs[task] = (client, client)
             task.add_done_callback(self._forget)
