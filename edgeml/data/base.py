@@ -7,16 +7,21 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeml.core.message import Allocator, pooled
 from edgeml.data.adapters import adapt_class, hide_items, is_adapted
 from edgeml.data.batch import Batch
+from edgeml.data.forwarding import Forwarding
 from edgeml.data.locks import make_lock
 from edgeml.data.numbering import Numbering
+
+if TYPE_CHECKING:
+    from edgeml.data.logged import LoggedDataStore
 
 __all__ = ["DataStoreBase", "check_random_state", "check_state"]
 
@@ -47,6 +52,8 @@ class DataStoreBase(ABC):
         allocate: gives memory for the batches that are handed out, and may be used or not. A client
             that uploads the store's items puts its own here, from which they are sent.
     """
+
+    _forwarding: Forwarding | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -140,6 +147,38 @@ class DataStoreBase(ABC):
         """
         with self.lock:
             self.take_cuts([0], self.latest_data_id() + 1)
+
+    def forward_to(self, log: LoggedDataStore | None) -> None:
+        """Have all that is inserted go into a log as well, in the same step.
+
+        First the log gets what the store holds and it lacks. From then on both get an item, or
+        neither: where the log has no room, the insert raises what the log's does, and where this
+        store refuses an item, the log doesn't have it. What the log gets is what this store would
+        hand out; a queue has handed it on then. The log is this store's alone.
+
+        Args:
+            log: None for none any more.
+        """
+        with self.lock:
+            if self._forwarding is not None:
+                self._forwarding.end()
+                self._forwarding = None
+            if log is not None:
+                self._forwarding = Forwarding(self, log)
+
+    @contextmanager
+    def not_forwarding(self) -> Iterator[None]:
+        """Fill the store with what it once had; its log gets what that lacks at the end."""
+        with self.lock:
+            forwarding = self._forwarding
+            if forwarding is None:
+                yield
+                return
+            forwarding.end()
+            try:
+                yield
+            finally:
+                forwarding.begin()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled or copied.
@@ -247,6 +286,7 @@ def _branch_all() -> None:
     """Let a forked child's stores go another way than the parent's."""
     for store in list(_stores.values()):
         store.branch()
+        store.forward_to(None)  # the log is the parent's
 
 
 if hasattr(os, "register_at_fork"):

@@ -287,6 +287,11 @@ def _read_parts(
 
 
 def _fill(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
+    with store.not_forwarding():
+        _restore(reader, store, stored)
+
+
+def _restore(reader: RecordReader, store: DataStoreBase, stored: _Stored) -> None:
     store.reset(stored.latest_id + 1)
     for batch, extra in _read_parts(reader, store, stored):
         if not len(store):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["KEPT", "explain_errors", "replace", "sync_names"]
+__all__ = ["KEPT", "explain_errors", "lock_directory", "replace", "sync_names"]
 
 KEPT = "the file that was there, if any, is as it was"
 """What `explain_errors` says of a file that is being replaced."""
@@ -101,6 +101,40 @@ def _is_at(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def lock_directory(directory: Path, taken: str) -> Iterator[int]:
+    """Have a directory alone, which is made if need be, by the file ``lock`` in it.
+
+    Args:
+        directory: which.
+        taken: says who has it, if somebody has.
+
+    Yields:
+        the descriptor of that file, which a forked child must let go of.
+
+    Raises:
+        BlockingIOError: somebody else has it, in this process or another.
+        OSError: what the system says.
+    """
+    with explain_errors(directory, 0, "choose a directory that can be written to"):
+        directory.mkdir(parents=True, exist_ok=True)
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            why = f"{taken}, in this process or another: close it first"
+            raise BlockingIOError(errno.EAGAIN, why, str(directory)) from None
+        except OSError:  # a file system without locks
+            pass
+        yield fd
+    finally:
+        # Closing would do, unless a process that was forked meanwhile has the file open too.
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 
 def sync_names(directory: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import fcntl
 import itertools
 import logging
 import math
@@ -19,7 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -33,7 +32,7 @@ from edgeml.core.frames import frame
 from edgeml.core.owned import ClosedAtExit
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch, join
-from edgeml.data.files import explain_errors, sync_names
+from edgeml.data.files import explain_errors, lock_directory, sync_names
 from edgeml.data.numbering import Numbering
 from edgeml.data.queued import OnFull
 from edgeml.data.records import make_codec
@@ -51,7 +50,7 @@ from edgeml.data.segments import (
 )
 from edgeml.data.tree import copy_item, leaves_of
 
-__all__ = ["LoggedDataStore", "Sync"]
+__all__ = ["LoggedDataStore", "Packer", "Sync"]
 
 _log = logging.getLogger(__name__)
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has the latter alone
@@ -60,17 +59,14 @@ _SIZES = (8 << 20, 1 << 20)  # bytes of a segment; the latter where there is no 
 _PART = 1 << 20  # bytes of rows in a record
 _MOST_LAYOUTS = 256  # items of more are kept as values
 _NEVER = 1 << 62  # an id that no item has
+_MOST_SOURCES = 4  # that are remembered
 _RETRY = 1.0  # seconds until the disk is tried again, where it failed
 _LAST_SYNC = 10.0  # seconds that closing may wait for the disk
 _KEPT = (
     "nothing was inserted, and all that was before is in the log: free some space, or let the "
     "learner take what is there, and insert it again"
 )
-_NUMBERS: dict[type, tuple[np.dtype[Any], Callable[[Any], bytes]]] = {
-    bool: (np.dtype(np.bool_), struct.Struct("<?").pack),
-    int: (np.dtype(np.int64), struct.Struct("<q").pack),
-    float: (np.dtype(np.float64), struct.Struct("<d").pack),
-}
+_CODES = dict(zip("?bBhHiIlLqQefd", "?bBhHiIqQqQefd", strict=True))  # struct's, of numpy's dtypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +102,18 @@ class _Entry(NamedTuple):
     size: int
 
 
-class _Packer:
+class Packer:
     """Takes items apart that are like a first one, and gives their rows, quickly.
+
+    Numbers become what the layout has, as a `ReplayBuffer` converts them: those of Python, and
+    numpy's scalars and arrays of other floats. Where a value doesn't fit, there is no row.
 
     Args:
         layout: of the rows.
         item: the first one.
 
     Raises:
-        ValueError: such items need to be converted.
+        ValueError: such items need more than that.
     """
 
     def __init__(self, layout: Layout, item: Any) -> None:
@@ -122,26 +121,29 @@ class _Packer:
         skeleton = layout.skeleton
         self._get: Callable[[Any], Sequence[Any]] | None = None
         self._length = 0
-        if type(item) is dict and len(item) > 1 and list(skeleton.values()) == [*range(len(item))]:
+        if (
+            type(item) is dict
+            and type(skeleton) is dict
+            and len(item) > 1
+            and list(skeleton.values()) == [*range(len(item))]
+        ):
             self._get, self._length = itemgetter(*skeleton), len(item)
         leaves = leaves_of(skeleton, item)
         self._types = list(map(type, leaves))
         self._arrays: list[tuple[int, np.dtype[Any], tuple[int, ...]]] = []
-        self._numbers: list[tuple[int, Callable[[Any], bytes]]] = []
+        self._changes: list[tuple[int, Callable[[Any], Any]]] = []
         specs = zip(leaves, layout.dtypes, layout.shapes, strict=True)
         for i, (leaf, dtype, shape) in enumerate(specs):
             kind = type(leaf)
             if kind is np.ndarray:
                 self._arrays.append((i, leaf.dtype, shape))
-            elif kind in _NUMBERS:
-                expected, pack = _NUMBERS[kind]
-                self._numbers.append((i, pack))
-                if dtype != expected:
-                    raise ValueError(f"{kind} to {dtype}")
-            elif not issubclass(kind, np.generic):
-                raise ValueError(f"{kind} to {dtype}")
-            if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype != dtype:
-                raise ValueError(f"{leaf.dtype} to {dtype}")
+            elif kind not in (bool, int, float) and not issubclass(kind, np.generic):
+                raise ValueError(f"{kind.__name__} to {dtype}")
+            if kind in (np.ndarray, bool) or kind not in (int, float):
+                given = np.asarray(leaf).dtype
+                if given == dtype and kind is not bool:
+                    continue
+            self._changes.append((i, _find_change(kind, np.asarray(leaf).dtype, dtype)))
         if self.pack(item) is None:
             raise ValueError("no buffers")
 
@@ -161,11 +163,23 @@ class _Packer:
                 leaf = leaves[i]
                 if (leaf.dtype is not dtype and leaf.dtype != dtype) or leaf.shape != shape:
                     return None
-            for i, pack in self._numbers:
-                leaves[i] = pack(leaves[i])
+            for i, change in self._changes:
+                leaves[i] = change(leaves[i])
             return b"".join(leaves)
-        except (BufferError, KeyError, TypeError, ValueError, struct.error):
-            return None  # of another structure, not contiguous, beyond 64 bits
+        except (ArithmeticError, BufferError, KeyError, TypeError, ValueError, struct.error):
+            return None  # of another structure, not contiguous, beyond what fits
+
+
+def _find_change(kind: type, given: np.dtype[Any], dtype: np.dtype[Any]) -> Callable[[Any], Any]:
+    """What makes bytes of a leaf whose dtype isn't the layout's."""
+    if kind is np.ndarray:
+        if given.kind not in "fiu" or dtype.kind != "f":
+            raise ValueError(f"{given} to {dtype}")
+        return lambda leaf: leaf.astype(dtype)
+    allowed = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}
+    if dtype.char not in _CODES or given.kind not in allowed[dtype.kind]:
+        raise ValueError(f"{given} to {dtype}")
+    return struct.Struct("<" + _CODES[dtype.char]).pack
 
 
 class LoggedDataStore(ClosedAtExit, DataStoreBase):
@@ -220,9 +234,11 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         self._codec = make_codec()
         self._segments: deque[Segment] = deque()
         self._layouts: dict[Any, Layout] = {}  # by their keys
-        self._packer: _Packer | None = None
+        self._packer: Packer | None = None
         self._held = self._gone = self._dropped = self._lost = 0  # items; an id is `_gone`
-        self._source: tuple[int, int] | None = None  # see `follow`
+        self._sources: list[_Source] = []  # the newest is the last; see `follow`
+        self._follows = False
+        self._applied = 0  # id
         self._pid = os.getpid()
         writer = _Writer(self.directory, sync)
         try:
@@ -315,20 +331,24 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         """Take up what `_encode_state` gave; returns the numbering."""
         try:
             numbering = Numbering.from_list(state["numbering"])
-            match state["source"]:
-                case None:
-                    pass
-                case [int(known), int(shift)]:
-                    self._source = known, shift
-                case _:
-                    raise ValueError("a source is two numbers")
+            sources = [
+                _Source(Numbering.from_list(entries), int(shift), int(until))
+                for entries, shift, until in state["sources"]
+            ]
         except (KeyError, TypeError, ValueError):
             return None
+        self._sources = sources
         return numbering
 
     def _encode_state(self) -> bytes:
-        numbering = [list(entry) for entry in self._numbering.to_list()]
-        return frame(self._codec.encode({"numbering": numbering, "source": self._source}))
+        state = {
+            "numbering": list(map(list, self._numbering.to_list())),
+            "sources": [
+                [list(map(list, each.numbering.to_list())), each.shift, each.until]
+                for each in self._sources
+            ],
+        }
+        return frame(self._codec.encode(state))
 
     def _begin(self, writer: _Writer, segments: list[Segment]) -> None:
         """Have a segment to append to, with the state in it, on the disk."""
@@ -416,7 +436,7 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         except ValueError:
             return self._encode_value(item)
         with suppress(ValueError):
-            self._packer = _Packer(layout, item)
+            self._packer = Packer(layout, item)
         return _Entry(layout, 1, layout.pack(batch.columns, 1), layout.size)
 
     def _encode_value(self, item: Any) -> _Entry:
@@ -515,6 +535,9 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         assert writer is not None
         writer.check()
         excess = self._held + n - self._capacity
+        if excess > 0 and self._applied > self._gone:
+            self._forget(self._applied)
+            excess = self._held + n - self._capacity
         if excess > 0 and self._on_full != "drop_oldest":
             self._await_space(n)
             writer.check()
@@ -523,7 +546,14 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         for layout in layouts.values():
             need += 2 * Segment.measure(len(Segment.encode_layout(layout, self._codec)))
         if not writer.segment.has_room(need):
-            segment = writer.rotate(need)
+            try:
+                segment = writer.rotate(need)
+            except OSError:
+                if self._applied <= self._gone:
+                    raise
+                self._forget(self._applied)
+                writer.delete_doomed()
+                segment = writer.rotate(need)
             if self._segments[-1] is not segment:
                 self._segments.append(segment)
         if excess > 0 and self._on_full == "drop_oldest":
@@ -536,7 +566,13 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
             raise Overloaded(
                 f"the log {self.directory} is full: {self._held} of {self._capacity} not taken yet"
             )
-        if not self._not_full.wait_for(lambda: self._held + n <= self._capacity, self._timeout):
+
+        def has_room() -> bool:
+            if self._held + n > self._capacity:
+                self._forget(self._applied)
+            return self._held + n <= self._capacity
+
+        if not self._not_full.wait_for(has_room, self._timeout):
             raise DeadlineExceeded(
                 f"no room for {n} in {self._timeout} s in the log {self.directory}: "
                 f"{self._held} of {self._capacity} not taken yet"
@@ -590,7 +626,13 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
             self._not_full.notify_all()
 
     def mark_applied(self, up_to_id: int) -> None:
-        """Do nothing: what is kept here is for a learner that starts anew, too."""
+        """Tell that a learner that saves no checkpoints has the items up to this id.
+
+        They are kept for one that starts anew, until there is no room for others.
+        """
+        with self.lock:
+            self._applied = max(self._applied, up_to_id)
+            self._not_full.notify_all()
 
     def reset(self, next_id: int | None = None) -> None:
         """Forget all items; see the base class."""
@@ -602,7 +644,7 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
                 if older is not segment:
                     writer.doom(older)
             self._segments = deque([segment])
-            self._held, self._gone = 0, next_id - 1
+            self._held, self._gone, self._applied = 0, next_id - 1, 0
             segment.note_gone(self._gone)
             self._not_full.notify_all()
 
@@ -651,6 +693,64 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
                 break
             writer.doom(self._segments.popleft())
         writer.segment.note_gone(up_to)
+
+    # Following another store; see `Forwarding` --------------------------------------------------
+
+    def share_lock(self, lock: Any) -> None:
+        """Have the lock of the store whose items come here, so that one step is one for both.
+
+        Raises:
+            ValueError: it follows another store already.
+        """
+        if self._follows:
+            raise ValueError(f"another store's items go to the log {self.directory} already")
+        with self.lock:
+            self._follows = True
+            self.lock = lock
+            self._not_full = threading.Condition(lock)
+
+    def known(self, numbering: Numbering) -> int:
+        """Return the id up to which items of a numbering have come here."""
+        marks = (
+            min(
+                each.numbering.shared(numbering), (each.until or self.latest_data_id()) - each.shift
+            )
+            for each in self._sources
+        )
+        return max(0, *marks, 0)
+
+    def follow(self, numbering: Numbering, latest: int) -> None:
+        """Note that the newest item here is the one with that id of that numbering."""
+        newest = self.latest_data_id()
+        shift = newest - latest
+        last = self._sources[-1] if self._sources else None
+        if last is not None and last.shift == shift and last.numbering is numbering:
+            return
+        if last is not None:
+            self._sources[-1] = last._replace(until=newest)
+            # What the new one has in common with it is known by the new one.
+            if last.shift == shift and last.numbering.shared(numbering) >= latest:
+                self._sources.pop()
+        self._sources = [*self._sources[1 - _MOST_SOURCES :], _Source(numbering, shift, 0)]
+        self._write_state()
+
+    def make_room(self, n: int, nbytes: int) -> None:
+        """Make room for n items of so many bytes in all, under the lock."""
+        self._make_room([_Entry(None, n, b"", nbytes)], n)
+
+    def make_packer(self, batch: Batch, item: Any) -> Packer:
+        """Return what packs items like one, of which a store made the batch of one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if batch.columns is None:
+            raise ValueError("no columns")
+        layout = self._find_layout(batch)
+        packer = Packer(layout, item)
+        if len(batch) != 1 or packer.pack(item) != layout.pack(batch.columns, 1).tobytes():
+            raise ValueError("the store makes something else of it")
+        return packer
 
     # Its numbering ----------------------------------------------------------------------------
 
@@ -723,6 +823,14 @@ class _Found:
         self.holes: list[tuple[int, int]] = []
 
 
+class _Source(NamedTuple):
+    """Where items came from: those with ids of a numbering, and here with other ids."""
+
+    numbering: Numbering
+    shift: int  # from an id there to the one here
+    until: int  # the id here of the last one; 0 while more come
+
+
 class Reserved(NamedTuple):
     """What there is room for."""
 
@@ -778,17 +886,9 @@ class _Writer:
         self._attempts = 0  # that failed
         self._renamed = False  # whether files were deleted, which may not be on the disk
         self._thread: threading.Thread | None = None
-        with explain_errors(directory, 0, "the log can't be kept there: choose another directory"):
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            why = "another store keeps its log there, in this process or another: close it first"
-            raise BlockingIOError(errno.EAGAIN, why, str(directory)) from None
-        except OSError:  # a file system without locks
-            pass
+        taken = "another store keeps its log there"
+        self._held = ExitStack()
+        self._lock = self._held.enter_context(lock_directory(directory, taken))
 
     def start(self) -> None:
         """Have the disk follow from now on."""
@@ -871,6 +971,17 @@ class _Writer:
                 self._unsynced.remove(segment)
             self._changed.notify_all()
 
+    def delete_doomed(self) -> None:
+        """Delete what is doomed."""
+        while True:
+            with self._changed:
+                if not self._doomed:
+                    return
+                path = self._doomed.pop(0).path  # nothing refers to it then, and its space is free
+                self._renamed = True
+            with suppress(OSError):
+                os.unlink(path)
+
     def wake(self) -> None:
         """Notice that items have come."""
         with self._changed:
@@ -938,15 +1049,9 @@ class _Writer:
                         break
                     self._changed.wait(None if left == math.inf else left)
                 ending, wants_spare = self._ending, self._wants_spare
-                doomed, self._doomed = self._doomed, []
                 self._wants_spare = False
                 due = time.monotonic() >= self._due
-            while doomed:
-                with suppress(OSError):
-                    os.unlink(
-                        doomed.pop(0).path
-                    )  # nothing refers to it then, and its space is free
-                    self._renamed = True
+            self.delete_doomed()
             if wants_spare and not ending:
                 self._make_spare()
             if due or ending:
@@ -1024,7 +1129,4 @@ class _Writer:
         if spare is not None:
             with suppress(OSError):
                 os.unlink(spare.path)
-        # Closing would do, unless a process that was forked meanwhile has the file open too.
-        with suppress(OSError):
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-        os.close(self._lock)
+        self._held.close()

@@ -10,6 +10,7 @@ __all__ = ["Numbering"]
 
 _LONGEST = 64  # entries of a lineage
 _BITS = 62
+_ALL = 1 << 62  # above all ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,12 @@ class Numbering:
         shared.pop(0, None)
         lineage = tuple((known, newest) for newest, known in shared.items())
         return Numbering(lineage=lineage[-_LONGEST:])
+
+    def shared(self, other: Numbering) -> int:
+        """Return the id up to which another numbering's items are this one's."""
+        newest = {**dict(other.lineage), other.id: _ALL}
+        mine = (*self.lineage, (self.id, _ALL))
+        return max((min(at, newest[known]) for known, at in mine if known in newest), default=0)
 
     def to_list(self) -> list[tuple[int, int]]:
         """Return plain values for `from_list`."""

@@ -24,6 +24,7 @@ __all__ = [
     "is_plain",
     "key_by_position",
     "leaves_of",
+    "nbytes_of",
     "nest",
     "path_of",
     "paths_of",
@@ -184,6 +185,18 @@ def copy_item(node: Any) -> Any:
     if kind is tuple or kind is list:
         return kind(map(copy_item, node))
     return np.array(node) if hasattr(kind, "__array__") else copy.deepcopy(node)
+
+
+def nbytes_of(value: Any) -> int:
+    """Return roughly how many bytes a value takes in a message."""
+    if isinstance(value, dict):
+        return sum(map(nbytes_of, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return sum(map(nbytes_of, value))
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    size = getattr(value, "nbytes", None)
+    return size if isinstance(size, int) else 8
 
 
 def nest(parts: Iterable[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:

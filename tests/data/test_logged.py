@@ -282,7 +282,7 @@ class TestReopening:
 
     def test_a_directory_that_is_none_is_told(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match="choose another directory"):
+        with pytest.raises(OSError, match="choose a directory that can be written to"):
             LoggedDataStore(tmp_path / "file", 5)
 
     def test_one_that_is_dropped_is_closed(self, tmp_path: Path) -> None:

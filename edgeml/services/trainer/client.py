@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from edgeml.core.streams import Subscription
 from edgeml.data import DataStoreBase
 from edgeml.services.base import ClientSettings, ServiceClient, named
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
+from edgeml.services.trainer.outbox import Outbox
 from edgeml.services.trainer.updates import Updates
 from edgeml.services.trainer.uploader import Delivered, OnRefused
 
@@ -33,6 +35,11 @@ class TrainerClient(ServiceClient):
             answers and is ready.
         timeout: seconds that connecting, or a call, may take unless told otherwise.
         transport: in place of the configuration's.
+        log: a directory in which each store's items are kept until the learner has them durably, in
+            a `LoggedDataStore` of its own, which `DataStoreBase.forward_to` fills. What is uploaded
+            is that: first what an earlier process left there. The ``client_id`` is kept there,
+            too, unless it is given. One client has it at a time. A store that is a
+            `LoggedDataStore` itself is uploaded as it is.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
             ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`. Of two
             clients with the same ``client_id``, the newer shuts the older out.
@@ -40,6 +47,8 @@ class TrainerClient(ServiceClient):
     Raises:
         Unreachable: no learner answers.
         ConfigMismatch: the learner is configured differently; the text names field and values.
+        BlockingIOError: another client has the ``log``.
+        OSError: what the system says of the ``log``; the text says what to do.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class TrainerClient(ServiceClient):
         timeout: float = 10.0,
         *,
         transport: str | None = None,
+        log: str | os.PathLike[str] | None = None,
         **settings: Unpack[ClientSettings],
     ) -> None:
         if config is None:
@@ -64,18 +74,33 @@ class TrainerClient(ServiceClient):
             if name in stores:
                 raise ValueError(f"data_store and data_stores both give a store for {name!r}")
             stores[name] = data_store
-        super().__init__(
-            "trainer",
-            config,
-            label=name,
-            host=host,
-            transport=transport,
-            timeout=timeout,
-            wait_for_server=wait_for_server,
-            **settings,
-        )
-        self._updates = Updates(name, self._client, stores, secrets.randbits(63))
-        self._close_by(self._updates.end)
+        outbox = None if log is None else Outbox(log, stores)
+        if outbox is not None:
+            stores = outbox.stores
+            settings["client_id"] = settings.get("client_id") or outbox.client_id
+        try:
+            super().__init__(
+                "trainer",
+                config,
+                label=name,
+                host=host,
+                transport=transport,
+                timeout=timeout,
+                wait_for_server=wait_for_server,
+                **settings,
+            )
+        except BaseException:
+            if outbox is not None:
+                outbox.close()
+            raise
+        self._updates = updates = Updates(name, self._client, stores, secrets.randbits(63))
+
+        def close() -> None:
+            updates.end()
+            if outbox is not None:
+                outbox.close()
+
+        self._close_by(close)
 
     @property
     def lost(self) -> int:

@@ -14,6 +14,7 @@ from edgeml.core.client import Client
 from edgeml.core.errors import DeadlineExceeded, EdgemlError, Malformed, NotEncodable, shown
 from edgeml.core.message import pooled
 from edgeml.data import Batch, DataStoreBase
+from edgeml.data.tree import nbytes_of
 from edgeml.services.trainer.account import ClientAccount
 from edgeml.services.trainer.ledger import Run
 from edgeml.services.trainer.refusals import Refusals
@@ -407,17 +408,5 @@ def _parse(answer: Any, newest: int) -> _Told:
 
 def _fitting(batch: Batch) -> int:
     """How many items like these make a message of a good size."""
-    size = batch.nbytes or sum(map(_nbytes, batch))
+    size = batch.nbytes or sum(map(nbytes_of, batch))
     return max(1, min(_MOST_ITEMS, _CHUNK_BYTES * len(batch) // max(1, size)))
-
-
-def _nbytes(value: Any) -> int:
-    """Roughly what a value takes in a message."""
-    if isinstance(value, dict):
-        return sum(map(_nbytes, value.values()))
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return sum(map(_nbytes, value))
-    if isinstance(value, (str, bytes, bytearray)):
-        return len(value)
-    size = getattr(value, "nbytes", None)
-    return size if isinstance(size, int) else 8
