@@ -788,7 +788,7 @@ class DoorTests:
             server.stop()
             server = lab.serve(url=url)
             with pytest.raises(_GONE):
-                visitor.call({"x": 1}, 1.0)  # the old connection is over
+                visitor.call({"x": 1})  # the old connection is over
             visitor.close()
         assert lab.visit(server).call({"x": 2}) == {"x": 2}
 
@@ -844,7 +844,7 @@ class DoorTests:
                     with pytest.raises((Refused, ConnectionError)):
                         each.result(PATIENCE)
             with pytest.raises(_GONE):
-                visitors[2].call({"x": 1}, 0.5)
+                visitors[2].call({"x": 1})
         finally:
             go_on.set()
 
@@ -870,7 +870,7 @@ class DoorTests:
                 with visitor:
                     while True:
                         try:
-                            answer = visitor.call({"image": np.ones(300 * KB, np.uint8)}, 1.0)
+                            answer = visitor.call({"image": np.ones(300 * KB, np.uint8)})
                         except _GONE:
                             return
                         assert answer["image"].all()

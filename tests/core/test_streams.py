@@ -605,7 +605,7 @@ def test_a_subscriber_gets_what_is_published_while_a_handler_computes(transport)
 
     with (
         started(new_server(transport, act=compute)) as server,
-        plain_client(server) as client,
+        plain_client(server, timeout=60.0) as client,
     ):
         got = Subscriber()
         subscription = client.subscribe("observations", got)

@@ -75,7 +75,7 @@ def test_a_function_is_told_who_calls_and_until_when_they_wait(server):
     context = seen[0]
     assert (context.name, context.client_id, context.label) == ("policy", "robot-7", "")
     assert context.identity is None
-    assert before + 4.0 < context.deadline < time.monotonic() + 5.0
+    assert before + 19.0 < context.deadline < time.monotonic() + 20.0
     assert context.session == {}
     assert [context.episode for context in seen] == ["", episode, "grasp 12"]
 

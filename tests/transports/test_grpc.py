@@ -1125,11 +1125,11 @@ def test_two_servers_in_one_process_do_not_mind_each_other():
         with answering(b"2") as two, transport.connect(two.url, 20) as to_two:
             assert one.url.port != two.url.port
             for _ in range(20):
-                assert to_one.call(SMALL, 5.0).header == b"1"
-                assert to_two.call(LARGE, 5.0).header == b"2"
-        assert to_one.call(LARGE, 5.0).header == b"1"
+                assert to_one.call(SMALL, 20).header == b"1"
+                assert to_two.call(LARGE, 20).header == b"2"
+        assert to_one.call(LARGE, 20).header == b"1"
         with answering(b"3") as three, transport.connect(three.url, 20) as to_three:
-            assert to_three.call(SMALL, 5.0).header == b"3"
+            assert to_three.call(SMALL, 20).header == b"3"
 
 
 def test_with_4096_requests_parked_others_are_answered_and_no_more_are_taken(parking):
@@ -1174,7 +1174,7 @@ def proxy(monkeypatch):
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", socket.gethostname()])
 def test_no_proxy_is_asked_for_this_machine(proxy, host):
     with transport.serve(Url("grpc", "0.0.0.0", 0), lambda message, reply: reply(message)) as end:
-        transport.connect(end.url.with_host(host), 5.0).close()
+        transport.connect(end.url.with_host(host), 20).close()
 
 
 def test_a_proxy_that_swallows_a_connection_is_named(proxy, monkeypatch):
@@ -1277,7 +1277,7 @@ def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
         from edgeml.core import Closed, Message, Url, load_transport
         transport = load_transport("grpc")
-        requester = transport.connect(Url.parse("{endpoint.url}"), 5.0)
+        requester = transport.connect(Url.parse("{endpoint.url}"), 20)
         large = Message(b"x", [memoryview(bytes(5 << 20))])
         requester.call(Message(b"x"), 20)
         requester.request(large).result(20)
@@ -1312,7 +1312,7 @@ def test_a_child_forked_beside_grpc_is_told_to_be_spawned(connected):
         server.register_interface("echo", lambda payload: payload)
         server.start(threaded=True)
         client = edgeml.InferenceClient("127.0.0.1", server.port, "grpc")
-        requester = load_transport("grpc").connect(Url.parse("{endpoint.url}"), 5.0)
+        requester = load_transport("grpc").connect(Url.parse("{endpoint.url}"), 20)
         client.call("echo", 1)
 
         def told(function):
@@ -1369,7 +1369,7 @@ def test_a_process_forked_before_grpc_is_used_may_use_it(connected):
         from edgeml.core import Message, Url, load_transport
         transport = load_transport("grpc")
         child = os.fork()
-        with transport.connect(Url.parse("{endpoint.url}"), 5.0) as requester:
+        with transport.connect(Url.parse("{endpoint.url}"), 20) as requester:
             assert requester.call(Message(b"x"), 20).header == b"x"
         if not child:
             os._exit(0)
@@ -1526,7 +1526,7 @@ def test_the_requests_of_many_clients_are_taken_together(monkeypatch):
     monkeypatch.setattr(loops._Loop, "_run_once", counted)
     with contextlib.ExitStack() as stack:
         endpoint = stack.enter_context(transport.serve(ANYWHERE, take))
-        clients = [stack.enter_context(transport.connect(endpoint.url, 5.0)) for _ in range(28)]
+        clients = [stack.enter_context(transport.connect(endpoint.url, 20)) for _ in range(28)]
         taken.clear()
         # Some may come only after the loop goes on, which takes rounds of their own.
         wait_until(lambda: ask_at_once() <= len(clients) / 2)

@@ -64,7 +64,7 @@ def test_both_ends_know_that_it_is_secured_and_who_asks(endpoint, credentials, r
     assert endpoint.secured
     assert endpoint.local
     large = Message(b"large", [memoryview(bytes(9 << 20))])
-    with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
+    with transport.connect(endpoint.url, 20, credentials=credentials["robot"]) as requester:
         assert requester.secured
         assert requester.local
         assert requester.call(Message(b"x"), 20).header == b"x"
@@ -106,7 +106,7 @@ def test_who_has_the_wrong_keys_is_denied_at_once_and_reaches_nothing(
 ):
     name, told = WRONG[wrong]
     with took(at_most=2.0), pytest.raises(PermissionDenied, match=told):
-        transport.connect(endpoint.url, 5.0, credentials=credentials.get(name))
+        transport.connect(endpoint.url, 20, credentials=credentials.get(name))
     assert not requests
 
 
@@ -120,7 +120,7 @@ def test_who_has_the_servers_authority_but_a_key_of_another_is_denied_by_the_ser
         took(at_most=2.0),
         pytest.raises(PermissionDenied, match="certificate is refused"),
     ):
-        transport.connect(endpoint.url, 5.0, credentials=mixed)
+        transport.connect(endpoint.url, 20, credentials=mixed)
     assert not requests
 
 
@@ -132,7 +132,7 @@ def test_a_server_that_has_only_a_clients_key_is_not_taken_for_the_server(creden
         transport.serve(ANYWHERE, lambda *_: requests.append(1), credentials=posing) as endpoint,
         pytest.raises(PermissionDenied, match="isn't the server whose keys these are"),
     ):
-        transport.connect(endpoint.url, 5.0, credentials=Credentials(tls=client, token="x" * 43))
+        transport.connect(endpoint.url, 20, credentials=Credentials(tls=client, token="x" * 43))
     assert not requests
 
 
@@ -142,7 +142,7 @@ def test_a_server_without_keys_is_not_talked_to_by_a_client_that_has_some(creden
         took(at_most=2.0),
         pytest.raises(PermissionDenied, match="in clear text"),
     ):
-        transport.connect(endpoint.url, 5.0, credentials=credentials["robot"])
+        transport.connect(endpoint.url, 20, credentials=credentials["robot"])
     assert not requests
 
 
@@ -161,7 +161,7 @@ def test_something_else_on_the_port_is_still_told_apart(credentials):
         url = ANYWHERE.with_port(listener.getsockname()[1])
         for each in (None, credentials["robot"]):
             with pytest.raises(Unreachable, match="an SSH server"):
-                transport.connect(url, 5.0, credentials=each)
+                transport.connect(url, 20, credentials=each)
         listener.shutdown(socket.SHUT_RDWR)
 
 
@@ -170,7 +170,7 @@ def test_who_is_refused_is_counted_and_logged_once_with_its_name(credentials, ca
     with transport.serve(ANYWHERE, lambda *_: None, credentials=serving) as endpoint:
         for _ in range(3):
             with pytest.raises(PermissionDenied, match="knows no such certificate"):
-                transport.connect(endpoint.url, 5.0, credentials=credentials["robot"])
+                transport.connect(endpoint.url, 20, credentials=credentials["robot"])
         assert endpoint.counts["PermissionDenied"] == 3
     told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
     assert len(told) == 1
@@ -186,8 +186,8 @@ def test_handshakes_that_fail_are_counted_and_logged_once(
     """gRPC itself tells nothing of them."""
     for _ in range(3):
         with pytest.raises(PermissionDenied):
-            transport.connect(endpoint.url, 5.0, credentials=credentials.get(WRONG[wrong][0]))
-    with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
+            transport.connect(endpoint.url, 20, credentials=credentials.get(WRONG[wrong][0]))
+    with transport.connect(endpoint.url, 20, credentials=credentials["robot"]) as requester:
         wait_until(lambda: endpoint.counts["PermissionDenied"] >= 3)
         assert requester.call(Message(b"x"), 20).header == b"x"
     told = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
@@ -199,7 +199,7 @@ def test_handshakes_that_fail_are_counted_and_logged_once(
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/fd")
 def test_clients_that_come_and_go_are_not_taken_for_handshakes_that_failed(endpoint, credentials):
     for _ in range(20):
-        with transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester:
+        with transport.connect(endpoint.url, 20, credentials=credentials["robot"]) as requester:
             requester.call(Message(b"x"), 20)
     wait_until(lambda: not endpoint._sockets._asked)
     assert not endpoint.counts
@@ -219,7 +219,7 @@ def test_one_address_has_so_many_connections_and_no_more(credentials, with_keys,
         limits=limits,
     ) as endpoint:
         url = ANYWHERE.with_port(endpoint.url.port)
-        with transport.connect(url, 5.0, credentials=client) as requester:
+        with transport.connect(url, 20, credentials=client) as requester:
             wait_until(lambda: endpoint._sockets._descriptors)
             address = ("127.0.0.1", url.port)
             more = [socket.create_connection(address, 20) for _ in range(5)]
@@ -228,7 +228,7 @@ def test_one_address_has_so_many_connections_and_no_more(credentials, with_keys,
             for each in more:
                 each.close()
             wait_until(lambda: len(endpoint._sockets._descriptors) == 1)
-            with transport.connect(url, 5.0, credentials=client) as new:
+            with transport.connect(url, 20, credentials=client) as new:
                 assert new.call(Message(b"x"), 20).header == b"x"
 
 
@@ -242,7 +242,7 @@ def test_keys_are_added_and_revoked_while_the_server_runs(tmp_path):
     ) as endpoint:
         robot = Credentials.load(make_client_keys(server, "robot"))
         clients.refresh()
-        with transport.connect(endpoint.url, 5.0, credentials=robot) as requester:
+        with transport.connect(endpoint.url, 20, credentials=robot) as requester:
             assert requester.call(Message(b"x"), 20).header == b"x"
             revoke(server, "robot")
             clients.refresh()
@@ -265,7 +265,7 @@ def test_a_key_that_expires_while_its_client_is_connected_ends_there(credentials
         transport.serve(
             ANYWHERE, lambda message, reply: reply(message), credentials=serving
         ) as endpoint,
-        transport.connect(endpoint.url, 5.0, credentials=credentials["robot"]) as requester,
+        transport.connect(endpoint.url, 20, credentials=credentials["robot"]) as requester,
     ):
         assert requester.call(Message(b"x"), 20).header == b"x"
         later(monkeypatch, 3600)
@@ -314,7 +314,7 @@ def test_what_passes_is_not_readable(endpoint, credentials):
         proxy = threading.Thread(target=serve, daemon=True)
         proxy.start()
         url = ANYWHERE.with_port(listener.getsockname()[1])
-        with transport.connect(url, 5.0, credentials=credentials["robot"]) as requester:
+        with transport.connect(url, 20, credentials=credentials["robot"]) as requester:
             secret = Message(b"a-secret-header", [memoryview(b"a-secret-buffer" * 100)])
             assert requester.call(secret, 20).header == b"a-secret-header"
         proxy.join(20)
@@ -408,7 +408,7 @@ def test_garbage_connections_do_no_harm(credentials, with_keys):
         transport.serve(
             ANYWHERE, lambda message, reply: reply(message), credentials=server
         ) as endpoint,
-        transport.connect(endpoint.url, 5.0, credentials=client) as good,
+        transport.connect(endpoint.url, 20, credentials=client) as good,
     ):
         address = ("127.0.0.1", endpoint.url.port)
         slow = [socket.create_connection(address, 20) for _ in range(50)]
@@ -435,7 +435,7 @@ def test_garbage_connections_do_no_harm(credentials, with_keys):
             each.close()
         with (
             took(at_most=2.0),
-            transport.connect(endpoint.url, 5.0, credentials=client) as new,
+            transport.connect(endpoint.url, 20, credentials=client) as new,
         ):
             assert new.call(Message(b"new"), 20).header == b"new"
         if with_keys:

@@ -202,8 +202,8 @@ def test_the_good_are_answered_within_a_second_beside_thousands_who_babble(rng, 
         nonlocal slowest
         with server.client() as client:
             while not over.is_set():
-                watch = Stopwatch()
-                assert client.call("echo", "good", 5.0) == "good"
+                watch = Stopwatch(server.process.pid)
+                assert client.call("echo", "good", 20) == "good"
                 slowest = max(slowest, watch.seconds)
                 over.wait(0.01)
 
@@ -223,7 +223,7 @@ def test_the_good_are_answered_within_a_second_beside_thousands_who_babble(rng, 
                         before = server.resident() if sys.platform == "linux" else 0
             finally:
                 over.set()
-            good.result(10.0)
+            good.result(30)
         assert slowest < 1.0
         if sys.platform == "linux":
             assert server.resident() - before < 16 << 20
@@ -445,7 +445,7 @@ def test_a_server_that_sends_replies_nobody_asked_for_does_no_harm(rng):
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.linger = 0
         port = router.bind_to_random_port("tcp://127.0.0.1")
-        with transport.connect(Url("zmq", "127.0.0.1", port), 5.0) as requester:
+        with transport.connect(Url("zmq", "127.0.0.1", port), 20) as requester:
             future = requester.request(Message(b"shared"))
             waiting = threading.Thread(target=lambda: got.append(requester.call(Message(b"x"), 20)))
             got = []
@@ -631,7 +631,7 @@ def test_a_reply_that_zmq_does_not_carry_is_refused_and_another_can_be_given(par
 def test_what_a_frozen_peer_has_not_been_sent_can_be_forgotten():
     listener = socket.create_server(("127.0.0.1", 0))  # accepts, and never reads
     port = listener.getsockname()[1]
-    with listener, transport.connect(Url("zmq", "127.0.0.1", port), 5.0) as requester:
+    with listener, transport.connect(Url("zmq", "127.0.0.1", port), 20) as requester:
         large = Message(b"", [memoryview(np.ones(1 << 20, np.uint8))])
         tracemalloc.start()
         try:
@@ -673,7 +673,7 @@ def test_no_free_file_descriptor_is_told_as_unreachable(connected):
         transport = load_transport("zmq")
         url = Url.parse("{endpoint.url}")
         first = transport.connect(url, 20)
-        first.call(Message(b"x"), 5.0)
+        first.call(Message(b"x"), 20)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
@@ -683,9 +683,9 @@ def test_no_free_file_descriptor_is_told_as_unreachable(connected):
         else:
             raise AssertionError
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert first.call(Message(b"x"), 5.0).header == b"x"
+        assert first.call(Message(b"x"), 20).header == b"x"
         with transport.connect(url, 20) as second:
-            assert second.call(Message(b"x"), 5.0).header == b"x"
+            assert second.call(Message(b"x"), 20).header == b"x"
         first.close()
     """
     _run(program)
@@ -764,7 +764,7 @@ def test_a_host_may_be_a_name_or_an_address(host):
                 assert requester.call(Message(b"x"), 20).header == b"x"
                 assert requester.request(Message(b"x")).result(20).header == b"x"
         if host == "localhost":
-            with transport.connect(endpoint.url.with_host("127.0.0.1"), 5.0) as requester:
+            with transport.connect(endpoint.url.with_host("127.0.0.1"), 20) as requester:
                 assert requester.call(Message(b"x"), 20).header == b"x"
 
 
@@ -869,7 +869,7 @@ def test_signals_that_raise_at_any_moment_do_not_mix_up_messages(connected):
         signal.signal(signal.SIGUSR1, handler)
         stop, main = threading.Event(), threading.get_ident()
         thread = threading.Thread(target=pester)
-        requester = load_transport("zmq").connect(Url.parse("{endpoint.url}"), 5.0)
+        requester = load_transport("zmq").connect(Url.parse("{endpoint.url}"), 20)
         thread.start()
         for index in range(300):
             sizes = (index % 7, 300_000, 0, 20)
@@ -922,7 +922,7 @@ def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
         from edgeml.core import Closed, Message, Url, load_transport
         transport = load_transport("zmq")
         ours = transport.serve(Url("zmq", "127.0.0.1", 0), lambda message, reply: reply(message))
-        requester = transport.connect(Url.parse("{endpoint.url}"), 5.0)
+        requester = transport.connect(Url.parse("{endpoint.url}"), 20)
         requester.call(Message(b"x"), 20)
         pending = requester.request(Message(b"x", [memoryview(bytes(1 << 20))]))
         child = os.fork()
@@ -938,15 +938,15 @@ def test_a_forked_child_has_no_part_in_its_parents_connections(connected):
             requester.close()
             ours.relieve()
             ours.close()
-            with transport.connect(Url.parse("{endpoint.url}"), 5.0) as mine:
-                assert mine.call(Message(b"child"), 5.0).header == b"child"
+            with transport.connect(Url.parse("{endpoint.url}"), 20) as mine:
+                assert mine.call(Message(b"child"), 20).header == b"child"
             assert time.monotonic() - began < 15  # not the deadlines
             sys.exit(0)
         assert os.waitpid(child, 0)[1] == 0
         assert len(pending.result(20).buffers[0]) == 1 << 20
         assert requester.call(Message(b"parent"), 20).header == b"parent"
         with transport.connect(ours.url, 20) as mine:
-            assert mine.call(Message(b"x"), 5.0).header == b"x"
+            assert mine.call(Message(b"x"), 20).header == b"x"
         requester.close()
         ours.close()
     """
@@ -1008,13 +1008,13 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 1
 kept = []
 try:
     while len(kept) < 200:
-        kept.append(transport.connect(Url.parse(sys.argv[1]), 5.0))
-        kept[-1].call(Message(b"x"), 5.0)
+        kept.append(transport.connect(Url.parse(sys.argv[1]), 20))
+        kept[-1].call(Message(b"x"), 20)
 except Unreachable as error:
     print(error)
 for each in kept[1:]:
     each.close()
-print(kept[0].call(Message(b"still there"), 5.0).header.decode())
+print(kept[0].call(Message(b"still there"), 20).header.decode())
 kept[0].close()
 """
 
