@@ -144,6 +144,7 @@ class Process:
     def __init__(self, program: str, *arguments: object) -> None:
         self.popen = subprocess.Popen(
             [sys.executable, "-u", "-c", program, *map(str, arguments)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -31,6 +31,7 @@ from typing import Any
 
 from edgeml.core.alarms import Alarm, Alarms
 from edgeml.core.call import NOBODY, Call, Caller, LocalCall
+from edgeml.core.ending import tell_left_behind
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
@@ -324,8 +325,7 @@ class Dispatcher:
         self._parallel = workers > 1
         self._workers = workers
         self._threads: list[threading.Thread] = []
-        # Threads in a handler, since when, and in which.
-        self._running: dict[int, tuple[float, _Interface]] = {}
+        self._running: dict[int, tuple[Call, _Interface]] = {}  # by the thread that is at it
         self._returned = threading.Condition()  # one of them came out
         self._closed = False
 
@@ -562,7 +562,7 @@ class Dispatcher:
         running = [each for each in list(self._running.values()) if each[1].lane is lane]
         if len(running) < lane.threads:
             return 0.0
-        return max(0.0, min(since + each.pace.usual for since, each in running) - now)
+        return max(0.0, min(call.began + each.pace.usual for call, each in running) - now)
 
     # Threads ------------------------------------------------------------------------------
 
@@ -694,7 +694,7 @@ class Dispatcher:
                 self._watched = True
                 self._alarms.after(_STUCK, self._watch)
         call.began = began
-        self._running[me] = began, interface
+        self._running[me] = call, interface
         done = False
         try:
             interface.handler(call)
@@ -773,7 +773,8 @@ class Dispatcher:
         """Have a loop go on elsewhere while a handler takes long; rests when no calls come."""
         running = self._running.get(self._carrying)
         carried = self._carried
-        if running is not None and time.monotonic() - running[0] > _STUCK and carried is not None:
+        stuck = running is not None and time.monotonic() - running[0].began > _STUCK
+        if stuck and carried is not None:
             carried.relieve()
         calls = self.counts["calls"]
         self._quiet = 0 if calls != self._calls_seen or running is not None else self._quiet + 1
@@ -788,8 +789,8 @@ class Dispatcher:
     def close(self) -> None:
         """Refuse all that waits, and end the threads; idempotent.
 
-        Handlers that still run are waited for, up to two seconds, and may answer; one that runs on
-        is left behind.
+        Handlers that still run are waited for, up to two seconds, and may answer; those that run on
+        are told of in the log, with where each of them is, and left behind.
         """
         self._closed = True
         deadline = time.monotonic() + _GRACE
@@ -812,12 +813,14 @@ class Dispatcher:
             while any(ident != me for ident in list(self._running)):
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    text = "one %s handler is still running; it is left behind"
-                    _log.warning(text, self._service)
                     break
                 self._returned.wait(min(left, 0.1))
+        stuck = {ident: each for ident, each in list(self._running.items()) if ident != me}
+        for ident, (call, interface) in stuck.items():
+            what = f"{self._service} {interface.name!r}, called by {call.caller},"
+            tell_left_behind(_log, what, time.monotonic() - call.began, ident)
         for thread in self._threads:
-            if thread.ident != me:
+            if thread.ident != me and thread.ident not in stuck:
                 thread.join(max(0.1, deadline - time.monotonic()))
 
     @property

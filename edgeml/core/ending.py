@@ -9,18 +9,36 @@ that the program has set, or sets later, is left alone; so is a signal that it i
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
-__all__ = ["run_at_end"]
+__all__ = ["run_at_end", "tell_left_behind"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 _lock = threading.Lock()
 _pending: list[_Task] = []
+
+
+def tell_left_behind(log: logging.Logger, what: str, seconds: float, thread: int) -> None:
+    """Warn of what a user gave that doesn't return, and of where it is, as nobody waits for it.
+
+    Args:
+        log: of whoever has waited.
+        what: it is.
+        seconds: since when it runs.
+        thread: by its ident.
+    """
+    frame = sys._current_frames().get(thread)
+    text = (
+        "%s runs for %.1f s and is left behind; it ends with the process, if not before. It is at:"
+    )
+    log.warning(f"{text}\n%s", what, seconds, "".join(traceback.format_stack(frame)).rstrip())
 
 
 class _Task:

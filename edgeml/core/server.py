@@ -17,6 +17,7 @@ from edgeml.core.alarms import Alarms
 from edgeml.core.codec import Codec, Spoken, Wrapping, limited
 from edgeml.core.dispatch import Call, Caller, Dispatcher, Gatherer, Handler, unknown
 from edgeml.core.door import Door
+from edgeml.core.ending import run_at_end
 from edgeml.core.episode import Episode
 from edgeml.core.errors import (
     Closed,
@@ -241,6 +242,7 @@ class Server:
         self._closed = False
         self._closer = 0  # the thread that closes
         self._ended = threading.Event()
+        self._forget_end: Callable[[], object] = lambda: None
 
     def _refuse_code_of_strangers(self, url: Url) -> None:
         """Refuse what would let anybody on a network run code here."""
@@ -335,6 +337,7 @@ class Server:
                 done = "stopped" if self._closed else "started"
                 raise RuntimeError(f"the server was {done} before; make a new one")
             self._opened = True
+        self._forget_end = run_at_end(self.close)
         if self._loads:
             self.state = ServerState("loading", 0.0)
             self.dispatcher.do(self._run_loads)
@@ -511,6 +514,7 @@ class Server:
                 self._close()
             finally:
                 self._ended.set()
+                self._forget_end()
         elif me != self._closer and not self.dispatcher.inside:  # or it would wait for itself
             self._ended.wait(5.0)
 

@@ -23,6 +23,7 @@ from itertools import takewhile
 from typing import Any
 
 from edgeml.core.codec import Codec, Wrapped
+from edgeml.core.ending import tell_left_behind
 from edgeml.core.errors import (
     Closed,
     EdgemlError,
@@ -313,6 +314,7 @@ class Subscription:
         self._credits = 1
         self._refused = False  # whether the last answer could not be given
         self._busy = 0.0  # seconds that the function took for what came last
+        self._entered = 0.0  # when, while it runs
         self._under_way: deque[Future[Message]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -333,9 +335,14 @@ class Subscription:
             self._changed.notify()
 
     def join(self, timeout: float) -> None:
-        """Wait for the end of the thread, unless this is it."""
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        """Wait for the end of the thread, unless this is it; tell of a function that runs on."""
+        if self._thread is threading.current_thread():
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive() and (since := self._entered):
+            what = f"the subscriber's function for {self.topic!r}"
+            assert self._thread.ident is not None
+            tell_left_behind(_log, what, time.monotonic() - since, self._thread.ident)
 
     def _run(self) -> None:
         while not self._closed and (session := self._next_session()) is not None:
@@ -455,12 +462,14 @@ class Subscription:
         body = Message(answer.body, message.buffers)
         value = session.spoken.decoder.decode(body, writable=self._writable)
         self.received += 1
-        began = time.monotonic()
+        self._entered = began = time.monotonic()
         try:
             self._function(value)
-        except Exception:
+        except BaseException:  # its sys.exit() ends nothing here
             _log.exception("the subscriber's function for %r failed", self.topic)
             self.errors += 1  # last: who sees it counted finds it logged
+        finally:
+            self._entered = 0.0
         self._busy = time.monotonic() - began
 
 

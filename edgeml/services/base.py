@@ -311,7 +311,12 @@ class ServiceServer(_Service):
         return done
 
     def stop(self) -> None:
-        """Tell the clients, stop serving and end every thread; quick and idempotent."""
+        """Tell the clients, stop serving and end every thread; idempotent.
+
+        It is quick, but that handlers which still run are waited for, up to two seconds, and may
+        answer. Those that run on are told of in the log, with where each of them is, and left
+        behind: they end with the process, if not before.
+        """
         self._disarm()
         self._stopped.set()
         self._server.close()
@@ -508,7 +513,11 @@ class ServiceClient(_Service):
         return self._client.stats()
 
     def stop(self) -> None:
-        """Close the connection and end every thread; quick and idempotent."""
+        """Close the connection and end every thread; idempotent.
+
+        It is quick, but that a subscriber's function which still runs is waited for, up to a
+        second. One that runs on is told of in the log, with where it is, and left behind.
+        """
         self._disarm()
         self._close()
 
