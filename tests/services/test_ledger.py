@@ -410,6 +410,7 @@ class Deliveries(RuleBasedStateMachine):
     def replace(self, client) -> None:
         """A newer client with the same id; what the old one has sent may come until it is seen."""
         self.incarnation[client] += 1
+        self.sent = [each for each in self.sent if each[2].client != client]
 
     @rule()
     def save(self) -> None:
