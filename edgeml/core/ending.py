@@ -35,10 +35,9 @@ def tell_left_behind(log: logging.Logger, what: str, seconds: float, thread: int
         thread: by its ident.
     """
     frame = sys._current_frames().get(thread)
-    text = (
-        "%s runs for %.1f s and is left behind; it ends with the process, if not before. It is at:"
-    )
-    log.warning(f"{text}\n%s", what, seconds, "".join(traceback.format_stack(frame)).rstrip())
+    where = "".join(traceback.format_stack(frame)).rstrip()
+    text = "%s is still running after %.1f s, and is left behind, where it is at:\n%s"
+    log.warning(text, what, seconds, where)
 
 
 class _Task:
