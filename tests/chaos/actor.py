@@ -46,7 +46,9 @@ class Actor:
             self.store = QueuedDataStore(count, "block", timeout=self.timeout)
         else:
             self.store = ReplayBuffer(count, example=items.make(0, 0, options["size"]))
-        if options["saves"]:
+        # A store that is kept in a log as well may let go of what that has.
+        self.has_log = options.get("outbox") is not None and options["store"] != "logged"
+        if options["saves"] and not self.has_log:
             self.watch_release()
         self.client: Any = None
         self.echoes = 0
@@ -115,8 +117,7 @@ class Actor:
     def connect(self) -> None:
         from edgeml import TrainerClient, TrainerConfig
 
-        has_log = self.options.get("outbox") is not None and self.options["store"] != "logged"
-        more = {"log": self.options["outbox"]} if has_log else {}
+        more = {"log": self.options["outbox"]} if self.has_log else {}
         self.client = TrainerClient(
             "data",
             config=TrainerConfig(0, None, request_types=["echo"]),

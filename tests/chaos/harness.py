@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import shutil
 import subprocess
@@ -13,8 +12,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from edgeml import TrainerClient
 
 from . import clock
 from .checker import check
@@ -30,9 +27,8 @@ _DISK = 24 << 20  # bytes of the small disk
 _LOGS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python error")
 
 
-_CAN_LOG = "log" in inspect.signature(TrainerClient.__init__).parameters
 _STORES = ["replay", "replay", "queue"]
-_LOGGED = [*_STORES, "logged"] if _CAN_LOG else ["logged"]
+_LOGGED = [*_STORES, "logged"]  # the others have a log beside them
 
 
 @dataclass(frozen=True)
