@@ -190,10 +190,31 @@ class Turns:
         self._dispatcher._count(call, self._interface)
         return True
 
-    def refuse(self, call: Call, error: EdgemlError) -> None:
-        """Answer a call that waits with an error."""
+    def refuse(self, call: Call, error: EdgemlError, reason: str = "") -> None:
+        """Answer a call that waits with an error; counted by the reason as well, if one is given.
+
+        Where that is for want of time, those that have none to spare are refused for a while.
+        """
+        if reason:
+            self._dispatcher.counts[reason] += 1
+            self._interface.lane.press()
         self._dispatcher._leave_gatherer(call, self._interface.lane)
         self._dispatcher.refuse(call, error)
+
+    @property
+    def pace(self) -> Pace:
+        """What a turn takes that answers calls: for the gatherer to tell, and to refuse by."""
+        return self._interface.pace
+
+    @property
+    def pressed(self) -> bool:
+        """Whether of late some calls could not make it."""
+        return self._interface.lane.pressed > 0
+
+    def note_late(self, calls: int) -> None:
+        """Count calls that have been answered too late."""
+        for _ in range(calls):
+            self._dispatcher._note_late(self._interface.lane)
 
     def fail(self, call: Call, error: BaseException) -> None:
         """Answer with what a handler raised, and log it; a call that waits has to `begin` first."""

@@ -13,7 +13,7 @@ import math
 from edgeml.core.call import Call
 from edgeml.core.errors import DeadlineExceeded, EdgemlError, Overloaded
 
-__all__ = ["OVERTAKEN", "TOO_BUSY", "TOO_LATE", "TOO_SHORT", "Pace"]
+__all__ = ["OVERTAKEN", "TOO_BUSY", "TOO_LATE", "TOO_SHORT", "Pace", "overtaken"]
 
 # Why calls are refused, as `Dispatcher.counts` has it.
 TOO_BUSY = "refused_too_busy"
@@ -125,6 +125,14 @@ class Pace:
             ),
             TOO_BUSY,
         )
+
+
+def overtaken(call: Call) -> Overloaded:
+    """Return what to tell a call that a newer one of its client takes the place of."""
+    return Overloaded(
+        f"a newer call of {call.name!r} by this client is answered in place of this one, as there "
+        "is no time for both; it was not begun"
+    )
 
 
 def _told(seconds: float) -> str:

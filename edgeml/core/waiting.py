@@ -25,7 +25,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from edgeml.core.call import NOBODY, Call
 from edgeml.core.errors import EdgemlError, Overloaded
 from edgeml.core.limits import Limits
-from edgeml.core.pace import OVERTAKEN, Pace
+from edgeml.core.pace import OVERTAKEN, Pace, overtaken
 
 __all__ = ["Lane", "Line", "Queue", "Refusal"]
 
@@ -306,11 +306,7 @@ class Lane(Generic[S]):
         for at in reversed(range(len(queue.calls) - 1)):
             if queue.calls[at][1] is what:
                 call, _ = self.waiting.remove(queue, at)
-                error = Overloaded(
-                    f"a newer call of {call.name!r} by this client is answered in place of this "
-                    "one, as there is no time for both; it was not begun"
-                )
-                self._drop(call, error, OVERTAKEN)
+                self._drop(call, overtaken(call), OVERTAKEN)
 
     def _look_at(self, queue: Queue[S], now: float, ahead: float) -> float:
         """Refuse a connection's calls that can't make it; what its next call takes, if any is left.

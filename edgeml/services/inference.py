@@ -177,7 +177,7 @@ class InferenceServer(ServiceServer):
                 raise ValueError(f"there is an interface {name!r} already")
             made = Function.make(f"interface {name!r}", function, 1, with_context)
             made = made._replace(checks=self._contracts.offer(name, contract, check))
-            handler = Single(made) if batching is None else Batcher(made, batching)
+            handler = Single(made) if batching is None else Batcher(made, batching, newest_first)
             self._server.register(name, handler, needs=permission, newest_first=newest_first)
             self._interfaces[name] = handler
         return function

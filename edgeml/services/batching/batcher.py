@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from edgeml.core.alarms import Alarm
 from edgeml.core.dispatch import Call, Caller, Gatherer, Turns
 from edgeml.core.errors import Closed, DeadlineExceeded, EdgemlError
+from edgeml.core.pace import OVERTAKEN, overtaken
 from edgeml.core.transport import Endpoint
 from edgeml.services.batching.patience import Costs, Patience
 from edgeml.services.batching.stack import Layout, Stack, flatten, split
@@ -102,6 +104,14 @@ class _Batch:
         self.calls = [self.calls[row] for row in rows]
 
 
+_Refusal = tuple[Call, Exception, str]
+"""A call that waits no longer, why, and what to count it by, if it was for want of time."""
+
+
+def _overtaken(call: Call) -> _Refusal:
+    return call, overtaken(call), OVERTAKEN
+
+
 class Batcher(Gatherer):
     """Answers calls in batches.
 
@@ -112,13 +122,15 @@ class Batcher(Gatherer):
         function: gets a batch, and where it is told of calls a list of their contexts, without any
             for padding.
         batching: how calls are put together.
+        newest_first: whether of a client's calls the newest is answered first.
 
     Attributes:
         function: the newest version; the next batch runs by it.
     """
 
-    def __init__(self, function: Function, batching: Batching) -> None:
+    def __init__(self, function: Function, batching: Batching, newest_first: bool = False) -> None:
         self.function = function
+        self._newest_first = newest_first
         self._max_size = batching.max_size
         self._max_delay = batching.max_delay
         self._sizes = batching.all_sizes()
@@ -134,6 +146,12 @@ class Batcher(Gatherer):
         self._waiting = 0  # calls
         self._source: Endpoint | None = None  # which brought the last one
         self._asked = False  # for a turn, which has not ended
+        self._asked_at = 0.0  # when, ...
+        self._gap = 0.0  # ... seconds until it came, of late, ...
+        self._free_at = 0.0  # ... and when it is to end
+        self._runs = 0
+        # Which run answered them last.
+        self._served: weakref.WeakKeyDictionary[Caller, int] = weakref.WeakKeyDictionary()
         self._closed = False
         self._alarm: Alarm | None = None  # that looks again, ...
         self._alarm_at = 0.0  # ... and when
@@ -153,33 +171,70 @@ class Batcher(Gatherer):
     def take(self, call: Call) -> None:
         """See `Gatherer.take`."""
         failure: Exception | None = None
+        refused: list[_Refusal] = []
         with self._lock:
             if self._closed:
                 failure = Closed("the server has been stopped")
             else:
-                caller = call.caller
-                self._patience.arrive(caller, time.monotonic())
-                line = self._lines.get(caller)
-                if line is not None:
-                    line.append(call)
-                    self._waiting += 1
-                else:
-                    try:
-                        self._place(call)
-                    except Exception as error:
-                        failure = error
-                    else:
-                        self._lines[caller] = deque()
-                        self._waiting += 1
+                now = time.monotonic()
+                self._patience.arrive(call.caller, now)
+                try:
+                    refused = self._put(call, now)
+                except Exception as error:
+                    failure = error
                 self._source = call.source
                 if not self._asked:
                     self._look()
         if failure is not None:  # not under the lock, since the answer is sent at once
             self._refuse(call, failure)
+        for each in refused:
+            self._refuse(*each)
 
-    def _refuse(self, call: Call, error: Exception) -> None:
-        if isinstance(error, Closed):
-            self._turns.refuse(call, error)
+    def _put(self, call: Call, now: float) -> list[_Refusal]:
+        """Have a call wait; returns those that wait no longer, it among them; under the lock."""
+        line = self._lines.get(call.caller)
+        pace, pressed = self._turns.pace, self._turns.pressed
+        refused: list[_Refusal] = []
+        if pressed and self._newest_first and line is not None:
+            refused = [_overtaken(each) for each in line]
+            self._waiting -= len(refused)
+            line.clear()
+        else:
+            full = self._waiting // self._max_size  # batches that come before it
+            ahead = max(0.0, self._free_at - now) + full * (pace.usual + self._gap)
+            left = call.deadline - now - ahead
+            if pace.rules_out(left, now) or (pressed and full and pace.is_risky(call, left, ahead)):
+                other = call
+                if line is None and full:
+                    other = self._replace(call)
+                return [(other, *pace.refusal(other, now, ahead))]
+        if line is not None:
+            line.append(call)
+        else:
+            self._place(call)
+            self._lines[call.caller] = deque()
+        self._waiting += 1
+        return refused
+
+    def _replace(self, call: Call) -> Call:
+        """Give a call the place of one whose client was answered later; who has none then."""
+        batch, served = self._batches[-1], self._served
+        rows = [row for row, each in enumerate(batch.calls) if not self._lines[each.caller]]
+        row = max(rows, key=lambda row: served.get(batch.calls[row].caller, 0), default=-1)
+        if row < 0:
+            return call
+        other = batch.calls[row]
+        ours = served.get(call.caller, 0)
+        if served.get(other.caller, 0) <= ours or not self._overwrite(batch, row, call):
+            return call
+        del self._lines[other.caller]
+        self._lines[call.caller] = deque()
+        return other
+
+    def _refuse(self, call: Call, error: Exception, reason: str = "") -> None:
+        if isinstance(error, Closed) or reason:
+            assert isinstance(error, EdgemlError)
+            self._turns.refuse(call, error, reason)
         elif self._turns.begin(call):  # or it is too late, of which it has been told
             self._turns.fail(call, error)
 
@@ -221,6 +276,7 @@ class Batcher(Gatherer):
             self._alarm.cancel()
             self._alarm = None
         self._asked = True
+        self._asked_at = time.monotonic()
         self._turns.ask(self._source)
 
     def _look_again(self) -> None:
@@ -236,9 +292,12 @@ class Batcher(Gatherer):
         answered: list[Caller] = []
         try:
             with self._lock:
-                batch, refused = self._next()
-            for call, error in refused:
-                self._refuse(call, error)
+                now = time.monotonic()
+                self._gap += (now - self._asked_at - self._gap) / 4
+                self._free_at = now + self._turns.pace.usual
+                batch, refused = self._next(now)
+            for each in refused:
+                self._refuse(*each)
             if batch is not None:
                 answered = [call.caller for call in batch.calls]
                 batch.keep([i for i, call in enumerate(batch.calls) if self._turns.begin(call)])
@@ -247,31 +306,41 @@ class Batcher(Gatherer):
         finally:
             with self._lock:
                 self._asked = False
+                self._free_at = 0.0
+                self._runs += 1
+                self._served.update(dict.fromkeys(answered, self._runs))
                 gone = [caller for caller in set(answered) if caller not in self._lines]
                 self._patience.decide(gone, self._waiting, self._max_size)
                 self._look()
 
-    def _next(self) -> tuple[_Batch | None, list[tuple[Call, Exception]]]:
-        """Take the oldest batch, with more calls of those who are in it while there is room."""
-        refused: list[tuple[Call, Exception]] = []
-        if not self._batches:
+    def _next(self, now: float) -> tuple[_Batch | None, list[_Refusal]]:
+        """Take the oldest batch, without those that can't make it, with others in their place."""
+        refused: list[_Refusal] = []
+        batch: _Batch | None = None
+        callers: deque[Caller] = deque()
+        while self._batches and (batch is None or not batch.calls):
+            batch = self._batches.popleft()
+            callers += [call.caller for call in batch.calls]
+            self._prune(batch, now, refused)
+        if batch is None:
             return None, refused
-        batch = self._batches.popleft()
-        callers = deque(call.caller for call in batch.calls)
+        callers += self._fill(batch)
+        if self._newest_first and self._turns.pressed:
+            self._renew(batch, refused)
         while callers:
             caller = callers.popleft()
             line = self._lines[caller]
             if not line:
                 del self._lines[caller]
                 continue
-            call = line.popleft()
+            call = line.pop() if self._newest_first else line.popleft()
             try:
-                if call.expired:
+                if self._is_late(call, now):
                     raise DeadlineExceeded
                 placed = self._place(call)
             except Exception as error:
                 self._waiting -= 1
-                refused.append((call, error))
+                refused.append((call, error, ""))
                 placed = batch
             if placed is batch:
                 callers.append(caller)
@@ -279,6 +348,64 @@ class Batcher(Gatherer):
             del self._newest[batch.stack.layout]
         self._waiting -= len(batch.calls)
         return batch, refused
+
+    def _is_late(self, call: Call, now: float) -> bool:
+        """Whether a call can't make it, though its batch runs now."""
+        return call.expired or self._turns.pace.rules_out(call.deadline - now, now)
+
+    def _prune(self, batch: _Batch, now: float, refused: list[_Refusal]) -> None:
+        """Take those out of a batch that can't make it."""
+        late = {row for row, call in enumerate(batch.calls) if self._is_late(call, now)}
+        refused += [(batch.calls[row], DeadlineExceeded(), "") for row in late]
+        self._waiting -= len(late)
+        batch.keep([row for row in range(len(batch.calls)) if row not in late])
+        if not batch.calls and self._batches and self._newest.get(batch.stack.layout) is batch:
+            del self._newest[batch.stack.layout]
+
+    def _fill(self, batch: _Batch) -> list[Caller]:
+        """Move calls of the next batch to this one, and return whose they are."""
+        moved: list[Caller] = []
+        while 0 < len(batch.calls) < self._max_size and self._batches:
+            other = self._batches[0]
+            if other.stack.layout != batch.stack.layout or other.checks is not batch.checks:
+                break
+            call = other.calls.pop()
+            batch.stack.write(len(batch.calls), other.stack.row(len(other.calls)))
+            batch.calls.append(call)
+            moved.append(call.caller)
+            if not other.calls:
+                self._batches.popleft()
+                if self._newest.get(other.stack.layout) is other:
+                    del self._newest[other.stack.layout]
+        return moved
+
+    def _renew(self, batch: _Batch, refused: list[_Refusal]) -> None:
+        """Put each client's newest call in place of its older one."""
+        for row, older in enumerate(batch.calls):
+            line = self._lines[older.caller]
+            if line:
+                call = line.pop()
+                self._waiting -= 1
+                try:
+                    renewed = self._overwrite(batch, row, call)
+                except Exception as error:
+                    refused.append((call, error, ""))
+                    continue
+                refused.append(_overtaken(older) if renewed else _overtaken(call))
+
+    def _overwrite(self, batch: _Batch, row: int, call: Call) -> bool:
+        """Stack a call in place of another; False where it doesn't fit there."""
+        payload = call.payload()
+        checks = self.function.checks
+        if checks is not None:
+            checks.check_payload(call, payload)
+        layout, leaves = flatten(payload)
+        if layout != batch.stack.layout or checks is not batch.checks:
+            return False
+        batch.stack.write(row, leaves)
+        batch.calls[row] = call
+        call.drop_payload()
+        return True
 
     def _run(self, batch: _Batch) -> None:
         function = self.function
@@ -317,6 +444,10 @@ class Batcher(Gatherer):
             return
         ended = self._answer(function, batch, result, size)
         costs.add(size, ended - began)
+        done = time.monotonic()
+        self._turns.pace.add(done - began, done)
+        if late := sum(done > call.deadline for call in batch.calls):
+            self._turns.note_late(late)
 
     def _check_again(self, function: Function, batch: _Batch) -> bool:
         """Whether calls are left that the function takes which has come while they waited."""

@@ -127,6 +127,12 @@ class Stack:
         for column, leaf in zip(self._columns, leaves, strict=True):
             column[row] = leaf
 
+    def row(self, row: int) -> list[Any]:
+        """Return a row's leaves."""
+        if self._single is not None:
+            return self._single
+        return [column[row] for column in self._columns]
+
     def copy_row(self, source: int, target: int) -> None:
         """Copy one row to another."""
         for column in self._columns:
@@ -145,7 +151,7 @@ class Stack:
         """Return another one with copies of these rows, and as much room."""
         other = Stack(self.layout, self.capacity)
         for target, source in enumerate(rows):
-            other.write(target, [column[source] for column in self._columns])
+            other.write(target, self.row(source))
         return other
 
     def tree(self, size: int) -> Any:
