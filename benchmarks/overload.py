@@ -2,12 +2,11 @@
 
     python benchmarks/overload.py [--loads 1.1 3.2 10] [--works "fixed 0.02"] [--json FILE]
 
-Robots in processes of their own ask at a steady rate, without waiting for their answers, each time
-with a deadline of five runs of the function, or 0.1 s if that is longer. *Useful* are the answers
-that are there within it, as a part of what the function could have answered in the time, at its
-best; *fair* is what the robot with the fewest got, as a part of the average; *refused* are those
-that the server told at once or later, of all that were asked, and *told* is the median part of the
-deadline after which they knew.
+Robots ask at a steady rate without waiting for their answers, each time with a deadline of five
+runs of the function, or 0.1 s if that is longer. *Useful* are the answers that are there within it,
+as a part of what the function could have answered, by what its runs took; *fair* is what the robot
+with the fewest got, as a part of the average; *refused* are those of all that were asked that the
+server told so, and *told* is after which part of the deadline they knew it, at the median.
 
 A function's work is a sleep, since it stands for a GPU: "fixed" is always as long, and "varying"
 half to one and a half times that. "batched" takes as long for up to 8 calls as for one.
@@ -122,6 +121,7 @@ def measure(
     workers: int,
     newest: bool,
     seconds: float,
+    processes: int,
 ) -> Row:
     """One case."""
     capacity = workers / work * (_BATCH if kind == "batched" else 1)
@@ -131,9 +131,11 @@ def measure(
     children: list[Child] = []
     try:
         url = server.receive()
-        half = robots // 2
-        for count, first in ((half, 0), (robots - half, half)):
+        first = 0
+        for left in range(processes, 0, -1):
+            count = (robots - first) // left
             children.append(Child(ask, url, count, first, robots, period, timeout))
+            first += count
         for child in children:
             child.receive()
         begin = time.monotonic() + 0.2 + _SETTLE
@@ -175,6 +177,7 @@ def main() -> None:
         default=["fixed 0.02", "varying 0.02", "fixed 0.002", "fixed 0.2", "batched 0.02"],
     )
     options.add_argument("--robots", type=int, default=8)
+    options.add_argument("--processes", type=int, default=2, help="that the robots are in")
     options.add_argument("--workers", type=int, default=1)
     options.add_argument("--newest-first", action="store_true")
     options.add_argument("--seconds", type=float, default=5.0)
@@ -206,6 +209,7 @@ def main() -> None:
                         given.workers,
                         given.newest_first,
                         max(given.seconds, 25 * float(work)),
+                        given.processes,
                     )
                     for _ in range(given.rounds)
                 )
