@@ -290,7 +290,8 @@ class Client:
             if encoder is not session.spoken.encoder:
                 encoder = session.spoken.encoder
                 encoded = encoder.encode(payload)
-            header = wire.pack(wire.Request(wire.CALL, session.key, name, left, encoded.header))
+            there = session.left_there(left)
+            header = wire.pack(wire.Request(wire.CALL, session.key, name, there, encoded.header))
             try:
                 message = session.requester.call(Message(header, encoded.buffers), left)
             except NotCarriedOut as error:
@@ -304,6 +305,7 @@ class Client:
                 session.note_life(deadline - limit)
                 reply = wire.unpack(wire.Result, message.header)
                 if reply.status != wire.NO_SESSION:
+                    session.note_way(session.heard - deadline + limit, reply.served)
                     return session, reply, message
                 session.lose(wire.error_of(reply))
             # It was not carried out, so it can be sent again.
@@ -367,7 +369,7 @@ class Client:
             value = call.encoder.decode(call.encoded)
             call.encoded = encoder.encode_owned(value, self.allocate)
             call.encoder = encoder
-        left = max(0.01, call.deadline - time.monotonic())
+        left = session.left_there(max(0.01, call.deadline - time.monotonic()))
         header = wire.pack(
             wire.Request(wire.CALL, session.key, call.name, left, call.encoded.header)
         )
@@ -401,6 +403,7 @@ class Client:
                 session.lose(wire.error_of(reply))  # not carried out, so it can be sent again
                 self._send_later(call)
             else:
+                session.note_way(session.heard - call.began, reply.served)
                 call.future.timing = _tell_timing(reply, call.began)  # type: ignore[attr-defined]
                 _settle(call.future, self._value(session, reply, message))
         except Closed as error:

@@ -59,6 +59,7 @@ _FIRST_ASKED = 0.4  # the part of what is left that the answer to a heartbeat ma
 _LATE = 0.1  # seconds from when a wait should have ended, beyond which we ourselves were held up
 _EACH = 0.003  # seconds that each call under way, which a server may be at first, lengthens that by
 _MOST_LAG = 5.0  # seconds of it that count
+_WAY = 0.001  # seconds by which what is known of the way may at least grow
 _GOODBYE = 3.0  # seconds that a server which stops may take to answer what it has begun
 _FAREWELL = 0.2  # seconds that closing may spend on telling the server
 
@@ -76,6 +77,7 @@ class Session:
         extensions: what the server answers to those of the hello.
         silence: seconds without a sign of life after which each end takes the other to be gone.
         lag: seconds that the server took of late to answer what it answers at once.
+        way: seconds that calls take of late beyond what the server says that they took there.
         asked: when the newest request was sent that has had an answer.
         heard: when an answer last came.
         under_way: has as many entries as asynchronous calls without an answer; see `Episode`.
@@ -92,6 +94,7 @@ class Session:
     extensions: dict[str, Any] = field(default_factory=dict)
     silence: float = wire.OLD_SILENCE
     lag: float = 0.0
+    way: float = 0.0
     asked: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     under_way: list[None] = field(default_factory=list)
@@ -119,6 +122,28 @@ class Session:
         self.heard = time.monotonic()
         if asked > self.asked:
             self.asked = asked
+
+    def note_way(self, took: float, served: wire.Served | None) -> None:
+        """Take notice of what a call took that had an answer, to know what the way takes of it.
+
+        Quickly down, and slowly up: a machine that was held up tells nothing of the way.
+
+        Args:
+            took: seconds until the answer was there.
+            served: what of them the server tells to be its own; None where it refused the call.
+        """
+        if served is None:
+            self.way = min(self.way, took)
+            return
+        way = max(0.0, took - served.queue - served.compute)
+        if way < self.way:
+            self.way += (way - self.way) / 2
+        else:
+            self.way += (min(way, 2 * self.way + _WAY) - self.way) / 10
+
+    def left_there(self, left: float) -> float:
+        """Return what the server has of the time that is left for a call, or half of that."""
+        return left - min(self.way, left / 2)
 
     def note_lag(self, seconds: float) -> None:
         """Take notice how long an answer took: the longest counts, less and less as time goes."""

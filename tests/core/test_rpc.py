@@ -700,6 +700,40 @@ def test_a_call_async_that_cannot_be_sent_again_fails_with_the_reason(transport)
             client.call_async("echo", 1).result(10)
 
 
+# More than can be answered -----------------------------------------------------------------------
+
+
+def test_a_server_that_is_asked_for_more_than_it_can_answer_answers_in_time_what_it_can(
+    server, transport
+):
+    """Each of three clients asks as often as it could be answered alone."""
+    runs = []
+
+    def policy(payload):
+        time.sleep(0.02)
+        runs.append(payload)
+        return payload
+
+    server.register_interface("policy", policy)
+    with started(server), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(client_of(server, transport)) for _ in range(3)]
+        futures = {client: [] for client in clients}
+        pause, due = threading.Event(), time.monotonic()
+        for n in range(120):
+            for client in clients:
+                futures[client].append(client.call_async("policy", n, timeout=0.5))
+            due += 0.02
+            pause.wait(max(0.0, due - time.monotonic()))
+        errors = {client: [f.exception(10) for f in futures[client]] for client in clients}
+    answered = [sum(error is None for error in errors[client]) for client in clients]
+    assert sum(answered) > 0.6 * len(runs), (answered, len(runs))
+    assert min(answered) > 0.5 * sum(answered) / 3, answered
+    kinds = {type(error) for each in errors.values() for error in each if error is not None}
+    assert Overloaded in kinds
+    assert kinds <= {Overloaded, DeadlineExceeded}
+    assert server.stats()["refused_too_busy"] > 0
+
+
 # Ownership ------------------------------------------------------------------------------------
 
 SIZES = [100, 5_000, 20_000, 301_056, 3_000_000]  # in the header, beside it, in place, and pooled

@@ -11,7 +11,7 @@ from edgeml.core import wire
 from edgeml.core.client import Client
 from edgeml.core.dispatch import answer_with
 from edgeml.core.server import Server
-from edgeml.core.session import SessionKeeper
+from edgeml.core.session import Session, SessionKeeper
 from edgeml.core.url import Url, resolve
 
 
@@ -98,3 +98,41 @@ def test_not_ready_is_told_as_it_is_and_is_one_kind_of_unreachable():
     assert isinstance(told, NotReady)
     assert isinstance(told, Unreachable)
     assert str(told) == str(error)
+
+
+def test_a_client_tells_a_server_the_time_that_is_left_without_the_way_and_never_less_than_half(
+    transport,
+):
+    server = server_at(transport)
+    server.dispatcher.register(
+        "left", lambda call: call.answer(call.deadline - call.arrived), newest_first=False
+    )
+    with closing(opened(server)), closing(client_of(server)) as client:
+        session = client.sessions.current
+        for way, most in ((0.0, 10.0), (2.0, 8.0), (60.0, 5.0)):
+            session.way = way
+            assert most - 1e-6 < client.call("left", None, 10.0) <= 10 - min(way, 5) + 1e-6
+            session.way = way
+            assert client.call_async("left", None, 10.0).result(10) <= most + 1e-6
+        session.way = 0.0
+        for _ in range(5):
+            client.call("left", None)
+        assert 0 < session.way < 1
+
+
+def test_what_the_way_takes_is_learned_slowly_where_it_grows_and_quickly_where_it_shrinks():
+    session = Session(None, b"", None, {}, 0)
+    served = wire.Served(1, 1, 0.1, 0.2)
+    session.note_way(100.3, served)  # held up
+    assert session.way < 0.001
+    for _ in range(60):
+        session.note_way(0.35, served)
+    assert session.way == pytest.approx(0.05, rel=0.1)
+    for _ in range(6):
+        session.note_way(0.31, served)
+    assert session.way == pytest.approx(0.01, rel=0.2)
+    session.note_way(0.002, None)  # refused at once: it can't be longer
+    assert session.way == 0.002
+    for strange in (float("nan"), float("inf"), -1e9):
+        session.note_way(0.35, wire.Served(1, 1, strange, 0.0))
+        assert 0 <= session.way < 1
