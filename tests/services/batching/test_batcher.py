@@ -56,14 +56,23 @@ class Policy:
 
 
 @contextmanager
-def batching(function, *, settings=None, workers=1, rate_limit=None, told=False, checks=None):
+def batching(
+    function,
+    *,
+    settings=None,
+    workers=1,
+    rate_limit=None,
+    told=False,
+    checks=None,
+    newest_first=False,
+):
     """A dispatcher that serves ``function`` as "policy", in batches."""
     alarms = Alarms("edgeml test alarms")
     dispatcher = Dispatcher("test", alarms, workers, rate_limit)
     dispatcher.register("echo", answer_with(lambda payload, caller: payload))
     settings = settings or Batching(max_size=8, sizes="any")
     made = Function.make("policy", function, 1, told, checks)
-    dispatcher.register("policy", Batcher(made, settings))
+    dispatcher.register("policy", Batcher(made, settings, newest_first))
     try:
         dispatcher.start()
         yield dispatcher
@@ -495,3 +504,96 @@ def test_many_threads_that_call_get_their_own_answers():
 def test_settings_that_make_no_sense_are_refused(settings, text):
     with pytest.raises(ValueError, match=text):
         Batching(**settings)
+
+
+# More than can be answered --------------------------------------------------------------------
+
+
+class Clock:
+    """Stands still but for what is told to take time."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = time.monotonic()
+        for module in ("core.call", "core.dispatch", "services.batching.batcher"):
+            monkeypatch.setattr(f"edgeml.{module}.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@contextmanager
+def batches_of_20_ms(monkeypatch, **settings):
+    """Serve two calls at a time, each batch taking 20 ms, as is known."""
+    clock, policy = Clock(monkeypatch), Policy()
+
+    def work(batch):
+        clock.now += 0.02
+        return batch * 2
+
+    policy.answer = work
+    two = Batching(max_size=2, sizes="any")
+    with batching(policy, settings=two, **settings) as dispatcher:
+        for n in range(6):
+            ask(dispatcher, n).result(PATIENCE)
+            policy.entered.get(timeout=PATIENCE)
+        policy.batches.clear()
+        yield clock, policy, dispatcher
+
+
+def test_a_batch_is_filled_with_calls_that_can_make_it(monkeypatch):
+    with batches_of_20_ms(monkeypatch) as (clock, policy, dispatcher):
+        with busy(dispatcher, policy):
+            short = [ask(dispatcher, n, timeout=0.1) for n in (1, 2, 3)]
+            long = [ask(dispatcher, n, timeout=10) for n in (4, 5, 6)]
+            clock.now += 0.07  # and 20 ms more until the batch has run
+        for future in short:
+            with pytest.raises(Overloaded, match="'policy' takes 20 ms of late"):
+                future.result(PATIENCE)
+        assert results(long) == [8, 10, 12]
+        assert sorted(policy.sizes) == [1, 1, 2]
+        assert dispatcher.counts["refused_too_busy"] == 3
+
+
+def test_calls_that_come_after_too_many_batches_are_refused_at_once(monkeypatch):
+    with batches_of_20_ms(monkeypatch) as (_, policy, dispatcher):
+        with busy(dispatcher, policy):
+            futures = [ask(dispatcher, n, timeout=0.1) for n in range(1, 20)]
+            refused = [future for future in futures if future.done()]
+            assert futures[-len(refused) :] == refused
+            for future in refused:
+                with pytest.raises(Overloaded, match="ask less often"):
+                    future.result(0)
+            assert dispatcher.waiting == len(futures) - len(refused)
+        kept = futures[: -len(refused)]
+        assert 4 <= len(kept) <= 8
+        assert results(kept) == [2 * n for n in range(1, len(kept) + 1)]
+        assert dispatcher.counts["answered_too_late"] == 0
+
+
+def test_who_was_answered_longer_ago_takes_the_place_of_who_was_answered_since(monkeypatch):
+    with batches_of_20_ms(monkeypatch) as (_, policy, dispatcher):
+        patient, *others = [caller_named(f"c{n}") for n in range(12)]
+        for n, caller in enumerate([patient, *others], 1):
+            ask(dispatcher, n, caller=caller).result(PATIENCE)
+        policy.entered = queue.SimpleQueue()
+        with busy(dispatcher, policy):
+            futures = [ask(dispatcher, 1, 0.1, caller) for caller in others]
+            kept = [future for future in futures if not future.done()]
+            assert kept != futures
+            last = ask(dispatcher, 7, 0.1, patient)
+            assert not last.done()
+            assert [future.done() for future in kept].count(True) == 1
+        assert last.result(PATIENCE) == 14
+
+
+def test_a_clients_newest_call_is_in_the_batch_where_that_is_wanted(monkeypatch):
+    with batches_of_20_ms(monkeypatch, newest_first=True) as (_, policy, dispatcher):
+        robot = caller_named("robot")
+        with busy(dispatcher, policy):
+            late = ask(dispatcher, 9, timeout=0.001)
+            older = [ask(dispatcher, n, 0.5, robot) for n in (1, 2, 3)]
+        assert late.exception(PATIENCE)
+        assert [f.exception(PATIENCE).__class__ for f in older[:2]] == [Overloaded] * 2
+        assert older[2].result(PATIENCE) == 6
+        assert dispatcher.counts["refused_overtaken"] == 2
+        assert dispatcher.waiting == 0
