@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +23,10 @@ else:
     import tomli as tomllib
 
 from pairs import ROOT, TRANSPORTS, threads
+
+# How long an example takes, or making it, tells of the machine.
+settings.register_profile("edgeml", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edgeml")
 
 _added = pytest.StashKey[tuple[Path, list[str], str | None]]()
 

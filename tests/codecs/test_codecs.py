@@ -883,13 +883,13 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_value_arrives_equal(value: Any) -> None:
     assert_same(round_trip(value), value)
 
 
 @given(VALUES, st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_damaged_message_is_a_value_or_malformed(value: Any, seed: int) -> None:
     message = codec.encode(value)
     decode_mutations(message, random.Random(seed), 20)

@@ -52,13 +52,13 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(VALUES)
 def test_any_plain_value_is_taken(value: Any) -> None:
     assert plain(pack(value)) == value
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(VALUES, st.binary(max_size=9), st.data())
 def test_any_damaged_one_is_a_value_or_malformed(value: Any, piece: bytes, data: Any) -> None:
     whole = pack(value)

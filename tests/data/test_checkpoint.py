@@ -684,7 +684,7 @@ class TestAtomic:
 
 
 class TestMeanwhile:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         begun=st.integers(0, 20),
         inserts=st.lists(st.integers(0, 7), max_size=12),

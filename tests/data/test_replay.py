@@ -60,7 +60,6 @@ def run(model: type[Model], shape: tuple[int, int, int, int], histories: int) ->
         settings=settings(
             max_examples=histories,
             stateful_step_count=30,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -152,7 +152,6 @@ class TestRecordsAndExamples:
         assert same(values["i"], np.array([0, -1, 300, 2**62]))
         assert encode_example(values) == data
 
-    @settings(deadline=None)
     @given(
         st.dictionaries(
             st.text(max_size=9),
@@ -184,7 +183,6 @@ class TestRecordsAndExamples:
         decoded = decode_example(b"\x0a" + bytes([len(entries)]) + entries)
         assert same(decoded, {"f": np.array([2, 3], np.float32), "i": np.array([5, 300])})
 
-    @settings(deadline=None)
     @given(st.binary(max_size=60))
     def test_garbage_is_no_example(self, data):
         with suppress(Malformed):
@@ -430,9 +428,7 @@ class TestTransitions:
         assert episode["steps"]["who"].tolist() == ["me", ""]
         assert "dones" not in episode["steps"]
 
-    @settings(
-        max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(
             st.tuples(st.integers(1, 6), st.booleans(), st.sampled_from(["log", "reopen"])),
@@ -1031,9 +1027,7 @@ class TestReading:
         with pytest.raises(TypeError, match="riegeli"):
             list(read_episodes(tmp_path))
 
-    @settings(
-        max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    @settings(max_examples=80, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def test_garbage_is_told(self, tmp_path, data):
         """Whatever is changed in the files, an error says so, or an episode comes out."""

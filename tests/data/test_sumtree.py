@@ -34,7 +34,7 @@ def check(tree: SumTree, values: np.ndarray) -> None:
 whole = st.integers(0, 1000).map(float)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_as_an_array_with_running_sums(data: st.DataObject) -> None:
     capacity = data.draw(st.sampled_from(CAPACITIES))

@@ -344,7 +344,6 @@ def assert_same_samples(one: TrajectoryBuffer, other: TrajectoryBuffer, name: st
 LESS = settings(
     max_examples=25,
     stateful_step_count=25,
-    deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -71,7 +71,7 @@ def test_arrays_go_as_numpy_saves_them(dtype):
 
 
 @given(arrays_of.arrays(st.sampled_from(DTYPES), arrays_of.array_shapes(min_dims=0, min_side=0)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_array_comes_back(array):
     back = observe(unpack_plainly(wire.write({"x": array}, LIMITS)))["x"]
     assert_same(back, array)

@@ -145,8 +145,9 @@ def test_a_reply_tells_how_long_the_call_waited_and_was_computed(transport):
         with client_of(server) as client:
             began = time.monotonic()
             futures = [client.call_async("slow", n) for n in range(2)]
-            third = pool.submit(client.call, "slow", 2, timing=True)
             wait_until(lambda: server.stats().get("calls") == 1)
+            wait_until(lambda: server.stats()["waiting"] == 1)
+            third = pool.submit(client.call, "slow", 2, timing=True)
             wait_until(lambda: server.stats()["waiting"] == 2)
             time.sleep(0.1)  # which two of them wait, and one is computed
             go_on.set()
