@@ -22,6 +22,8 @@ __all__ = ["Entrance", "Host", "Known", "Passage"]
 
 _log = logging.getLogger(__name__)
 
+_CALM = 0.9  # the part of a lag that still counts after the next sign of life
+
 
 class Known(Caller):
     """A client as a server keeps it, from the moment it is let in.
@@ -31,7 +33,8 @@ class Known(Caller):
         key: by which it is found again; nobody else knows it.
         seen: when it was last heard from.
         quiet: seconds since then, without those in which this process did not run.
-        silence: seconds of quiet after which it is taken to be gone, and told so.
+        silence: seconds of quiet after which it is taken to be gone.
+        lag: seconds by which it was later of late than one that has time; twice that is added.
         gone: whether it is; its next request shows that it is not.
         forget: seconds of quiet after which nothing is kept of it.
         left: whether it is no longer kept.
@@ -49,8 +52,18 @@ class Known(Caller):
         self.seen = time.monotonic()
         self.quiet = 0.0
         self.silence = self.forget = forget
+        self.lag = 0.0
         self.gone = False
         self.left = False
+
+    @property
+    def patience(self) -> float:
+        """Seconds of quiet after which it is taken to be gone, as slow as it is."""
+        return self.silence + 2 * self.lag
+
+    def note_lag(self, usual: float) -> None:
+        """Take notice that it is heard from; its quiet should have been so long at most."""
+        self.lag = max(self.quiet - usual, _CALM * self.lag, 0.0)
 
 
 class Host(Protocol):

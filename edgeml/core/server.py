@@ -557,13 +557,14 @@ class Server:
             sessions = list(self._sessions.values())
             for session in sessions:
                 seen = session.seen
-                session.quiet = (session.quiet if seen < before else 0.0) + min(
-                    passed, self._ticked - seen
-                )
+                if seen >= before:
+                    session.note_lag(wire.IDLE * session.silence + 2 * _TICK)
+                    session.quiet = 0.0
+                session.quiet += min(passed, self._ticked - seen)
             gone = [
                 s
                 for s in sessions
-                if s.quiet > s.silence and not s.gone and not self._is_sending(s)
+                if s.quiet > s.patience and not s.gone and not self._is_sending(s)
             ]
             for session in gone:
                 session.gone = True
@@ -588,6 +589,7 @@ class Server:
         """Take note that a client that was taken to be gone is there."""
         with self._lock:
             gone, session.gone = session.gone, False
+            session.quiet = 0.0  # which is not to be learned from
         if gone:
             self._say(f"{session} is back")
             self._notices.tell(self._on_connect, session)

@@ -56,9 +56,9 @@ _PATIENCE = 2.0  # seconds; the longest pause between two attempts to connect in
 _ATTEMPT = 3.0  # seconds that the first attempt to connect in the background may take
 _LONGEST_ATTEMPT = 10.0  # seconds that a later one may take at least
 _FIRST_ASKED = 0.4  # the part of what is left that the answer to a heartbeat may be late
+_CALM = 0.9  # the part of a lag that still counts after the next answer
 _LATE = 0.1  # seconds from when a wait should have ended, beyond which we ourselves were held up
 _EACH = 0.003  # seconds that each call under way, which a server may be at first, lengthens that by
-_MOST_LAG = 5.0  # seconds of it that count
 _WAY = 0.001  # seconds by which what is known of the way may at least grow
 _GOODBYE = 3.0  # seconds that a server which stops may take to answer what it has begun
 _FAREWELL = 0.2  # seconds that closing may spend on telling the server
@@ -147,7 +147,7 @@ class Session:
 
     def note_lag(self, seconds: float) -> None:
         """Take notice how long an answer took: the longest counts, less and less as time goes."""
-        self.lag = min(max(seconds, 0.8 * self.lag, 0.0), _MOST_LAG)
+        self.lag = min(max(seconds, _CALM * self.lag, 0.0), self.silence / 2)
 
     def lose(self, why: EdgemlError) -> None:
         """Use it no more; a server that says so itself may still answer what is under way."""

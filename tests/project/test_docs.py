@@ -192,6 +192,10 @@ ALONE = {
         "'obs' is called for the first time, by viewer",
         "viewer at zmq://127.0.0.1 has left",
     ],
+    ("docs/guides/liveness.md", "liveness.py"): [
+        "operator is here\noperator is gone, the arm holds\nnoticed in time: True\noperator is here\n",
+    ],
+    ("docs/guides/liveness.md", "reconnect.py"): ["lost: True\nback: True\nhello\n"],
     ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
     ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],
     ("docs/guides/processes.md", "processes.py"): ["robot 1 got 2", "robot 2 got 4"],
