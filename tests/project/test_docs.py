@@ -193,7 +193,8 @@ ALONE = {
         "viewer at zmq://127.0.0.1 has left",
     ],
     ("docs/guides/liveness.md", "liveness.py"): [
-        "operator is here\noperator is gone, the arm holds\nnoticed in time: True\noperator is here\n",
+        "operator is here\noperator is gone, the arm holds\n",
+        "noticed in time: True\noperator is here\n",
     ],
     ("docs/guides/liveness.md", "reconnect.py"): ["lost: True\nback: True\nhello\n"],
     ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
