@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import weakref
@@ -17,8 +18,10 @@ from edgeml.core.message import Allocator, pooled
 from edgeml.data.adapters import adapt_class, hide_items, is_adapted
 from edgeml.data.batch import Batch
 from edgeml.data.forwarding import Forwarding
+from edgeml.data.lanes import Lane, Lanes, Numbers
 from edgeml.data.locks import make_lock
 from edgeml.data.numbering import Numbering
+from edgeml.data.tree import Array
 
 if TYPE_CHECKING:
     from edgeml.data.logged import LoggedDataStore
@@ -55,9 +58,14 @@ class DataStoreBase(ABC):
 
     _forwarding: Forwarding | None = None
 
+    knows_lanes = False
+    """Whether its `batch_insert` and `interrupt` take a ``lane``; see `insert_from`."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         adapt_class(cls)
+        told = cls.batch_insert, cls.interrupt
+        cls.knows_lanes = all("lane" in inspect.signature(each).parameters for each in told)
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
@@ -65,6 +73,9 @@ class DataStoreBase(ABC):
         self._capacity = capacity
         self._cuts: deque[int] = deque()  # ids of items that don't follow upon the one before
         self._cuts_kept = capacity  # for how many items back
+        self._lanes = Lanes(capacity)
+        # Of a store that knows no lanes, whose item the newest is, and its id.
+        self._newest: tuple[Lane, int, int] | None = None
         self.lock = make_lock()
         self.numbering = Numbering()
         self.allocate: Allocator = pooled
@@ -84,6 +95,11 @@ class DataStoreBase(ABC):
         """Whether the first item that comes, whoever sends it, says what all must be like."""
         return False
 
+    @property
+    def lanes_given_up(self) -> int:
+        """How many lanes were given up as there were too many, so that their episodes are cut."""
+        return self._lanes.given_up
+
     @abstractmethod
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""
@@ -93,8 +109,8 @@ class DataStoreBase(ABC):
         """Return the items with ids above ``from_id`` that are still held.
 
         The batch stays as it is, whatever happens to the store. Its ``first_id`` is above
-        ``from_id + 1`` where items in between are gone, and its ``cuts`` are what `cuts_within`
-        gives.
+        ``from_id + 1`` where items in between are gone, and its ``cuts`` and ``lanes`` are what
+        `cuts_within` and `lanes_within` give.
 
         Args:
             from_id: the id of the last item that the caller has; 0 for all.
@@ -120,6 +136,49 @@ class DataStoreBase(ABC):
             finally:
                 inserted = self.latest_data_id() + 1 - first
                 self.take_cuts([cut for cut in cuts if cut < inserted], first)
+
+    def insert_from(self, source: Lane, batch: Batch) -> None:
+        """Insert items of one of several sources, such as a client's id: `batch_insert` for many.
+
+        What comes of a source follows upon what came of it before, whatever others inserted in
+        between: it has a *lane* of its own, or one for each number in the batch's ``lanes``. This
+        is what stores do whose `batch_insert` and `interrupt` have a parameter ``lane``, as all of
+        edgeml's have. Others are interrupted wherever another source's item, or lane's, comes in
+        between.
+        """
+        with self.lock:
+            if self.knows_lanes:
+                insert: Any = self.batch_insert
+                insert(batch, lane=source)
+                return
+            if not len(batch):
+                return
+            lanes = np.zeros(len(batch), np.int64) if batch.lanes is None else batch.lanes
+            before = self.latest_data_id()
+            if self._newest != (source, int(lanes[0]), before):
+                self.interrupt()
+            switches = 1 + np.flatnonzero(lanes[1:] != lanes[:-1])
+            if len(switches):
+                batch = batch.cut(np.union1d(switches, batch.cuts).astype(int).tolist())
+            try:
+                self.batch_insert(batch)
+            finally:
+                latest = self.latest_data_id()
+                if latest > before:
+                    self._newest = (
+                        source,
+                        int(lanes[min(latest - before, len(batch)) - 1]),
+                        latest,
+                    )
+
+    def interrupt_from(self, source: Lane) -> None:
+        """Tell that what comes next of a source does not follow upon what came of it last."""
+        with self.lock:
+            if self.knows_lanes:
+                interrupt: Any = self.interrupt
+                interrupt(lane=source)
+            elif self._newest is not None and self._newest[0] == source:
+                self._newest = None  # and so it will be interrupted
 
     def reset(self, next_id: int | None = None) -> None:
         """Forget all items.
@@ -205,11 +264,30 @@ class DataStoreBase(ABC):
             self._cuts.popleft()
         return [cut - first_id for cut in self._cuts if first_id <= cut < first_id + n]
 
+    def number_lanes(self, batch: Batch, lane: Lane) -> tuple[Numbers, Sequence[int]]:
+        """Return the numbers of the lanes of a batch's items, and the cuts that all lanes have.
+
+        Args:
+            batch: with ``lanes`` and ``cuts`` of the store that it comes from.
+            lane: which of this store's it is for, or None.
+        """
+        return self._lanes.number(batch, lane), batch.cuts if lane is None else ()
+
+    def take_lanes(self, numbers: Numbers, first_id: int, n: int) -> None:
+        """Remember the lanes of n items, by their numbers, from ``first_id`` on."""
+        self._lanes.note(first_id, n, numbers)
+
+    def lanes_within(self, first_id: int, n: int) -> Array | None:
+        """Return the numbers of the lanes of the n items from ``first_id`` on; None for all 0."""
+        return self._lanes.within(first_id, n)
+
     def forget_cuts(self, next_id: int | None) -> int:
-        """Forget all cuts, for `reset`; returns the id of the next item."""
+        """Forget all cuts and lanes, for `reset`; returns the id of the next item."""
         if next_id is not None and next_id < 1:
             raise ValueError(f"ids are from 1 on, got {next_id}")
         self._cuts.clear()
+        self._lanes.clear()
+        self._newest = None
         if next_id is not None:
             if next_id <= self.latest_data_id():
                 self.numbering = Numbering()  # other items will have these ids
@@ -223,10 +301,13 @@ class DataStoreBase(ABC):
     def state(self) -> Any:
         """Return what the store knows beyond its items, small: plain values and arrays."""
         with self.lock:
-            return {"interrupted": self.latest_data_id() + 1 in self._cuts}
+            state: dict[str, Any] = {"interrupted": self.latest_data_id() + 1 in self._cuts}
+            return {**state, "lanes": self._lanes.state()} if self._lanes.are_used else state
 
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave, after all items were restored."""
+        if "lanes" in state:
+            self._lanes.set_state(state["lanes"])
         if state["interrupted"]:
             self.interrupt()
 
@@ -304,6 +385,8 @@ def check_state(state: Any) -> None:
     for key in ("breaks", "stale"):
         if type(state.get(key, 0)) is not int:
             raise TypeError(f"{key!r} is a count")
+    if "lanes" in state:
+        Lanes.check_state(state["lanes"])
 
 
 def check_random_state(rng: np.random.Generator, state: Any) -> None:

@@ -15,6 +15,9 @@ from edgeml.data.tree import Array, Skeleton, fill, is_plain, leaves_of, skeleto
 
 __all__ = ["Batch"]
 
+MOST_LANES = 1024  # of a store, and so of a batch
+
+_MAYBE = {"cuts", "lanes"}  # keys of a payload that need not be there
 _PYTHON_DTYPES: dict[type, type[np.generic]] = {
     bool: np.bool_,
     int: np.int64,
@@ -37,6 +40,8 @@ class Batch(Sequence[Any]):
         first_id: the id of the first item, and of an empty batch the id that would come next.
         cuts: positions, ascending, of items that don't follow upon the one before although that
             doesn't say so itself; see `DataStoreBase.interrupt`.
+        lanes: of each item a number, (n,) int64: items follow upon the one before of the same
+            number. None where all are of one lane. See `DataStoreBase.insert_from`.
     """
 
     first_id: int
@@ -44,6 +49,7 @@ class Batch(Sequence[Any]):
     _skeleton: Skeleton
     _leaves: list[Array]
     cuts: tuple[int, ...] = ()
+    lanes: Array | None = None
 
     @classmethod
     def of(cls, items: Sequence[Any], first_id: int = 1, *, allocate: Allocator = pooled) -> Batch:
@@ -54,7 +60,8 @@ class Batch(Sequence[Any]):
         copies, in memory from ``allocate``; items that don't make columns are held by reference.
         """
         if isinstance(items, Batch):
-            return cls(first_id, items._items, items._skeleton, items._leaves, items.cuts)
+            columns = items._items, items._skeleton, items._leaves
+            return cls(first_id, *columns, items.cuts, items.lanes)
         items = list(items)
         if items:
             try:
@@ -89,7 +96,15 @@ class Batch(Sequence[Any]):
 
     def cut(self, positions: Sequence[int]) -> Batch:
         """Return the same batch with these `cuts`."""
-        return Batch(self.first_id, self._items, self._skeleton, self._leaves, tuple(positions))
+        columns = self._items, self._skeleton, self._leaves
+        return Batch(self.first_id, *columns, tuple(positions), self.lanes)
+
+    def in_lanes(self, lanes: Array | None) -> Batch:
+        """Return the same batch with these `lanes`, which are not copied."""
+        if lanes is self.lanes:
+            return self
+        lanes = None if lanes is None else _read_only(lanes)
+        return Batch(self.first_id, self._items, self._skeleton, self._leaves, self.cuts, lanes)
 
     @property
     def columns(self) -> Any:
@@ -116,7 +131,8 @@ class Batch(Sequence[Any]):
             items = None if self._items is None else self._items[index]
             leaves = [leaf[index] for leaf in self._leaves]
             cuts = tuple(cut - start for cut in self.cuts if start <= cut < stop)
-            return Batch(self.first_id + start, items, self._skeleton, leaves, cuts)
+            lanes = None if self.lanes is None else self.lanes[index]
+            return Batch(self.first_id + start, items, self._skeleton, leaves, cuts, lanes)
         if self._items is not None:
             return self._items[index]
         return fill(self._skeleton, [leaf[index] for leaf in self._leaves])
@@ -139,6 +155,8 @@ class Batch(Sequence[Any]):
             payload["columns"] = self.columns
         if self.cuts:
             payload["cuts"] = list(self.cuts)
+        if self.lanes is not None:
+            payload["lanes"] = self.lanes
         return payload
 
     @classmethod
@@ -148,8 +166,8 @@ class Batch(Sequence[Any]):
         Raises:
             Malformed: nothing that `to_payload` could have made.
         """
-        if not isinstance(payload, dict) or len(payload) != 2 + ("cuts" in payload):
-            raise Malformed("a batch is a dict of first_id, either columns or items, and cuts")
+        if not isinstance(payload, dict) or len(payload) != 2 + len(_MAYBE & payload.keys()):
+            raise Malformed("a batch is a dict: first_id, either columns or items, cuts and lanes")
         first_id = payload.get("first_id")
         if type(first_id) is not int or first_id < 1:
             raise Malformed(f"a batch's first_id is an int from 1, got {shown(first_id, 40)}")
@@ -163,6 +181,8 @@ class Batch(Sequence[Any]):
             if not isinstance(items, list):
                 raise Malformed("a batch has a list of items, or columns")
             batch = cls(first_id, items, None, [])
+        if "lanes" in payload:
+            batch = batch.in_lanes(_check_lanes(payload["lanes"], len(batch)))
         if "cuts" not in payload:
             return batch
         cuts = payload["cuts"]
@@ -171,6 +191,14 @@ class Batch(Sequence[Any]):
         if any(a >= b for a, b in pairwise([-1, *cuts, len(batch)])):
             raise Malformed("a batch's cuts are ascending, and positions of its items")
         return batch.cut(cuts)
+
+
+def _check_lanes(lanes: Any, n: int) -> Array:
+    if not isinstance(lanes, np.ndarray) or lanes.dtype != np.int64 or lanes.shape != (n,):
+        raise Malformed(f"a batch's lanes are an array of {n} int64, not {shown(lanes, 40)}")
+    if n and (lanes.min() < 0 or lanes.max() >= 1 << 53 or len(np.unique(lanes)) > MOST_LANES):
+        raise Malformed(f"a batch is of up to {MOST_LANES} lanes, numbered from 0 on")
+    return lanes
 
 
 def join(parts: Sequence[Batch], first_id: int, allocate: Allocator) -> Batch:

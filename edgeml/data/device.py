@@ -83,6 +83,7 @@ class DeviceRing:
         self._sizes = sorted({1, min(32, most), most})  # a compiled function for each
         self._staged = self._make_stage()
         self._abandoned = False
+        self._order: tuple[Any, Any] = None, None  # of rows, as it was given, and on the device
         self.reset(1)
         watch_forks(self)
 
@@ -164,10 +165,19 @@ class DeviceRing:
                 out[name][done : done + k] = np.asarray(rows)[:k]
         return out
 
-    def draw(self, at: Array, words: Array, config: SampleConfig) -> tuple[Any, Any]:
-        """Let samplers choose rows, and gather these: ``data, mask``; see `_draw`."""
+    def draw(
+        self, at: Array, words: Array, config: SampleConfig, order: Array | None = None
+    ) -> tuple[Any, Any]:
+        """Let samplers choose rows, and gather these: ``data, mask``; see `_draw`.
+
+        An array of the order is put on the device once, and must not change.
+        """
+        import jax
+
         self.flush()
-        data, mask = _compile().draw(self._rows, at, words, config)
+        if order is not self._order[0]:
+            self._order = order, None if order is None else jax.device_put(order, self._device)
+        data, mask = _compile().draw(self._rows, at, words, config, self._order[1])
         return data, mask
 
     def add_sums(self, name: str, first_id: int, sums: Array) -> None:
@@ -244,7 +254,13 @@ def _read(columns: dict[str, jax.Array], start: jax.Array, n: int) -> dict[str, 
     }
 
 
-def _draw(rows: Rows, at: jax.Array, words: jax.Array, config: SampleConfig) -> tuple[Any, Any]:
+def _draw(
+    rows: Rows,
+    at: jax.Array,
+    words: jax.Array,
+    config: SampleConfig,
+    order: jax.Array | None,
+) -> tuple[Any, Any]:
     """Let samplers choose rows, and gather these.
 
     Args:
@@ -253,6 +269,8 @@ def _draw(rows: Rows, at: jax.Array, words: jax.Array, config: SampleConfig) -> 
             and its length.
         words: (2,) uint32, random.
         config: which samplers, and what for.
+        order: (capacity,) int32: the rows in the order in which trajectories follow each other,
+            for which ``at`` counts then; None where they lie in the ring like that.
     """
     import jax
     import jax.numpy as jnp
@@ -266,6 +284,8 @@ def _draw(rows: Rows, at: jax.Array, words: jax.Array, config: SampleConfig) -> 
     def take(column: jax.Array, positions: jax.Array) -> jax.Array:
         inside = jnp.clip(positions, 0, beside(length, positions) - 1)
         slots = (beside(begin, positions) + inside) % capacity
+        if order is not None:
+            slots = order.at[slots].get(mode="promise_in_bounds")
         return column.at[slots].get(mode="promise_in_bounds")
 
     def read(name: str, positions: jax.Array) -> jax.Array:

@@ -11,12 +11,14 @@ from typing import Any, Literal, get_args
 from edgeml.core.errors import DeadlineExceeded, Overloaded
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch, join
+from edgeml.data.lanes import Lane, Numbers
 from edgeml.data.tree import copy_item
 
 __all__ = ["OnFull", "QueuedDataStore"]
 
 OnFull = Literal["drop_oldest", "block", "raise"]
 
+_NOTHING = Batch.of([])
 _RUN = 256  # single items are kept in runs of so many, which a reader skips whole
 
 
@@ -66,22 +68,37 @@ class QueuedDataStore(DataStoreBase):
         """Return the id of the newest item ever inserted; 0 where there was none."""
         return self._latest
 
-    def insert(self, item: Any) -> None:
-        """Insert a copy of one item; the class tells what it raises."""
-        self._append([copy_item(item)], 1)
+    def insert(self, item: Any, lane: Lane = None) -> None:
+        """Insert a copy of one item; the class tells what it raises.
 
-    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
-        """Insert copies of items in one step; the class tells what it raises."""
+        Args:
+            item: any that a codec carries.
+            lane: which of several environments' it is, a text or a number (default: all items are
+                of one). Whoever gets it is told, so that its episodes go on across others' items.
+        """
+        if lane is None:
+            self._append([copy_item(item)], 1)
+            return
+        with self.lock:
+            self._append([copy_item(item)], 1, (), self._lanes.find(lane))
+
+    def batch_insert(self, batch: Batch | Sequence[Any], lane: Lane = None) -> None:
+        """Insert copies of items in one step; `insert` and the class tell the rest."""
         if not isinstance(batch, Batch):
             if isinstance(batch, (dict, str)):
                 raise TypeError(f"a batch is a sequence of items, got a {type(batch).__name__}")
             batch = list(batch)
+        copied, told = self._copy(batch), batch if isinstance(batch, Batch) else _NOTHING
+        with self.lock:
+            numbers, cuts = self.number_lanes(told, lane)
+            self._append(copied, len(batch), cuts, numbers)
+
+    def _copy(self, batch: Batch | list[Any]) -> Batch | list[Any]:
+        """Return copies of the last of some items, as many as can be held."""
         kept = batch[-self.capacity :]
-        cuts = kept.cuts if isinstance(kept, Batch) else ()
         if isinstance(kept, Batch) and kept.columns is not None:
-            self._append(Batch.from_columns(copy_item(kept.columns)), len(batch), cuts)
-        else:
-            self._append([copy_item(item) for item in kept], len(batch), cuts)
+            return Batch.from_columns(copy_item(kept.columns))
+        return [copy_item(item) for item in kept]
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
@@ -107,14 +124,27 @@ class QueuedDataStore(DataStoreBase):
                     parts.append([*islice(chunk, skip, end)])
                 left -= min(len(chunk) - skip, left)
                 skip = 0
-            cuts = self.cuts_within(first, sum(map(len, parts)))
+            n = sum(map(len, parts))
+            cuts, lanes = self.cuts_within(first, n), self.lanes_within(first, n)
         # What is held is never changed, so the rest needs no lock.
         allocate = self.allocate
         batches = [p if isinstance(p, Batch) else Batch.of(p, allocate=allocate) for p in parts]
         batch = join(batches, first, allocate)
         if batch.columns is None:
             batch = Batch.of([copy_item(i) for i in batch], first)
-        return batch.cut(cuts)
+        return batch.cut(cuts).in_lanes(lanes)
+
+    def interrupt(self, lane: Lane = None) -> None:
+        """Tell that what comes next does not follow upon what came last.
+
+        Args:
+            lane: in which (default: in all).
+        """
+        with self.lock:
+            if lane is None:
+                super().interrupt()
+            else:
+                self._lanes.close(lane)
 
     def reset(self, next_id: int | None = None) -> None:
         """Forget all items; see the base class."""
@@ -130,7 +160,8 @@ class QueuedDataStore(DataStoreBase):
             kept = self._on_full, self._dropped
             self._on_full = "drop_oldest"
             try:
-                self.batch_insert(batch)
+                lanes = 0 if batch.lanes is None else batch.lanes
+                self._append(self._copy(batch), len(batch), batch.cuts, lanes)
             finally:
                 self._on_full, self._dropped = kept
 
@@ -140,8 +171,17 @@ class QueuedDataStore(DataStoreBase):
             self._forget(up_to_id - (self._latest - self._held))
             self._not_full.notify_all()
 
-    def _append(self, items: Batch | list[Any], n: int, cuts: Sequence[int] = ()) -> None:
-        """Append the last of n items, with their cuts; the others are too many to be held."""
+    def _append(
+        self,
+        items: Batch | list[Any],
+        n: int,
+        cuts: Sequence[int] = (),
+        numbers: Numbers = 0,
+    ) -> None:
+        """Append the last of n items, with the cuts and lanes of all n.
+
+        The others are too many to be held.
+        """
         with self.lock:
             if self._on_full != "drop_oldest":
                 self._await_space(n)
@@ -159,7 +199,9 @@ class QueuedDataStore(DataStoreBase):
                 tail.extend(items)
             self._held += len(items)
             self._latest += n
-            self.take_cuts(cuts, self._latest + 1 - len(items))
+            first = self._latest + 1 - n
+            self.take_cuts(cuts, first)
+            self.take_lanes(numbers, first, n)
 
     def _await_space(self, n: int) -> None:
         if n > self._capacity:

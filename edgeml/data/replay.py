@@ -10,6 +10,7 @@ import numpy as np
 from edgeml.data.base import DataStoreBase, check_random_state, check_state
 from edgeml.data.batch import Batch
 from edgeml.data.columns import Columns
+from edgeml.data.lanes import Lane, Numbers
 from edgeml.data.plans import Plan, check_size
 from edgeml.data.prefetch import Prefetch
 from edgeml.data.ring import Ring
@@ -101,7 +102,7 @@ class ReplayBuffer(DataStoreBase):
         self._looks = n_step, discount, frame_stack, lanes
         # Rows are kept for the frames of the oldest item's stack, too.
         self._ring = Ring(capacity, spare=count_spare_rows(frame_stack, lanes))
-        self._cuts_kept = self._ring.n_rows
+        self._cuts_kept = self._lanes.kept = self._ring.n_rows
         self._selector = UniformSelector() if selector is None else selector
         self._selector.attach(self._ring)
         self._schema: Schema | None = None
@@ -140,9 +141,16 @@ class ReplayBuffer(DataStoreBase):
         with self.lock:  # `restore` goes back for a moment
             return self._ring.latest
 
-    def insert(self, item: Any) -> None:
-        """Insert a copy of one item; the class tells what it raises."""
+    def insert(self, item: Any, lane: Lane = None) -> None:
+        """Insert a copy of one item; the class tells what it raises.
+
+        Args:
+            item: like all others.
+            lane: which of several environments' it is, a text or a number (default: all items are
+                of one). It follows upon the item before of that lane.
+        """
         with self.lock:
+            number = 0 if lane is None else self._lanes.find(lane)
             schema = self._schema
             if schema is None:
                 schema = self._make_schema(item)
@@ -150,35 +158,44 @@ class ReplayBuffer(DataStoreBase):
                 self._set_schema(schema)
             else:
                 leaves = schema.fit(item)
-            self._transitions.write(leaves)
+            self._transitions.write(leaves, number)
             self._ring.latest += 1
+            if number or self._lanes.are_used:
+                self.take_lanes(number, self._ring.latest, 1)
 
-    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
-        """Insert copies of items in one step; the class tells what it raises."""
+    def batch_insert(self, batch: Batch | Sequence[Any], lane: Lane = None) -> None:
+        """Insert copies of items in one step; `insert` and the class tell the rest."""
         batch = batch if isinstance(batch, Batch) else Batch.of(batch)
+        with self.lock:
+            self._insert(batch, *self.number_lanes(batch, lane))
+
+    def _insert(self, batch: Batch, numbers: Numbers, cuts: Sequence[int]) -> None:
         if not batch:
             return
-        with self.lock:
-            schema = self._schema or self._make_schema(batch[0])
-            columns = schema.fit_batch(batch)
-            if self._schema is None:
-                self._set_schema(schema)
-            ring = self._ring
-            kept = min(len(batch), ring.n_rows)
-            if kept < len(batch):
-                columns = [column[-kept:] for column in columns]
-            first = ring.latest + len(batch) - kept + 1
-            cuts = [cut - len(batch) + kept for cut in batch.cuts if cut >= len(batch) - kept]
-            self._transitions.write_many(first, columns, kept, cuts)
-            ring.latest += len(batch)
-            self.take_cuts(cuts, first)
+        schema = self._schema or self._make_schema(batch[0])
+        columns = schema.fit_batch(batch)
+        if self._schema is None:
+            self._set_schema(schema)
+        ring = self._ring
+        left_out = max(0, len(batch) - ring.n_rows)
+        kept = len(batch) - left_out
+        if left_out:
+            columns = [column[left_out:] for column in columns]
+            numbers = numbers if isinstance(numbers, int) else numbers[left_out:]
+            cuts = [cut - left_out for cut in cuts if cut >= left_out]
+        first = ring.latest + left_out + 1
+        self._transitions.write_many(first, columns, kept, cuts, numbers)
+        ring.latest += len(batch)
+        self.take_cuts(cuts, first)
+        self.take_lanes(numbers, first, kept)
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
         """Return the items with ids above ``from_id`` that are still held; see the base class."""
         with self.lock:
             first, n = self._ring.find_range(from_id, limit)
-            grabbed, cuts = self._grab(first, n), self.cuts_within(first, n)
-        return self._split(grabbed, first).cut(cuts)
+            grabbed = self._grab(first, n)
+            cuts, lanes = self.cuts_within(first, n), self.lanes_within(first, n)
+        return self._split(grabbed, first).cut(cuts).in_lanes(lanes)
 
     def reset(self, next_id: int | None = None) -> None:
         """Forget all items; see the base class."""
@@ -188,9 +205,16 @@ class ReplayBuffer(DataStoreBase):
             if self._schema is not None:
                 self._transitions.reset()
 
-    def interrupt(self) -> None:
-        """End the episode under way: what is inserted next does not follow upon it."""
+    def interrupt(self, lane: Lane = None) -> None:
+        """End the episode under way: what is inserted next does not follow upon it.
+
+        Args:
+            lane: whose (default: all lanes').
+        """
         with self.lock:
+            if lane is not None:
+                self._lanes.close(lane)
+                return
             super().interrupt()
             if self._schema is not None:
                 self._transitions.interrupt()
@@ -348,11 +372,13 @@ class ReplayBuffer(DataStoreBase):
             older = first - ring.oldest_kept
             if n and first == ring.oldest_id and older > 0:
                 # Rows that are kept for the frames of the oldest items.
-                before = self._split(self._grab(first - older, older), first - older)
-                cuts = self.cuts_within(first - older, older)
-                extra["older"] = before.cut(cuts).to_payload()
-            grabbed, cuts = self._grab(first, n), self.cuts_within(first, n)
-        return self._split(grabbed, first).cut(cuts), extra or None
+                start = first - older
+                before = self._split(self._grab(start, older), start)
+                before = before.cut(self.cuts_within(start, older))
+                extra["older"] = before.in_lanes(self.lanes_within(start, older)).to_payload()
+            grabbed = self._grab(first, n)
+            cuts, lanes = self.cuts_within(first, n), self.lanes_within(first, n)
+        return self._split(grabbed, first).cut(cuts).in_lanes(lanes), extra or None
 
     def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave."""
@@ -361,10 +387,13 @@ class ReplayBuffer(DataStoreBase):
             if "older" in extra and not len(self):
                 older = Batch.from_payload(extra["older"])
                 self.reset(self._ring.latest + 1 - len(older))
-                self.batch_insert(older)
+                self._restore(older)
                 self._ring.before = self._ring.latest
-            self.batch_insert(batch)
+            self._restore(batch)
             self._selector.restore(len(batch), extra)
+
+    def _restore(self, batch: Batch) -> None:
+        self._insert(batch, 0 if batch.lanes is None else batch.lanes, batch.cuts)
 
     # Within --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from edgeml.data.base import DataStoreBase, check_random_state, check_state
 from edgeml.data.batch import Batch
 from edgeml.data.columns import equal_bytes
 from edgeml.data.device import DeviceRing, Part, SampleConfig, Transform
+from edgeml.data.lanes import Lane, Numbers, slot_of
 from edgeml.data.plans import check_size
 from edgeml.data.samplers import Sampler
 from edgeml.data.schema import Schema
 from edgeml.data.shapes import END, DataShape, make_example
-from edgeml.data.spans import Spans
+from edgeml.data.spans import Ranges, Spans
+from edgeml.data.strands import Strands
 from edgeml.data.tree import Array, fill, paths_of
 from edgeml.extras import load_jax
 
@@ -34,6 +37,27 @@ __all__ = ["TrajectoryBuffer"]
 _log = logging.getLogger(__name__)
 
 _LARGEST = 1 << 30  # rows; an index and an offset still add up to an int32
+
+
+@dataclass
+class _Lane:
+    """What goes on in a lane.
+
+    Attributes:
+        number: of the store's lane.
+        goes_on: whether the next step of it goes on with its trajectory.
+        last: the id of its newest step; 0 for none.
+        led_to: that step's next observation.
+        sums: of each priority, over the trajectory that goes on.
+        trajectory: of the newest step, as `Strands` number it.
+    """
+
+    number: int
+    goes_on: bool = False
+    last: int = 0
+    led_to: list[bytes] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    trajectory: int = 0
 
 
 class TrajectoryBuffer(DataStoreBase):
@@ -115,16 +139,19 @@ class TrajectoryBuffer(DataStoreBase):
                         f"{dtype.kind}{dtype.itemsize // 2}, or set jax_enable_x64"
                     )
         self._rng = np.random.default_rng(seed)
-        self._spans = Spans(capacity, min_trajectory_length)
+        # `Spans` while no trajectory begins before the one before it is over, and else, from then
+        # on, `Strands`.
+        self._spans: Spans | Strands = Spans(capacity, Ranges(min_trajectory_length))
+        self._lane = _Lane(0)  # with spans: that of the newest step
+        self._lanes_by_slot: dict[int, _Lane] = {}  # with strands
         self._configs: dict[str, tuple[int, SampleConfig]] = {}
         self._ends = np.zeros(capacity, np.bool_)  # what items say under end_of_trajectory
-        self._sums: dict[str, float] = {}  # of each priority, over the trajectory that goes on
+        self._priorities: list[str] = []  # of which running sums are kept
         self._rows = DeviceRing(capacity, self._specs, device)
         self._handed_out = 0  # the newest id that get_latest_data gave
         self._warned = False
         # Positions of the parts of observations, and of the same parts of the next ones.
         self._pairs = _find_pairs(self._specs)
-        self._led_to = [b""] * len(self._pairs)  # the newest step's next observation
         self.breaks = 0
         self._told_of_breaks = False
 
@@ -136,7 +163,10 @@ class TrajectoryBuffer(DataStoreBase):
     def short_trajectories(self) -> int:
         """How many trajectories have ended, and are too short to be sampled, of those held."""
         with self.lock:
-            return self._spans.short
+            if isinstance(self._spans, Spans):
+                return self._spans.short
+            lanes = self._lanes_by_slot.values()
+            return self._spans.count_short({lane.trajectory for lane in lanes if lane.goes_on})
 
     def latest_data_id(self) -> int:
         """Return the id of the newest step ever inserted; 0 where there was none."""
@@ -144,58 +174,68 @@ class TrajectoryBuffer(DataStoreBase):
 
     # What comes in --------------------------------------------------------------------------
 
-    def insert(self, data: Any, end_of_trajectory: bool = False) -> None:
+    def insert(self, data: Any, end_of_trajectory: bool = False, lane: Lane = None) -> None:
         """Insert a copy of one step.
 
         Args:
             data: a dict of all data shapes, without the key ``end_of_trajectory``.
             end_of_trajectory: this is the last step of its trajectory.
+            lane: which of several environments' it is, a text or a number (default: all steps are
+                of one). It goes on with that lane's trajectory.
         """
         if isinstance(data, dict):
             if END in data:
                 raise ValueError(f"{END} is an argument here, not a key")
             data = {**data, END: end_of_trajectory}
-        self._insert(data)
+        self._insert(data, lane)
 
-    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+    def batch_insert(self, batch: Batch | Sequence[Any], lane: Lane = None) -> None:
         """Insert copies of items in one step; the class tells what they are."""
         batch = batch if isinstance(batch, Batch) else Batch.of(batch)
-        if not batch:
-            return
         with self.lock:
-            columns = self._schema.fit_batch(batch)
-            first_id = self._spans.next_id
-            firsts = 1 + np.flatnonzero(columns[-1])
-            if batch.cuts:
-                firsts = np.union1d(firsts, batch.cuts)
-            self._add(columns, len(batch), first_id + firsts)
-            self.take_cuts(batch.cuts, first_id)
+            self._insert_batch(batch, *self.number_lanes(batch, lane))
+            if lane is not None and batch.cuts:
+                self._end_closed()
 
-    def end_trajectory(self) -> None:
+    def end_trajectory(self, lane: Lane = None) -> None:
         """End the trajectory that goes on, if any: its last item becomes an ``end_of_trajectory``.
 
         Who has had that item from `get_latest_data` before, such as a trainer's server, doesn't
         learn of it. So where you can, say it as you insert the last step.
+
+        Args:
+            lane: whose, as `insert` was told.
         """
         with self.lock:
-            if not self._spans.is_open:
+            ending = self._find_lane(self._lanes.find(lane))
+            if ending is None or not ending.goes_on:
                 return
-            last = self._spans.next_id - 1
-            if last <= self._handed_out and not self._warned:
+            if ending.last <= self._handed_out and not self._warned:
                 self._warned = True
                 _log.warning(
                     "a trajectory was ended after its last step had been handed out (uploaded, "
                     "say), and who has it takes the trajectory to go on: insert the last step with "
                     "end_of_trajectory=True"
                 )
-            self._ends[(last - 1) % self._capacity] = True
-            self._spans.end()
+            if ending.last >= self._spans.oldest_id:
+                self._ends[(ending.last - 1) % self._capacity] = True
+            self._end(ending)
 
-    def interrupt(self) -> None:
-        """End the trajectory that goes on, if any, without a change to any item."""
+    def interrupt(self, lane: Lane = None) -> None:
+        """End the trajectories that go on, if any, without a change to any item.
+
+        Args:
+            lane: whose (default: all lanes').
+        """
         with self.lock:
-            super().interrupt()
-            self._spans.end()
+            if lane is None:
+                super().interrupt()
+                self._end_all()
+                return
+            for number in self._lanes.close(lane):
+                ending = self._find_lane(number)
+                if ending is not None:
+                    self._end(ending)
 
     def reset(self, next_id: int | None = None) -> None:
         """Forget all steps; see the base class.
@@ -204,53 +244,168 @@ class TrajectoryBuffer(DataStoreBase):
         """
         with self.lock:
             next_id = self.forget_cuts(next_id)
+            self._spans = Spans(self._capacity, self._spans.ranges)
             self._spans.reset(next_id)
+            self._lane, self._lanes_by_slot = _Lane(0), {}
             self._rows.reset(next_id)
             self._handed_out = next_id - 1
 
-    def _insert(self, item: Any) -> None:
+    def _insert(self, item: Any, lane: Lane) -> None:
         with self.lock:
-            leaves = self._schema.fit(item)
-            self._add(leaves, 1, (self._spans.next_id + 1,) if leaves[-1] else ())
+            number = 0 if lane is None else self._lanes.find(lane)
+            self._add(self._schema.fit(item), 1, (), number)
+            if number or self._lanes.are_used:
+                self.take_lanes(number, self._spans.next_id - 1, 1)
 
-    def _add(self, leaves: Sequence[Any], n: int, firsts: Sequence[int] | Array) -> None:
-        """Take in what fits: one item's leaves, or n with a leading axis; firsts as for Spans."""
+    def _insert_batch(self, batch: Batch, numbers: Numbers, cuts: Sequence[int]) -> None:
+        if not batch:
+            return
+        if not isinstance(numbers, int) and (numbers == numbers[0]).all():
+            numbers = int(numbers[0])
+        columns = self._schema.fit_batch(batch)
         first_id = self._spans.next_id
-        broken = self._find_breaks(leaves, n)
+        self._add(columns, len(batch), cuts, numbers)
+        self.take_cuts(cuts, first_id)
+        self.take_lanes(numbers, first_id, len(batch))
+
+    def _add(self, leaves: Sequence[Any], n: int, cuts: Sequence[int], numbers: Numbers) -> None:
+        """Take in what fits: one item's leaves, or n with a leading axis."""
+        spans = self._spans
+        if isinstance(spans, Spans):
+            lane = self._lane
+            if isinstance(numbers, int) and (numbers == lane.number or not lane.goes_on):
+                self._lane = lane = lane if numbers == lane.number else _Lane(numbers)
+                self._add_to_spans(spans, lane, leaves, n, cuts)
+                return
+            self._spans = spans = Strands(spans)
+            lane.trajectory = spans.newest
+            self._lanes_by_slot = {slot_of(lane.number): lane}
+        columns = [
+            np.asarray(leaf).reshape(n, *shape)
+            for leaf, shape in zip(leaves, self._schema.shapes, strict=True)
+        ]
+        self._add_to_strands(spans, columns, n, cuts, np.broadcast_to(numbers, n))
+
+    def _add_to_spans(
+        self, spans: Spans, lane: _Lane, leaves: Sequence[Any], n: int, cuts: Sequence[int]
+    ) -> None:
+        """Take in steps of the lane that goes on, or of any where none does."""
+        first_id = spans.next_id
+        firsts: Sequence[int] | Array
+        if n == 1:
+            firsts = (*(first_id + cut for cut in cuts), *((first_id + 1,) if leaves[-1] else ()))
+        else:
+            firsts = first_id + 1 + np.flatnonzero(leaves[-1])
+            if cuts:
+                firsts = np.union1d(firsts, np.add(cuts, first_id))
+        broken = self._find_breaks(lane, leaves, n)
         if broken:
             known = {int(first) for first in firsts}
             firsts = sorted(known | broken)
             broken -= known
         sums = {}
-        if self._sums:
+        if self._priorities:
             columns = dict(zip(self._specs, leaves, strict=False))
-            for name, total in self._sums.items():
-                before = total if self._spans.is_open else 0.0
-                sums[name] = _add_up_runs(
-                    name, columns[name], before, np.subtract(firsts, first_id)
-                )
+            for name in self._priorities:
+                before = lane.sums[name] if lane.goes_on else 0.0
+                positions = np.subtract(firsts, first_id)
+                sums[name] = _add_up_runs(name, columns[name], before, positions)
+        self._store(leaves, sums, n)
+        spans.extend(n, firsts)
+        self._count_breaks(len(broken))
+        lane.goes_on, lane.last = spans.is_open, spans.next_id - 1
+        lane.led_to = [
+            np.asarray(leaves[b] if n == 1 else leaves[b][-1]).tobytes() for _, b in self._pairs
+        ]
+        for name, values in sums.items():
+            lane.sums[name] = float(values[-1])
+        if sums and first_id // self._capacity < spans.next_id // self._capacity:
+            self._forget_lost_sums()  # once a round
+
+    def _add_to_strands(
+        self, spans: Strands, leaves: list[Array], n: int, cuts: Sequence[int], numbers: Array
+    ) -> None:
+        """Take in steps of any lanes."""
+        first_id = spans.next_id
+        columns = dict(zip(self._specs, leaves, strict=False))
+        ended = leaves[-1].astype(np.bool_)
+        pieces = np.searchsorted(cuts, np.arange(n), "right")  # how many cuts there are up to each
+        sums = {name: np.empty(n) for name in self._priorities}
+        groups: list[tuple[_Lane, Array, Array]] = []  # of each lane its items, and what begins
+        broken = 0
+        order = np.argsort(numbers, kind="stable")
+        for places in np.split(order, 1 + np.flatnonzero(np.diff(numbers[order]))):
+            number = int(numbers[places[0]])
+            lane = self._find_lane(number) or _Lane(number)
+            begins = np.append(not lane.goes_on or pieces[places[0]] > 0, ended[places[:-1]])
+            begins[1:] |= pieces[places[1:]] != pieces[places[:-1]]
+            goes_on = np.ones(len(places), np.bool_)
+            for (a, b), led_to in zip(self._pairs, lane.led_to or self._pairs, strict=True):
+                goes_on[0] &= leaves[a][places[0]].tobytes() == led_to
+                goes_on[1:] &= equal_bytes(leaves[b][places[:-1]], leaves[a][places[1:]])
+            broken += int(np.count_nonzero(~goes_on & ~begins))
+            begins |= ~goes_on
+            for name in sums:
+                before = lane.sums.get(name, 0.0)
+                values = columns[name][places]
+                sums[name][places] = _add_up_runs(name, values, before, np.flatnonzero(begins))
+            groups.append((lane, places, begins))
+        self._store(leaves, sums, n)
+        if cuts:
+            self._end_all()
+        for lane, places, begins in groups:  # of those in one slot the newest comes last
+            last = int(places[-1])
+            lane.trajectory = spans.continue_with(begins, places, lane.trajectory)
+            lane.goes_on = not ended[last] and pieces[last] == len(cuts)
+            lane.last = first_id + last
+            lane.led_to = [leaves[b][last].tobytes() for _, b in self._pairs]
+            lane.sums = {name: float(values[last]) for name, values in sums.items()}
+            self._lanes_by_slot[slot_of(lane.number)] = lane
+        spans.extend(n)
+        self._count_breaks(broken)
+        if sums and first_id // self._capacity < spans.next_id // self._capacity:
+            self._forget_lost_sums()  # once a round
+
+    def _store(self, leaves: Sequence[Any], sums: dict[str, Array], n: int) -> None:
+        """Put steps into the ring's rows."""
+        first_id = self._spans.next_id
         self._rows.prepare(n)
         if n == 1:  # what several items take costs as much again
             self._ends[(first_id - 1) % self._capacity] = leaves[-1]
         else:
             self._ends[np.arange(first_id - 1, first_id - 1 + n) % self._capacity] = leaves[-1]
         self._rows.extend(leaves[:-1], sums, n)
-        self._spans.extend(n, firsts)
-        self._led_to = [
-            np.asarray(leaves[b] if n == 1 else leaves[b][-1]).tobytes() for _, b in self._pairs
-        ]
-        self._count_breaks(len(broken))
-        for name, values in sums.items():
-            self._sums[name] = float(values[-1])
-        if sums and first_id // self._capacity < self._spans.next_id // self._capacity:
-            self._forget_lost_sums()  # once a round
 
-    def _find_breaks(self, leaves: Sequence[Any], n: int) -> set[int]:
+    def _find_lane(self, number: int) -> _Lane | None:
+        """What is known of a lane; None where there was no step of it, or it is over for long."""
+        if isinstance(self._spans, Spans):
+            lane: _Lane | None = self._lane
+        else:
+            lane = self._lanes_by_slot.get(slot_of(number))
+        return lane if lane is not None and lane.number == number else None
+
+    def _end(self, lane: _Lane) -> None:
+        """Let the next step of a lane begin a trajectory."""
+        lane.goes_on = False
+        if isinstance(self._spans, Spans):
+            self._spans.end()
+
+    def _end_all(self) -> None:
+        for lane in (self._lane, *self._lanes_by_slot.values()):
+            self._end(lane)
+
+    def _end_closed(self) -> None:
+        """End what goes on in lanes in which nothing comes any more."""
+        for lane in (self._lane, *self._lanes_by_slot.values()):
+            if not self._lanes.is_open(lane.number):
+                self._end(lane)
+
+    def _find_breaks(self, lane: _Lane, leaves: Sequence[Any], n: int) -> set[int]:
         """Ids of new items whose observation is another than the one before led to."""
         found = set()
-        for (a, b), led_to in zip(self._pairs, self._led_to, strict=True):
+        for (a, b), led_to in zip(self._pairs, lane.led_to or self._pairs, strict=True):
             first = leaves[a] if n == 1 else leaves[a][0]
-            if self._spans.is_open and np.asarray(first).tobytes() != led_to:
+            if lane.goes_on and np.asarray(first).tobytes() != led_to:
                 found.add(0)
             if n > 1:
                 same = equal_bytes(leaves[b][:-1], leaves[a][1:])
@@ -264,7 +419,7 @@ class TrajectoryBuffer(DataStoreBase):
             _log.warning(
                 "a step does not begin with the observation that the one before it led to, and so "
                 "begins a new trajectory (`breaks` counts such): where there are several "
-                "environments, insert whole trajectories, or give each a buffer"
+                "environments, insert each one's steps with a lane= of its own"
             )
 
     def _forget_lost_sums(self) -> None:
@@ -272,8 +427,9 @@ class TrajectoryBuffer(DataStoreBase):
 
         Else its sums would grow for ever, and float32 would not tell its steps apart.
         """
-        if not self._spans.begins(self._spans.oldest_id, len(self)).any():
-            for name in self._sums:
+        spans = self._spans
+        if isinstance(spans, Strands) or not spans.begins(spans.oldest_id, len(self)).any():
+            for name in self._priorities:
                 self._sum_up(name)
 
     # What goes out --------------------------------------------------------------------------
@@ -318,8 +474,9 @@ class TrajectoryBuffer(DataStoreBase):
             parts.append(Part(key, sampler, leaves))
         with self.lock:
             for sampler in samplers.values():
-                if sampler.priority is not None and sampler.priority not in self._sums:
+                if sampler.priority is not None and sampler.priority not in self._priorities:
                     self._sum_up(sampler.priority)
+                    self._priorities.append(sampler.priority)
             self._configs[name] = (
                 self._spans.add_range((a, b)),
                 SampleConfig(tuple(parts), transform),
@@ -351,8 +508,8 @@ class TrajectoryBuffer(DataStoreBase):
                 raise ValueError(f"no sample config {name!r}; there is {[*self._configs]}")
             range_number, config = self._configs[name]
             if force_indices is None:
-                drawn = self._spans.draw(range_number, batch_size, self._rng)
-                if drawn is None:
+                at = self._spans.draw(range_number, batch_size, self._rng)
+                if at is None:
                     raise ValueError(
                         f"no step can be sampled: {len(self)} are held, and none in a trajectory "
                         f"that is long enough for {name!r}"
@@ -364,11 +521,10 @@ class TrajectoryBuffer(DataStoreBase):
                         f"force_indices: expected {batch_size} ids, got shape {ids.shape} "
                         f"{ids.dtype}"
                     )
-                drawn = self._spans.locate(range_number, ids.astype(np.int64))
-            begins, ids, ends = drawn
-            at = np.stack([(begins - 1) % self._capacity, ids - begins, ends - begins])
+                at = self._spans.locate(range_number, ids.astype(np.int64))
             words = self._rng.integers(1 << 32, size=2, dtype=np.uint32)
-            data, mask = self._rows.draw(at.astype(np.int32), words, config)
+            rows = self._spans.rows if isinstance(self._spans, Strands) else None
+            data, mask = self._rows.draw(at.astype(np.int32), words, config, rows)
             return data, mask
 
     def get_latest_data(self, from_id: int, *, limit: int | None = None) -> Batch:
@@ -388,7 +544,7 @@ class TrajectoryBuffer(DataStoreBase):
         leaves = [*self._rows.read(first, n, self._specs, self.allocate).values()]
         leaves.append(self._ends[np.arange(first - 1, first - 1 + n) % self._capacity])
         batch = Batch.from_columns(fill(self._schema.skeleton, leaves), first)
-        return batch.cut(self.cuts_within(first, n))
+        return batch.cut(self.cuts_within(first, n)).in_lanes(self.lanes_within(first, n))
 
     def _sum_up(self, name: str) -> None:
         """Begin to keep the running sums of a priority."""
@@ -399,14 +555,17 @@ class TrajectoryBuffer(DataStoreBase):
                 f"there is {[*self._specs]}"
             )
         first, n = self._spans.oldest_id, len(self)
-        total, sums = 0.0, np.zeros(0)
+        sums = np.zeros(n)
         if n:
-            begun = np.flatnonzero(self._spans.begins(first, n))
             values = self._rows.read(first, n, [name], self.allocate)[name]
-            sums = _add_up_runs(name, values, 0.0, begun)
-            total = float(sums[-1])
+            if isinstance(self._spans, Spans):
+                places, begun = np.arange(n), np.flatnonzero(self._spans.begins(first, n))
+            else:
+                places, begun = self._spans.sort_held()
+            sums[places] = _add_up_runs(name, values[places], 0.0, begun)
         self._rows.add_sums(name, first, sums)
-        self._sums[name] = total
+        for lane in (self._lane, *self._lanes_by_slot.values()):
+            lane.sums[name] = float(sums[lane.last - first]) if lane.last >= first else 0.0
 
     # What checkpoints need ------------------------------------------------------------------
 
@@ -419,6 +578,9 @@ class TrajectoryBuffer(DataStoreBase):
     def set_state(self, state: Any) -> None:
         """Take up what `state` gave."""
         with self.lock:
+            if "lanes" in state:
+                self._lanes.set_state(state["lanes"])
+                self._end_closed()
             if state["interrupted"]:
                 TrajectoryBuffer.interrupt(self)  # and log nothing
             self._rng.bit_generator.state = state["rng"]
@@ -427,7 +589,7 @@ class TrajectoryBuffer(DataStoreBase):
     def check_restore(self, parts: Iterable[tuple[Batch, Any]], state: Any) -> None:
         """See the base class."""
         with self.lock:
-            totals = dict.fromkeys(self._sums, 0.0)
+            totals = dict.fromkeys(self._priorities, 0.0)
             for batch, _ in parts:
                 columns = dict(zip(self._specs, self._schema.fit_batch(batch), strict=False))
                 for name, total in totals.items():  # as if they were one trajectory
@@ -456,7 +618,9 @@ class TrajectoryBuffer(DataStoreBase):
 
     def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave, and log nothing."""
-        TrajectoryBuffer.batch_insert(self, batch)
+        numbers = 0 if batch.lanes is None else batch.lanes
+        with self.lock:
+            TrajectoryBuffer._insert_batch(self, batch, numbers, batch.cuts)
 
 
 def _find_pairs(specs: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from edgeml.data.batch import Batch
+from edgeml.data.lanes import Lane, Numbers
 from edgeml.data.samplers import LatestSampler
 from edgeml.data.shapes import END, DataShape, list_shapes
 from edgeml.data.trajectory import TrajectoryBuffer
@@ -29,7 +30,8 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
         rlds_logger: is called as ``rlds_logger(item, end_of_trajectory)`` with each item as it is
             inserted, and as ``rlds_logger(None, True)`` where a trajectory ended, or was
             interrupted, after its last item. Its arrays are its own. Where it raises, nothing is
-            inserted, though some of a batch may be logged.
+            inserted, though some of a batch may be logged. Of several lanes' trajectories that go
+            on at once it is given pieces: another one's item ends the one under way.
         ignore_unknown: see `TrajectoryBuffer`.
     """
 
@@ -53,41 +55,33 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
             ignore_unknown=ignore_unknown,
         )
         self._rlds_logger = rlds_logger
+        self._logged: int | None = None  # the lane whose trajectory goes on in the log
 
-    def insert(self, item: Any, end_of_trajectory: bool = False) -> None:
+    def insert(self, item: Any, end_of_trajectory: bool = False, lane: Lane = None) -> None:
         """Insert a copy of one item.
 
         Args:
             item: a dict of all data shapes and ``end_of_trajectory``.
             end_of_trajectory: True is the same as if the item said so.
+            lane: see `TrajectoryBuffer.insert`.
         """
         if end_of_trajectory and isinstance(item, dict):
             item = {**item, END: True}
-        self._insert(item)
+        self._insert(item, lane)
 
-    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
-        """Insert copies of items in one step."""
-        batch = batch if isinstance(batch, Batch) else Batch.of(batch)
-        with self.lock:
-            if self._rlds_logger and batch:
-                self._schema.fit_batch(batch)  # or some would be logged before another is refused
-                for i, item in enumerate(batch):
-                    if i in batch.cuts:
-                        self._rlds_logger(None, True)
-                    self._log(item)
-            super().batch_insert(batch)
-
-    def end_trajectory(self) -> None:
+    def end_trajectory(self, lane: Lane = None) -> None:
         """End the trajectory that goes on, as `TrajectoryBuffer.end_trajectory` does."""
         with self.lock:
-            self._log_end()
-            super().end_trajectory()
+            if self._logged == self._lanes.find(lane):
+                self._log_end()
+            super().end_trajectory(lane)
 
-    def interrupt(self) -> None:
-        """End the trajectory that goes on, if any, without a change to any item."""
+    def interrupt(self, lane: Lane = None) -> None:
+        """End the trajectories that go on, as `TrajectoryBuffer.interrupt` does."""
         with self.lock:
-            self._log_end()
-            super().interrupt()
+            if lane is None or self._logged in self._lanes.numbers_of(lane):
+                self._log_end()
+            super().interrupt(lane)
 
     def reset(self, next_id: int | None = None) -> None:
         """Forget all items, as `TrajectoryBuffer.reset` does."""
@@ -95,20 +89,35 @@ class TrajectoryBufferDataStore(TrajectoryBuffer):
             self._log_end()
             super().reset(next_id)
 
-    def _insert(self, item: Any) -> None:
+    def _insert(self, item: Any, lane: Lane) -> None:
         with self.lock:
             if self._rlds_logger:
-                self._log(item)
-            super()._insert(item)
+                self._log(item, 0 if lane is None else self._lanes.find(lane))
+            super()._insert(item, lane)
 
-    def _log(self, item: Any) -> None:
+    def _insert_batch(self, batch: Batch, numbers: Numbers, cuts: Sequence[int]) -> None:
+        if self._rlds_logger and batch:
+            self._schema.fit_batch(batch)  # or some would be logged before another is refused
+            all_numbers = np.broadcast_to(numbers, len(batch)).tolist()
+            for i, (item, number) in enumerate(zip(batch, all_numbers, strict=True)):
+                if i in cuts:
+                    self._log_end()
+                self._log(item, number)
+        super()._insert_batch(batch, numbers, cuts)
+
+    def _log(self, item: Any, number: int) -> None:
         assert self._rlds_logger
         leaves = [np.array(leaf)[()] for leaf in self._schema.fit(item)]
-        self._rlds_logger(fill(self._schema.skeleton, leaves), bool(leaves[-1]))
+        if self._logged != number:  # of several that go on, the log has pieces
+            self._log_end()
+        ended = bool(leaves[-1])
+        self._rlds_logger(fill(self._schema.skeleton, leaves), ended)
+        self._logged = None if ended else number
 
     def _log_end(self) -> None:
-        if self._rlds_logger and self._spans.is_open:
+        if self._rlds_logger and self._logged is not None:
             self._rlds_logger(None, True)
+        self._logged = None
 
 
 def make_default_trajectory_buffer(

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from edgeml.data.batch import MOST_LANES
 from edgeml.data.columns import Columns, Order, as_slice, equal_bytes, is_stack
+from edgeml.data.lanes import Numbers, slot_of
 from edgeml.data.ring import Ring
 from edgeml.data.schema import Schema
 from edgeml.data.spaces import zeros_of
@@ -68,7 +70,8 @@ class Transitions:
 
     An item follows upon the one before in its lane unless that ended its episode, `interrupt` was
     called, or its observation is, in any byte, another than that one led to. Items that follow
-    upon each other are a *run*. Nothing here takes a lock.
+    upon each other are a *run*. A lane here is one of the store's, by its number, and within that
+    one of those that items tell themselves. Nothing here takes a lock.
 
     Args:
         ring: where the items lie, with `count_spare_rows` more than items that are held.
@@ -112,14 +115,15 @@ class Transitions:
         self._ring, self._leaves = ring, leaves
         self._lane_leaf = None if lanes == 1 else _find_lane(schema)
         self._n_step, self._discount, self._stack = n_step, discount, frame_stack
-        # A stack is of rows that are kept for it.
-        self._gap = _compute_gap(lanes) if frame_stack > 1 else 1 << 62
+        self._keys = lanes
+        # Of each slot the number of the store's lane that was written there last.
+        self._numbers = np.zeros(MOST_LANES, np.int64)
         # Of each lane the id of the newest item, and whether another may follow upon it.
-        self._last = np.zeros(lanes, np.int64)
-        self._open = np.zeros(lanes, np.bool_)
+        self._last = np.zeros(MOST_LANES * lanes, np.int64)
+        self._open = np.zeros(MOST_LANES * lanes, np.bool_)
         # Of each row the rows of the items before and after it in its run; itself where none is.
         self._before = np.arange(ring.n_rows if frame_stack > 1 else 0)
-        self._after = np.arange(ring.n_rows if n_step > 1 else 0)
+        self._after = np.arange(0 if self.is_plain else ring.n_rows)
         pairs = [] if leaves is None else leaves.pairs
         # Where observations are kept once, that tells whether they are equal.
         self._compared = [pair for pair in pairs if not self.columns.keeps_once(pair[0])]
@@ -163,11 +167,15 @@ class Transitions:
         if self._lane_leaf is not None:
             self._check_lanes(leaves[self._lane_leaf])
 
-    def write(self, leaves: Sequence[Any]) -> None:
+    def write(self, leaves: Sequence[Any], number: int = 0) -> None:
         """Write the item that gets the next id.
 
+        Args:
+            leaves: of the item.
+            number: of the store's lane that it is of.
+
         Raises:
-            ValueError: its lane is none of those that there are; nothing is written.
+            ValueError: the lane that it tells is none of those that there are; nothing is written.
         """
         ring = self._ring
         item_id = ring.latest + 1
@@ -176,6 +184,8 @@ class Transitions:
             self.columns.write(row, leaves)
             return
         lane = 0 if self._lane_leaf is None else self._check_lanes(leaves[self._lane_leaf])
+        if number:
+            lane += self._enter(number)
         last = int(self._last[lane])
         before = (last - 1) % ring.n_rows if 0 < last > item_id - ring.n_rows else -1
         same = self.columns.write(row, leaves, before)
@@ -187,7 +197,7 @@ class Transitions:
             for a, b in self._compared:
                 kept = self.columns.look(b, np.array(before))
                 same = same and kept.tobytes() == np.asarray(leaves[a]).tobytes()
-            follows = same and item_id - last <= self._gap
+            follows = same
             if not follows:
                 self._count_breaks(1)
         self._link(row, before if follows else row)
@@ -195,7 +205,12 @@ class Transitions:
         self._open[lane] = not leaves[self._leaves.dones]
 
     def write_many(
-        self, first_id: int, leaves: Sequence[Array], n: int, cuts: Sequence[int]
+        self,
+        first_id: int,
+        leaves: Sequence[Array],
+        n: int,
+        cuts: Sequence[int] = (),
+        numbers: Numbers = 0,
     ) -> None:
         """Write n items, at most as many as there are rows.
 
@@ -204,6 +219,7 @@ class Transitions:
             leaves: of all, with a leading axis.
             n: how many.
             cuts: positions of items that follow upon none of those before.
+            numbers: of the store's lanes that they are of.
 
         Raises:
             ValueError: a lane is none of those that there are; nothing is written.
@@ -213,10 +229,8 @@ class Transitions:
         if not self._follows:
             self.columns.write_many(row, leaves, n)
             return
-        lanes, order, ends = self._order(first_id, leaves, n)
+        lanes, order, ends, opened = self._order(first_id, leaves, n, numbers)
         shared = self.columns.write_many(row, leaves, n, order)
-        opened = self._open[lanes[order.begins]]
-        last = self._last[lanes[order.begins]]
         self._last[lanes[ends]] = first_id + ends
         if self.is_plain:
             return
@@ -241,11 +255,6 @@ class Transitions:
             if len(order.begins):
                 led_here = self.columns.look(b, order.before)
                 same[order.begins] &= equal_bytes(led_here, leaves[a][order.begins])
-        if self._stack > 1 and len(self._last) > 1:
-            positions = np.arange(n)
-            gaps = positions[order.follows] - positions[order.leaders]
-            same[order.follows] &= gaps <= self._gap
-            same[order.begins] &= first_id + order.begins - last <= self._gap
         if broken := int(np.count_nonzero(follows & ~same)):
             self._count_breaks(broken)
             follows &= same
@@ -255,26 +264,60 @@ class Transitions:
         before[order.begins] = order.before
         self._link(rows, np.where(follows, before, rows))
 
-    def _order(self, first_id: int, leaves: Sequence[Array], n: int) -> tuple[Array, Order, Array]:
-        """The lanes of n items, which may follow upon which, and the last one of each lane."""
+    def _order(
+        self, first_id: int, leaves: Sequence[Array], n: int, numbers: Numbers
+    ) -> tuple[Array, Order, Array, Array]:
+        """Find which of n items may follow upon which.
+
+        Returns:
+            Their lanes; the order; the last one of each lane; and of those that may follow upon
+            one that is there already, whether that one's lane is open.
+        """
         n_rows = self._ring.n_rows
         follows: slice | Array
         leaders: slice | Array
-        if self._lane_leaf is None:
-            lanes = np.zeros(n, np.int64)
+        if self._lane_leaf is None and isinstance(numbers, int):
+            lanes = np.full(n, self._enter(numbers) if numbers else 0)
             follows, leaders = slice(1, n), slice(0, n - 1)
             firsts, ends = np.array([0]), np.array([n - 1])
+            last = self._last[lanes[firsts]]
         else:
-            lanes = np.asarray(leaves[self._lane_leaf], np.int64)
-            self._check_lanes(lanes)
-            places = np.argsort(lanes, kind="stable")
-            again = lanes[places[1:]] == lanes[places[:-1]]
+            told = np.zeros(n, np.int64)
+            if self._lane_leaf is not None:
+                told = np.asarray(leaves[self._lane_leaf], np.int64)
+                self._check_lanes(told)
+            if isinstance(numbers, int):
+                self._enter(numbers)
+                numbers = np.full(n, numbers)
+            slots = slot_of(numbers)
+            lanes, marks = slots * self._keys + told, numbers * self._keys + told
+            places = np.argsort(marks, kind="stable")
+            again = marks[places[1:]] == marks[places[:-1]]
             follows, leaders = as_slice(places[1:][again]), as_slice(places[:-1][again])
             firsts, ends = places[np.append(True, ~again)], places[np.append(~again, True)]
-        last = self._last[lanes[firsts]]
+            last = self._last[lanes[firsts]]
+            last[self._numbers[slots[firsts]] != numbers[firsts]] = 0
         kept = (last > 0) & (last > first_id + n - 1 - n_rows)
         order = Order(follows, leaders, firsts[kept], (last[kept] - 1) % n_rows)
-        return lanes, order, ends
+        opened = self._open[lanes[order.begins]]
+        if not isinstance(numbers, int):
+            for number in np.unique(numbers[firsts]).tolist():
+                self._enter(number)
+            ends = ends[self._numbers[slots[ends]] == numbers[ends]]  # or it has been given up
+        return lanes, order, ends, opened
+
+    def _enter(self, number: int) -> int:
+        """Return the first of the lanes in the slot of one of the store's lanes, which is empty.
+
+        Or has this lane's already. What another left there is over.
+        """
+        slot = int(slot_of(number))
+        first = slot * self._keys
+        if self._numbers[slot] != number:
+            self._numbers[slot] = number
+            self._last[first : first + self._keys] = 0
+            self._open[first : first + self._keys] = False
+        return first
 
     def interrupt(self) -> None:
         """Let what comes next begin a run, in all lanes."""
@@ -284,22 +327,25 @@ class Transitions:
         """Forget all items, as the ring just has."""
         self._last[:] = 0
         self._open[:] = False
+        self._after[:] = np.arange(len(self._after))
         self.columns.clear()
 
     def _link(self, rows: Any, before: Any) -> None:
         """Note which rows those just written follow upon: themselves where upon none."""
         if self._stack > 1:
+            # What followed upon an item that was written over begins its run.
+            after = self._after[rows]
+            self._before[after] = after
             self._before[rows] = before
-        if self._n_step > 1:
-            self._after[rows] = rows
-            self._after[before] = rows  # where that is a row itself, it stays so
+        self._after[rows] = rows
+        self._after[before] = rows  # where that is a row itself, it stays so
 
     def _check_lanes(self, lanes: Any) -> int:
         """Return the first of some lanes, once all are found to be there."""
         lanes = np.asarray(lanes)
-        if lanes.min() < 0 or lanes.max() >= len(self._last):
+        if lanes.min() < 0 or lanes.max() >= self._keys:
             raise ValueError(
-                f"item[{LANE!r}]: expected 0 to {len(self._last) - 1}, got {lanes.min()} to "
+                f"item[{LANE!r}]: expected 0 to {self._keys - 1}, got {lanes.min()} to "
                 f"{lanes.max()}: make the store with as many lanes as there are environments"
             )
         return int(lanes.flat[0])
@@ -311,8 +357,9 @@ class Transitions:
             _log.warning(
                 "an item does not begin with the observation that the one before it led to, so "
                 "n_step and frame_stack don't reach from one to the other (`breaks` counts such). "
-                "Where several environments fill one store, make it with lanes= and give each "
-                "item its lane, as VectorTransitions does"
+                "Where several environments fill one store, insert each one's items with a lane= "
+                "of its own, or make the store with lanes= and give each item the key, as "
+                "VectorTransitions does"
             )
 
     # What goes out --------------------------------------------------------------------------
@@ -403,12 +450,9 @@ class Transitions:
 
 def count_spare_rows(frame_stack: int, lanes: int) -> int:
     """Return how many rows a ring has beyond the items held: for the frames of the oldest ones."""
-    return (frame_stack - 1) * _compute_gap(lanes)
-
-
-def _compute_gap(lanes: int) -> int:
-    """How many ids an item may be past the one that it follows upon, with stacks of frames."""
-    return 1 if lanes == 1 else 2 * lanes  # a lane that is reset gives no item in that step
+    # By so many ids is an item past the one that it follows upon: a lane that is reset gives no
+    # item in that step. Of one that is further, the oldest frames are gone before it is.
+    return (frame_stack - 1) * (1 if lanes == 1 else 2 * lanes)
 
 
 def _find_lane(schema: Schema) -> int:

@@ -251,6 +251,56 @@ class StoreTests:
         store.insert(self.make_item(4))
         self.assert_holds(store.get_latest_data(0), 1, 4)
 
+    def test_sources_that_take_turns_keep_their_episodes(self) -> None:
+        """Whoever reads can tell what follows upon what; where it knows no lanes, nothing does.
+
+        Not across another source's items, that is. A store to which the items go on can tell, too,
+        and a checkpoint's.
+        """
+        store, other = self.make_store(20), self.make_store(20)
+        laned = store.knows_lanes
+
+        def insert(source: str, *numbers: int) -> None:
+            store.insert_from(source, Batch.of([self.make_item(i) for i in numbers]))
+
+        insert("a", 1, 2)
+        insert("b", 3, 4)
+        insert("a", 5)
+        insert("b", 6)
+        store.interrupt_from("a")
+        insert("a", 7)
+        insert("b", 8)
+        insert("a", 9, 10)
+        leaders = {2: 1, 4: 3, 10: 9} | ({5: 2, 6: 4, 8: 6, 9: 7} if laned else {})
+        assert _find_leaders(store.get_latest_data(0)) == leaders
+        later = {item: leader for item, leader in leaders.items() if leader > 3}
+        assert _find_leaders(store.get_latest_data(3)) == later
+        for first, n in ((0, 4), (4, 2), (6, 4)):  # as it is uploaded, in pieces
+            batch = store.get_latest_data(first, limit=n)
+            other.insert_from("c", Batch.from_payload(batch.to_payload()))
+            other.insert_from("d", Batch.of([self.make_item(99)]))
+        places = {i: i + (i > 4) + (i > 6) for i in range(1, 11)}
+        told = other.knows_lanes
+        expected = {
+            places[item]: places[leader]
+            for item, leader in leaders.items()
+            if told or (item, leader) in {(2, 1), (4, 3), (10, 9)}
+        }
+        found = _find_leaders(other.get_latest_data(0))
+        assert {i: leader for i, leader in found.items() if i in places.values()} == expected
+        anew = self.make_store(20)
+        _carry(store, anew)
+        store = anew
+        insert("b", 11)
+        insert("a", 12)
+        if laned:
+            leaders |= {11: 8, 12: 10}
+        assert _find_leaders(store.get_latest_data(0)) == leaders
+        store.interrupt()  # in all lanes
+        insert("a", 13)
+        insert("b", 14)
+        assert _find_leaders(store.get_latest_data(0)) == leaders
+
     @pytest.mark.parametrize("n", [0, 3, 5, 12])
     def test_a_checkpoint_brings_it_back(self, n: int, tmp_path: Path) -> None:
         """A store loaded from a checkpoint is the one that was saved, and goes on as that would."""
@@ -499,6 +549,20 @@ def _run_in_child(work: Callable[[], None]) -> str:
         os.close(read)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def _find_leaders(batch: Batch) -> dict[int, int]:
+    """Return upon which item each one follows, by their ids, as far as a batch tells."""
+    leaders, newest = {}, dict[int, int]()
+    lanes = [0] * len(batch) if batch.lanes is None else batch.lanes.tolist()
+    for position, lane in enumerate(lanes):
+        item_id = batch.first_id + position
+        if position in batch.cuts:
+            newest.clear()
+        if lane in newest:
+            leaders[item_id] = newest[lane]
+        newest[lane] = item_id
+    return leaders
 
 
 def _carry(store: DataStoreBase, other: DataStoreBase) -> None:

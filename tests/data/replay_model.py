@@ -56,6 +56,10 @@ def transition(
     }
 
 
+Lane = tuple[str | None, int, int]
+"""What the inserts call it, the number that the items' own store gave it, and their key."""
+
+
 @dataclass
 class Kept:
     """One item of the model."""
@@ -64,7 +68,8 @@ class Kept:
     following: int
     terminated: bool
     done: bool
-    lane: int
+    lane: Lane
+    opening: int  # of its lane in the store: how many had been opened
     before: int  # id of the item that it follows upon; 0 for none
     after: int = 0  # and of that which follows upon it
 
@@ -77,6 +82,7 @@ class Model(RuleBasedStateMachine):
     frame_stack = 1
     discount = 0.9
     lanes = 1
+    named = False  # whether inserts tell lanes
 
     def make(self) -> ReplayBuffer:
         return ReplayBuffer(self.capacity, **self.options())
@@ -98,14 +104,21 @@ class Model(RuleBasedStateMachine):
         self.latest = 0
         self.clock = 0
         self.frames: dict[int, Frames] = {}  # of each observation those in its stack
-        self.newest: dict[int, int] = {}  # of each lane the id of its newest item
+        self.newest: dict[Lane, int] = {}  # of each lane the id of its newest item
         self.ended: set[int] = set()  # ids upon which nothing follows
+        self.openings: dict[tuple[str | None, int], int] = {}  # of lanes that are open
+        self.opened = 0
 
     # Inserting ------------------------------------------------------------------------------
 
-    def make_item(self, ending: str, follows: bool, lane: int, moves_on: bool) -> dict[str, Any]:
+    def make_item(
+        self, ending: str, follows: bool, key: int, moves_on: bool, name: str | None, part: int
+    ) -> dict[str, Any]:
         """Return the next item, noted in the model."""
-        lane %= self.lanes
+        lane = name, part, key % self.lanes
+        if lane[:2] not in self.openings:
+            self.opened += name is not None or part > 0
+            self.openings[name, part] = self.opened if name is not None or part else 0
         last = self.newest.get(lane, 0)
         before = self.items.get(last)
         if before is not None and follows:
@@ -120,11 +133,10 @@ class Model(RuleBasedStateMachine):
         else:
             self.frames[self.clock] = tuple(self.clock + 100 * place for place in range(DEPTH))
         self.latest += 1
-        kept = Kept(obs, self.clock, ending == "terminated", ending != "", lane, 0)
-        if before is not None and last not in self.ended:
-            gap = 1 if self.lanes == 1 else 2 * self.lanes
-            if follows and (self.frame_stack == 1 or self.latest - last <= gap):
-                kept.before, before.after = last, self.latest
+        opening = self.openings[name, part]
+        kept = Kept(obs, self.clock, ending == "terminated", ending != "", lane, opening, 0)
+        if before is not None and last not in self.ended and follows:
+            kept.before, before.after = last, self.latest
         if kept.done:
             self.ended.add(self.latest)
         self.newest[lane] = self.latest
@@ -134,7 +146,7 @@ class Model(RuleBasedStateMachine):
     def as_inserted(self, item_id: int) -> dict[str, Any]:
         kept = self.items[item_id]
         truncated = kept.done and not kept.terminated
-        lane = kept.lane if self.lanes > 1 else None
+        lane = kept.lane[2] if self.lanes > 1 else None
         frames = self.frames[kept.obs], self.frames[kept.following]
         ends = kept.terminated, truncated
         return transition(item_id, kept.obs, kept.following, *ends, lane, frames)
@@ -142,27 +154,62 @@ class Model(RuleBasedStateMachine):
     endings = st.sampled_from(["", "", "", "terminated", "truncated"])
     mostly = st.integers(0, 4).map(bool)
     steps = st.tuples(endings, mostly, st.integers(0, 2), mostly)
+    names = st.sampled_from([None, "a", "b", "b"])
 
-    @rule(step=steps)
-    def insert(self, step: tuple[str, bool, int, bool]) -> None:
-        self.store.insert(self.make_item(*step))
+    @rule(step=steps, name=names)
+    def insert(self, step: tuple[str, bool, int, bool], name: str | None) -> None:
+        name = name if self.named else None
+        self.store.insert(self.make_item(*step, name, 0), lane=name)
 
-    @rule(steps=st.lists(steps, max_size=14), columns=st.booleans())
-    def batch_insert(self, steps: list[tuple[str, bool, int, bool]], columns: bool) -> None:
-        items = [self.make_item(*step) for step in steps]
-        self.store.batch_insert(Batch.of(items) if columns else items)
+    @rule(
+        steps=st.lists(st.tuples(steps, st.integers(0, 2)), max_size=14),
+        columns=st.booleans(),
+        name=names,
+        cut=st.integers(0, 30),
+    )
+    def batch_insert(
+        self,
+        steps: list[tuple[tuple[str, bool, int, bool], int]],
+        columns: bool,
+        name: str | None,
+        cut: int,
+    ) -> None:
+        name = name if self.named else None
+        parts = [part if self.named else 0 for _, part in steps]
+        items = []
+        for i, (step, _) in enumerate(steps):
+            if i == cut:
+                self.note_cut(name)
+            items.append(self.make_item(*step, name, parts[i]))
+        if not columns and not any(parts) and cut >= len(items):
+            self.store.batch_insert(items, lane=name)
+            return
+        batch = Batch.of(items).cut([cut] if cut < len(items) else [])
+        if any(parts):
+            batch = batch.in_lanes(np.array(parts))
+        self.store.batch_insert(batch, lane=name)
 
-    @rule()
-    def interrupt(self) -> None:
-        self.store.interrupt()
-        if self.latest:
-            self.cuts.add(self.latest + 1)
-        self.ended.update(self.newest.values())
+    @rule(name=names)
+    def interrupt(self, name: str | None) -> None:
+        self.store.interrupt(name if self.named else None)
+        self.note_cut(name if self.named else None)
+
+    def note_cut(self, name: str | None) -> None:
+        if name is None:
+            if self.latest:
+                self.cuts.add(self.latest + 1)
+            self.ended.update(self.newest.values())
+            return
+        for lane in [lane for lane in self.openings if lane[0] == name]:
+            del self.openings[lane]
+        for lane in [lane for lane in self.newest if lane[0] == name]:
+            del self.newest[lane]
 
     @rule(next_id=st.integers(1, 30))
     def reset(self, next_id: int) -> None:
         self.store.reset(next_id)
         self.items, self.cuts, self.newest, self.ended = {}, set(), {}, set()
+        self.openings = {}
         self.latest = next_id - 1
 
     @rule(limit=st.integers(1, 9), anew=st.booleans())
@@ -202,6 +249,14 @@ class Model(RuleBasedStateMachine):
         batch = self.store.get_latest_data(after, limit=limit)
         assert len(batch) == len(ids)
         assert batch.cuts == tuple(n for n, i in enumerate(ids) if i in self.cuts)
+        openings = [self.items[i].opening for i in ids]
+        if batch.lanes is None:
+            assert not any(openings)
+        else:
+            numbers = batch.lanes.tolist()
+            pairs = set(zip(openings, numbers, strict=True))
+            assert len(pairs) == len(set(openings)) == len(set(numbers))
+            assert all(bool(opening) == bool(number) for opening, number in pairs)
         for item, item_id in zip(batch, ids, strict=True):
             assert_same(item, self.as_inserted(item_id))
 
@@ -279,15 +334,18 @@ class Model(RuleBasedStateMachine):
             "policy_version": np.int64(item_id // 4),
         }
         if self.lanes > 1:
-            expected["lane"] = np.int32(self.items[item_id].lane)
+            expected["lane"] = np.int32(self.items[item_id].lane[2])
         if self.n_step > 1:
             expected["discounts"] = np.float32(self.discount ** len(ids) * (not end.terminated))
         return expected
 
     def stacked(self, item_id: int, following: int | None) -> dict[str, Any]:
         frames = [self.items[item_id].obs]
+        spare = (self.frame_stack - 1) * (1 if self.lanes == 1 else 2 * self.lanes)
+        gone = max(0, self.latest - self.capacity - spare)  # up to here nothing is left
         while len(frames) < self.frame_stack:
-            item_id = self.items[item_id].before or item_id
+            before = self.items[item_id].before
+            item_id = before if before > gone else item_id
             frames.insert(0, self.items[item_id].obs)
         if following is not None:
             frames = [*frames[1:], following]

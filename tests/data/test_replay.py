@@ -38,23 +38,30 @@ from edgeml.testing import StoreTests
 from pairs import threads, wait_until
 from replay_model import Model, PrioritizedModel, assert_same, observation, transition
 
-SHAPES = [  # capacity, n_step, frame_stack, lanes
-    (5, 1, 1, 1),
-    (1, 1, 1, 1),
-    (2, 3, 1, 1),
-    (7, 3, 1, 1),
-    (1, 1, 3, 1),
-    (6, 1, 3, 1),
-    (7, 2, 4, 1),
-    (7, 1, 1, 3),
-    (3, 3, 1, 2),
-    (9, 3, 1, 3),
-    (8, 2, 3, 3),
+Shape = tuple[int, int, int, int, bool]
+
+SHAPES = [  # capacity, n_step, frame_stack, lanes that items tell, whether inserts tell some
+    (5, 1, 1, 1, False),
+    (1, 1, 1, 1, False),
+    (2, 3, 1, 1, False),
+    (7, 3, 1, 1, False),
+    (1, 1, 3, 1, False),
+    (6, 1, 3, 1, False),
+    (7, 2, 4, 1, False),
+    (7, 1, 1, 3, False),
+    (3, 3, 1, 2, False),
+    (9, 3, 1, 3, False),
+    (8, 2, 3, 3, False),
+    (7, 1, 1, 1, True),
+    (9, 3, 1, 1, True),
+    (8, 2, 3, 1, True),
+    (11, 2, 3, 2, True),
 ]
 
 
-def run(model: type[Model], shape: tuple[int, int, int, int], histories: int) -> None:
-    given = dict(zip(("capacity", "n_step", "frame_stack", "lanes"), shape, strict=True))
+def run(model: type[Model], shape: Shape, histories: int) -> None:
+    names = "capacity", "n_step", "frame_stack", "lanes", "named"
+    given = dict(zip(names, shape, strict=True))
     run_state_machine_as_test(
         type(f"{model.__name__}{shape}", (model,), given),
         settings=settings(
@@ -67,7 +74,7 @@ def run(model: type[Model], shape: tuple[int, int, int, int], histories: int) ->
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("model", [Model, PrioritizedModel])
-def test_histories(model: type[Model], shape: tuple[int, int, int, int]) -> None:
+def test_histories(model: type[Model], shape: Shape) -> None:
     run(model, shape, histories=10)
 
 
@@ -75,7 +82,7 @@ def test_histories(model: type[Model], shape: tuple[int, int, int, int]) -> None
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("model", [Model, PrioritizedModel])
-def test_thousands_of_histories(model: type[Model], shape: tuple[int, int, int, int]) -> None:
+def test_thousands_of_histories(model: type[Model], shape: Shape) -> None:
     run(model, shape, histories=1000)
 
 

@@ -36,7 +36,7 @@ from edgeml.data.samplers import (
     Steps,
 )
 from edgeml.data.shapes import DataShape
-from edgeml.data.spans import Spans
+from edgeml.data.spans import Ranges, Spans
 from edgeml.data.trajectory import TrajectoryBuffer
 from edgeml.data.trajectory_store import (
     TrajectoryBufferDataStore,
@@ -127,7 +127,7 @@ def check_spans(seed: int) -> None:
     """One random history of a table, against lists."""
     rng = np.random.default_rng(seed)
     capacity, min_length = int(rng.integers(1, 12)), int(rng.integers(1, 4))
-    spans = Spans(capacity, min_length)
+    spans = Spans(capacity, Ranges(min_length))
     ranges: list[tuple[int, int]] = []
     rows: list[tuple[int, int]] = []  # id, and number of the trajectory
     number, next_id, is_open = 0, 1, False
@@ -166,7 +166,7 @@ def check_spans(seed: int) -> None:
         for range_ in ranges:
             a, b = min(range_[0], 0), max(range_[1], 1)
             right = [
-                (ids[0], i, ids[-1] + 1)
+                ((ids[0] - 1) % capacity, i - ids[0], len(ids))
                 for ids in trajectories.values()
                 if len(ids) >= min_length
                 for i in ids
@@ -174,7 +174,13 @@ def check_spans(seed: int) -> None:
             ]
             given = spans.draw(spans.add_range(range_), 1, Every())  # type: ignore[arg-type]
             assert ([] if given is None else list(zip(*given, strict=True))) == right
-            valid = [i for _, i, _ in right]
+            valid = [
+                i
+                for ids in trajectories.values()
+                if len(ids) >= min_length
+                for i in ids
+                if ids[0] <= i + a and i + b - 1 <= ids[-1]
+            ]
             located = spans.locate(spans.add_range(range_), np.array(valid, np.int64))
             assert list(zip(*located, strict=True)) == right
             other = int(rng.integers(-2, next_id + 3))
@@ -196,17 +202,22 @@ def test_every_step_that_fits_has_one_number_over_thousands_of_histories() -> No
 
 # Against a slow, obvious model --------------------------------------------------------------
 
+NAMES = st.sampled_from([None, "a", "b", "b"])
 RANGES = {"any": (0, 1), "around": (-1, 3), "next": (1, 2)}
 
 
 class Histories(RuleBasedStateMachine):
     """Whatever happens to a buffer, a list of steps with their trajectories tells the same."""
 
+    named = False  # whether inserts tell lanes
+
     def __init__(self) -> None:
         super().__init__()
         self.store = self.fresh()
         self.rows: list[dict[str, Any]] = []
-        self.number, self.is_open, self.value, self.next_id = 0, False, 0, 1
+        self.began, self.value, self.next_id = 0, 0, 1
+        # Of each lane, by its name and the number its items have, the trajectory that goes on.
+        self.open: dict[tuple[Any, int], int] = {}
 
     def fresh(self) -> TrajectoryBuffer:
         store = buffer_of(min_trajectory_length=2)
@@ -214,48 +225,78 @@ class Histories(RuleBasedStateMachine):
             store.register_sample_config(name, SAMPLERS, sample_range=range_)
         return store
 
-    def new(self, end: bool, priority: float) -> dict[str, Any]:
+    def new(self, end: bool, priority: float, lane: tuple[Any, int] = (None, 0)) -> dict[str, Any]:
         self.value += 1
-        row = {"id": self.next_id, "number": self.number, "end": end, "p": priority}
+        if lane not in self.open:
+            self.began += 1
+            self.open[lane] = self.began
+        row = {"id": self.next_id, "number": self.open[lane], "end": end, "p": priority}
         self.rows.append(row | {"x": self.value})
         self.next_id += 1
-        self.number += end
-        self.is_open = not end
+        if end:
+            del self.open[lane]
         return item(self.value, end, priority)
 
-    def stop(self) -> None:
-        self.number += self.is_open
-        self.is_open = False
+    def stop(self, name: str | None) -> None:
+        """Let nothing go on: of one name, or of all."""
+        self.open = {} if name is None else {k: n for k, n in self.open.items() if k[0] != name}
 
-    @rule(end=st.booleans(), priority=st.sampled_from([0.0, 0.0, 1.0, 2.5]))
-    def insert(self, end: bool, priority: float) -> None:
-        self.new(end, priority)
-        self.store.insert(step(self.value, priority), end_of_trajectory=end)
+    @rule(end=st.booleans(), priority=st.sampled_from([0.0, 0.0, 1.0, 2.5]), name=NAMES)
+    def insert(self, end: bool, priority: float, name: str | None) -> None:
+        name = name if self.named else None
+        self.new(end, priority, (name, 0))
+        self.store.insert(step(self.value, priority), end_of_trajectory=end, lane=name)
 
     @rule(
-        steps=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.0, 1.0])), max_size=60),
+        steps=st.lists(
+            st.tuples(st.integers(0, 5), st.sampled_from([0.0, 1.0]), st.integers(0, 2)),
+            max_size=60,
+        ),
         columns=st.booleans(),
+        name=NAMES,
+        parted=st.booleans(),
+        cut=st.integers(0, 100),
     )
-    def batch_insert(self, steps: list[tuple[int, float]], columns: bool) -> None:
-        items = [self.new(end == 0, priority) for end, priority in steps]
-        self.store.batch_insert(Batch.of(items) if columns else items)
+    def batch_insert(
+        self,
+        steps: list[tuple[int, float, int]],
+        columns: bool,
+        name: str | None,
+        parted: bool,
+        cut: int,
+    ) -> None:
+        name = name if self.named else None
+        parts = [part if parted and self.named else 0 for _, _, part in steps]
+        items = []
+        for i, (end, priority, _) in enumerate(steps):
+            if i == cut:
+                self.stop(name)
+            items.append(self.new(end == 0, priority, (name, parts[i])))
+        if not (columns or any(parts) or cut < len(items)):
+            self.store.batch_insert(items, lane=name)
+            return
+        batch = Batch.of(items).cut([cut] if cut < len(items) else [])
+        batch = batch.in_lanes(np.array(parts)) if any(parts) else batch
+        self.store.batch_insert(batch, lane=name)
 
-    @rule()
-    def end_trajectory(self) -> None:
-        if self.is_open:
-            self.rows[-1]["end"] = True
-        self.stop()
-        self.store.end_trajectory()
+    @rule(name=NAMES)
+    def end_trajectory(self, name: str | None) -> None:
+        name = name if self.named else None
+        number = self.open.pop((name, 0), None)
+        if number is not None:
+            [row for row in self.rows if row["number"] == number][-1]["end"] = True
+        self.store.end_trajectory(name)
 
-    @rule()
-    def interrupt(self) -> None:
-        self.stop()
-        self.store.interrupt()
+    @rule(name=NAMES)
+    def interrupt(self, name: str | None) -> None:
+        name = name if self.named else None
+        self.stop(name)
+        self.store.interrupt(name)
 
     @precondition(lambda self: len(self.rows) > 30)
     @rule(next_id=st.integers(1, 200))
     def reset(self, next_id: int) -> None:
-        self.stop()
+        self.stop(None)
         self.rows.clear()
         self.next_id = next_id
         self.store.reset(next_id)
@@ -317,8 +358,8 @@ class Histories(RuleBasedStateMachine):
         lengths: dict[int, int] = {}
         for row in held:
             lengths[row["number"]] = lengths.get(row["number"], 0) + 1
-        if self.is_open:
-            del lengths[self.number]
+        for number in self.open.values():
+            lengths.pop(number, None)
         assert self.store.short_trajectories == sum(length < 2 for length in lengths.values())
 
     @rule(back=st.integers(0, CAPACITY))
@@ -351,12 +392,29 @@ TestHistories = Histories.TestCase
 TestHistories.settings = LESS
 
 
+class LanedHistories(Histories):
+    """Those of several lanes, whose steps come by turns."""
+
+    named = True
+
+
+TestLanedHistories = LanedHistories.TestCase
+TestLanedHistories.settings = LESS
+
+
 class ManyHistories(Histories):
     """The same, for longer."""
 
 
+class ManyLanedHistories(LanedHistories):
+    """The same, for longer."""
+
+
+MORE = settings(LESS, max_examples=3000, stateful_step_count=40)
 TestManyHistories = pytest.mark.slow(pytest.mark.timeout(1800)(ManyHistories.TestCase))
-TestManyHistories.settings = settings(LESS, max_examples=3000, stateful_step_count=40)
+TestManyHistories.settings = MORE
+TestManyLanedHistories = pytest.mark.slow(pytest.mark.timeout(1800)(ManyLanedHistories.TestCase))
+TestManyLanedHistories.settings = MORE
 
 
 # Samplers -----------------------------------------------------------------------------------
@@ -938,7 +996,7 @@ class TestDefaultBuffer:
         seen = np.asarray(data["observations"]["at"][:, :, 0])
         assert all(len(set(row[:n])) == 1 for row, n in zip(seen, lengths, strict=True))
         assert store.breaks == 3
-        assert len([r for r in caplog.records if "give each a buffer" in r.message]) >= 1
+        assert len([r for r in caplog.records if "with a lane= of its own" in r.message]) >= 1
 
     def test_what_is_inserted_is_logged(self) -> None:
         logged: list[Any] = []

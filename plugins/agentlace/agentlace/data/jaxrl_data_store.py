@@ -63,21 +63,23 @@ class ReplayBufferDataStore(edgeml.data.ReplayBuffer):
         super().__init__(capacity, example=example, ignore_unknown=True)
         self._rlds_logger = rlds_logger
 
-    def insert(self, data: Any) -> None:
-        """Insert a copy of one transition."""
+    def insert(self, data: Any, lane: Any = None) -> None:
+        """Insert a copy of one transition; the lane is one of `edgeml.data.ReplayBuffer`'s."""
         if isinstance(data, dict) and "dones" not in data and "masks" in data:
             data = {**data, "dones": not data["masks"]}
         with self.lock:
-            super().insert(data)
+            super().insert(data, lane)
             if self._rlds_logger is not None:
                 self._rlds_logger(data)
 
-    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+    def batch_insert(self, batch: Batch | Sequence[Any], lane: Any = None) -> None:
         """Insert copies of transitions in one step."""
-        if self._rlds_logger is not None:
-            edgeml.data.DataStoreBase.batch_insert(self, batch)
-            return
-        super().batch_insert(add_key(batch, "dones", lambda part, _: part["masks"] == 0))
+        batch = add_key(batch, "dones", lambda part, _: part["masks"] == 0)
+        with self.lock:
+            super().batch_insert(batch, lane)
+            if self._rlds_logger is not None:
+                for item in batch:
+                    self._rlds_logger(item)
 
     def sample(  # type: ignore[override]
         self,

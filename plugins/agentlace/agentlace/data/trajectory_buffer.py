@@ -66,19 +66,21 @@ class TrajectoryBuffer(edgeml.data.TrajectoryBufferDataStore):
             "min_trajectory_length": min_trajectory_length,
         }
 
-    def insert(self, data: Any, end_of_trajectory: bool = False) -> None:
+    def insert(self, data: Any, end_of_trajectory: bool = False, lane: Any = None) -> None:
         """Insert a copy of one step.
 
         Args:
             data: a dict of all data shapes.
             end_of_trajectory: this is the last step of its trajectory; `end_trajectory` does as
                 well.
+            lane: see `edgeml.data.TrajectoryBuffer.insert`.
         """
-        super().insert({_END: False, **data}, end_of_trajectory)
+        super().insert({_END: False, **data}, end_of_trajectory, lane)
 
-    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+    def batch_insert(self, batch: Batch | Sequence[Any], lane: Any = None) -> None:
         """Insert copies of items in one step."""
-        super().batch_insert(add_key(batch, _END, lambda _, shape: np.zeros(shape, bool)[()]))
+        batch = add_key(batch, _END, lambda _, shape: np.zeros(shape, bool)[()])
+        super().batch_insert(batch, lane)
 
     def sample(
         self, sampler_name: str, batch_size: int, force_indices: Any = None

@@ -53,14 +53,17 @@ class Inlet(edgeml.data.DataStoreBase):
         """Hand on one item."""
         self.batch_insert([item])
 
-    def batch_insert(self, batch: Batch | Sequence[Any]) -> None:
+    def batch_insert(self, batch: Batch | Sequence[Any], lane: Any = None) -> None:
         """Hand on items; to a store without a `batch_insert` of its own one by one."""
         store = self._store
         if _is_edgemls(store):
             if isinstance(batch, Batch) and batch.columns is None:
-                cuts = batch.cuts
-                batch = Batch.of([unpack(item) for item in batch]).cut(cuts)
-            store.batch_insert(batch)
+                cuts, lanes = batch.cuts, batch.lanes
+                batch = Batch.of([unpack(item) for item in batch]).cut(cuts).in_lanes(lanes)
+            if lane is None:
+                store.batch_insert(batch)
+            else:
+                store.insert_from(lane, batch)
             return
         # Each item its own: these stores keep what they are given.
         items = map(unpack, batch)
@@ -72,10 +75,13 @@ class Inlet(edgeml.data.DataStoreBase):
             store.batch_insert(list(items))
             self._taken += len(batch)
 
-    def interrupt(self) -> None:
+    def interrupt(self, lane: Any = None) -> None:
         """Tell a store of edgeml's, which knows episodes."""
         if _is_edgemls(self._store):
-            self._store.interrupt()
+            if lane is None:
+                self._store.interrupt()
+            else:
+                self._store.interrupt_from(lane)
 
 
 class Outlet(edgeml.data.DataStoreBase):

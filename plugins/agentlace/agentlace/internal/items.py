@@ -28,6 +28,7 @@ def add_key(
         if key in columns:
             return batch
         added = {**columns, key: make(columns, (len(batch),))}
-        return Batch.from_columns(added, batch.first_id).cut(batch.cuts)
+        made = Batch.from_columns(added, batch.first_id)
+        return made.cut(batch.cuts).in_lanes(batch.lanes)
     items = [item if key in item else {**item, key: make(item, ())} for item in batch]
-    return Batch.of(items, batch.first_id).cut(batch.cuts)
+    return Batch.of(items, batch.first_id).cut(batch.cuts).in_lanes(batch.lanes)
