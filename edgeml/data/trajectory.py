@@ -293,11 +293,11 @@ class TrajectoryBuffer(DataStoreBase):
         first_id = spans.next_id
         firsts: Sequence[int] | Array
         if n == 1:
-            firsts = (*(first_id + cut for cut in cuts), *((first_id + 1,) if leaves[-1] else ()))
+            firsts = (first_id + 1,) if leaves[-1] else ()
         else:
             firsts = first_id + 1 + np.flatnonzero(leaves[-1])
-            if cuts:
-                firsts = np.union1d(firsts, np.add(cuts, first_id))
+        if cuts:
+            firsts = np.union1d(firsts, np.add(cuts, first_id))
         broken = self._find_breaks(lane, leaves, n)
         if broken:
             known = {int(first) for first in firsts}
@@ -313,7 +313,8 @@ class TrajectoryBuffer(DataStoreBase):
         self._store(leaves, sums, n)
         spans.extend(n, firsts)
         self._count_breaks(len(broken))
-        lane.goes_on, lane.last = spans.is_open, spans.next_id - 1
+        lane.goes_on = not (leaves[-1] if n == 1 else leaves[-1][-1])
+        lane.last = spans.next_id - 1
         lane.led_to = [
             np.asarray(leaves[b] if n == 1 else leaves[b][-1]).tobytes() for _, b in self._pairs
         ]

@@ -116,6 +116,9 @@ class Transitions:
         self._lane_leaf = None if lanes == 1 else _find_lane(schema)
         self._n_step, self._discount, self._stack = n_step, discount, frame_stack
         self._keys = lanes
+        self._several = (
+            lanes > 1
+        )  # lanes, so that items may be far from those that they follow upon
         # Of each slot the number of the store's lane that was written there last.
         self._numbers = np.zeros(MOST_LANES, np.int64)
         # Of each lane the id of the newest item, and whether another may follow upon it.
@@ -313,6 +316,7 @@ class Transitions:
         """
         slot = int(slot_of(number))
         first = slot * self._keys
+        self._several = self._several or number != 0
         if self._numbers[slot] != number:
             self._numbers[slot] = number
             self._last[first : first + self._keys] = 0
@@ -333,12 +337,15 @@ class Transitions:
     def _link(self, rows: Any, before: Any) -> None:
         """Note which rows those just written follow upon: themselves where upon none."""
         if self._stack > 1:
-            # What followed upon an item that was written over begins its run.
-            after = self._after[rows]
-            self._before[after] = after
+            if self._several:
+                # What followed upon an item that was written over begins its run. In a single lane
+                # that is the next row, which no stack of an item that is held needs any more.
+                after = self._after[rows]
+                self._before[after] = after
             self._before[rows] = before
-        self._after[rows] = rows
-        self._after[before] = rows  # where that is a row itself, it stays so
+        if self._n_step > 1 or self._several:
+            self._after[rows] = rows
+            self._after[before] = rows  # where that is a row itself, it stays so
 
     def _check_lanes(self, lanes: Any) -> int:
         """Return the first of some lanes, once all are found to be there."""
