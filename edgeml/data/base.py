@@ -161,7 +161,7 @@ class DataStoreBase(ABC):
             if len(switches):
                 batch = batch.cut(np.union1d(switches, batch.cuts).astype(int).tolist())
             try:
-                self.batch_insert(batch)
+                self.batch_insert(batch.in_lanes(None))
             finally:
                 latest = self.latest_data_id()
                 if latest > before:

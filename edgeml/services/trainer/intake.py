@@ -53,9 +53,6 @@ class Intake:
         self._refusals = Refusals()
         self._ledger = Ledger()
         self._lock = threading.Lock()
-        # Of each store, who uploaded last, the number of that client's next item, and the store's
-        # newest id after it, as others may insert too.
-        self._last: dict[str, tuple[str, int, int, int]] = {}
 
     def store(self, name: str) -> DataStoreBase:
         """Return the store of a name; raises UnknownInterface, which lists those known."""
@@ -100,7 +97,7 @@ class Intake:
         """Go on from what a ledger of before knows, as far as it fits the stores."""
         with self._lock:
             self._loaded = ledger.keep(self.stores)
-            self._ledger, self._last = ledger, {}
+            self._ledger = ledger
 
     def stats(self) -> dict[str, Any]:
         """Return all counts."""
@@ -161,16 +158,13 @@ class Intake:
             if len(new):
                 self.counts["items_lost_by_clients"] += verdict.lost
                 account.dropped += verdict.lost
-                sender = (client, incarnation)
-                if self._last.get(name) != (*sender, new.first_id, store.latest_data_id()):
-                    store.interrupt()
+                if verdict.lost:
+                    store.interrupt_from(numbering.id)
                 if store.learns:
                     _log.info(_LEARNT, name, caller)
                 try:
                     for part in self._insert(upload, caller, new, skip_refused):
                         inserted.append(part)
-                        following = part.first_id + len(part)
-                        self._last[name] = (*sender, following, store.latest_data_id())
                 except Exception as error:  # some may be in, of which the callback is told first
                     failure = error
             answer = {
@@ -196,13 +190,15 @@ class Intake:
         """
         name, parts = upload.store, [batch]
         store, account = self.stores[name], self._accounts[name]
+        # An item follows upon the one before in its own store, whichever client sends them.
+        source = upload.numbering.id
         while parts:
             part = parts.pop()
             before = store.latest_data_id()
             error: Exception | None = None
             done = part
             try:
-                store.batch_insert(part)
+                store.insert_from(source, part)
             except Exception as raised:
                 error = raised
                 # A user's store that inserts one by one has some of them although it raises. Ours
@@ -228,7 +224,7 @@ class Intake:
             item, why = rest.first_id, reason(error)
             if not skip_refused:
                 raise ValueError(f"store {name!r}, item {item}: {why}") from error
-            store.interrupt()  # what comes next doesn't follow upon what came before
+            store.interrupt_from(source)  # what comes next doesn't follow upon what came before
             self.counts["items_refused"] += 1
             account.refuse(why)
             self._ledger.refuse(upload, item, why)
