@@ -163,8 +163,7 @@ class Intake:
                 if store.learns:
                     _log.info(_LEARNT, name, caller)
                 try:
-                    for part in self._insert(upload, caller, new, skip_refused):
-                        inserted.append(part)
+                    inserted.extend(self._insert(upload, caller, new, skip_refused))
                 except Exception as error:  # some may be in, of which the callback is told first
                     failure = error
             answer = {
