@@ -40,8 +40,9 @@ class ReplayBuffer(DataStoreBase):
     in which they happened. ``n_step`` and ``frame_stack`` need those. They reach from one item to
     the next unless ``dones`` is true, `interrupt` was called, or the next item's observation is, in
     any byte, another than ``next_observations`` (`breaks` counts these). Where several environments
-    fill one buffer in turn, say how many ``lanes`` there are and give each item the key ``lane``,
-    from 0: `VectorTransitions` makes such items of gymnasium's vector environments. Of large
+    fill one buffer in turn, insert each one's items with a ``lane`` of its own, in which they
+    follow upon each other. (Or say how many ``lanes`` there are and give each item the key
+    ``lane``, from 0, as `VectorTransitions` does for gymnasium's vector environments.) Of large
     observations (above 1 KiB) each is kept once: what one transition led to, and what the
     next one started from. Where they come as stacks of frames, (T, H, W, C), which move on by one
     from step to step, each frame is kept once. What is not, byte for byte, the same is kept apart.
