@@ -1,6 +1,7 @@
 """The seam between what users call and how bytes move; knows no plugin."""
 
 from edgeml.core.codec import Codec, limited
+from edgeml.core.deadline import Deadline
 from edgeml.core.door import Dispatch, Door, Guest
 from edgeml.core.errors import (
     Closed,
@@ -58,6 +59,7 @@ __all__ = [
     "Owned",
     "root_of",
     "Pending",
+    "Deadline",
     "frame",
     "unframe",
     # plugins

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from typing import Any, ClassVar, Protocol
 
 from edgeml.core.advice import explain_no_connection
+from edgeml.core.deadline import Deadline
 from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
@@ -507,6 +508,7 @@ class _Connection(Requester):
         greeting: bytes,
         keys: TlsKeys | None,
     ) -> None:
+        deadline = Deadline(timeout)
         self.url = url
         self.secured = keys is not None
         self._over: EdgemlError | None = None
@@ -514,42 +516,44 @@ class _Connection(Requester):
         tls = None if keys is None else client_context(keys)
         self._loop = Loop(f"edgeml {url}")
         try:
-            self._loop.start(self._open(timeout, dial(url, tls), greeting, keys)).result()
+            self.local = leads_to_loopback(url, deadline)
+            self._loop.start(self._open(deadline, dial(url, tls), greeting, keys)).result()
         except BaseException as error:
             self._loop.close()
             if not isinstance(error, Exception) or isinstance(error, EdgemlError):
                 raise
             what = str(error) or type(error).__name__
             raise explain_no_connection(url, what, getattr(error, "errno", None)) from None
-        self.local = leads_to_loopback(url)
 
     async def _open(
         self,
-        timeout: float,
+        deadline: Deadline,
         dial: Coroutine[Any, Any, Link],
         greeting: bytes,
         keys: TlsKeys | None,
     ) -> None:
-        deadline = time.monotonic() + timeout
         dialing = asyncio.create_task(self._dial(dial, keys))
-        await asyncio.wait((dialing,), timeout=min(timeout, _SOON))
+        await asyncio.wait((dialing,), timeout=min(deadline.left, _SOON))
         # Some libraries wait for one who doesn't speak their protocol to hang up.
         late = not dialing.done()
         error = None if late else dialing.exception()
         # An error of the system's tells itself; but those of TLS are taken for such.
         told = EdgemlError if keys is not None else (EdgemlError, OSError)
         failed = error is not None and not isinstance(error, told)
-        left = deadline - time.monotonic()
+        left = deadline.left
         why: EdgemlError | None = None
-        if (late or failed) and self.url.port and left > 0:
-            why = explain_refusal(self.url, keys, greeting, min(1.0, left))
-            left = deadline - time.monotonic()
-            if why is None and keys is None and left > 0:
+        if (late or failed) and self.url.port and left:
+            why = explain_refusal(self.url, keys, greeting, min(1.0, left * 2 / 3))
+            left = deadline.left
+            if why is None and keys is None and left:
                 why = find_stranger(self.url, greeting, min(0.4, left))
         if why is not None:
             dialing.cancel()
             raise why
-        self._link = await asyncio.wait_for(dialing, max(0.0, deadline - time.monotonic()))
+        await asyncio.wait((dialing,), timeout=deadline.left)
+        if not dialing.done():  # it is given up, which may take it a while, by the loop's end
+            raise TimeoutError(f"no connection within {deadline.timeout:g} s")
+        self._link = dialing.result()
         here = Peer("", str(self.url))
         # What a server sends was asked for; what it doesn't read is bounded as the other way round.
         limits = DEFAULT_LIMITS

@@ -28,6 +28,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from edgeml.core.carrier import Carrier, Left, Stay
+from edgeml.core.dial import STAGGER, look_up_soon
 from edgeml.core.errors import Closed
 from edgeml.core.forks import drop_descriptors, leave_to_parent, watch_forks
 from edgeml.core.transport import Endpoint
@@ -65,6 +66,25 @@ class _Loop(asyncio.SelectorEventLoop):
                 self._run_once()  # type: ignore[attr-defined]
         finally:
             asyncio._set_running_loop(before)
+
+    async def getaddrinfo(
+        self,
+        host: Any,
+        port: Any,
+        *,
+        family: int = 0,
+        type: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+    ) -> Any:
+        """As asyncio does, but in no executor: the program's end would wait for a name server."""
+        return await asyncio.wrap_future(look_up_soon(host, port, family, type, proto, flags))
+
+    async def create_connection(self, *arguments: Any, **settings: Any) -> Any:
+        """As asyncio does, but an address that doesn't answer holds up no other of the host's."""
+        if settings.get("sock") is None:
+            settings.setdefault("happy_eyeballs_delay", STAGGER)
+        return await super().create_connection(*arguments, **settings)
 
     async def _accept_connection2(
         self, factory: Any, conn: socket.socket, extra: Any, tls: Any, server: Any, *more: Any

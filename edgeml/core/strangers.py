@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import socket
-import time
 from contextlib import suppress
 
+from edgeml.core.deadline import Deadline
+from edgeml.core.dial import dial
 from edgeml.core.errors import Unreachable
 from edgeml.core.url import Url
 
@@ -48,7 +48,7 @@ def find_stranger(url: Url, ours: bytes = b"", timeout: float = 0.4) -> Unreacha
     """
     said = b""
     with suppress(OSError, UnicodeError):
-        said = _hear((url.host or "localhost", url.port), time.monotonic() + timeout)
+        said = _hear(url, Deadline(timeout))
     if not said or (ours and re.match(ours, said, re.DOTALL)):
         return None
     known = (name for pattern, name in _KNOWN if re.match(pattern, said, re.DOTALL))
@@ -60,16 +60,12 @@ def find_stranger(url: Url, ours: bytes = b"", timeout: float = 0.4) -> Unreacha
     )
 
 
-def _hear(address: tuple[str, int], deadline: float) -> bytes:
+def _hear(url: Url, deadline: Deadline) -> bytes:
     """Connect, ask if need be, and return the first that is said."""
-
-    def left() -> float:
-        return max(0.001, deadline - time.monotonic())
-
-    with socket.create_connection(address, timeout=left()) as sock:
-        sock.settimeout(min(_UNASKED, left()))
+    with dial(url.host or "localhost", url.port, deadline) as sock:
+        sock.settimeout(max(1e-3, min(_UNASKED, deadline.left)))
         with suppress(TimeoutError):
             return sock.recv(_MOST)
         sock.sendall(_QUESTION)
-        sock.settimeout(left())
+        sock.settimeout(max(1e-3, deadline.left))
         return sock.recv(_MOST)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import socket
 import ssl
-import time
 
+from edgeml.core.deadline import Deadline
+from edgeml.core.dial import dial
 from edgeml.core.errors import EdgemlError, PermissionDenied
 from edgeml.core.security import SERVER_NAME, Credentials, Keyring, TlsKeys
 from edgeml.core.strangers import find_stranger
@@ -135,28 +136,28 @@ def explain_refusal(
     Returns:
         The error to raise; None if nobody answers, or keys are not the reason.
     """
-    ends = time.monotonic() + timeout
+    deadline = Deadline(timeout)
     try:
         if keys is None:
-            return _explain_no_keys(url, timeout)
-        why = _ask(url, client_context(keys), ends)
+            return _explain_no_keys(url, deadline)
+        why = _ask(url, client_context(keys), deadline)
         if why == _SILENT:
             why = _check_own(keys) or why
     except (OSError, UnicodeError):
         return None
     if why is None:  # a server in clear text is to be told from what is no server of ours
-        return find_stranger(url, greeting, max(0.1, ends - time.monotonic())) or PermissionDenied(
+        return find_stranger(url, greeting, deadline.left) or PermissionDenied(
             f"{url} speaks no TLS, and this client has keys, so that all would go in clear text: "
             "start the server with credentials=, or leave them out here"
         )
     return PermissionDenied(f"{url}: {why}") if why else None
 
 
-def _explain_no_keys(url: Url, timeout: float) -> EdgemlError | None:
+def _explain_no_keys(url: Url, deadline: Deadline) -> EdgemlError | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # for nothing is sent
-    with _connect(url, timeout) as plain, context.wrap_socket(plain) as secured:
+    with _connect(url, deadline) as plain, context.wrap_socket(plain) as secured:
         certificate = secured.getpeercert(binary_form=True) or b""
     if SERVER_NAME.encode() not in certificate:
         return None
@@ -166,14 +167,14 @@ def _explain_no_keys(url: Url, timeout: float) -> EdgemlError | None:
     )
 
 
-def _ask(url: Url, context: ssl.SSLContext, ends: float) -> str | None:
+def _ask(url: Url, context: ssl.SSLContext, deadline: Deadline) -> str | None:
     """Why whoever listens refuses these keys; "" if it doesn't, or doesn't tell; None if it speaks
     no TLS.
 
     Raises:
         OSError: nobody answers.
     """
-    with _connect(url, ends - time.monotonic()) as plain:
+    with _connect(url, deadline) as plain:
         try:
             secured = context.wrap_socket(plain, server_hostname=SERVER_NAME)
         except ssl.SSLCertVerificationError as error:
@@ -185,7 +186,7 @@ def _ask(url: Url, context: ssl.SSLContext, ends: float) -> str | None:
         except ConnectionError:
             return None
         with secured:
-            secured.settimeout(_MOMENT)
+            secured.settimeout(max(1e-3, min(_MOMENT, deadline.left)))
             try:
                 # With TLS 1.3 a certificate is refused when the handshake is over for the client.
                 said = secured.recv(1)
@@ -218,8 +219,8 @@ def _check_own(keys: TlsKeys) -> str:
     return ""
 
 
-def _connect(url: Url, timeout: float) -> socket.socket:
-    return socket.create_connection((url.host or "localhost", url.port), max(0.05, timeout))
+def _connect(url: Url, deadline: Deadline) -> socket.socket:
+    return dial(url.host or "localhost", url.port, deadline)
 
 
 def _read_alert(error: ssl.SSLError) -> str | None:

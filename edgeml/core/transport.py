@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Protocol
 
+from edgeml.core.deadline import Deadline
 from edgeml.core.errors import DeadlineExceeded
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message
@@ -212,21 +213,26 @@ class Requester(Endpoint):
 
         Args:
             message: the request.
-            timeout: seconds.
+            timeout: seconds that all of it may take: to connect where that is still to be done, to
+                send and to wait, whatever signals come meanwhile.
 
         Raises:
             DeadlineExceeded: no reply within ``timeout``.
             Unreachable, Closed, Overloaded: as for `request`.
         """
-        return self.wait_for(self.request(message), timeout)
+        deadline = Deadline(timeout)
+        return self.wait_for(self.request(message), deadline)
 
-    def wait_for(self, future: Future[Message], timeout: float) -> Message:
-        """Return a request's reply, or forget it and raise DeadlineExceeded after ``timeout``."""
+    def wait_for(self, future: Future[Message], deadline: Deadline) -> Message:
+        """Return a request's reply, or forget it and raise DeadlineExceeded at the deadline."""
         try:
-            return future.result(timeout)
+            return future.result(deadline.left)
         except FutureTimeout:
             future.cancel()
-            raise DeadlineExceeded(f"{self.url} gave no reply within {timeout:g} s") from None
+            raise self._explain_silence(deadline) from None
+
+    def _explain_silence(self, deadline: Deadline) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.url} gave no reply within {deadline.timeout:g} s")
 
 
 class Transport(ABC):
@@ -277,7 +283,8 @@ class Transport(ABC):
 
         Args:
             url: where it is.
-            timeout: seconds.
+            timeout: seconds that all of it may take: to look up the host, whose name server may not
+                answer, to try its addresses, and to shake hands.
             credentials: a client's keys; see `serve`.
 
         Raises:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from edgeml.core.deadline import Deadline
+from edgeml.core.dial import look_up
+
 __all__ = [
     "AUTO",
     "DEFAULT_TRANSPORT",
@@ -96,12 +99,14 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-def leads_to_loopback(url: Url) -> bool:
-    """Whether a client that connects to a URL stays within this machine, by whatever name."""
+def leads_to_loopback(url: Url, deadline: Deadline) -> bool:
+    """Whether a client that connects to a URL stays within this machine, by whatever name; False
+    where that isn't known by the deadline.
+    """
     if is_loopback(url.host or "localhost"):
         return True
     try:
-        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+        found = look_up(url.host, url.port, deadline)
     except (OSError, UnicodeError):
         return False
     return all(is_loopback(str(entry[4][0])) for entry in found)
@@ -116,13 +121,15 @@ def require_no_path(url: Url) -> None:
         )
 
 
-def require_this_machine(host: str) -> None:
-    """Raise an OSError, which says why, for a host that is not this machine by any of its names."""
+def require_this_machine(host: str, deadline: Deadline) -> None:
+    """Raise an OSError, which says why, for a host that is not this machine by any of its names, or
+    isn't known to be by the deadline.
+    """
     if host in ("", "localhost", "127.0.0.1", "0.0.0.0", "::", "::1", socket.gethostname()):
         return
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
+        family, _, _, _, address = look_up(host, 0, deadline)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind(address)  # which works for this machine's addresses alone
     except UnicodeError as error:
         raise OSError(f"no host has such a name: {error}") from None

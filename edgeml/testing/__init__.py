@@ -6,7 +6,7 @@ import pytest
 pytest.register_assert_rewrite(
     *(
         f"edgeml.testing.{each}"
-        for each in ("codecs", "doors", "ends", "safety", "stores", "transports")
+        for each in ("codecs", "deadlines", "doors", "ends", "safety", "stores", "transports")
     )
 )
 

@@ -26,6 +26,7 @@ import pytest
 
 from edgeml.core import (
     Credentials,
+    Deadline,
     EdgemlError,
     Limits,
     Message,
@@ -249,7 +250,7 @@ class SafetyTests(EndsTests):
         requester = net.connect(endpoint)
         ask: Callable[[], Message] = {
             "call": lambda: requester.call(message, 2.0),
-            "request": lambda: requester.wait_for(requester.request(message), 2.0),
+            "request": lambda: requester.wait_for(requester.request(message), Deadline(2.0)),
         }[how]
         with pytest.raises(EdgemlError):
             ask()

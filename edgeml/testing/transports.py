@@ -40,6 +40,7 @@ from edgeml.core import (
     Unreachable,
     Url,
 )
+from edgeml.testing.deadlines import DeadlineTests
 from edgeml.testing.ends import (
     KB,
     MB,
@@ -76,7 +77,7 @@ _SIZES = (
 T = TypeVar("T")
 
 
-class TransportTests(SafetyTests, LivenessTests):
+class TransportTests(SafetyTests, LivenessTests, DeadlineTests):
     """Subclass it and set ``url``; see the module's docstring."""
 
     # Messages -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from edgeml.core import (
     DEFAULT_LIMITS,
     Closed,
     Credentials,
+    Deadline,
     EdgemlError,
     Endpoint,
     Limits,
@@ -243,7 +244,8 @@ class _Connection(Requester):
         return copy_error(self._why or Unreachable(f"the connection to {self.url} was lost"))
 
     def call(self, message: Message, timeout: float) -> Message:
-        return self.wait_for(self._ask(message, self._calls, self._calls.settle), timeout)
+        deadline = Deadline(timeout)
+        return self.wait_for(self._ask(message, self._calls, self._calls.settle), deadline)
 
     def request(self, message: Message) -> Future[Message]:
         return self._ask(message, self._requests, self._arrive)

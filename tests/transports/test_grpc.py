@@ -27,7 +27,7 @@ from edgeml import (
     PermissionDenied,
     Unreachable,
 )
-from edgeml.core import Limits, Message, Url, load_transport, loops, wire
+from edgeml.core import Deadline, Limits, Message, Url, load_transport, loops, wire
 from edgeml.core.errors import NotCarriedOut
 from edgeml.core.frames import frame
 from edgeml.core.pieces import Assembly
@@ -1184,7 +1184,7 @@ def test_a_proxy_that_swallows_a_connection_is_named(proxy, monkeypatch):
     assert "secret" not in str(caught.value)
     for excepted, asked in [("10.0.0.1, .2.1", ""), ("192.0.2.1", ""), (" ,", proxy), ("x", proxy)]:
         monkeypatch.setenv("no_proxy", excepted)
-        assert find_proxy(url.host) == asked
+        assert find_proxy(url.host, Deadline(5.0)) == asked
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "0.0.0.0", "", "::1", "::"])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,6 +12,7 @@ import grpc
 from edgeml.core import (
     Closed,
     Credentials,
+    Deadline,
     DeadlineExceeded,
     EdgemlError,
     Malformed,
@@ -26,11 +24,13 @@ from edgeml.core import (
     own,
     unframe,
 )
+from edgeml.core.advice import explain_no_connection
+from edgeml.core.dial import look_up
 from edgeml.core.errors import NotCarriedOut, copy_error
 from edgeml.core.forks import drop_sockets, explain_fork, leave_to_parent, watch_forks
 from edgeml.core.pieces import LARGEST, PREFIX, Assembly, Parts, cut, flatten
 from edgeml.core.tls import client_keys
-from edgeml.core.url import leads_to_loopback, require_no_path
+from edgeml.core.url import is_loopback, require_no_path
 from edgeml.transports.grpc.failures import explain_failure, find_proxy
 from edgeml.transports.grpc.order import Lane
 from edgeml.transports.grpc.processes import NO_FORKS
@@ -50,7 +50,7 @@ class Connection(Requester):
     """See `edgeml.core.Requester`."""
 
     def __init__(self, url: Url, timeout: float, credentials: Credentials | None) -> None:
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         require_no_path(url)
         keys = client_keys(url, credentials)
         self.secured = keys is not None
@@ -61,7 +61,15 @@ class Connection(Requester):
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()  # that may be at work for this
         host = url.host or "localhost"
-        proxy = find_proxy(host)
+        proxy = find_proxy(host, deadline)
+        self._peers: set[tuple[str, int]] = set()
+        if not proxy:  # whose connection has another end, and which may know names that we don't
+            try:
+                found = look_up(host, url.port, deadline)
+            except (OSError, UnicodeError) as error:
+                raise explain_no_connection(url, error) from error
+            self._peers = {(str(address[0]), int(address[1])) for *_, address in found}
+        self.local = not proxy and all(is_loopback(address) for address, _ in self._peers)
         options = [*_OPTIONS, ("grpc.enable_http_proxy", int(bool(proxy)))]
         host = f"[{host}]" if ":" in host else host
         if keys is None:
@@ -73,23 +81,18 @@ class Connection(Requester):
         self._stream = self._channel.stream_stream(f"/{SERVICE}/Stream")
         self._fetch = self._channel.unary_stream(f"/{SERVICE}/Fetch")
         try:
-            welcome = self._channel.unary_unary(f"/{SERVICE}/Connect")(b"", timeout=timeout)
+            connect = self._channel.unary_unary(f"/{SERVICE}/Connect")
+            welcome = connect(b"", timeout=deadline.left)
             if len(welcome) != PREFIX.size:
                 raise Unreachable(f"what answers at {url} is no edgeml server")
             self._number, queue = PREFIX.unpack(welcome)
         except grpc.RpcError as error:
             self._channel.close()
-            left = deadline - time.monotonic()
-            raise explain_failure(url, error, keys, proxy, left) from None
+            raise explain_failure(url, error, keys, proxy, deadline) from None
         except BaseException:
             self._channel.close()
             raise
         self._request = self._channel.unary_unary(f"/{SERVICE}/{name_request(queue)}")
-        self._peers: set[tuple[str, int]] = set()
-        with suppress(OSError):  # a proxy's connection has another end
-            found = socket.getaddrinfo(host.strip("[]"), url.port, type=socket.SOCK_STREAM)
-            self._peers = {(str(address[0]), int(address[1])) for *_, address in found}
-        self.local = not proxy and leads_to_loopback(url)
         watch_forks(self)
 
     @property
@@ -101,7 +104,7 @@ class Connection(Requester):
 
     def call(self, message: Message, timeout: float) -> Message:
         """See `Requester.call`."""
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         size, parts = flatten(message)
         if self._why is not None:
             raise self._copy_why()
@@ -111,12 +114,14 @@ class Connection(Requester):
         try:
             if size > LARGEST_FRAME:
                 with _Sending(content) as sending:
-                    return _assemble(self._stream(sending, timeout=timeout, metadata=metadata))
-            piece = self._request(b"".join(content), timeout=timeout, metadata=metadata)
+                    stream = self._stream(sending, timeout=deadline.left, metadata=metadata)
+                    return _assemble(stream)
+            whole = b"".join(content)
+            piece = self._request(whole, timeout=deadline.left, metadata=metadata)
             if _read_key(piece):
                 size = _read_promise(piece)
-                left = max(0.001, deadline - time.monotonic())
-                return _assemble(self._fetch(self._ask_for(piece), timeout=left), size)
+                fetch = self._fetch(self._ask_for(piece), timeout=deadline.left)
+                return _assemble(fetch, size)
             return _read_reply(piece)
         except (grpc.RpcError, ValueError) as error:
             raise self._explain(error, timeout) from None
@@ -246,11 +251,11 @@ class Connection(Requester):
             return
         if threading.current_thread() in threads:
             return
-        deadline = time.monotonic() + _MOMENT
+        deadline = Deadline(_MOMENT)
         closing.join(_MOMENT)
         self._pending.fail(self._copy_why())
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(deadline.left)
 
     def abandon(self) -> None:
         """Forget everything, in a forked child, where gRPC's threads are not."""

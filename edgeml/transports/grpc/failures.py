@@ -7,7 +7,7 @@ import os
 
 import grpc
 
-from edgeml.core import EdgemlError, PermissionDenied, Unreachable, Url
+from edgeml.core import Deadline, EdgemlError, PermissionDenied, Unreachable, Url
 from edgeml.core.advice import explain_no_connection
 from edgeml.core.security import TlsKeys
 from edgeml.core.strangers import HTTP2, find_stranger
@@ -19,9 +19,10 @@ __all__ = ["explain_failure", "find_proxy"]
 
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in the order in which gRPC looks
 _EXCEPT = ("no_grpc_proxy", "no_proxy")
+_MOMENT = 0.1  # seconds
 
 
-def find_proxy(host: str) -> str:
+def find_proxy(host: str, deadline: Deadline) -> str:
     """Return the environment variable that names the proxy to a host; "" if there is none.
 
     There is none to this machine itself, by whatever name. gRPC would ask the proxy even so.
@@ -32,14 +33,14 @@ def find_proxy(host: str) -> str:
     if not variable or any(each and host.endswith(each) for each in suffixes):
         return ""
     try:
-        require_this_machine(host)
+        require_this_machine(host, deadline)
     except OSError:
         return variable
     return ""
 
 
 def explain_failure(
-    url: Url, error: grpc.RpcError, keys: TlsKeys | None, proxy: str, left: float
+    url: Url, error: grpc.RpcError, keys: TlsKeys | None, proxy: str, deadline: Deadline
 ) -> EdgemlError:
     """Return the error for one of gRPC's, of the first call.
 
@@ -48,7 +49,7 @@ def explain_failure(
         error: what gRPC says.
         keys: those that the connection was to be secured by; None for none.
         proxy: what `find_proxy` says.
-        left: seconds that there are to find out who listens.
+        deadline: by which to find out who listens; a moment is always taken for it.
     """
     code, details = error.code(), error.details()
     if ERRORS.get(code) is PermissionDenied:
@@ -61,9 +62,10 @@ def explain_failure(
             "to $no_proxy",
         )
     if "resolution" not in details:  # of the host's name; it would fail again, and take its time
-        found = explain_refusal(url, keys, HTTP2, max(0.1, min(1.0, left)))
+        asking = Deadline(max(_MOMENT, min(1.4, deadline.left)))
+        found = explain_refusal(url, keys, HTTP2, asking.left * 2 / 3)
         if found is None and keys is None:
-            found = find_stranger(url, HTTP2, max(0.1, min(0.4, left)))
+            found = find_stranger(url, HTTP2, min(0.4, asking.left))
         if found is not None:
             return found
     if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -26,6 +26,7 @@ from typing import ClassVar
 from edgeml.core import (
     DEFAULT_LIMITS,
     Credentials,
+    Deadline,
     DeadlineExceeded,
     Endpoint,
     Limits,
@@ -91,13 +92,14 @@ class ShmTransport(Transport):
             PermissionDenied: another user's process serves there, who is not among
                 ``credentials.users``; or this one's user isn't among the server's.
         """
+        deadline = Deadline(timeout)
         users = _users(url, credentials)
         try:
-            check_address(url)
+            check_address(url, deadline)
         except OSError as error:
             raise Unreachable(error.strerror or str(error)) from None
         try:
-            return Connection(url, timeout, users)
+            return Connection(url, deadline, users)
         except (Lost, DeadlineExceeded, Overloaded) as error:
             raise Unreachable(f"no connection to {url}: {error}") from None
 

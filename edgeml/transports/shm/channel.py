@@ -325,13 +325,10 @@ class Channel:
 
     # Receiving ----------------------------------------------------------------------------
 
-    def receive(self, timeout: float = 0.0) -> tuple[int, Message | EdgemlError] | None:
+    def receive(self) -> tuple[int, Message | EdgemlError] | None:
         """Take one record; returns the number and the message, or why there is none.
 
-        A request that is larger than a server's limits is refused here.
-
-        Args:
-            timeout: seconds to wait for it.
+        Never waits. A request that is larger than a server's limits is refused here.
 
         Raises:
             Lost: the peer has gone, or has sent what no peer of ours sends.
@@ -340,7 +337,7 @@ class Channel:
             if self._expected is not None:
                 self._map()
                 return None
-            data = self.records.receive(timeout)
+            data = self.records.receive()
             if data is None:
                 return None
             kind, flags, returns, count, size, number = _HEAD.unpack_from(data)

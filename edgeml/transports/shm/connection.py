@@ -7,7 +7,6 @@ from __future__ import annotations
 import secrets
 import select
 import threading
-import time
 import weakref
 from collections import deque
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from contextlib import suppress
 
 from edgeml.core import (
     Closed,
+    Deadline,
     DeadlineExceeded,
     EdgemlError,
     Message,
@@ -30,12 +30,11 @@ from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.memory import Pool, limit_of_environment
 from edgeml.transports.shm.reactor import Reactor
 from edgeml.transports.shm.sockets import Lost, connect
-from edgeml.transports.shm.waiting import IN, OUT, Waiter
+from edgeml.transports.shm.waiting import IN, LONGEST, OUT, Waiter
 
 __all__ = ["Connection"]
 
 _GRACE = 0.3  # seconds that a call under way is given to take its last reply
-_LONGEST = float(1 << 30)  # ms that a wait is told to last
 
 
 class _Line:
@@ -51,16 +50,16 @@ class _Line:
         self._poll = select.poll()
         self._poll.register(self.channel.records.fd, IN)
 
-    def call(self, message: Message, timeout: float) -> Message:
-        deadline = time.monotonic() + timeout
+    def call(self, message: Message, deadline: Deadline) -> Message:
         with self._lock:
             self._number = number = self._number + 1
             channel = self.channel
             channel.send(number, message)
             while True:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
+                left = deadline.left
+                if not left:
+                    why = f"{self._url} gave no reply within {deadline.timeout:g} s"
+                    raise DeadlineExceeded(why)
                 if channel.full:
                     self._flush(left)
                     continue
@@ -71,8 +70,9 @@ class _Line:
                     return got[1]
 
     def _look(self, seconds: float) -> tuple[int, Message | EdgemlError] | None:
-        if seconds or self._poll.poll(0):  # cheaper than to receive nothing
-            return self.channel.receive(seconds)
+        # Not by a socket's own timeout, which begins anew behind each signal that has a handler.
+        if self._poll.poll(min(seconds * 1e3, LONGEST)):
+            return self.channel.receive()
         return None
 
     def _flush(self, left: float) -> None:
@@ -80,7 +80,7 @@ class _Line:
         fd = self.channel.records.fd
         self._poll.modify(fd, IN | OUT)
         try:
-            self._poll.poll(min(left * 1e3, _LONGEST))
+            self._poll.poll(min(left * 1e3, LONGEST))
         finally:
             self._poll.modify(fd, IN)
         self.channel.flush()
@@ -114,14 +114,14 @@ class Connection(Requester):
 
     Args:
         url: where to.
-        timeout: seconds.
+        deadline: by which the peer is to have said hello.
         users: whose processes may be on the other side.
     """
 
     local = secured = True
     tells_loss = True
 
-    def __init__(self, url: Url, timeout: float, users: frozenset[int]) -> None:
+    def __init__(self, url: Url, deadline: Deadline, users: frozenset[int]) -> None:
         self.url = url
         self._users = users
         self.orphans: deque[tuple[Channel, int]] = deque()
@@ -136,7 +136,8 @@ class Connection(Requester):
         self._copied = 0
         self._why: Closed | Unreachable | None = None  # set once, when it is over
         self._peer: bytes | None = None  # the name that it has given itself
-        self._shared = self.open_channel(timeout)
+        self._opening: set[Channel] = set()  # whose peer hasn't said hello
+        self._shared = self.open_channel(deadline)
         try:
             self._reactor = Reactor(
                 f"edgeml to {url}",
@@ -152,22 +153,27 @@ class Connection(Requester):
         self._reactor.start()
         watch_forks(self)
 
-    def open_channel(self, timeout: float) -> Channel:
+    def open_channel(self, deadline: Deadline) -> Channel:
         """Another socket to the peer, once it has said hello.
 
         Raises:
             PermissionDenied: one side does not talk to the other's user.
             Overloaded: the peer has too many connections.
         """
-        deadline = time.monotonic() + timeout
-        records = connect(self.url, timeout, self._users)
+        records = connect(self.url, deadline, self._users)
         channel = Channel(records, self._pool, self._account)
+        poll = select.poll()
+        poll.register(records.fd, IN)
         try:
+            with self._lock:
+                if self._why is not None:
+                    raise self._copy_why()
+                self._opening.add(channel)
             while channel.connection is None:  # the peer speaks first, or says why it doesn't
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise DeadlineExceeded(f"{self.url} did not answer within {timeout:g} s")
-                refused = channel.receive(left)
+                if not poll.poll(min(deadline.left * 1e3, LONGEST)):
+                    why = f"{self.url} did not answer within {deadline.timeout:g} s"
+                    raise DeadlineExceeded(why)
+                refused = channel.receive()
                 if refused is not None and isinstance(refused[1], EdgemlError):
                     raise refused[1]
             channel.greet(self._name)
@@ -178,6 +184,9 @@ class Connection(Requester):
         except BaseException:
             channel.close()
             raise
+        finally:
+            with self._lock:
+                self._opening.discard(channel)
         return channel
 
     @property
@@ -195,19 +204,18 @@ class Connection(Requester):
         return copy_error(why)
 
     def call(self, message: Message, timeout: float) -> Message:
+        deadline = Deadline(timeout)
         if self._why is not None:
             raise self._copy_why()
         if self._pending.unanswered:  # a socket of its own would overtake them
             if self._reactor.inside:  # in a future's callback
                 self._reactor.strand()
-            return self.wait_for(self.request(message), timeout)
+            return self.wait_for(self.request(message), deadline)
         line: _Line | None = getattr(self._local, "line", None)
         try:
             if line is None:
-                deadline = time.monotonic() + timeout
-                line = self._new_line(timeout)
-                timeout = deadline - time.monotonic()
-            return line.call(message, timeout)
+                line = self._new_line(deadline)
+            return line.call(message, deadline)
         except Lost as error:
             if line is not None:
                 line.channel.close()
@@ -218,11 +226,11 @@ class Connection(Requester):
                 raise self._copy_why() from None
             raise
 
-    def _new_line(self, timeout: float) -> _Line:
+    def _new_line(self, deadline: Deadline) -> _Line:
         try:  # threads may come and go faster than the loop looks
             channel, number = self.orphans.pop()
         except IndexError:
-            channel, number = self.open_channel(timeout), 0
+            channel, number = self.open_channel(deadline), 0
         line = _Line(self, channel, number)
         with self._lock:
             if self._why is None:
@@ -274,7 +282,9 @@ class Connection(Requester):
         self._shared.close()
         self._pending.fail(self._copy_why())
         with self._lock:
-            lines = list(self._lines)
+            opening, lines = list(self._opening), list(self._lines)
+        for channel in opening:
+            channel.end()
         for line in lines:
             line.end()
         self._tidy()
@@ -284,9 +294,9 @@ class Connection(Requester):
         with self._lock:
             if self._why is None:
                 self._why = Closed(f"the connection to {self.url} has been closed")
-            lines = list(self._lines)
-        for line in lines:
-            line.channel.end()
+            channels = [*self._opening, *(line.channel for line in self._lines)]
+        for channel in channels:
+            channel.end()
         self._reactor.stop()
 
     def abandon(self) -> None:
@@ -296,6 +306,6 @@ class Connection(Requester):
         self._reactor.abandon()
         for line in list(self._lines):
             line.channel.abandon()
-        for channel, _ in self.orphans:
+        for channel in [*self._opening, *(channel for channel, _ in self.orphans)]:
             channel.abandon()
         self._local = threading.local()

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from edgeml.core import (
+    Deadline,
     EdgemlError,
     Endpoint,
     Limits,
@@ -49,6 +50,8 @@ from edgeml.transports.shm.sockets import (
 __all__ = ["Listener", "check_address"]
 
 _log = logging.getLogger(__name__)
+
+_PATIENCE = 10.0  # seconds in which a name server tells whether a host is this machine
 
 
 class _Reply:
@@ -259,7 +262,7 @@ def _peer(channel: Channel) -> Peer:
 
 
 def _listen(url: Url, *, to_all: bool) -> tuple[socket.socket, Url]:
-    check_address(url)
+    check_address(url, Deadline(_PATIENCE))
     chosen = bool(url.path or url.port)
     for _ in range(1 if chosen else 100):
         port = url.port if chosen else 49152 + secrets.randbelow(65536 - 49152)
@@ -272,7 +275,7 @@ def _listen(url: Url, *, to_all: bool) -> tuple[socket.socket, Url]:
     raise kind(last.errno, f"cannot serve {url}: {last.strerror or last}; {hint}") from last
 
 
-def check_address(url: Url) -> None:
+def check_address(url: Url, deadline: Deadline) -> None:
     """Raise an OSError for an address that no socket of this machine can have."""
     if url.path:
         size = len(os.fsencode(url.path))
@@ -284,6 +287,6 @@ def check_address(url: Url) -> None:
             )
         return
     try:
-        require_this_machine(url.host)
+        require_this_machine(url.host, deadline)
     except OSError as error:
         raise OSError(f"{url} is not on this machine, and shm reaches no other: {error}") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import errno
-import math
 import os
 import pwd
 import select
@@ -21,7 +20,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from edgeml.core import PermissionDenied, Url
+from edgeml.core import Deadline, PermissionDenied, Url
 from edgeml.core.advice import explain_no_connection
 
 __all__ = [
@@ -44,8 +43,6 @@ LARGEST_RECORD = 1 << 16
 LONGEST_PATH = 107 if LINUX else 103
 """Bytes that a socket's path may have, as the system has it."""
 
-_NOW = int(socket.MSG_DONTWAIT)
-_LONGEST = 1e9  # ms that a wait is told to last
 _LENGTH = struct.Struct("<I")
 _BACKLOG = 4096
 _ROOM = socket.CMSG_SPACE(array.array("i").itemsize)
@@ -69,12 +66,12 @@ class Lost(Exception):
 
 def _send_fd(sock: socket.socket, data: bytes, fd: int) -> int:
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-    return sock.sendmsg([data], control, _NOW)
+    return sock.sendmsg([data], control)
 
 
 def _receive_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int], bool]:
     """Bytes, the descriptors that came with them, and whether there were more than expected."""
-    data, control, flags, _ = sock.recvmsg(size, _ROOM, _NOW)
+    data, control, flags, _ = sock.recvmsg(size, _ROOM)
     fds = array.array("i")
     for level, kind, value in control:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -95,11 +92,8 @@ class Records:
 
     def __init__(self, sock: socket.socket) -> None:
         self.process, self.user = _identify(sock)
-        # Blocking, since to wait and to receive are one system call then: beside a thread that
-        # computes, each one that waits costs 5 ms to get the GIL back. All else says DONTWAIT.
-        sock.setblocking(True)
+        sock.setblocking(False)
         self._socket = sock
-        self._timeout = 0  # ms, as set on the socket
         self.fd = sock.fileno()
 
     @property
@@ -111,7 +105,7 @@ class Records:
         """Send a record, with a file descriptor if need be; False where there is no room now."""
         try:
             if fd is None:
-                self._socket.send(record, _NOW)
+                self._socket.send(record)
             else:
                 _send_fd(self._socket, record, fd)
         except BlockingIOError:
@@ -120,14 +114,10 @@ class Records:
             raise Lost(str(error)) from None
         return True
 
-    def receive(self, timeout: float = 0.0) -> bytes | None:
-        """The next record; None where there is none within ``timeout`` seconds."""
+    def receive(self) -> bytes | None:
+        """The next record; None where there is none now."""
         try:
-            if timeout > 0:
-                self._set_timeout(timeout)
-                record = self._socket.recv(LARGEST_RECORD)
-            else:
-                record = self._socket.recv(LARGEST_RECORD, _NOW)
+            record = self._socket.recv(LARGEST_RECORD)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -135,14 +125,6 @@ class Records:
         if not record:
             raise Lost("the peer has closed the connection")
         return record
-
-    def _set_timeout(self, timeout: float) -> None:
-        milliseconds = max(1, math.ceil(min(timeout * 1e3, _LONGEST)))
-        if milliseconds != self._timeout:
-            seconds, rest = divmod(milliseconds, 1000)
-            value = struct.pack("ll", seconds, rest * 1000)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-            self._timeout = milliseconds
 
     def receive_fd(self) -> int | None:
         """The file descriptor that comes with the next record; None where there is none now."""
@@ -188,7 +170,6 @@ class StreamRecords(Records):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        sock.setblocking(False)
         self._unsent = b""
         self._come = b""
         self._fds: list[int] = []
@@ -221,11 +202,7 @@ class StreamRecords(Records):
             except OSError as error:
                 raise Lost(str(error)) from None
 
-    def receive(self, timeout: float = 0.0) -> bytes | None:
-        if timeout > 0:
-            poll = select.poll()
-            poll.register(self.fd, select.POLLIN)
-            poll.poll(min(timeout * 1e3, _LONGEST))
+    def receive(self) -> bytes | None:
         # Exactly one record, so that what follows it still makes the socket readable.
         while True:
             size = _LENGTH.size
@@ -400,7 +377,7 @@ def accept(sock: socket.socket) -> Records | None:
         raise
 
 
-def connect(url: Url, timeout: float, users: frozenset[int]) -> Records:
+def connect(url: Url, deadline: Deadline, users: frozenset[int]) -> Records:
     """Connect to who listens at a path, or else by the number of a port.
 
     Raises:
@@ -409,7 +386,7 @@ def connect(url: Url, timeout: float, users: frozenset[int]) -> Records:
     """
     sock = _open_socket()
     try:
-        sock.settimeout(timeout)
+        sock.settimeout(max(1e-3, deadline.left))
         sock.connect(_format_address(url.port, url.path))
         made = _wrap(sock)
         if made.user not in users:

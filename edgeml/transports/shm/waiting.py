@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["IN", "OUT", "Poller", "Waiter"]
+__all__ = ["IN", "LONGEST", "OUT", "Poller", "Waiter"]
 
 IN, OUT = select.POLLIN, select.POLLOUT
+LONGEST = float(1 << 30)
+"""Milliseconds that a wait is told to last; the system counts them in 32 bits."""
 
 _LONGEST = 200e-6  # seconds of polling; sleeping and waking costs 10 to 110 microseconds
 _SHORTEST = 20e-6  # polling that short pays no more

@@ -27,8 +27,6 @@ bound is dropped, and its number sent behind an empty frame, which tells the cli
 
 from __future__ import annotations
 
-import socket
-import time
 from typing import ClassVar
 
 import zmq
@@ -36,6 +34,7 @@ import zmq
 from edgeml.core import (
     DEFAULT_LIMITS,
     Credentials,
+    Deadline,
     Endpoint,
     Limits,
     OnRequest,
@@ -45,6 +44,7 @@ from edgeml.core import (
     hookimpl,
 )
 from edgeml.core.advice import explain_no_connection
+from edgeml.core.dial import dial
 from edgeml.core.url import format_host, require_no_path
 from edgeml.transports.zmq.connection import Connection
 from edgeml.transports.zmq.curve import client_keys
@@ -83,18 +83,18 @@ class ZmqTransport(Transport):
         self, url: Url, timeout: float, *, credentials: Credentials | None = None
     ) -> Requester:
         """See `Transport.connect`. ZeroMQ itself never tells that nobody listens, so ask TCP."""
+        deadline = Deadline(timeout)
         require_no_path(url)
         keys = client_keys(credentials)
-        deadline = time.monotonic() + timeout
         try:
-            with socket.create_connection((url.host, url.port), timeout) as probe:
+            with dial(url.host or "localhost", url.port, deadline) as probe:
                 host = format_host(probe.getpeername())
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", None)
             raise explain_no_connection(url, error, number) from error
-        connection = Connection(url, Url("tcp", host, url.port), keys)
+        connection = Connection(url, Url("tcp", host, url.port), keys, deadline)
         try:
-            connection.meet(max(0.0, deadline - time.monotonic()))
+            connection.meet(deadline)
         except BaseException:
             connection.close()
             raise

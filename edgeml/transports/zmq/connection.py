@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import secrets
+import select
 import threading
 import time
 import traceback
@@ -23,6 +24,7 @@ from zmq.utils.monitor import parse_monitor_message
 from edgeml.core import (
     Closed,
     Credentials,
+    Deadline,
     DeadlineExceeded,
     Message,
     Overloaded,
@@ -81,13 +83,14 @@ class _Line:
         self._open()
 
     def _open(self) -> zmq.Socket[bytes]:
-        self._timeout = -1  # ms, as set on the socket
         self._socket = self._connection.open_line()
+        self._poll = select.poll()
+        self._poll.register(self._socket.FD, select.POLLIN)
         if self._connection.lost:  # it may have been before there was a socket to wake
             raise _Woken
         return self._socket
 
-    def call(self, message: Message, timeout: float) -> Message:
+    def call(self, message: Message, deadline: Deadline) -> Message:
         with self.lock:
             line = self._socket or self._open()
             number = NUMBER.pack(next(self._numbers))
@@ -95,7 +98,7 @@ class _Line:
             self.calling = True
             try:
                 send(line, number, message, lent)
-                return self._wait(line, number, timeout)
+                return self._wait(line, number, deadline)
             except (DeadlineExceeded, Overloaded):
                 if _any_alive(lent):
                     self._take_back(lent)
@@ -108,14 +111,11 @@ class _Line:
             finally:
                 self.calling = False
 
-    def _wait(self, line: zmq.Socket[bytes], number: bytes, timeout: float) -> Message:
-        deadline = time.monotonic() + timeout
-        left = timeout
+    def _wait(self, line: zmq.Socket[bytes], number: bytes, deadline: Deadline) -> Message:
         while True:
-            milliseconds = max(1, math.ceil(min(left * 1e3, _LOOK)))
-            if milliseconds != self._timeout:  # setting it is a system call's worth
-                line.rcvtimeo = self._timeout = milliseconds
-            try:
+            # Until nothing is left: only then does libzmq tell by its descriptor of what comes. Not
+            # by its own timeout, which begins anew behind each signal that has a handler.
+            while _look(line) & zmq.POLLIN:
                 _, came, reply = receive(line)
                 if came == number:
                     return reply
@@ -124,12 +124,12 @@ class _Line:
                         raise _Woken
                     if _dropped(reply) == number:
                         raise _explain_dropped(self._url)
-            except zmq.Again:
-                if not _look(line) & zmq.POLLOUT:
-                    raise
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise DeadlineExceeded(f"{self._url} gave no reply within {timeout:g} s")
+            left = deadline.left
+            if not left:
+                why = f"{self._url} gave no reply within {deadline.timeout:g} s"
+                raise DeadlineExceeded(why)
+            if not self._poll.poll(min(left * 1e3, _LOOK)) and not _look(line) & zmq.POLLOUT:
+                raise zmq.Again  # the server has refused this line
 
     def _take_back(self, lent: list[weakref.ref[memoryview]]) -> None:
         """Have libzmq let go of the user's memory, which it may still be sending from."""
@@ -173,6 +173,7 @@ def _look(line: zmq.Socket[bytes]) -> int:
 
 
 _GREETING = 0.3  # seconds that a peer may take to greet; libzmq itself would wait for ever
+_ASKING = 0.4  # seconds that who greets otherwise is asked for who it is
 _MEETING = 1.0  # seconds that `connect` waits for what may not be, where it can do without
 _GREETED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
 _FAILED = (
@@ -188,10 +189,13 @@ class Connection(Requester):
 
     tells_loss = True
 
-    def __init__(self, url: Url, address: Url, keys: Credentials | None) -> None:
+    def __init__(
+        self, url: Url, address: Url, keys: Credentials | None, deadline: Deadline
+    ) -> None:
         self.url = url
         self._address = address
         self._keys = keys
+        self._deadline = deadline  # by which it is to have come about
         self.local = is_loopback(address.host)
         self.secured = keys is not None
         self._who = secrets.token_hex(8)
@@ -233,14 +237,15 @@ class Connection(Requester):
         self._start_io()
         watch_forks(self)
 
-    def meet(self, timeout: float) -> None:
+    def meet(self, deadline: Deadline) -> None:
         """Wait for the handshake, if there are keys; and else for a moment, since it may fail.
 
         Raises:
             PermissionDenied: it failed by one side's keys.
             Unreachable: it didn't come about, and there are keys.
         """
-        met = self._met.wait(timeout if self._keys is not None else min(timeout, _MEETING))
+        left = deadline.left
+        met = self._met.wait(left if self._keys is not None else min(left, _MEETING))
         why = self._why
         if isinstance(why, PermissionDenied):
             raise copy_error(why)
@@ -305,21 +310,22 @@ class Connection(Requester):
         return copy_error(why)
 
     def call(self, message: Message, timeout: float) -> Message:
+        deadline = Deadline(timeout)
         check(message)
         if self._why is not None:
             raise self._copy_why()
         if self._pending.unanswered:  # a line would overtake them
             if threading.current_thread() is self._io:  # in a future's callback
                 self._start_io()
-            return self.wait_for(self.request(message), timeout)
+            return self.wait_for(self.request(message), deadline)
         line: _Line | None = getattr(self._local, "line", None)
         try:
             if line is None:
                 line = self._new_line()
-            return line.call(message, timeout)
+            return line.call(message, deadline)
         except _Woken:
             raise self._copy_why() from None
-        except zmq.Again:  # the server has refused this line
+        except zmq.Again:
             told = self._keys is not None
             self._lose(explain_refusal(self.url, self._address, self._keys, told))
             raise self._copy_why() from None
@@ -373,7 +379,7 @@ class Connection(Requester):
             ready = dict(self._poller.poll(None if left is None else math.ceil(left * 1e3)))
             if left == 0.0:
                 self._due = None
-                if stranger := find_stranger(self.url, ZMTP):
+                if stranger := self._find_stranger():
                     return stranger
             if self._listen in ready:
                 self._listen.recv()
@@ -427,10 +433,15 @@ class Connection(Requester):
             told = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
             return (
                 explain_refusal(self.url, self._address, self._keys, told)
-                or find_stranger(self.url, ZMTP)
+                or self._find_stranger()
                 or Unreachable(f"what listens at {self.url} does not speak ZeroMQ")
             )
         return Unreachable(f"the connection to {self.url} was lost{if_out_of_files()}")
+
+    def _find_stranger(self) -> Unreachable | None:
+        """Who listens there, if that can be known in time: who closes this waits for it."""
+        left = self._deadline.left
+        return find_stranger(self.url, ZMTP, min(_ASKING, left)) if left else None
 
     def _send_some(self, queue: deque[tuple[int, Message]]) -> None:
         while queue:

@@ -14,13 +14,13 @@ say in the clear before all else.
 
 from __future__ import annotations
 
-import socket
-import time
 from contextlib import suppress
 
 import zmq
 from zmq.utils import z85
 
+from edgeml.core.deadline import Deadline
+from edgeml.core.dial import dial
 from edgeml.core.errors import PermissionDenied
 from edgeml.core.security import Credentials, Keyring
 from edgeml.core.url import Url
@@ -126,9 +126,9 @@ def find_mechanism(address: Url, timeout: float, ours: str) -> str:
 
     It is told ours in turn, so that it can count whom it has refused.
     """
-    deadline = time.monotonic() + timeout
+    deadline = Deadline(timeout)
     said, theirs = b"", ""
-    with suppress(OSError), socket.create_connection((address.host, address.port), timeout) as sock:
+    with suppress(OSError), dial(address.host, address.port, deadline) as sock:
         sock.sendall(_GREETING)
         while more := sock.recv(64):
             said += more
@@ -137,7 +137,7 @@ def find_mechanism(address: Url, timeout: float, ours: str) -> str:
                 if theirs == ours:
                     break
                 sock.sendall(b"\0" + ours.encode().ljust(20, b"\0") + bytes(32))  # and it hangs up
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            sock.settimeout(max(1e-3, deadline.left))
     return theirs
 
 
