@@ -18,6 +18,7 @@ from typing import Any
 from edgeml.core import wire
 from edgeml.core.alarms import Alarm, Alarms
 from edgeml.core.codec import Codec, Wrapping
+from edgeml.core.deadline import Deadline
 from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
@@ -42,6 +43,8 @@ __all__ = ["Client", "Timing"]
 _log = logging.getLogger(__name__)
 
 _LONGEST = 1e6  # seconds; of a timeout, as a transport may count milliseconds in 32 bits
+_LEAST = 0.01  # seconds that whatever is sent is given
+_MOMENT = 0.5  # seconds that closing waits for threads; one may be amid connecting, or a callback
 _NOTHING = Message(b"")
 _IMPATIENCE = 0.02  # seconds; the first pause between two looks whether a server is ready
 _PATIENCE = 0.5  # seconds; the longest
@@ -81,8 +84,7 @@ class _Asynchronous:
     name: str
     encoder: Codec
     encoded: Message
-    began: float
-    deadline: float
+    deadline: Deadline
     alarm: Alarm
     request: Future[Message] | None = None  # under way
 
@@ -110,7 +112,8 @@ class Client:
         codec: the codec's name.
         wrapping: what is to be around that codec, where the server knows of it.
         timeout: seconds that a call, or the first connection, may take unless told otherwise.
-        wait: seconds to go on trying when nobody serves there yet, or the server is not ready.
+        wait: seconds that the first connection may take in its place, as one that goes on trying
+            when nobody serves there yet, or the server is not ready; 0 for not to do so.
         writable: whether received arrays are private copies rather than read-only views.
         credentials: see `Credentials.resolve`; a client's.
         on_disconnect: called, without arguments, when the connection is lost; see `SessionKeeper`.
@@ -146,7 +149,7 @@ class Client:
         if not timeout > 0:
             raise ValueError(f"timeout must be positive, not {timeout}")
         self.client_id = client_id or secrets.token_hex(8)
-        began = time.monotonic()
+        deadline = Deadline(wait) if wait > 0 else None
         self.timeout = float(min(timeout, _LONGEST))
         spoken = load_codec(codec)
         asked = {} if wrapping is None else {wrapping.name: wrapping.ask()}
@@ -183,26 +186,26 @@ class Client:
         try:
             if on_connecting is not None:
                 on_connecting(self.close)
-            self.sessions.begin(wait)
-            if wait > 0:
-                self._wait_until_ready(began + wait)
+            self.sessions.begin(deadline)
+            if deadline is not None:
+                self._wait_until_ready(deadline)
         except BaseException:
             self.close()
             raise
 
-    def _wait_until_ready(self, deadline: float) -> None:
+    def _wait_until_ready(self, deadline: Deadline) -> None:
         pause, told = _IMPATIENCE, ""
         while True:
             now: ServerState | None = None
             error: EdgemlError | None = None
             try:
-                now = self.state()
+                now = self.state(min(self.timeout, deadline.left))
             except (Unreachable, Closed, DeadlineExceeded) as failure:
                 error = failure  # it failed to load, say; another may take its place
             if now is not None and now.state == "ready":
                 return
-            left = deadline - time.monotonic()
-            if left <= 0:
+            left = deadline.left
+            if not left:
                 raise error or NotReady(
                     f"the server at {self.url} is still {now}, and there is no time left to wait"
                 )
@@ -219,10 +222,12 @@ class Client:
         Raises:
             Unreachable, DeadlineExceeded: it doesn't answer.
         """
-        limit = self._limit(timeout)
-        session = self.sessions.connect(limit)
+        deadline = Deadline(self._limit(timeout))
+        session = self.sessions.connect(deadline.left)
         try:
-            pong, _, _ = ping(session.requester, limit)
+            pong, _, _ = ping(session.requester, max(_LEAST, deadline.left))
+        except DeadlineExceeded:  # of what was left
+            raise _explain_late("state", deadline) from None
         except Unreachable as error:
             session.lose(error)
             raise
@@ -279,39 +284,39 @@ class Client:
     def _ask(
         self, name: str, payload: Any, timeout: float | None
     ) -> tuple[Session, wire.Result, Message]:
-        left = limit = self._limit(timeout)
-        deadline = time.monotonic() + limit
+        deadline = Deadline(self._limit(timeout))
         encoder: Codec | None = None
         while True:
             session = self.sessions.current
             if session is None or session.lost:
-                session = self.sessions.connect(left)
-                left = max(0.01, deadline - time.monotonic())
+                session = self.sessions.connect(deadline.left)
             if encoder is not session.spoken.encoder:
                 encoder = session.spoken.encoder
                 encoded = encoder.encode(payload)
+            left = deadline.left
+            if not left:
+                raise _explain_late(name, deadline)
             there = session.left_there(left)
             header = wire.pack(wire.Request(wire.CALL, session.key, name, there, encoded.header))
             try:
                 message = session.requester.call(Message(header, encoded.buffers), left)
             except NotCarriedOut as error:
                 session.lose(error)
+            except DeadlineExceeded:  # of what was left
+                raise _explain_late(name, deadline) from None
             except Unreachable as error:
                 session.lose(error)
                 raise
             except Closed:
                 raise self.sessions.explain(session) from None
             else:
-                session.note_life(deadline - limit)
+                session.note_life(deadline.began)
                 reply = wire.unpack(wire.Result, message.header)
                 if reply.status != wire.NO_SESSION:
-                    session.note_way(session.heard - deadline + limit, reply.served)
+                    session.note_way(session.heard - deadline.began, reply.served)
                     return session, reply, message
                 session.lose(wire.error_of(reply))
             # It was not carried out, so it can be sent again.
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise DeadlineExceeded(f"no answer to {name!r} within {limit:g} s")
 
     def _limit(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else float(max(0.0, min(timeout, _LONGEST)))
@@ -334,7 +339,7 @@ class Client:
             Overloaded: too many calls are under way.
             Closed: this client has been closed.
         """
-        limit = self._limit(timeout)
+        deadline = Deadline(self._limit(timeout))
         session = self.sessions.current
         assert session is not None  # there was one, or this would not have been made
         encoder = session.spoken.encoder
@@ -344,11 +349,10 @@ class Client:
         future: Future[Any] = Future()
 
         def expire() -> None:
-            _settle(future, DeadlineExceeded(f"no answer to {name!r} within {limit:g} s"))
+            _settle(future, _explain_late(name, deadline))
 
-        alarm = self._alarms.after(limit, expire)
-        now = time.monotonic()
-        call = _Asynchronous(future, name, encoder, encoded, now, now + limit, alarm)
+        alarm = self._alarms.after(deadline.left, expire)
+        call = _Asynchronous(future, name, encoder, encoded, deadline, alarm)
         future.add_done_callback(call.settled)
         try:
             session = self.sessions.current
@@ -369,7 +373,7 @@ class Client:
             value = call.encoder.decode(call.encoded)
             call.encoded = encoder.encode_owned(value, self.allocate)
             call.encoder = encoder
-        left = session.left_there(max(0.01, call.deadline - time.monotonic()))
+        left = session.left_there(max(_LEAST, call.deadline.left))
         header = wire.pack(
             wire.Request(wire.CALL, session.key, call.name, left, call.encoded.header)
         )
@@ -397,14 +401,15 @@ class Client:
                 session.lose(error)
                 self._send_later(call)
                 return
-            session.note_life(call.began)
+            session.note_life(call.deadline.began)
             reply = wire.unpack(wire.Result, message.header)
             if reply.status == wire.NO_SESSION:
                 session.lose(wire.error_of(reply))  # not carried out, so it can be sent again
                 self._send_later(call)
             else:
-                session.note_way(session.heard - call.began, reply.served)
-                call.future.timing = _tell_timing(reply, call.began)  # type: ignore[attr-defined]
+                began = call.deadline.began
+                session.note_way(session.heard - began, reply.served)
+                call.future.timing = _tell_timing(reply, began)  # type: ignore[attr-defined]
                 _settle(call.future, self._value(session, reply, message))
         except Closed as error:
             _settle(call.future, self.sessions.explain(session) if done.exception() else error)
@@ -434,7 +439,7 @@ class Client:
                 call = self._unsent[0]
             try:
                 if not call.future.done():
-                    left = max(0.01, call.deadline - time.monotonic())
+                    left = max(_LEAST, call.deadline.left)
                     self._send(call, self.sessions.connect(left))
             except Exception as error:
                 _settle(call.future, error)
@@ -460,6 +465,7 @@ class Client:
             PermissionDenied: the role of this client's key lacks it.
             Unreachable, Closed: as for `call`.
         """
+        deadline = Deadline(self.timeout)
         session = self.sessions.connect(self.timeout)
         topics = session.topics
         if topic not in topics:
@@ -467,8 +473,9 @@ class Client:
             raise UnknownInterface(f"there is no topic {topic!r}; known: {known}")
         if not topics[topic]:  # our key lacks it: have the server say so, and count it
             credit = wire.pack(wire.Credit(0, 0, 0))
-            header = wire.pack(wire.Request(wire.NEXT, session.key, topic, self.timeout, credit))
-            reply = session.requester.call(Message(header), self.timeout)
+            left = max(_LEAST, deadline.left)
+            header = wire.pack(wire.Request(wire.NEXT, session.key, topic, left, credit))
+            reply = session.requester.call(Message(header), left)
             raise wire.error_of(wire.unpack(wire.Answer, reply.header))
         with self._changed:
             number = next(self._numbers)
@@ -490,13 +497,17 @@ class Client:
         self.sessions.close()
         for subscription in subscriptions:
             subscription.end()
-        deadline = time.monotonic() + 1.0
+        deadline = Deadline(_MOMENT)
         for subscription in subscriptions:
-            subscription.join(max(0.0, deadline - time.monotonic()))
+            subscription.join(deadline.left)
         self._alarms.close()
-        self.sessions.join()
+        self.sessions.join(deadline.left)
         if sender is not None and sender is not threading.current_thread():
-            sender.join(2.0)
+            sender.join(deadline.left)
+
+
+def _explain_late(what: str, deadline: Deadline) -> DeadlineExceeded:
+    return DeadlineExceeded(f"no answer to {what!r} within {deadline.timeout:g} s")
 
 
 def _settle(future: Future[Any], result: Any) -> None:

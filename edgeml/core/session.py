@@ -29,6 +29,7 @@ import msgspec
 from edgeml.core import wire
 from edgeml.core.alarms import Alarms
 from edgeml.core.codec import Codec, Spoken, Wrapping
+from edgeml.core.deadline import Deadline
 from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
@@ -62,6 +63,7 @@ _EACH = 0.003  # seconds that each call under way, which a server may be at firs
 _WAY = 0.001  # seconds by which what is known of the way may at least grow
 _GOODBYE = 3.0  # seconds that a server which stops may take to answer what it has begun
 _FAREWELL = 0.2  # seconds that closing may spend on telling the server
+_LEAST = 0.01  # seconds that whatever is begun is given
 
 
 @dataclass(eq=False)
@@ -217,36 +219,37 @@ class SessionKeeper:
         now = session.requester.copied if session is not None and not session.counted else 0
         return self._copied + now
 
-    def begin(self, wait: float = 0.0) -> None:
+    def begin(self, deadline: Deadline | None = None) -> None:
         """Make the first session, and keep one from now on.
 
         Args:
-            wait: seconds to go on trying when nobody serves there yet.
+            deadline: by which somebody is to serve there; None to try once only, for as long as
+                one attempt may take.
 
         Raises:
             Unreachable: nobody answers there.
             ConfigMismatch: the server is of another kind, or configured differently.
             Closed: this was closed meanwhile.
         """
-        self._connect_first(wait)
+        self._connect_first(deadline)
         with self._changed:
             if self.closed:
                 raise Closed("this client has been closed")
             self._thread = threading.Thread(target=self._keep, name="edgeml keeper", daemon=True)
             self._thread.start()
 
-    def _connect_first(self, wait: float) -> None:
-        deadline = time.monotonic() + wait
+    def _connect_first(self, deadline: Deadline | None) -> None:
         pause = _IMPATIENCE
         while True:
             try:
-                self.connect(self._timeout)
+                left = self._timeout if deadline is None else deadline.left
+                self.connect(min(self._timeout, left))
                 return
             except (Unreachable, Closed):  # or one that is just stopping
                 if self.closed:
                     raise Closed("this client has been closed") from None
-                left = deadline - time.monotonic()
-                if left <= 0:
+                left = 0.0 if deadline is None else deadline.left
+                if not left:
                     raise
                 if pause == _IMPATIENCE:
                     _log.warning("waiting for a server at %s", self._urls[0])
@@ -255,11 +258,11 @@ class SessionKeeper:
             pause = min(2 * pause, _PATIENCE)
 
     def connect(self, timeout: float) -> Session:
-        """Return the session, made anew if it is lost."""
+        """Return the session, made anew if it is lost, which may take ``timeout`` seconds."""
         session = self.current
         if session is not None and not session.lost:
             return session
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         if not self._connecting.acquire(timeout=timeout):
             raise DeadlineExceeded(f"no connection to {self._urls[0]} within {timeout:g} s")
         try:
@@ -303,14 +306,14 @@ class SessionKeeper:
             self._retired.add(session.requester)
             self._alarms.after(_GOODBYE, session.requester.close)
 
-    def _greet_first(self, deadline: float) -> Session:
+    def _greet_first(self, deadline: Deadline) -> Session:
         failures: list[EdgemlError] = []
         for tried, url in enumerate(self._urls):
             # None may use up the time of those that come after it.
-            left = max(0.01, (deadline - time.monotonic()) / (len(self._urls) - tried))
+            own = Deadline(max(_LEAST, deadline.left / (len(self._urls) - tried)))
             try:
                 requester = load_transport(url.scheme).connect(
-                    url, left, credentials=self._credentials
+                    url, own.left, credentials=self._credentials
                 )
             except (Unreachable, PermissionDenied) as error:
                 failures.append(error)
@@ -322,7 +325,7 @@ class SessionKeeper:
                 if closed:
                     raise Closed("this client has been closed")
                 self._check_reach(requester)
-                return self._greet(requester, time.monotonic() + left)
+                return self._greet(requester, own)
             except NotReady as error:  # it is draining
                 requester.close()
                 failures.append(error)
@@ -361,7 +364,7 @@ class SessionKeeper:
                 f"who answers at {requester.url}; give credentials=, or leave it out"
             )
 
-    def _greet(self, requester: Requester, deadline: float) -> Session:
+    def _greet(self, requester: Requester, deadline: Deadline) -> Session:
         extensions = dict(self._hello.extensions)
         if self.current is not None:
             extensions[wire.RESUME] = self.current.key
@@ -371,7 +374,7 @@ class SessionKeeper:
         hello = msgspec.structs.replace(self._hello, extensions=extensions)
         header = wire.pack(wire.Request(wire.HELLO, b"", "", 0.0, wire.pack(hello)))
         began = time.monotonic()
-        left = max(0.01, deadline - began)
+        left = max(_LEAST, deadline.left)
         reply = wire.unpack(wire.Answer, requester.call(Message(header), left).header)
         took = time.monotonic() - began
         if reply.status != wire.OK:
@@ -537,11 +540,11 @@ class SessionKeeper:
             if requester is not None:
                 requester.close()
 
-    def join(self) -> None:
+    def join(self, seconds: float) -> None:
         """Wait for the end of the threads, unless this is one of them."""
         self._notices.close()
         if self._thread not in (None, threading.current_thread()):
-            self._thread.join(2.0)
+            self._thread.join(seconds)
 
     def explain(self, session: Session) -> EdgemlError:
         """Return what to tell a caller whose connection was closed under it."""
