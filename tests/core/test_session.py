@@ -111,7 +111,7 @@ def test_a_client_tells_a_server_the_time_that_is_left_without_the_way_and_never
         session = client.sessions.current
         for way, most in ((0.0, 10.0), (2.0, 8.0), (60.0, 5.0)):
             session.way = way
-            assert most - 1e-6 < client.call("left", None, 10.0) <= 10 - min(way, 5) + 1e-6
+            assert most - 1.0 < client.call("left", None, 10.0) <= 10 - min(way, 5) + 1e-6
             session.way = way
             assert client.call_async("left", None, 10.0).result(10) <= most + 1e-6
         session.way = 0.0

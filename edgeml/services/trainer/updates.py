@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from edgeml.core.client import Client
+from edgeml.core.deadline import Deadline
 from edgeml.core.ending import run_at_end
 from edgeml.core.errors import Closed, EdgemlError, Overloaded
 from edgeml.core.forks import watch_forks
@@ -23,6 +22,7 @@ __all__ = ["Updates"]
 _log = logging.getLogger(__name__)
 
 _LAST_UPDATE = 2.0  # seconds that stopping may spend on what hasn't been sent
+_MOMENT = 0.5  # seconds that it waits for threads, whose calls have been given up
 _MOST_WAITING = 1 << 12  # asynchronous updates
 
 
@@ -110,7 +110,7 @@ class Updates:
         self,
         timeout: float | None,
         on_refused: OnRefused = "skip",
-        deadline: float = math.inf,
+        deadline: Deadline | None = None,
         one_by_one: bool = False,
     ) -> Delivered:
         try:
@@ -176,7 +176,7 @@ class Updates:
             finally:
                 self._closed.set()
         elif me != self._closer:  # or it would wait for itself
-            self._closed.wait(2 * _LAST_UPDATE)
+            self._closed.wait(_LAST_UPDATE + 2 * _MOMENT)
 
     def _finish(self, one_by_one: bool) -> None:
         me = threading.current_thread()
@@ -195,14 +195,15 @@ class Updates:
             for uploader in self._uploaders:
                 uploader.close()
             self._client.close()
+            deadline = Deadline(_MOMENT)
             for each in (thread, answering):
                 if each is not None and each is not me:
-                    each.join(_LAST_UPDATE)
+                    each.join(deadline.left)
             self._forget_end()  # only now, since the program may end meanwhile
 
     def _update_at_last(self, one_by_one: bool, waiting: list[_Asked]) -> None:
         """Send what is left; it is the update of those that wait for one."""
-        deadline = time.monotonic() + _LAST_UPDATE
+        deadline = Deadline(_LAST_UPDATE)
         arrived = Delivered(0, 0)
         failure: Exception | None = None
         if self._turn.acquire(timeout=_LAST_UPDATE):

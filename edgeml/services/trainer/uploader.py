@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
-import time
 from collections import deque
 from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple
 
 from edgeml.core.client import Client
+from edgeml.core.deadline import Deadline
 from edgeml.core.errors import DeadlineExceeded, EdgemlError, Malformed, NotEncodable, shown
 from edgeml.core.message import pooled
 from edgeml.data import Batch, DataStoreBase
@@ -98,7 +97,7 @@ class Uploader:
         self._connected = -1  # the client's epoch, of the learner that told its mark last
         self._epoch: int | None = None  # the ledger's
         self._timeout: float | None = None  # these are the update's
-        self._deadline = math.inf
+        self._deadline: Deadline | None = None
         self._window = _WINDOW
         self._on_refused: OnRefused = "skip"
         self._allocate = self._allocate_batch  # one object, to be known by
@@ -122,7 +121,7 @@ class Uploader:
         self,
         timeout: float | None,
         on_refused: OnRefused = "skip",
-        deadline: float = math.inf,
+        deadline: Deadline | None = None,
         one_by_one: bool = False,
     ) -> Delivered:
         """Send what is new; returns how much more of it the learner has, and has saved.
@@ -130,7 +129,7 @@ class Uploader:
         Args:
             timeout: seconds for each message; the client's own by default.
             on_refused: see `TrainerClient.update`.
-            deadline: when to give up, by `time.monotonic`.
+            deadline: when to give up; None for never, as long as answers come.
             one_by_one: whether only one chunk is under way at a time, which needs no thread.
 
         Raises:
@@ -295,10 +294,10 @@ class Uploader:
 
     def _limit(self) -> float | None:
         """Seconds that the next message may take; raises DeadlineExceeded when there are none."""
-        if self._deadline == math.inf:
+        if self._deadline is None:
             return self._timeout
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        left = self._deadline.left
+        if not left:
             raise DeadlineExceeded("there was no time for more")
         return left if self._timeout is None else min(left, self._timeout)
 
