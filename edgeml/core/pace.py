@@ -23,7 +23,7 @@ TOO_LATE = "expired"
 
 _KEPT = 16  # runs
 _FEW = 3  # runs with which nothing is ruled out yet
-_EVERY = 8  # runs after which the figures are made anew, though none stands out
+_EVERY = 16  # runs after which the figures are made anew, though none stands out
 _STALE = 20  # times a run, after which one is tried again, whatever the last ones took
 _LONGEST = 60.0  # seconds, of that
 

@@ -137,15 +137,18 @@ class Session:
         if served is None:
             self.way = min(self.way, took)
             return
-        way = max(0.0, took - served.queue - served.compute)
-        if way < self.way:
-            self.way += (way - self.way) / 2
+        known = self.way
+        way = took - served.queue - served.compute
+        if way > known:
+            most = 2 * known + _WAY
+            self.way = known + ((way if way < most else most) - known) / 10
         else:
-            self.way += (min(way, 2 * self.way + _WAY) - self.way) / 10
+            self.way = (known + way) / 2 if way > 0 else known / 2
 
     def left_there(self, left: float) -> float:
         """Return what the server has of the time that is left for a call, or half of that."""
-        return left - min(self.way, left / 2)
+        half = left / 2
+        return left - self.way if self.way < half else half
 
     def note_lag(self, seconds: float) -> None:
         """Take notice how long an answer took: the longest counts, less and less as time goes."""

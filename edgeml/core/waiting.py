@@ -20,7 +20,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from edgeml.core.call import NOBODY, Call
 from edgeml.core.errors import EdgemlError, Overloaded
@@ -172,30 +172,31 @@ class Line(Generic[S]):
 
     def remove(self, queue: Queue[S], at: int, served: bool = False) -> tuple[Call, S]:
         """Take one of a connection's calls out; where it is served, that was its turn."""
-        taken = queue.calls[at]
-        del queue.calls[at]
-        group = queue.group
+        calls, group = queue.calls, queue.group
+        taken = calls[at]
+        if at:
+            del calls[at]
+        else:
+            calls.popleft()
         self._count -= 1
         self.work -= taken[0].cost
-        if not queue.calls:
-            del group.order[bisect_left(group.order, (queue.turn,))]
-            del group.queues[queue.name]
-            self.connections -= 1
+        if served or not calls:
+            _take_out(group.order, queue)
             if served:
-                self._next_turn((group.name, queue.name))
-        elif served:
-            del group.order[bisect_left(group.order, (queue.turn,))]
-            queue.turn = self._next_turn((group.name, queue.name))
-            group.order.append((queue.turn, queue))
-        if not group.order:
-            del self._order[bisect_left(self._order, (group.turn,))]
-            del self._groups[group.name]
+                queue.turn = self._next_turn((group.name, queue.name))
+            if calls:
+                group.order.append((queue.turn, queue))
+            else:
+                del group.queues[queue.name]
+                self.connections -= 1
+        if served or not group.order:
+            _take_out(self._order, group)
             if served:
-                self._next_turn(group.name)
-        elif served:
-            del self._order[bisect_left(self._order, (group.turn,))]
-            group.turn = self._next_turn(group.name)
-            self._order.append((group.turn, group))
+                group.turn = self._next_turn(group.name)
+            if group.order:
+                self._order.append((group.turn, group))
+            else:
+                del self._groups[group.name]
         if not self._count:
             self.work, self.earliest = 0.0, math.inf
         return taken
@@ -207,6 +208,14 @@ class Line(Generic[S]):
         self.work, self.earliest = 0.0, math.inf
         queues = [queue for group in groups.values() for queue in group.queues.values()]
         return [call for queue in queues for call, _ in queue.calls]
+
+
+def _take_out(order: list[tuple[int, Any]], each: Any) -> None:
+    """Take a connection or a group out of those that are in the order of their turns."""
+    if order[0][1] is each:
+        del order[0]
+    else:
+        del order[bisect_left(order, (each.turn,))]
 
 
 class _Share:
