@@ -90,7 +90,11 @@ def run_at_end(function: Callable[[], object]) -> Callable[[], None]:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
+    if _pending:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+    # What there was has been cancelled in another thread, which can't leave the signals.
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
 
 
 def _take_signals() -> None:

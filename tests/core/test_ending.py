@@ -64,6 +64,12 @@ thread.join()
     assert run(f"{elsewhere}\n{WAIT}", signal.SIGTERM) == ([], -signal.SIGTERM, "")
 
 
+def test_a_signal_is_as_it_was_once_another_thread_has_cancelled_the_last():
+    elsewhere = "thread = threading.Thread(target=cancel); thread.start(); thread.join()"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        assert run(f"{elsewhere}; {WAIT}", number) == ([], -number, "")
+
+
 def test_a_forked_child_does_nothing_of_it_and_signals_end_it_as_they_would_have():
     """However soon they come: an exception in the midst of the fork would be lost."""
     fork = """
