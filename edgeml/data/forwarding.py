@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgeml.data.batch import Batch
 from edgeml.data.tree import nbytes_of
 
@@ -37,6 +39,7 @@ class Forwarding:
         # A class of somebody else's may change what it is given.
         self._fast = type(store).insert.__module__.startswith("edgeml.data.")
         self._inside = False
+        self._lane = 0  # that of the newest item
         self._hands_on = not type(store).release.__qualname__.startswith("DataStoreBase.")
         log.share_lock(store.lock)
         self.begin()
@@ -63,7 +66,7 @@ class Forwarding:
             if batch.first_id > at + 1:
                 log.interrupt()
             log.follow(store.numbering, batch.first_id - 1)
-            log.append(log.reserve(batch))
+            log.append(log.reserve(self._cut_lanes(batch)))
             at = batch.first_id + len(batch) - 1
         if at != store.latest_data_id():
             log.interrupt()
@@ -81,6 +84,9 @@ class Forwarding:
             assert packer is not None
             self._log.reserve_row(packer.layout)
             self._own_insert(item)
+            if self._lane:
+                self._log.interrupt()
+                self._lane = 0
             self._log.append_row(row)
             if self._hands_on:
                 self._store.release(self._store.latest_data_id())
@@ -131,7 +137,20 @@ class Forwarding:
                 batch = store.get_latest_data(before)
                 if batch.first_id > before + 1:
                     log.interrupt()
-                log.append(log.reserve(batch))
+                log.append(log.reserve(self._cut_lanes(batch)))
+
+    def _cut_lanes(self, batch: Batch) -> Batch:
+        """Cut a batch where another lane's items begin, since the log has only one."""
+        if not batch:
+            return batch
+        lanes = np.zeros(len(batch), np.int64) if batch.lanes is None else batch.lanes
+        if lanes[0] != self._lane:
+            self._log.interrupt()
+        self._lane = int(lanes[-1])
+        switches = 1 + np.flatnonzero(lanes[1:] != lanes[:-1])
+        if not len(switches):
+            return batch
+        return batch.cut(np.union1d(switches, batch.cuts).astype(int).tolist())
 
     def interrupt(self, *arguments: Any, **options: Any) -> Any:
         """Interrupt both."""

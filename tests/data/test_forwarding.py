@@ -92,6 +92,26 @@ def test_the_log_gets_what_the_store_made_of_it(item: Any, log: LoggedDataStore)
         assert all(here[key].dtype == there[key].dtype for key in here)
 
 
+@pytest.mark.parametrize("make", [make_replay, lambda: QueuedDataStore(1000)])
+def test_items_of_several_lanes_are_not_taken_for_one_s(make: Any, log: LoggedDataStore) -> None:
+    """A log has one lane: so it is cut wherever another's item comes."""
+    store = make()
+    store.insert(flat(1), lane="a")
+    store.insert(flat(2), lane="b")
+    store.forward_to(log)
+    store.insert(flat(3), lane="b")
+    store.insert(flat(4), lane="b")
+    store.insert(flat(5), lane="a")
+    store.insert(flat(6))
+    store.insert(flat(7))
+    lanes = np.array([1, 1, 2])
+    store.batch_insert(Batch.of([flat(i) for i in range(8, 11)]).in_lanes(lanes))
+    store.insert(flat(11))
+    assert sorted(held(log)) == [*range(1, 12)]
+    # A log begins anew where it is filled.
+    assert {1, 4, 5, 7, 9, 10} <= set(log.get_latest_data(0).cuts) <= {1, 2, 4, 5, 7, 9, 10}
+
+
 def test_keys_that_are_left_out_are_not_logged(log: LoggedDataStore) -> None:
     store = ReplayBuffer(10, example={"x": 0.0, "y": 0.0}, ignore_unknown=True)
     store.forward_to(log)
