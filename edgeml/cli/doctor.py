@@ -36,14 +36,14 @@ from edgeml.core import (
 from edgeml.core.plugins import find
 from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.url import resolve
-from edgeml.core.wire import PROTOCOL
+from edgeml.core.wire import IDLE, PROTOCOL, SILENCE, TICK
 from edgeml.services import InferenceClient, InferenceServer
 
 __all__ = ["run"]
 
 _CLIENTS = 4  # that are connected to see what one takes
 _PICTURE = 300_000  # bytes that each of them sends
-_SETTLED = 1.0  # seconds that they may take to open all that they need
+_SETTLED = 3.0  # seconds that they may take to open all that they need
 _FEW = 4096  # open files; less is soon used up by a server
 _PLENTY = 65536  # open files to advise where the system sets no bound
 
@@ -151,9 +151,9 @@ def _count_descriptors(url: Url, base: int, timeout: float) -> tuple[int, int] |
         ]
         for client in clients:  # memory that is shared has a descriptor too
             client.call(ACK, np.zeros(_PICTURE, np.uint8))
+        time.sleep(SILENCE * IDLE + TICK)  # heartbeats, which have a connection, begin
         deadline = time.monotonic() + _SETTLED
         seen: list[int] = [base]
-        # A client opens connections for a while, for its heartbeats among others.
         while len(seen) < 3 or len(set(seen[-3:])) > 1:
             if time.monotonic() > deadline:
                 break
