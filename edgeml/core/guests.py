@@ -59,7 +59,7 @@ class Known(Caller):
     @property
     def patience(self) -> float:
         """Seconds of quiet after which it is taken to be gone, as slow as it is."""
-        return self.silence + 2 * self.lag
+        return min(self.silence + 2 * self.lag, self.forget)
 
     def note_lag(self, usual: float) -> None:
         """Take notice that it is heard from; its quiet should have been so long at most."""

@@ -568,7 +568,7 @@ class Server:
             ]
             for session in gone:
                 session.gone = True
-            forgotten = [s for s in sessions if s.quiet > s.forget]
+            forgotten = [s for s in sessions if s.gone and s.quiet > s.forget]
             for session in forgotten:
                 self._remove(session)
         for session in gone:

@@ -15,6 +15,7 @@ import pytest
 import edgeml
 from edgeml import InferenceClient, InferenceServer, Unreachable
 from edgeml.core import wire
+from edgeml.core.guests import Known
 from edgeml.core.message import Message
 from edgeml.core.notices import Notices
 from edgeml.core.server import Server
@@ -314,6 +315,17 @@ def test_an_older_client_is_given_the_time_that_it_is_used_to(server_on):
         assert reply.status == wire.NOTHING_YET
         assert time.monotonic() - began >= HOLD - 0.1
         wait_until(lambda: "old" in [peer.id for peer in server_on.clients()])
+
+
+def test_whoever_is_forgotten_has_been_told_of_however_slow_it_was(transport, monkeypatch):
+    monkeypatch.setattr("edgeml.core.server._FORGET", 1.0)
+    monkeypatch.setattr(Known, "note_lag", lambda known, usual: setattr(known, "lag", 100.0))
+    told = Told()
+    with started(new_server(transport, told)) as server, plain_client(server) as client:
+        assert told.next().startswith("came")
+        monkeypatch.setattr(client.sessions, "_ask", lambda *given: time.sleep(0.1) or True)
+        assert told.next().startswith("went")
+        assert not server.clients()
 
 
 def test_an_older_server_is_given_the_time_that_it_is_used_to(transport, monkeypatch):
