@@ -174,6 +174,10 @@ ALONE = {
     ("docs/guides/serving.md", "serving_swap.py"): [
         "1\nbold of version 2\nbold waited True, ran True",
     ],
+    ("docs/guides/serving.md", "serving_overload.py"): [
+        "of about 50; refused: ",
+        "refused_too_busy",
+    ],
     ("docs/guides/serving.md", "serving_drain.py"): ["answered: [0, 1, 2]", "ended"],
     ("docs/guides/images.md", "images_robot.py"): ["(480, 640, 3) uint8 off by "],
     ("docs/guides/images.md", "images_refused.py"): [
