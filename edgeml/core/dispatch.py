@@ -826,6 +826,7 @@ class Dispatcher:
                 refused = lane.clear()
             for call in refused:
                 self.refuse(call, Closed("the server has been stopped"))
+            self._tell_refused(lane)
         carried = self._carried
         if carried is not None and self._in_rounds:
             carried.wake()

@@ -873,6 +873,17 @@ def test_closing_answers_what_waits_and_waits_for_what_runs():
         assert dispatcher.counts["Closed"] == 6
 
 
+def test_closing_tells_those_that_were_found_to_be_too_late_as_something_else_came(monkeypatch):
+    with dispatching(started=False) as dispatcher:
+        clock = Clock(monkeypatch)
+        late = ask(dispatcher, "echo", timeout=0.1)
+        clock.now += 1.0
+        dispatcher.do(lambda: None)
+        assert dispatcher.waiting == 1
+        dispatcher.close()
+    assert isinstance(late.future.exception(0), DeadlineExceeded)
+
+
 def test_closing_refuses_those_that_wait_for_their_turn():
     with dispatching(rate_limit=0.1) as dispatcher:
         one = caller_named("one")
