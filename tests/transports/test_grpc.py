@@ -1530,3 +1530,17 @@ def test_the_requests_of_many_clients_are_taken_together(monkeypatch):
         taken.clear()
         # Some may come only after the loop goes on, which takes rounds of their own.
         wait_until(lambda: ask_at_once() <= len(clients) / 2)
+
+
+def test_a_request_whose_connection_has_ended_before_it_is_looked_at_ends_without_a_word(caplog):
+    class Gone:
+        """What gRPC gives then: it doesn't know any more where the request is from."""
+
+        def peer(self) -> str:
+            return ""
+
+    with transport.serve(ANYWHERE, lambda message, reply: reply(message)) as endpoint:
+        for answer in (endpoint._connect, endpoint._request, endpoint._stream, endpoint._fetch):
+            with pytest.raises(asyncio.CancelledError):  # of which grpc.aio says nothing
+                asyncio.run(answer(None, Gone()))
+    assert not caplog.records

@@ -65,6 +65,7 @@ _KEPT = 30.0  # seconds that a large reply waits to be fetched
 _EARLY = 1 << 27  # bytes that one connection may have waiting for their turn
 _EACH = 1 << 14  # bytes that each of those counts for, beside its own
 _COUNTED = 1 << 16  # bytes; smaller replies are held down by how many calls one connection may have
+_GONE: Address = ("", 0)  # of a connection that gRPC has forgotten
 _MOST_STREAMS = 1 << 13  # under way on one connection; more than an honest client has
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # or a taken port would be shared
@@ -97,9 +98,20 @@ def _peer_of(context: _Context, identity: str | None) -> Peer:
 
 @functools.lru_cache(maxsize=4096)
 def _read_address(text: str) -> Address:
-    """Read what gRPC says: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234"."""
+    """Read what gRPC says: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234"; `_GONE` if no address."""
     host, _, port = unquote(text).partition(":")[2].rpartition(":")
-    return host.strip("[]").partition("%")[0], int(port)
+    return (host.strip("[]").partition("%")[0], int(port)) if port.isdecimal() else _GONE
+
+
+def _address_of(context: _Context) -> Address:
+    """Return where a request comes from; raises CancelledError if nobody waits for it any more.
+
+    Of a connection that had ended before the request was looked at, gRPC doesn't know the address.
+    """
+    address = _read_address(context.peer())
+    if address is _GONE:
+        raise asyncio.CancelledError
+    return address
 
 
 class _Reply:
@@ -287,7 +299,7 @@ class Listener(LoopEndpoint):
                 self._limits.message_bytes,
                 lambda size: incoming.append(self._incoming.take(peer, size)),
             )
-            with self._sockets.receiving(_read_address(context.peer())) as flow:
+            with self._sockets.receiving(_address_of(context)) as flow:
                 while (piece := await self._read(context)) is not aio.EOF:
                     flow.given += len(piece)
                     assembly.add(piece)
@@ -315,7 +327,7 @@ class Listener(LoopEndpoint):
 
     async def _receive(self, context: _Context) -> bytes:
         """The one piece of a unary request; raises Malformed if there is none."""
-        with self._sockets.receiving(_read_address(context.peer())) as flow:
+        with self._sockets.receiving(_address_of(context)) as flow:
             piece = await context.read()
             if piece is aio.EOF:
                 raise Malformed("a request without a message")
@@ -366,7 +378,7 @@ class Listener(LoopEndpoint):
         """Who asks, by its certificate; None without keys. Raises PermissionDenied."""
         if self._clients is None:
             return None
-        self._sockets.ask(_read_address(context.peer()))
+        self._sockets.ask(_address_of(context))
         return self._clients.find(context)
 
     def _check(self, number: int) -> None:
