@@ -56,6 +56,8 @@ class DataStoreBase(ABC):
             that uploads the store's items puts its own here, from which they are sent.
     """
 
+    forwards_rows = False
+    """Whether its `insert` goes through `Forwarding.reserve_row` and `append_row` itself."""
     _forwarding: Forwarding | None = None
 
     knows_lanes = False
@@ -223,7 +225,9 @@ class DataStoreBase(ABC):
                 self._forwarding.end()
                 self._forwarding = None
             if log is not None:
+                log.share_lock(self.lock)
                 self._forwarding = Forwarding(self, log)
+                self._forwarding.begin()
 
     @contextmanager
     def not_forwarding(self) -> Iterator[None]:
@@ -233,10 +237,11 @@ class DataStoreBase(ABC):
             if forwarding is None:
                 yield
                 return
-            forwarding.end()
+            self.forward_to(None)
             try:
                 yield
             finally:
+                self._forwarding = forwarding
                 forwarding.begin()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeml.data.batch import Batch
+from edgeml.data.segments import Layout
 from edgeml.data.tree import nbytes_of
 
 if TYPE_CHECKING:
     from edgeml.data.base import DataStoreBase
     from edgeml.data.logged import LoggedDataStore, Packer
+    from edgeml.data.schema import Schema
 
 __all__ = ["Forwarding"]
 
@@ -23,26 +25,30 @@ _METHODS = ("insert", "batch_insert", "interrupt", "reset", "end_trajectory")
 
 
 class Forwarding:
-    """Puts itself before a store's own methods, on that one object, until `end`.
+    """Puts itself before a store's own methods, on that one object, from `begin` until `end`.
 
     What goes on is what the store made of an item: what it would hand out. Where it hands out the
-    bytes that it was given, as found with the first item, these are taken, which is much faster.
+    bytes that it was given, as found with the first item, these are taken, which is much faster. A
+    `ReplayBuffer` gives the leaves that it has found to fit.
     """
 
     def __init__(self, store: DataStoreBase, log: LoggedDataStore) -> None:
         self._store, self._log = store, log
         self._own: dict[str, Callable[..., Any]] = {
-            name: getattr(store, name) for name in _METHODS if hasattr(store, name)
+            name: getattr(store, name)
+            for name in _METHODS
+            if hasattr(store, name) and not (name == "insert" and store.forwards_rows)
         }
-        self._own_insert = self._own["insert"]
-        self._packer: Packer | None = None
+        self._own_insert = store.insert
         # A class of somebody else's may change what it is given.
         self._fast = type(store).insert.__module__.startswith("edgeml.data.")
-        self._inside = False
-        self._lane = 0  # that of the newest item
+        self._packer: Packer | None = None
+        self._schema: Schema | None = None
+        self._layout: Layout
+        self._inside = self._followed = False
+        # A queue's items have been handed on once they are in the log.
         self._hands_on = not type(store).release.__qualname__.startswith("DataStoreBase.")
-        log.share_lock(store.lock)
-        self.begin()
+        self._count: Callable[[], None] | None = getattr(store, "hand_on", None)
 
     def begin(self) -> None:
         """Forward what the log lacks, and what comes."""
@@ -66,11 +72,37 @@ class Forwarding:
             if batch.first_id > at + 1:
                 log.interrupt()
             log.follow(store.numbering, batch.first_id - 1)
-            log.append(log.reserve(self._cut_lanes(batch)))
+            log.append(log.reserve(batch))
             at = batch.first_id + len(batch) - 1
         if at != store.latest_data_id():
             log.interrupt()
         self._done()
+
+    # By the store itself ---------------------------------------------------------------------
+
+    def reserve_row(self, schema: Schema, leaves: Sequence[Any], lane: int = 0) -> bytes | None:
+        """Make room for an item, given by leaves that fit a schema; returns what to append."""
+        if self._inside:
+            return None
+        if lane != self._log.lane:
+            self._log.switch_lane(lane)
+        if schema is not self._schema:
+            layout = Layout(schema.skeleton, schema.dtypes, schema.shapes)
+            self._schema, self._layout = schema, self._log.keep_layout(layout)
+        if not self._followed:
+            self._followed = True
+            self._log.follow(self._store.numbering, self._store.latest_data_id())
+        try:
+            row = b"".join(leaves)
+        except (BufferError, TypeError, ValueError):  # not contiguous, of ml_dtypes, ...
+            row = b"".join([np.asarray(leaf).tobytes() for leaf in leaves])
+        self._log.reserve_row(self._layout)
+        return row
+
+    def append_row(self, row: bytes | None) -> None:
+        """Append it, once the store has it."""
+        if row is not None:
+            self._log.append_row(row)
 
     # In place of the store's own ------------------------------------------------------------
 
@@ -83,12 +115,14 @@ class Forwarding:
                 return self._insert(item, arguments, options)
             assert packer is not None
             self._log.reserve_row(packer.layout)
-            self._own_insert(item)
-            if self._lane:
-                self._log.interrupt()
-                self._lane = 0
+            if self._log.lane:
+                self._log.switch_lane(0)
+            if self._count is not None:
+                self._count()
+            else:
+                self._own_insert(item)
             self._log.append_row(row)
-            if self._hands_on:
+            if self._hands_on and self._count is None:
                 self._store.release(self._store.latest_data_id())
         return None
 
@@ -137,20 +171,7 @@ class Forwarding:
                 batch = store.get_latest_data(before)
                 if batch.first_id > before + 1:
                     log.interrupt()
-                log.append(log.reserve(self._cut_lanes(batch)))
-
-    def _cut_lanes(self, batch: Batch) -> Batch:
-        """Cut a batch where another lane's items begin, since the log has only one."""
-        if not batch:
-            return batch
-        lanes = np.zeros(len(batch), np.int64) if batch.lanes is None else batch.lanes
-        if lanes[0] != self._lane:
-            self._log.interrupt()
-        self._lane = int(lanes[-1])
-        switches = 1 + np.flatnonzero(lanes[1:] != lanes[:-1])
-        if not len(switches):
-            return batch
-        return batch.cut(np.union1d(switches, batch.cuts).astype(int).tolist())
+                log.append(log.reserve(batch))
 
     def interrupt(self, *arguments: Any, **options: Any) -> Any:
         """Interrupt both."""
@@ -177,6 +198,7 @@ class Forwarding:
     def _done(self) -> None:
         store = self._store
         latest = store.latest_data_id()
+        self._followed = latest > 0
         if latest:  # an empty one may be loaded from a checkpoint yet
             self._log.follow(store.numbering, latest)
             store.release(latest)  # a queue's items have been handed on

@@ -29,6 +29,7 @@ import numpy as np
 from edgeml.core.errors import Closed, DeadlineExceeded, Malformed, NotEncodable, Overloaded
 from edgeml.core.forks import drop_descriptors, watch_forks
 from edgeml.core.frames import frame
+from edgeml.core.message import pooled
 from edgeml.core.owned import ClosedAtExit
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch, join
@@ -48,7 +49,7 @@ from edgeml.data.segments import (
     Segment,
     find_segments,
 )
-from edgeml.data.tree import copy_item, leaves_of
+from edgeml.data.tree import copy_item, fill, leaves_of
 
 __all__ = ["LoggedDataStore", "Packer", "Sync"]
 
@@ -204,6 +205,11 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         timeout: for "block", how many seconds an insert waits (default 10).
         sync: when the disk follows (default: a second later).
 
+    Attributes:
+        directory: of the files.
+        lane: of the store that it follows, the newest item's: a log has no lanes itself, and is
+            interrupted wherever another lane's item comes.
+
     Raises:
         BlockingIOError: another store has the directory, in this process or another one.
         Malformed: a file is of another version of edgeml.
@@ -238,6 +244,7 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         self._held = self._gone = self._dropped = self._lost = 0  # items; an id is `_gone`
         self._sources: list[_Source] = []  # the newest is the last; see `follow`
         self._follows = False
+        self.lane = 0  # of the newest item
         self._applied = 0  # id
         self._pid = os.getpid()
         writer = _Writer(self.directory, sync)
@@ -450,7 +457,7 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         layout = Layout.of_columns(batch.columns)
         if layout.key not in self._layouts and len(self._layouts) >= _MOST_LAYOUTS:
             raise ValueError("too many layouts")
-        return self._layouts.setdefault(layout.key, layout)
+        return self.keep_layout(layout)
 
     # In two steps, so that a store can forward what it inserts, and neither has what the other
     # refuses: all that may fail is in the first.
@@ -461,6 +468,15 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
             if isinstance(batch, (dict, str)):
                 raise TypeError(f"a batch is a sequence of items, got a {type(batch).__name__}")
             batch = Batch.of(batch)
+        lanes = batch.lanes
+        if lanes is not None and len(batch):
+            if int(lanes[0]) != self.lane:
+                self.switch_lane(int(lanes[0]))
+            switches = 1 + np.flatnonzero(np.diff(lanes))
+            batch = batch.cut(sorted({*batch.cuts, *switches.tolist()}))
+            self.lane = int(lanes[-1])
+        elif self.lane:
+            self.switch_lane(0)
         n = len(batch)
         if self._on_full == "drop_oldest":
             batch = batch[-self._capacity :]
@@ -590,11 +606,22 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
             first, parts = self._find(max(from_id, self._gone), limit)
             cuts = self.cuts_within(first, sum(run.n for _, run in parts))
         # What is written is never changed, so the rest needs no lock.
-        batches = [segment.read(run, self.allocate, self._codec) for segment, run in parts]
-        if batches and all(run.layout is None for _, run in parts):
-            items = [item for batch in batches for item in batch]
-            return Batch.of(items, first, allocate=self.allocate).cut(cuts)
+        batches = [
+            self._read_rows(list(group), layout)
+            if layout is not None
+            else join([segment.read_values(run, self._codec) for segment, run in group], 1, pooled)
+            for layout, group in itertools.groupby(parts, lambda part: part[1].layout)
+        ]
         return join(batches, first, self.allocate).cut(cuts)
+
+    def _read_rows(self, parts: Sequence[tuple[Segment, Run]], layout: Layout) -> Batch:
+        """Return the items of runs of one layout."""
+        leaves = layout.make_leaves(sum(run.n for _, run in parts), self.allocate)
+        begin = 0
+        for segment, run in parts:
+            segment.read_rows(run, [leaf[begin : begin + run.n] for leaf in leaves])
+            begin += run.n
+        return Batch.from_columns(fill(layout.skeleton, leaves))
 
     def _find(self, from_id: int, limit: int | None) -> tuple[int, list[tuple[Segment, Run]]]:
         """The id of the first item above another one, and the runs that follow upon each other."""
@@ -709,6 +736,11 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
             self.lock = lock
             self._not_full = threading.Condition(lock)
 
+    def switch_lane(self, lane: int) -> None:
+        """Note that what comes next is of another lane, and so follows upon nothing here."""
+        self.interrupt()
+        self.lane = lane
+
     def known(self, numbering: Numbering) -> int:
         """Return the id up to which items of a numbering have come here."""
         marks = (
@@ -737,6 +769,10 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
     def make_room(self, n: int, nbytes: int) -> None:
         """Make room for n items of so many bytes in all, under the lock."""
         self._make_room([_Entry(None, n, b"", nbytes)], n)
+
+    def keep_layout(self, layout: Layout) -> Layout:
+        """Return the one of equal layouts that is in use here."""
+        return self._layouts.setdefault(layout.key, layout)
 
     def make_packer(self, batch: Batch, item: Any) -> Packer:
         """Return what packs items like one, of which a store made the batch of one.

@@ -171,6 +171,13 @@ class QueuedDataStore(DataStoreBase):
             self._forget(up_to_id - (self._latest - self._held))
             self._not_full.notify_all()
 
+    def hand_on(self) -> None:
+        """Count an item that is somewhere else already, under the lock, as inserted and released.
+
+        Only where nothing is held.
+        """
+        self._latest += 1
+
     def _append(
         self,
         items: Batch | list[Any],

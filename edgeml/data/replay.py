@@ -77,6 +77,8 @@ class ReplayBuffer(DataStoreBase):
             part and both shapes or structures, and the store is as it was.
     """
 
+    forwards_rows = True
+
     def __init__(
         self,
         capacity: int,
@@ -159,10 +161,14 @@ class ReplayBuffer(DataStoreBase):
                 self._set_schema(schema)
             else:
                 leaves = schema.fit(item)
+            forwarding = self._forwarding
+            row = None if forwarding is None else forwarding.reserve_row(schema, leaves, number)
             self._transitions.write(leaves, number)
             self._ring.latest += 1
             if number or self._lanes.are_used:
                 self.take_lanes(number, self._ring.latest, 1)
+            if forwarding is not None:
+                forwarding.append_row(row)
 
     def batch_insert(self, batch: Batch | Sequence[Any], lane: Lane = None) -> None:
         """Insert copies of items in one step; `insert` and the class tell the rest."""

@@ -88,6 +88,8 @@ _MOST_ID = 1 << 62
 _NAME = re.compile(r"(\d{1,19})-([0-9a-f]{8})\.log")
 _SEARCHED = 8  # times the size of a file that are looked at where it is damaged
 _WINDOW = 1 << 16  # bytes searched at a time
+_SCATTERED = 4096  # bytes; rows from here on are read piece by piece, and so copied once less
+_AT_ONCE = 1000  # pieces that the system takes in one call
 
 
 class Layout:
@@ -144,18 +146,18 @@ class Layout:
                 target[...] = np.ndarray(n, target.dtype, source)
         return rows
 
-    def unpack(self, memory: Array, n: int, stride: int, allocate: Allocator) -> Any:
-        """Return columns of n rows that begin so many bytes apart in some memory."""
-        leaves = []
-        for dtype, shape, source in zip(
-            self.dtypes, self.shapes, self._view(memory, n, stride), strict=True
-        ):
-            leaf = empty(allocate, (n, *shape), dtype)
+    def unpack(self, memory: Array, stride: int, leaves: Sequence[Array]) -> None:
+        """Copy rows that begin so many bytes apart in some memory into columns."""
+        n = len(leaves[0])
+        for leaf, source in zip(leaves, self._view(memory, n, stride), strict=True):
             if source is not None:
                 target: Array = np.ndarray(n, source.dtype, leaf.reshape(-1).view(np.uint8))
                 target[...] = source
-            leaves.append(leaf)
-        return fill(self.skeleton, leaves)
+
+    def make_leaves(self, n: int, allocate: Allocator) -> list[Array]:
+        """Return columns of n rows, one for each leaf, with anything in them."""
+        specs = zip(self.dtypes, self.shapes, strict=True)
+        return [empty(allocate, (n, *shape), dtype) for dtype, shape in specs]
 
     def _view(self, memory: Array, n: int | None = None, stride: int = 0) -> list[Array | None]:
         """The leaves of rows in some memory, as bytes; None where these are none."""
@@ -395,21 +397,57 @@ class Segment:
 
     # What is there ----------------------------------------------------------------------------
 
-    def read(self, run: Run, allocate: Allocator, codec: Codec) -> Batch:
-        """Return the items of a run.
+    def read_values(self, run: Run, codec: Codec) -> Batch:
+        """Return the items of a run of values.
 
         Raises:
             Malformed: they aren't what was written.
         """
-        if run.layout is None:
-            items = [self.decode(at, size, codec) for at, size in run.places]
-            return Batch(run.first, items, None, [])
+        items = [self.decode(at, size, codec) for at, size in run.places]
+        return Batch(run.first, items, None, [])
+
+    def read_rows(self, run: Run, leaves: Sequence[Array]) -> None:
+        """Read a run of rows into columns as long as it is.
+
+        Raises:
+            Malformed: it was cut off meanwhile.
+        """
+        assert run.layout is not None
+        if run.layout.size >= _SCATTERED:
+            self._scatter(run, leaves)
+            return
         nbytes = (run.n - 1) * run.stride + run.layout.size
         memory: Array = empty(pooled, nbytes, np.uint8)
         if self._fill(memoryview(memory), run.at) < nbytes:  # type: ignore[arg-type]
             raise Malformed(f"{self.path} was cut off while it was in use")
-        columns = run.layout.unpack(memory, run.n, run.stride, allocate)
-        return Batch.from_columns(columns, run.first)
+        run.layout.unpack(memory, run.stride, leaves)
+
+    def _scatter(self, run: Run, leaves: Sequence[Array]) -> None:
+        """Read rows that are large right into columns."""
+        assert run.layout is not None
+        between = memoryview(bytearray(run.stride - run.layout.size))
+        places = [
+            (memoryview(leaf.reshape(-1).view(np.uint8)), leaf.nbytes // run.n)  # type: ignore[arg-type]
+            for leaf in leaves
+            if leaf.nbytes
+        ]
+        step = max(1, _AT_ONCE // (len(places) + 1))
+        for begin in range(0, run.n, step):
+            pieces: list[memoryview] = []
+            for i in range(begin, min(begin + step, run.n)):
+                pieces += [view[i * size : (i + 1) * size] for view, size in places]
+                pieces.append(between)
+            at = run.at + begin * run.stride
+            pieces.pop()
+            while pieces:
+                done = os.preadv(self.fd, pieces, at)
+                if not done:
+                    raise Malformed(f"{self.path} was cut off while it was in use")
+                at += done
+                while pieces and done >= len(pieces[0]):
+                    done -= len(pieces.pop(0))
+                if done:
+                    pieces[0] = pieces[0][done:]
 
     def decode(self, at: int, size: int, codec: Codec) -> Any:
         """Return what a payload is the encoding of."""

@@ -160,6 +160,8 @@ ALONE = {
     ("docs/guides/transports.md", "transport_both.py"): ["shm\nzmq\ngrpc"],
     ("docs/guides/transports.md", "transport_url.py"): ["zmq://robot.local:"],
     ("docs/guides/delivery.md", "refused.py"): ["99 arrived, 1 refused"],
+    ("docs/guides/delivery.md", "log.py"): ["200 arrived"],
+    ("docs/guides/delivery.md", "log_each.py"): ["100 on the disk"],
     ("docs/guides/delivery.md", "ledger.py"): [
         "Delivered(applied=100, durable=0) 100 held",
         "Delivered(applied=0, durable=100) 0 held",
