@@ -32,7 +32,7 @@ from edgeml.core.errors import (
 )
 from edgeml.data import Batch, DataStoreBase, LoggedDataStore, Sync, checkpoint, logged
 from edgeml.testing import StoreTests
-from pairs import no_thread_left, wait_until
+from pairs import no_thread_left, took, wait_until
 
 
 def transition(i: int) -> dict[str, Any]:
@@ -432,7 +432,7 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 class TestSync:
     def test_by_seconds(self, tmp_path: Path) -> None:
-        with LoggedDataStore(tmp_path, 1000, sync=Sync(0.05)) as log:
+        with LoggedDataStore(tmp_path, 1000, sync=Sync(2.0)) as log:
             for i in range(1, 11):
                 log.insert(flat(i))
             assert log.synced_id < 10
@@ -450,10 +450,10 @@ class TestSync:
             wait_until(lambda: log.synced_id == 30)
 
     def test_each(self, tmp_path: Path) -> None:
-        with LoggedDataStore(tmp_path, 1000, sync=Sync(items=1)) as log:
+        with LoggedDataStore(tmp_path, 1000, sync=Sync(1e6, items=1)) as log:
             for i in range(1, 51):
                 log.insert(flat(i))
-            wait_until(lambda: log.synced_id == 50, timeout=0.9)
+            wait_until(lambda: log.synced_id == 50)
 
     def test_when_asked(self, tmp_path: Path) -> None:
         with LoggedDataStore(tmp_path, 1000, sync=Sync(1e6)) as log:
@@ -758,11 +758,9 @@ def test_many_marks_that_are_none_take_no_time(tmp_path: Path) -> None:
     words[len(content) // 8 :, 4:] = mark
     words[len(content) // 8 :, 0] = 1
     big.tofile(file)
-    began = time.monotonic()
-    with LoggedDataStore(tmp_path / "log", 100) as log:
+    with took(at_most=20.0), LoggedDataStore(tmp_path / "log", 100) as log:
         assert sorted(held(log)) == [1, 2, 3]
         assert log.lost > 0
-    assert time.monotonic() - began < 20
 
 
 def test_another_version_is_told(tmp_path: Path) -> None:
