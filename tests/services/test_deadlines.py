@@ -18,7 +18,7 @@ from edgeml.core.errors import NotReady
 from edgeml.core.plugins import load_transport
 from edgeml.data import QueuedDataStore
 from edgeml.testing.deadlines import SILENT, interrupted, no_answer
-from pairs import TRANSPORTS, process, started, took, wait_until
+from pairs import TRANSPORTS, plain_client, process, started, took, wait_until
 
 LATE = 0.2  # seconds that anything may take beyond its deadline
 ACTION = edgeml.ActionConfig(0, action_keys=["grip"], observation_keys=["state"])
@@ -114,8 +114,8 @@ def test_what_a_payload_takes_to_encode_is_counted(transport, ask, monkeypatch):
     server = edgeml.InferenceServer(url=f"{transport}://127.0.0.1:0")
     called = []
     server.register_interface("policy", called.append)
-    with started(server), edgeml.InferenceClient(url=server.url) as client:
-        encoder = type(client._client.sessions.current.spoken.encoder)
+    with started(server), plain_client(server) as client:
+        encoder = type(client.sessions.current.spoken.encoder)
         for name in ("encode", "encode_owned"):
             slow = _slowly(getattr(encoder, name), 0.5)
             monkeypatch.setattr(encoder, name, slow)
@@ -139,54 +139,45 @@ def _slowly(function, seconds):
     return slow
 
 
-def calls_of(urls, timeout):
-    """The three clients, and what they can be asked."""
-    robot = edgeml.ActionClient(config=ACTION, url=urls[0], timeout=timeout)
-    policy = edgeml.InferenceClient(url=urls[1], timeout=timeout)
-    store = QueuedDataStore(100)
-    actor = edgeml.TrainerClient(
-        "actor", config=TRAINER, url=urls[2], data_store=store, timeout=timeout
-    )
+def calls_of(robot, policy, actor, store):
+    """What the three clients can be asked, each with the seconds that it may take."""
+    large = {"image": np.zeros(8 << 20, np.uint8)}
 
     def update(ask):
         store.insert({"x": np.zeros(100_000)})
-        done(ask())
+        return done(ask(0.4))
 
-    large = {"image": np.zeros(8 << 20, np.uint8)}
-    return [robot, policy, actor], [
-        robot.obs,
-        lambda: robot.act("grip", {}),
-        lambda: robot.obs_async().result(10),
-        robot.state,
-        lambda: policy.call("policy", large),
-        lambda: policy.call("policy", 1, timing=True),
-        lambda: policy.call_async("policy", large).result(10),
-        policy.interfaces,
-        lambda: policy.contract("policy"),
-        policy.reset,
-        lambda: update(actor.update),
-        lambda: update(actor.update_async),
-        lambda: actor.request("ask", 1),
+    return [
+        (0.4, lambda: robot.obs(timeout=0.4)),
+        (0.4, lambda: robot.act("grip", {}, timeout=0.4)),
+        (0.4, lambda: done(robot.obs_async(timeout=0.4))),
+        (0.4, lambda: robot.state(0.4)),
+        (0.4, lambda: policy.call("policy", large, timeout=0.4)),
+        (0.4, lambda: policy.call("policy", 1, timeout=0.4, timing=True)),
+        (0.4, lambda: done(policy.call_async("policy", large, timeout=0.4))),
+        (2.0, policy.interfaces),
+        (2.0, lambda: policy.contract("policy")),
+        (0.4, lambda: policy.reset(timeout=0.4)),
+        (0.4, lambda: update(actor.update)),
+        (0.4, lambda: update(actor.update_async)),
+        (0.4, lambda: actor.request("ask", 1, timeout=0.4)),
     ]
 
 
 def test_no_call_to_a_server_that_is_frozen_outlives_its_deadline(servers):
     frozen, urls = servers
-    clients, calls = calls_of(urls, 10.0)
-    for call in calls:
-        call()
-    for client in clients:
-        client._client.timeout = 0.4
+    store = QueuedDataStore(100)
+    over = threading.Event()
+    robot = edgeml.ActionClient(config=ACTION, url=urls[0], on_disconnect=over.set)
+    policy = edgeml.InferenceClient(url=urls[1], timeout=2.0)
+    actor = edgeml.TrainerClient("actor", config=TRAINER, url=urls[2], data_store=store)
     frozen.signal(signal.SIGSTOP)
-    for call in calls:
-        with took(0.4 + LATE), interrupted(0.1), pytest.raises(EdgemlError):
-            call()
-    for client in clients:  # now each call has to connect first
-        client._client.sessions.current.lose(Unreachable("for this test"))
-    for call in calls:
-        with took(0.4 + LATE), interrupted(0.1), pytest.raises(EdgemlError):
-            call()
-    for client in clients:
+    for _ in range(2):
+        for seconds, call in calls_of(robot, policy, actor, store):
+            with took(seconds + LATE), interrupted(0.1), pytest.raises(EdgemlError):
+                call()
+        assert over.wait(20)  # and now each call has to connect first
+    for client in (robot, policy, actor):
         with took(1.0 + LATE):
             client.stop()
 
@@ -291,9 +282,9 @@ def test_ctrl_c_amid_an_update_waits_for_nobody(servers):
 def test_stop_is_bounded_while_a_client_connects_anew(transport, mute):
     """Where there was a server and now nobody answers."""
     server = edgeml.InferenceServer(url=f"{transport}://127.0.0.1:0")
-    with started(server):
-        client = edgeml.InferenceClient(url=server.url)
-    client._client.sessions._urls = [mute]
-    wait_until(lambda: client._client.sessions._attempt is not None)
-    with took(1.0 + LATE):
-        client.stop()
+    with started(server), plain_client(server) as client:
+        client.sessions._urls = [mute]
+        server.stop()
+        wait_until(lambda: client.sessions._attempt is not None)
+        with took(1.0 + LATE):
+            client.close()

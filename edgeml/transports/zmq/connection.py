@@ -59,6 +59,7 @@ _log = logging.getLogger(__name__)
 
 _MOST_QUEUED = 64  # requests given to libzmq, which can't be forgotten any more
 _GRACE = 0.3  # seconds that calls under way are given to take their last reply
+_EVENTS, _IN, _OUT = map(int, (zmq.EVENTS, zmq.POLLIN, zmq.POLLOUT))  # enums take a microsecond
 _LOOK = 250  # ms that a call waits before it looks whether there is a way to its peer
 
 
@@ -84,6 +85,7 @@ class _Line:
 
     def _open(self) -> zmq.Socket[bytes]:
         self._socket = self._connection.open_line()
+        self._socket.rcvtimeo = 0
         self._poll = select.poll()
         self._poll.register(self._socket.FD, select.POLLIN)
         if self._connection.lost:  # it may have been before there was a socket to wake
@@ -112,23 +114,30 @@ class _Line:
                 self.calling = False
 
     def _wait(self, line: zmq.Socket[bytes], number: bytes, deadline: Deadline) -> Message:
+        # Not by libzmq's own timeout, which begins anew behind each signal that has a handler. Its
+        # descriptor tells of what comes, once what has come is taken.
+        ready = _look(line) & _IN
         while True:
-            # Until nothing is left: only then does libzmq tell by its descriptor of what comes. Not
-            # by its own timeout, which begins anew behind each signal that has a handler.
-            while _look(line) & zmq.POLLIN:
-                _, came, reply = receive(line)
-                if came == number:
-                    return reply
-                if came == DROPPED:
-                    if self._connection.lost:
-                        raise _Woken
-                    if _dropped(reply) == number:
-                        raise _explain_dropped(self._url)
+            if ready:
+                try:
+                    _, came, reply = receive(line)
+                except zmq.Again:  # nothing has come, or nothing is left
+                    pass
+                else:
+                    if came == number:
+                        return reply
+                    if came == DROPPED:
+                        if self._connection.lost:
+                            raise _Woken
+                        if _dropped(reply) == number:
+                            raise _explain_dropped(self._url)
+                    continue
             left = deadline.left
             if not left:
                 why = f"{self._url} gave no reply within {deadline.timeout:g} s"
                 raise DeadlineExceeded(why)
-            if not self._poll.poll(min(left * 1e3, _LOOK)) and not _look(line) & zmq.POLLOUT:
+            ready = len(self._poll.poll(min(left * 1e3, _LOOK)))
+            if not ready and not _look(line) & _OUT:
                 raise zmq.Again  # the server has refused this line
 
     def _take_back(self, lent: list[weakref.ref[memoryview]]) -> None:
@@ -169,7 +178,7 @@ def _explain_dropped(url: Url) -> Overloaded:
 
 def _look(line: zmq.Socket[bytes]) -> int:
     """What could be done without waiting; cheaper than polling a single socket."""
-    return cast(int, line.getsockopt(zmq.EVENTS))
+    return cast(int, line.getsockopt(_EVENTS))
 
 
 _GREETING = 0.3  # seconds that a peer may take to greet; libzmq itself would wait for ever
