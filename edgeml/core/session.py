@@ -267,7 +267,9 @@ class SessionKeeper:
             return session
         deadline = Deadline(timeout)
         if not self._connecting.acquire(timeout=timeout):
-            raise DeadlineExceeded(f"no connection to {self._urls[0]} within {timeout:g} s")
+            raise DeadlineExceeded(
+                f"no connection to {self._urls[0]} within {round(timeout, 3):g} s"
+            )
         try:
             session = self.current
             if session is not None and not session.lost:

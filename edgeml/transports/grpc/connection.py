@@ -43,6 +43,7 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # or connections to one server would be one
     ("grpc.initial_reconnect_backoff_ms", 100),
 ]
+_ASKING = 0.2  # seconds
 _MOMENT = 0.4  # seconds that closing waits for gRPC, which now and then takes a second over it
 
 
@@ -82,7 +83,8 @@ class Connection(Requester):
         self._fetch = self._channel.unary_stream(f"/{SERVICE}/Fetch")
         try:
             connect = self._channel.unary_unary(f"/{SERVICE}/Connect")
-            welcome = connect(b"", timeout=deadline.left)
+            left = deadline.left  # some of it to find out why, where there is no answer
+            welcome = connect(b"", timeout=left - min(_ASKING, left / 4))
             if len(welcome) != PREFIX.size:
                 raise Unreachable(f"what answers at {url} is no edgeml server")
             self._number, queue = PREFIX.unpack(welcome)

@@ -19,7 +19,6 @@ __all__ = ["explain_failure", "find_proxy"]
 
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in the order in which gRPC looks
 _EXCEPT = ("no_grpc_proxy", "no_proxy")
-_MOMENT = 0.1  # seconds
 
 
 def find_proxy(host: str, deadline: Deadline) -> str:
@@ -49,7 +48,7 @@ def explain_failure(
         error: what gRPC says.
         keys: those that the connection was to be secured by; None for none.
         proxy: what `find_proxy` says.
-        deadline: by which to find out who listens; a moment is always taken for it.
+        deadline: by which to find out who listens.
     """
     code, details = error.code(), error.details()
     if ERRORS.get(code) is PermissionDenied:
@@ -62,7 +61,7 @@ def explain_failure(
             "to $no_proxy",
         )
     if "resolution" not in details:  # of the host's name; it would fail again, and take its time
-        asking = Deadline(max(_MOMENT, min(1.4, deadline.left)))
+        asking = Deadline(min(1.4, deadline.left))
         found = explain_refusal(url, keys, HTTP2, asking.left * 2 / 3)
         if found is None and keys is None:
             found = find_stranger(url, HTTP2, min(0.4, asking.left))
