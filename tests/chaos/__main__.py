@@ -32,7 +32,7 @@ def main() -> int:
             wrong[plan.transport, plan.fault] += 1
             print(f"\n{name_of(plan)} ({seconds:.1f} s), in {directory / name_of(plan)}:")
             for text in found:
-                print(f"  {text}")
+                print(f"  {text}", flush=True)
         if sys.stdout.isatty() or done.total() % 20 == 0:
             print(
                 f"\r{done.total()} of {len(plans)} runs, {wrong.total()} with findings, "

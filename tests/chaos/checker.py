@@ -10,7 +10,7 @@ have a part, in that order and each once, and must have all of those that nobody
 
 What `update()` has said to be durable, and what an actor's store was told it may let go of, must be
 in each checkpoint that a learner loads from then on.
-And no call may outlive its deadline by more than `LATE`, less what the machine and the harness (by
+And no call may outlive its deadline by more than 0.2 s, less what the machine and the harness (by
 SIGSTOP) kept its process from running.
 """
 
@@ -24,7 +24,6 @@ from typing import Any
 
 from .history import Event
 
-LATE = 0.2  # seconds
 _BUSY = 3.0  # seconds that a machine may keep a process waiting, where it isn't known
 _SHOWN = 8  # numbers in a text
 
@@ -53,17 +52,18 @@ class _Life:
     ended: bool = False
 
 
-def check(events: list[Event], *, logs: bool) -> list[str]:
+def check(events: list[Event], *, logs: bool, late: float = 0.2) -> list[str]:
     """Return what is wrong with a run, in words; nothing where all is well.
 
     Args:
         events: of all processes and of the harness, in the order of time; see `history`.
         logs: whether the actors had logs.
+        late: seconds by which a call may outlive its deadline.
     """
     lives = _lives(events)
     last = max((event["life"] for event in events if event["who"] == "learner"), default=0)
     contents = [e for e in events if e["e"] == "contents" and e["life"] == last]
-    found = [*_told(events), *_late(events), *_weights(events), *_ledgers(events)]
+    found = [*_told(events), *_late(events, late), *_weights(events), *_ledgers(events)]
     if not contents:
         return [*found, "no learner came to tell what it has"]
     for actor, its in lives.items():
@@ -163,7 +163,7 @@ def _durable(events: list[Event], lives: dict[int, list[_Life]], logs: bool) -> 
     return found
 
 
-def _late(events: list[Event]) -> list[str]:
+def _late(events: list[Event], late: float) -> list[str]:
     found = []
     frozen = _frozen(events)
     calling: dict[tuple[str, int], Event] = {}
@@ -177,7 +177,7 @@ def _late(events: list[Event]) -> list[str]:
         elif event["e"] == "call":
             calling.pop(key, None)
             took = event["took"] - _overlap(frozen[key], event["began"], event["t"])
-            if took > event["limit"] + LATE:
+            if took > event["limit"] + late:
                 text = (
                     f"{event['who']} life {event['life']}: {event['name']} took {took:.2f} s of "
                     f"{event['limit']:g}: {event['outcome']} {event.get('text', '')[:200]}"
@@ -187,7 +187,7 @@ def _late(events: list[Event]) -> list[str]:
     for key, event in calling.items():  # that never came back
         end = ends.get(key, events[-1]["t"])
         took = end - event["t"] - _overlap(frozen[key], event["t"], end)
-        if key not in ends or took > limits.get(event["name"], 0.0) + LATE + _BUSY:
+        if key not in ends or took > limits.get(event["name"], 0.0) + late + _BUSY:
             found.append(f"{key[0]} life {key[1]}: {event['name']} hadn't ended after {took:.2f} s")
     return found + [text for _, text in slowest.values()]
 

@@ -29,6 +29,7 @@ _LOGS = ("Traceback (most recent call last)", "Exception ignored", "Fatal Python
 
 _STORES = ["replay", "replay", "queue"]
 _LOGGED = [*_STORES, "logged"]  # the others have a log beside them
+_HOLDING = ["replay"]  # a queue lets go of what a learner has that saves nothing
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Plan:
         logs: whether the actors have logs.
         seconds: that the items take without a fault.
         breaks: what is broken on purpose; see `breaks`.
+        late: seconds by which a call may outlive its deadline.
     """
 
     transport: str
@@ -56,6 +58,7 @@ class Plan:
     logs: bool = True
     seconds: float = 2.0
     breaks: str = ""
+    late: float = 0.2
 
 
 class Run:
@@ -81,9 +84,10 @@ class Run:
         self._disk.mkdir(exist_ok=True)
         self._clock = directory / "clock"
         clock.make(self._clock)
+        stores = _LOGGED if plan.logs else _STORES if plan.checkpoints else _HOLDING
         self._styles = {
             name: {
-                "store": self.rng.choice(_LOGGED if plan.logs else _STORES),
+                "store": self.rng.choice(stores),
                 "updates": self.rng.choice(["call", "call", "thread"]),
             }
             for name in self.actors
@@ -118,7 +122,7 @@ class Run:
                 if process is not None:
                     process.kill()
         self._read_logs()
-        return check(self.events(), logs=self.plan.logs)
+        return check(self.events(), logs=self.plan.logs, late=self.plan.late)
 
     def events(self) -> list[Event]:
         return read(self.directory)
