@@ -105,8 +105,12 @@ def stop_server(server: ServiceServer, *clients: Any) -> None:
 def know_of_the_end(*clients: Any) -> None:
     """Wait until these clients know that their connection is over."""
     for client in clients:
-        sessions = client._client.sessions
-        wait_until(lambda sessions=sessions: sessions.current.lost)
+        wait_until(lambda client=client: session_of(client).lost)
+
+
+def session_of(client: Any) -> Any:
+    """Return the session that a client has now, which is nobody's business but core's."""
+    return client._client.sessions.current
 
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

@@ -48,6 +48,10 @@ class _Pulse:
     """Notices, while there are watches, that the process stands still: nothing in it runs then."""
 
     def __init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Know of nothing yet: in a forked child there are neither threads nor free locks."""
         self._lock = threading.Lock()
         self._watches: weakref.WeakSet[Stopwatch] = weakref.WeakSet()
         self._beating = False
@@ -86,6 +90,9 @@ class _Pulse:
 
 
 _pulse = _Pulse()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pulse.begin_anew)
 
 
 def _most(before: dict[str, float], now: dict[str, float]) -> float:

@@ -145,6 +145,7 @@ ALONE = {
         "(256, 4, 64, 64, 3) False",
     ],
     ("docs/tutorials/replay.md", "replay_vector.py"): ["(32,) breaks 0"],
+    ("docs/tutorials/replay.md", "replay_lanes.py"): ["of one robot: True breaks: 0"],
     ("docs/tutorials/replay.md", "replay_lag.py"): ["the oldest: True"],
     ("docs/tutorials/trajectories.md", "sequences.py"): [
         "(256, 8, 2) of which",

@@ -38,6 +38,7 @@ def test_tests_ask_servers_and_clients_for_what_is_public():
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in sorted((ROOT / "tests").rglob("*.py"))
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if inside.search(line) and path != Path(__file__)
+        # But for the one function there that tells what state a client's connection is in.
+        if inside.search(line) and path not in (Path(__file__), ROOT / "tests" / "pairs.py")
     ]
     assert not found, "\n".join(found)

@@ -20,7 +20,7 @@ from edgeml.data import QueuedDataStore
 from edgeml.testing.deadlines import SILENT, interrupted, no_answer
 from pairs import TRANSPORTS, plain_client, process, started, took, wait_until
 
-LATE = 0.2  # seconds that anything may take beyond its deadline
+LATE = 1.0  # seconds beyond its deadline: what fails takes several
 ACTION = edgeml.ActionConfig(0, action_keys=["grip"], observation_keys=["state"])
 TRAINER = edgeml.TrainerConfig(0, None, request_types=["ask"])
 SERVERS = """

@@ -252,4 +252,4 @@ def test_robots_in_processes_share_a_policy_in_another():
                 assert robot.line() == "done"
                 assert robot.end() == (0, "")
         policy.signal(signal.SIGTERM)
-        assert policy.end()[0] == -signal.SIGTERM
+        assert policy.end()[0] == -signal.SIGINT  # as by Ctrl-C, once it is closed

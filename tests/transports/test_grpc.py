@@ -36,7 +36,7 @@ from edgeml.testing.ends import resident_memory
 from edgeml.transports.grpc import order
 from edgeml.transports.grpc.failures import find_proxy
 from edgeml.transports.grpc.protocol import QUEUES
-from pairs import process, run_fresh, started, took, wait_until
+from pairs import process, run_fresh, session_of, started, took, wait_until
 
 ANYWHERE = Url("grpc", "127.0.0.1", 0)
 LIMIT = 4 << 20  # gRPC's own
@@ -1060,7 +1060,7 @@ def test_another_server_on_the_port_is_not_taken_for_the_first(message):
 
 def test_a_call_that_another_server_on_the_port_refused_is_made_again(monkeypatch):
     beat = threading.Event()
-    monkeypatch.setattr(SessionKeeper, "_beat", lambda *_: beat.wait(30))  # it notices nothing
+    monkeypatch.setattr(SessionKeeper, "_watch", lambda *_: beat.wait(30))  # it notices nothing
     with contextlib.ExitStack() as stack:
         stack.callback(beat.set)
         first = stack.enter_context(started(InferenceServer(0, transport="grpc")))
@@ -1068,7 +1068,7 @@ def test_a_call_that_another_server_on_the_port_refused_is_made_again(monkeypatc
         first.register_interface("which", lambda _: 1)
         clients = [stack.enter_context(InferenceClient(url=url)) for _ in range(2)]
         assert [client.call("which", None) for client in clients] == [1, 1]
-        sessions = [client._client.sessions.current for client in clients]
+        sessions = [session_of(client) for client in clients]
         with connecting_anew(sessions[0].requester), connecting_anew(sessions[1].requester):
             first.stop()
             second = InferenceServer(Url.parse(url).port, transport="grpc")
