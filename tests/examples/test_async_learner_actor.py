@@ -70,6 +70,7 @@ def test_both_in_one_process_end_with_a_return_and_a_picture(tmp_path: Path) -> 
     assert curve.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_ratio_of_updates_to_steps(tmp_path: Path) -> None:
     arguments = ["--env", "InvertedPendulum-v5", *SMALL, "--curve", str(tmp_path / "curve.png")]
     checkpoint = tmp_path / "run.checkpoint"
@@ -132,6 +133,7 @@ def test_ctrl_c_ends_a_waiting_learner_cleanly() -> None:
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("seed", "steps"),

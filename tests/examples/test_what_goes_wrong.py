@@ -34,6 +34,7 @@ sac.update = fail_late
 """
 
 
+@pytest.mark.slow
 def test_a_learner_thread_that_dies_ends_the_run_with_its_error(run: Any, tmp_path: Path) -> None:
     with run(*SMALL, "--max_steps=2000", before=FAILING_UPDATE) as both:
         printed = both.end(code=1, traceback=True)
@@ -83,6 +84,7 @@ def test_an_actor_says_that_it_waits_for_a_learner_and_how_to_let_it_in(run: Any
         actor.end()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_fails_is_told_and_training_goes_on(run: Any, tmp_path: Path) -> None:
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -97,6 +99,7 @@ def test_a_checkpoint_that_fails_is_told_and_training_goes_on(run: Any, tmp_path
     assert printed.splitlines()[-1].startswith("error: ")  # there is no checkpoint, after all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", ["both", "two"])
 def test_ctrl_c_draws_the_curve_so_far(run: Any, tmp_path: Path, roles: str) -> None:
     long = (*SMALL, "--max_steps=1000000")
@@ -144,6 +147,7 @@ def test_two_sides_that_would_wait_for_each_other_are_told_so(run: Any) -> None:
     assert "--utd_ratio=1.0" in printed
 
 
+@pytest.mark.slow
 def test_the_defaults_give_no_warnings_and_a_history(run: Any) -> None:
     with run("--max_steps=4000", JAX_ENABLE_COMPILATION_CACHE="false") as both:
         printed = both.end()
@@ -153,6 +157,7 @@ def test_the_defaults_give_no_warnings_and_a_history(run: Any) -> None:
     assert printed.splitlines()[-2].startswith("evaluation return: ")
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_line_for_each_side(run: Any) -> None:
     with run(*SMALL, "--max_steps=1000", terminal=True, TERM="xterm", COLUMNS="100") as both:
         printed = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", both.end())

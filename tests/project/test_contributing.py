@@ -58,8 +58,12 @@ def check(where: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("guide", "module", "test"),
     [
-        ("write-a-transport", "edgeml_tcp.py", "tests/test_tcp.py"),
-        ("write-a-door", "edgeml_lines.py", "tests/test_lines.py"),
+        pytest.param(
+            "write-a-transport", "edgeml_tcp.py", "tests/test_tcp.py", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "write-a-door", "edgeml_lines.py", "tests/test_lines.py", marks=pytest.mark.slow
+        ),
         ("write-a-codec", "edgeml_zlib.py", "tests/test_zlib.py"),
     ],
 )

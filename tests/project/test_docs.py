@@ -669,6 +669,7 @@ PUBLIC = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_site_is_made_without_a_warning_and_has_every_public_name(tmp_path: Path) -> None:
     assert "sphinx-build -W docs site" in PAGES["CONTRIBUTING.md"]
