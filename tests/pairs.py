@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -117,6 +118,17 @@ def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Set this process's clock ahead, until the test ends."""
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + seconds)
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """Have this process write no file beyond a size, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager

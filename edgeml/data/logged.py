@@ -22,20 +22,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeml.core.errors import Closed, DeadlineExceeded, Malformed, NotEncodable, Overloaded
+from edgeml.core.errors import Closed, DeadlineExceeded, Malformed, NotEncodable
 from edgeml.core.forks import drop_descriptors, watch_forks
 from edgeml.core.frames import frame
 from edgeml.core.message import pooled
 from edgeml.core.owned import ClosedAtExit
-from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch, join
+from edgeml.data.bounded import BoundedQueue, OnFull
 from edgeml.data.files import explain_errors, lock_directory, sync_names
 from edgeml.data.numbering import Numbering
-from edgeml.data.queued import OnFull
 from edgeml.data.records import make_codec
 from edgeml.data.segments import (
     CUT,
@@ -183,7 +182,7 @@ def _find_change(kind: type, given: np.dtype[Any], dtype: np.dtype[Any]) -> Call
     return struct.Struct("<" + _CODES[dtype.char]).pack
 
 
-class LoggedDataStore(ClosedAtExit, DataStoreBase):
+class LoggedDataStore(ClosedAtExit, BoundedQueue):
     """A first-in, first-out queue of any items that a codec carries, kept in files.
 
     What `insert` has returned from survives the process, however that ends. It survives the loss
@@ -231,17 +230,14 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         timeout: float = 10.0,
         sync: Sync = Sync(),
     ) -> None:
-        super().__init__(capacity)
-        if on_full not in get_args(OnFull):
-            raise ValueError(f"on_full is one of {get_args(OnFull)}, got {on_full!r}")
+        super().__init__(capacity, on_full, timeout)
         self.directory = Path(directory)
-        self._on_full, self._timeout = on_full, timeout
-        self._not_full = threading.Condition(self.lock)
+        self._named = f"the log {self.directory}"
         self._codec = make_codec()
         self._segments: deque[Segment] = deque()
         self._layouts: dict[Any, Layout] = {}  # by their keys
         self._packer: Packer | None = None
-        self._held = self._gone = self._dropped = self._lost = 0  # items; an id is `_gone`
+        self._gone = self._lost = 0  # an id, and items
         self._sources: list[_Source] = []  # the newest is the last; see `follow`
         self._follows = False
         self.lane = 0  # of the newest item
@@ -373,15 +369,6 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
             raise writer.explain_failure()
 
     # What comes in ----------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        with self.lock:
-            return self._held
-
-    @property
-    def dropped(self) -> int:
-        """How many items were overwritten before they were released, since this was made."""
-        return self._dropped
 
     @property
     def lost(self) -> int:
@@ -575,24 +562,10 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
         if excess > 0 and self._on_full == "drop_oldest":
             self._drop(min(excess, self._held))
 
-    def _await_space(self, n: int) -> None:
-        if n > self._capacity:
-            raise ValueError(f"a batch of {n} can't fit in a store of {self._capacity}")
-        if self._on_full == "raise":
-            raise Overloaded(
-                f"the log {self.directory} is full: {self._held} of {self._capacity} not taken yet"
-            )
-
-        def has_room() -> bool:
-            if self._held + n > self._capacity:
-                self._forget(self._applied)
-            return self._held + n <= self._capacity
-
-        if not self._not_full.wait_for(has_room, self._timeout):
-            raise DeadlineExceeded(
-                f"no room for {n} in {self._timeout} s in the log {self.directory}: "
-                f"{self._held} of {self._capacity} not taken yet"
-            )
+    def _has_room(self, n: int) -> bool:
+        if not super()._has_room(n):
+            self._forget(self._applied)
+        return super()._has_room(n)
 
     # What goes out ----------------------------------------------------------------------------
 
@@ -677,13 +650,8 @@ class LoggedDataStore(ClosedAtExit, DataStoreBase):
 
     def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave; where there is no room, the oldest items go."""
-        with self.lock:
-            kept = self._on_full, self._dropped
-            self._on_full = "drop_oldest"
-            try:
-                self.batch_insert(batch)
-            finally:
-                self._on_full, self._dropped = kept
+        with self.lock, self._overwriting():
+            self.batch_insert(batch)
 
     def _drop(self, count: int) -> None:
         """Let go of the oldest items that are held, which nobody has taken."""

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any
 
-from edgeml.core.errors import DeadlineExceeded, Overloaded
-from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch, join
+from edgeml.data.bounded import BoundedQueue, OnFull
 from edgeml.data.lanes import Lane, Numbers
 from edgeml.data.tree import copy_item
 
-__all__ = ["OnFull", "QueuedDataStore"]
-
-OnFull = Literal["drop_oldest", "block", "raise"]
+__all__ = ["QueuedDataStore"]
 
 _NOTHING = Batch.of([])
 _RUN = 256  # single items are kept in runs of so many, which a reader skips whole
 
 
-class QueuedDataStore(DataStoreBase):
+class QueuedDataStore(BoundedQueue):
     """A first-in, first-out queue of any items that a codec carries.
 
     Items stay until `release` says that they have been taken; when it is full, ``on_full``
@@ -44,25 +40,9 @@ class QueuedDataStore(DataStoreBase):
     def __init__(
         self, capacity: int, on_full: OnFull = "drop_oldest", *, timeout: float = 10.0
     ) -> None:
-        super().__init__(capacity)
-        if on_full not in get_args(OnFull):
-            raise ValueError(f"on_full is one of {get_args(OnFull)}, got {on_full!r}")
-        self._on_full = on_full
-        self._timeout = timeout
-        self._not_full = threading.Condition(self.lock)
+        super().__init__(capacity, on_full, timeout)
         self._chunks: deque[Batch | deque[Any]] = deque()  # batches of columns, and runs of items
-        self._held = 0
         self._latest = 0
-        self._dropped = 0
-
-    @property
-    def dropped(self) -> int:
-        """How many items were overwritten before they were released."""
-        return self._dropped
-
-    def __len__(self) -> int:
-        with self.lock:
-            return self._held
 
     def latest_data_id(self) -> int:
         """Return the id of the newest item ever inserted; 0 where there was none."""
@@ -156,14 +136,9 @@ class QueuedDataStore(DataStoreBase):
 
     def restore(self, batch: Batch, extra: Any) -> None:
         """Insert what `dump` gave; where there is no room, the oldest items go."""
-        with self.lock:
-            kept = self._on_full, self._dropped
-            self._on_full = "drop_oldest"
-            try:
-                lanes = 0 if batch.lanes is None else batch.lanes
-                self._append(self._copy(batch), len(batch), batch.cuts, lanes)
-            finally:
-                self._on_full, self._dropped = kept
+        lanes = 0 if batch.lanes is None else batch.lanes
+        with self.lock, self._overwriting():
+            self._append(self._copy(batch), len(batch), batch.cuts, lanes)
 
     def release(self, up_to_id: int) -> None:
         """Free the items up to this id: they have reached their destination."""
@@ -209,17 +184,6 @@ class QueuedDataStore(DataStoreBase):
             first = self._latest + 1 - n
             self.take_cuts(cuts, first)
             self.take_lanes(numbers, first, n)
-
-    def _await_space(self, n: int) -> None:
-        if n > self._capacity:
-            raise ValueError(f"a batch of {n} can't fit in a store of {self._capacity}")
-        if self._on_full == "raise" and self._held + n > self._capacity:
-            raise Overloaded(f"the store is full: {self._held} of {self._capacity} not taken yet")
-        if not self._not_full.wait_for(lambda: self._held + n <= self._capacity, self._timeout):
-            raise DeadlineExceeded(
-                f"no room for {n} in {self._timeout} s: "
-                f"{self._held} of {self._capacity} not taken yet"
-            )
 
     def _forget(self, count: int) -> None:
         """Let go of the oldest items, up to ``count`` of them."""

@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import re
-import resource
 import stat
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from edgeml.data import (
     checkpoint,
 )
 from edgeml.data.records import RecordReader, RecordWriter
+from pairs import no_file_larger_than
 
 IMAGE = (64, 64, 3)
 
@@ -472,16 +471,6 @@ for i in range(1000):
     store.insert({"x": np.full(1000, i)})
 checkpoint.save(sys.argv[1], "new", {"it": store})
 """
-
-
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class TestAtomic:

@@ -7,7 +7,6 @@ import gc
 import itertools
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +30,7 @@ from edgeml.core.errors import (
 )
 from edgeml.data import Batch, DataStoreBase, LoggedDataStore, Sync, checkpoint, logged
 from edgeml.testing import StoreTests
-from pairs import no_thread_left, took, wait_until
+from pairs import no_file_larger_than, no_thread_left, took, wait_until
 
 
 def transition(i: int) -> dict[str, Any]:
@@ -418,16 +416,6 @@ class TestFull:
             check(held(log))
         told = [each for each in caplog.messages if "the disk under the log" in each]
         assert len(told) == 2
-
-
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class TestSync:
