@@ -240,6 +240,24 @@ def test_the_ledger_tells_why_items_were_refused(lab):
         assert counts(client)["refused"].get("no # here", 0) == 0
 
 
+def test_what_was_refused_before_a_client_came_counts_as_nothing_of_its_own(lab):
+    class Choosy(QueuedDataStore):
+        def batch_insert(self, batch):
+            if any(each["id"] == 19 for each in batch):
+                raise ValueError("not this one")
+            super().batch_insert(batch)
+
+    lab.learner(store=Choosy(1000))
+    store = fill(ReplayBuffer(100), 0, 20)
+    with lab.actor(store) as client:
+        assert client.update() == (19, 0)
+    with lab.actor(store) as client:
+        assert client.update() == (0, 0)
+        assert counts(client)["refused"] == {"not this one": 1}
+        fill(store, 20, 3)
+        assert client.update() == (3, 0)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_it_adds_up_at_any_moment(tmp_path, seed):
     rng = random.Random(seed)

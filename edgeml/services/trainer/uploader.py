@@ -315,6 +315,8 @@ class Uploader:
         told = _parse(answer, self._store.latest_data_id())
         before, mark = self.sent, told.mark
         self._epoch, self._durable = told.epoch, told.durable
+        # What is below was sent by an earlier client, so no update of this one counts it.
+        own = self._unsure[0].first if self._unsure else mark + 1
         while self._unsure and self._unsure[0].first <= mark:
             chunk = self._unsure.popleft()
             self._arrived += min(chunk.n, mark + 1 - chunk.first)
@@ -322,7 +324,9 @@ class Uploader:
         self.sent = mark
         self.account.mark(mark, told.durable or 0)
         for first, n, why in told.refused:
-            self._arrived -= self._refuse(first, n, why)
+            below = min(n, max(0, own - first))
+            self._refuse(first, below, why)
+            self._arrived -= self._refuse(first + below, n - below, why)
         if mark < before:
             _log.warning(
                 "the learner has the items of %r up to %d only, where it had %d: what is still "
@@ -347,7 +351,7 @@ class Uploader:
 
     def _refuse(self, first: int, n: int, why: str) -> int:
         """Note that items can't be sent, or the learner refuses them; how many are new."""
-        fresh = self.account.refuse(first, n, why)
+        fresh = self.account.refuse(first, n, why) if n else 0
         if fresh:
             self._refusals.add(self.name, first + n - fresh, fresh, why)
         return fresh
