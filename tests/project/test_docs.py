@@ -271,7 +271,8 @@ class Run:
         if "credentials=" in self.programs[name]:
             self.make_keys()
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen([sys.executable, "-u", name], cwd=self.folder, text=True, **pipes)
+        # Not unbuffered: the log, by another thread, could come amid the pieces of what is printed.
+        return subprocess.Popen([sys.executable, name], cwd=self.folder, text=True, **pipes)
 
     def make_keys(self) -> None:
         """Make the keys as the page first says."""

@@ -178,8 +178,10 @@ def test_a_client_that_is_lost_is_told(transport, said, monkeypatch):
         arm = next(f"{peer.address}" for peer in server.clients() if peer.id == client.client_id)
         assert f"inference: {arm} has come" in said()
         # It comes back by itself, to the session that it had, and so nobody is lost.
-        client.sessions.current.lose(Unreachable("cut for a test"))
+        first = client.sessions.current
+        first.lose(Unreachable("cut for a test"))
         wait_until(lambda: sum("arm at" in each and "has come" in each for each in said()) == 2)
+        wait_until(lambda: client.sessions.current is not first)  # it knows a moment later
         other.call("policy", None)
         assert not any("is lost" in each for each in said())
         arm = next(f"{peer.address}" for peer in server.clients() if peer.id == client.client_id)
