@@ -28,11 +28,13 @@ if TYPE_CHECKING:
         EdgemlError,
         Malformed,
         NotEncodable,
+        NotHolder,
         NotReady,
         Overloaded,
         PermissionDenied,
         PluginError,
         RemoteError,
+        Stale,
         UnknownInterface,
         Unreachable,
     )
@@ -95,6 +97,7 @@ __all__ = [
     "Unreachable",
     "NotReady",
     "DeadlineExceeded",
+    "Stale",
     "Closed",
     "Overloaded",
     "RemoteError",
@@ -103,6 +106,7 @@ __all__ = [
     "NotEncodable",
     "ConfigMismatch",
     "PermissionDenied",
+    "NotHolder",
     "PluginError",
 ]
 

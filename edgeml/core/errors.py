@@ -6,6 +6,7 @@
      ├── Unreachable(ConnectionError)       nobody answers there, or the connection was lost
      │    └── NotReady                      the server is loading, or is about to stop
      ├── DeadlineExceeded(TimeoutError)     no answer within the time given
+     ├── Stale(TimeoutError)                an action that came too late, so that it wasn't taken
      ├── Closed(ConnectionError)            this end, or the server, has been stopped
      ├── Overloaded(ConnectionError)        too much is waiting already; try again later
      ├── RemoteError(RuntimeError)          the handler on the far side raised
@@ -14,6 +15,7 @@
      ├── NotEncodable(TypeError)            a value that the codec does not carry
      ├── ConfigMismatch(ValueError)         the two sides were configured differently
      ├── PermissionDenied(PermissionError)  not allowed, or an older self that was replaced
+     ├── NotHolder(PermissionError)         an action whose key another client has the lease of
      └── PluginError(ImportError)           a transport or codec that is missing or broken
 """
 
@@ -30,11 +32,13 @@ __all__ = [
     "Malformed",
     "NotCarriedOut",
     "NotEncodable",
+    "NotHolder",
     "NotReady",
     "Overloaded",
     "PermissionDenied",
     "PluginError",
     "RemoteError",
+    "Stale",
     "UnknownInterface",
     "Unreachable",
     "copy_error",
@@ -75,6 +79,10 @@ class NotReady(Unreachable):
 
 class DeadlineExceeded(EdgemlError, TimeoutError):
     """No answer came within the time given; the server may still be at work on it."""
+
+
+class Stale(EdgemlError, TimeoutError):
+    """An action came when its time was over, or a later one had come before; it wasn't taken."""
 
 
 class Closed(EdgemlError, ConnectionError):
@@ -123,6 +131,10 @@ class ConfigMismatch(EdgemlError, ValueError):
 
 class PermissionDenied(EdgemlError, PermissionError):
     """The server does not let this client do that."""
+
+
+class NotHolder(EdgemlError, PermissionError):
+    """Another client has the lease of this action's key, so the action wasn't taken."""
 
 
 class PluginError(EdgemlError, ImportError):

@@ -18,10 +18,12 @@ from edgeml.core.errors import (
     DeadlineExceeded,
     EdgemlError,
     Malformed,
+    NotHolder,
     NotReady,
     Overloaded,
     PermissionDenied,
     RemoteError,
+    Stale,
     UnknownInterface,
     text_of,
 )
@@ -110,6 +112,8 @@ _ERRORS: dict[int, type[EdgemlError]] = {
     9: ConfigMismatch,
     10: PermissionDenied,
     11: NotReady,
+    12: Stale,
+    13: NotHolder,
 }
 _STATUS: dict[type, int] = {error: status for status, error in _ERRORS.items()}
 

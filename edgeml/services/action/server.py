@@ -1,0 +1,80 @@
+"""The server of the action pair: offers a device's observations and takes actions for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from edgeml.services.action.config import OBSERVATIONS, ActionConfig
+from edgeml.services.action.device import Device
+from edgeml.services.base import ServerSettings, ServiceServer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["ActionServer"]
+
+
+class ActionServer(ServiceServer):
+    """Offers a device's observations and takes actions for it.
+
+    Args:
+        config: see `ActionConfig`.
+        obs_callback: ``obs_callback(keys) -> dict``: the observations of these names. All of
+            ``config.observation_keys`` where a client asks for no particular ones. A client gets a
+            `RemoteError` that names what is missing.
+        act_callback: ``act_callback(key, payload) -> dict``: carry out an action; what it returns
+            is the client's answer. With one more argument, or one called ``context``, each of the
+            two callbacks is told who asks: see `Context`.
+        host: the address to listen at, 127.0.0.1 by default; name another to let other machines in.
+        keep: how many publications are kept for clients that are behind; 1 for only the newest.
+        act_in_own_thread: whether ``act_callback`` runs in a thread of its own, so that neither
+            callback waits for the other.
+        transport: in place of the configuration's.
+        settings: ``url``, ``workers``, ``codecs``, ``images``, ``wants_images``, ``rate_limit``,
+            ``advertise``, ``credentials``, ``limits``, ``on_connect``, ``on_disconnect``: see
+            `ServiceServer`.
+
+    A callback that raises hurts only the call that it was for, whose client gets a `RemoteError`.
+    """
+
+    def __init__(
+        self,
+        config: ActionConfig,
+        obs_callback: Callable[..., dict[str, Any]] | None,
+        act_callback: Callable[..., Any] | None,
+        host: str | None = None,
+        *,
+        keep: int = 1,
+        act_in_own_thread: bool = False,
+        transport: str | None = None,
+        **settings: Unpack[ServerSettings],
+    ) -> None:
+        self.config = config
+        self._device = device = Device(config, obs_callback, act_callback)
+        super().__init__("action", config, host=host, transport=transport, **settings)
+        self._server.register("obs", device.observe)
+        self._server.register("act", device.act, lane="act" if act_in_own_thread else "")
+        self._topic = self._server.topic(OBSERVATIONS, keep, needs="observe")
+
+    def publish_obs(self, payload: dict[str, Any]) -> int:
+        """Send observations to every client that registered for them.
+
+        Never waits for a client: one that is behind gets the newest later. The payload may be
+        changed as soon as this returns.
+
+        Returns:
+            The number of this publication, counted from 1.
+
+        Raises:
+            NotEncodable: the payload.
+            Closed: the server has been stopped.
+        """
+        return self._topic.publish(payload)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: calls, and everything refused or dropped, by reason.
+
+        Among them ``actions`` that were carried out, and ``actions_of_NAME`` for each key.
+        """
+        return {**super().stats(), **self._device.counts}
