@@ -48,6 +48,7 @@ from edgeml.transports.zmq.sockets import (
     receive,
     send,
     size_on_wire,
+    start_collector,
 )
 
 __all__ = ["Listener"]
@@ -103,6 +104,7 @@ class Listener(Endpoint):
     def __init__(
         self, url: Url, on_request: OnRequest, credentials: Credentials | None, limits: Limits
     ) -> None:
+        start_collector()
         self._keyring = server_keys(credentials)
         self.secured = self._keyring is not None
         self._on_request = on_request
