@@ -3,7 +3,8 @@
 from edgeml.data.base import DataStoreBase
 from edgeml.data.batch import Batch
 from edgeml.data.limiter import RateLimiter
-from edgeml.data.logged import LoggedDataStore, Sync
+from edgeml.data.log_writer import Sync
+from edgeml.data.logged import LoggedDataStore
 from edgeml.data.mixture import Mixture
 from edgeml.data.prefetch import Prefetch, on_device
 from edgeml.data.prioritized import PrioritizedReplayBuffer

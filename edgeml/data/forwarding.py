@@ -14,7 +14,8 @@ from edgeml.data.tree import nbytes_of
 
 if TYPE_CHECKING:
     from edgeml.data.base import DataStoreBase
-    from edgeml.data.logged import LoggedDataStore, Packer
+    from edgeml.data.logged import LoggedDataStore
+    from edgeml.data.packing import Packer
     from edgeml.data.schema import Schema
 
 __all__ = ["Forwarding"]

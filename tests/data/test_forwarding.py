@@ -23,7 +23,7 @@ from edgeml.data import (
     ReplayBuffer,
     TrajectoryBufferDataStore,
     checkpoint,
-    logged,
+    log_writer,
     make_default_trajectory_buffer,
 )
 from test_data_store import Foreign
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_both_as_they_were(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(logged.Segment, "create", fail)
+        patch.setattr(log_writer.Segment, "create", fail)
         with pytest.raises(OSError, match="No space left"):
             deque(map(store.insert, [{"x": np.zeros(100_000)}] * 1000), 0)
     n = store.latest_data_id()

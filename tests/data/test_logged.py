@@ -28,7 +28,7 @@ from edgeml.core.errors import (
     NotEncodable,
     Overloaded,
 )
-from edgeml.data import Batch, DataStoreBase, LoggedDataStore, Sync, checkpoint, logged
+from edgeml.data import Batch, DataStoreBase, LoggedDataStore, Sync, checkpoint, log_writer
 from edgeml.testing import StoreTests
 from pairs import no_file_larger_than, no_thread_left, took, wait_until
 
@@ -66,9 +66,9 @@ def check(items: dict[int, Any], make: Any = flat) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files, and a disk that takes no time."""
-    monkeypatch.setattr(logged, "_SIZES", (1 << 13, 1 << 13))
-    monkeypatch.setattr(logged, "_sync", lambda fd: None)
-    monkeypatch.setattr(logged, "sync_names", lambda directory: None)
+    monkeypatch.setattr(log_writer, "_SIZES", (1 << 13, 1 << 13))
+    monkeypatch.setattr(log_writer, "_sync", lambda fd: None)
+    monkeypatch.setattr(log_writer, "sync_names", lambda directory: None)
 
 
 class _Logged(StoreTests):
@@ -392,7 +392,7 @@ class TestFull:
     def test_a_disk_that_fails_is_told_until_it_works(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(logged, "_RETRY", 0.05)
+        monkeypatch.setattr(log_writer, "_RETRY", 0.05)
         with LoggedDataStore(tmp_path / "log", 100, sync=Sync(items=1)) as log:
             log.insert(flat(1))
             log.sync()
@@ -401,7 +401,7 @@ class TestFull:
                 raise OSError(errno.EIO, "Input/output error")
 
             with monkeypatch.context() as patch:
-                patch.setattr(logged, "_sync", fail)
+                patch.setattr(log_writer, "_sync", fail)
                 log.insert(flat(2))
                 with pytest.raises(OSError, match="Input/output error; the disk doesn't take"):
                     log.sync()
@@ -463,7 +463,7 @@ class TestSync:
                 begun.set()
                 go_on.wait(10)
 
-            monkeypatch.setattr(logged, "_sync", wait)
+            monkeypatch.setattr(log_writer, "_sync", wait)
             log.insert(flat(1))
             assert begun.wait(10)
             for i in range(2, 101):
@@ -484,9 +484,9 @@ class TestSync:
 ACTOR = """
 import os, random, sys
 import numpy as np
-from edgeml.data import LoggedDataStore, Sync, logged
+from edgeml.data import LoggedDataStore, Sync, log_writer
 
-logged._SIZES = (1 << 13, 1 << 13)
+log_writer._SIZES = (1 << 13, 1 << 13)
 
 def flat(i):
     return {"x": np.full(4, i, np.float32), "y": np.int64(i), "z": float(i)}
