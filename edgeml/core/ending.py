@@ -46,13 +46,14 @@ class _Task:
     def __init__(self, function: Callable[[], object]) -> None:
         self._function = function
         self._cancel_finalizer: Callable[[], object] = lambda: None
-        atexit.register(function)
+        self._done = False
+        atexit.register(self._run)
         process = sys.modules.get("multiprocessing.process")
         if process is not None and process.parent_process() is not None:
-            # A child of multiprocessing ends without atexit.
+            # A child of multiprocessing ends without atexit, before Python 3.13.
             from multiprocessing.util import Finalize
 
-            self._cancel_finalizer = Finalize(None, function, exitpriority=100).cancel
+            self._cancel_finalizer = Finalize(None, self._run, exitpriority=100).cancel
 
     def cancel(self) -> None:
         with _lock:
@@ -63,8 +64,13 @@ class _Task:
             if not _pending:
                 _leave_signals()
 
+    def _run(self) -> None:
+        if not self._done:
+            self._done = True
+            self._function()
+
     def _forget(self) -> None:
-        atexit.unregister(self._function)
+        atexit.unregister(self._run)
         self._cancel_finalizer()
 
 
