@@ -11,6 +11,7 @@ durable; and ``stop``.
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import select
@@ -41,7 +42,9 @@ class Actor:
         self.arrived = 1  # all items below it are with the learner
         count = max(1, options["last"])
         if options["store"] == "logged":
-            self.store: Any = LoggedDataStore(options["outbox"])
+            self.store: Any = None
+            while self.store is None:
+                self.store = self.unless_full(lambda: LoggedDataStore(options["outbox"]))
         elif options["store"] == "queue":
             self.store = QueuedDataStore(count, "block", timeout=self.timeout)
         else:
@@ -118,17 +121,29 @@ class Actor:
         from edgeml import TrainerClient, TrainerConfig
 
         more = {"log": self.options["outbox"]} if self.has_log else {}
-        self.client = TrainerClient(
-            "data",
-            config=TrainerConfig(0, None, request_types=["echo"]),
-            data_store=self.store,
-            url=self.options["url"],
-            client_id=f"actor-{self.options['actor']}",
-            timeout=self.timeout,
-            **more,
+        self.client = self.unless_full(
+            lambda: TrainerClient(
+                "data",
+                config=TrainerConfig(0, None, request_types=["echo"]),
+                data_store=self.store,
+                url=self.options["url"],
+                client_id=f"actor-{self.options['actor']}",
+                timeout=self.timeout,
+                **more,
+            )
         )
-        if self.options.get("breaks"):
+        if self.client is not None and self.options.get("breaks"):
             breaks.break_actor(self.options["breaks"], self.client, self.store)
+
+    def unless_full(self, make: Callable[[], Any]) -> Any:
+        """Make what has a log; None, a moment later, where the disk has no room for one yet."""
+        try:
+            return make()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            time.sleep(0.05)
+            return None
 
     def watch_release(self) -> None:
         """Tell what the store is told that it may let go of, as it is durable."""
