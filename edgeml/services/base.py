@@ -101,6 +101,24 @@ def _addresses(
     return [each if each.port or each.path else each.with_port(default_port) for each in found]
 
 
+def find_server(
+    url: str | None,
+    transport: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    default_port: int = 0,
+) -> list[Url]:
+    """Return where a user says that a server is.
+
+    Raises:
+        ValueError: it is said in two ways, or is no address, or has no port.
+    """
+    urls = _addresses(url, transport, host, port, default_port)
+    if without := [each for each in urls if not each.port and not each.path]:
+        raise ValueError(f"{without[0]} has no port; say at which port the server is")
+    return urls
+
+
 def _listening(
     config: _Config | None,
     url: str | None,
@@ -459,9 +477,7 @@ class ServiceClient(_Service):
         if url is None and config is not None:
             transport = transport or config.transport
         known = 0 if config is None else config.port_number
-        urls = _addresses(url, transport, host, port, known)
-        if without := [each for each in urls if not each.port and not each.path]:
-            raise ValueError(f"{without[0]} has no port; say at which port the server is")
+        urls = find_server(url, transport, host, port, known)
         self._client = Client(
             service,
             urls,
@@ -537,7 +553,7 @@ def named(name: str, payload: Any) -> list[Any]:
 def checked(future: Future[Any], check: Callable[[Any], T]) -> Future[T]:
     """Return a future of what ``check`` makes of the result of another, or raises about it.
 
-    To cancel it is to cancel the other.
+    To cancel it is to cancel the other. It has the other's `Timing` as well.
     """
     made: Future[T] = Future()
 
@@ -555,6 +571,7 @@ def checked(future: Future[Any], check: Callable[[Any], T]) -> Future[T]:
             except Exception as error:
                 made.set_exception(error)
             else:
+                made.timing = done.timing  # type: ignore[attr-defined]
                 made.set_result(result)
 
     made.add_done_callback(give_up)

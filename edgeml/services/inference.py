@@ -9,10 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from edgeml.core.client import Timing
-from edgeml.core.dispatch import Caller, answer_with, unknown
+from edgeml.core.dispatch import Caller, answer_with, require_plain, unknown
 from edgeml.core.errors import Malformed, shown
 from edgeml.core.guests import Entrance, Passage
-from edgeml.core.plugins import load_door
+from edgeml.core.plugins import load_codec, load_door, load_transport
 from edgeml.core.security import PERMISSIONS
 from edgeml.core.server import Server
 from edgeml.core.url import Url
@@ -22,11 +22,13 @@ from edgeml.services.base import (
     ServiceClient,
     ServiceServer,
     checked,
+    find_server,
 )
 from edgeml.services.batching import Batcher, Batching
 from edgeml.services.checks import EXTENSION, Check, Contracts
 from edgeml.services.contract import PolicyContract
 from edgeml.services.functions import Function, Single
+from edgeml.services.shadow import OnShadow, Shadow
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -358,10 +360,20 @@ def _chosen(episode: str | None) -> str:
     return secrets.token_hex(8) if episode is None else episode
 
 
-def _begun(chosen: str, answer: Any) -> str:
+def _begun(chosen: str, shadow: Shadow | None, answer: Any) -> str:
     if not isinstance(answer, str) or answer != chosen:
         raise Malformed(f"the server was to begin episode {chosen!r}, and began {shown(answer)}")
+    if shadow is not None:
+        shadow.begin_episode(answer)
     return answer
+
+
+_ALIKE = ("codec", "images", "credentials")  # settings that a shadow has, too
+
+
+def _stop_both(shadow: Shadow, close: Callable[[], object]) -> None:
+    shadow.stop()
+    close()
 
 
 class InferenceClient(ServiceClient):
@@ -377,6 +389,13 @@ class InferenceClient(ServiceClient):
         expect: what the policies are like that this client was made for, by their interfaces'
             names. It is compared whenever the client connects, after a restart of the server too,
             and what differs is refused before anything is called.
+        shadow: the URL of a candidate: a server that is asked the same as the real one, as often as
+            it is free, and whose answers are compared with the real ones and never returned. It may
+            be slow, dead, or not there yet, without any effect on calls. It gets this client's
+            settings, what is expected included. `stats` tells how it does.
+        on_shadow: ``on_shadow(name, payload, real, candidate)`` is called with an interface's name,
+            a payload and both answers, in a thread of the shadow's own. It may take its time, in
+            which the candidate is not asked; what it raises is logged.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
             ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`.
 
@@ -395,8 +414,17 @@ class InferenceClient(ServiceClient):
         timeout: float = 10.0,
         wait_for_server: bool | float = False,
         expect: Mapping[str, PolicyContract] | None = None,
+        shadow: str | None = None,
+        on_shadow: OnShadow | None = None,
         **settings: Unpack[ClientSettings],
     ) -> None:
+        if shadow is not None:
+            for place in find_server(shadow):
+                load_transport(place.scheme)
+        if on_shadow is not None:
+            require_plain("on_shadow", on_shadow)
+            if shadow is None:
+                raise ValueError("on_shadow is called with a shadow's answers: say shadow=, too")
         super().__init__(
             "inference",
             host=host,
@@ -407,6 +435,15 @@ class InferenceClient(ServiceClient):
             needs=None if expect is None else {EXTENSION: _plain(expect)},
             **settings,
         )
+        self._shadow: Shadow | None = None
+        if shadow is not None:
+            alike: Any = {name: settings.get(name) for name in _ALIKE if name in settings}
+            self._shadow = Shadow(
+                partial(InferenceClient, url=shadow, timeout=timeout, expect=expect, **alike),
+                load_codec(settings.get("codec", "msgpack")),
+                on_shadow,
+            )
+            self._close_by(partial(_stop_both, self._shadow, self._close))
 
     def interfaces(self) -> list[str]:
         """The names that can be called, sorted."""
@@ -437,12 +474,13 @@ class InferenceClient(ServiceClient):
             The id.
         """
         chosen = _chosen(episode)
-        return _begun(chosen, self._client.call(_RESET, chosen, timeout))
+        return _begun(chosen, self._shadow, self._client.call(_RESET, chosen, timeout))
 
     def reset_async(self, episode: str | None = None, timeout: float | None = None) -> Future[str]:
         """Begin an episode, and return a future of what `reset` returns or raises."""
         chosen = _chosen(episode)
-        return checked(self._client.call_async(_RESET, chosen, timeout), partial(_begun, chosen))
+        asked = self._client.call_async(_RESET, chosen, timeout)
+        return checked(asked, partial(_begun, chosen, self._shadow))
 
     @overload
     def call(
@@ -482,8 +520,12 @@ class InferenceClient(ServiceClient):
             Unreachable: nobody serves there, or the connection was lost under way.
         """
         if timing:
-            return self._client.call_timed(name, payload, timeout)
-        return self._client.call(name, payload, timeout)
+            result, served = self._client.call_timed(name, payload, timeout)
+        else:
+            result, served = self._client.call(name, payload, timeout), None
+        if self._shadow is not None:
+            self._shadow.ask(name, payload, result)
+        return (result, served) if timing else result
 
     def call_async(self, name: str, payload: Any, timeout: float | None = None) -> Future[Any]:
         """Call a function and return a future, whose result or exception is what `call`'s is.
@@ -492,4 +534,23 @@ class InferenceClient(ServiceClient):
         the transport's thread: keep them short. Once it has a result, its attribute ``timing`` is
         a `Timing`.
         """
-        return self._client.call_async(name, payload, timeout)
+        future = self._client.call_async(name, payload, timeout)
+        if self._shadow is not None:
+            return self._shadow.follow(future, name, payload)
+        return future
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start: ``replies_copied``, see `ServiceClient.stats`, and ``shadow``.
+
+        The latter where there is one: ``connected``; ``asked``, ``answered``, ``failed`` by error,
+        and ``skipped``, as it was busy or away; ``last_error``, a text, or None as long as it
+        answers; ``different_structure``, answers that have other keys, lengths or shapes; and
+        ``differences`` by places such as ``"policy['actions']"``: the greatest and the mean
+        absolute difference of all that were compared, and the greatest of the last one, as ``max``,
+        ``mean`` and ``last``. What is no number counts as 0 where it is equal, and as 1 where not.
+        Of 1,000 places at most; ``leaves_left_out`` counts beyond.
+        """
+        counts: dict[str, Any] = {**super().stats()}
+        if self._shadow is not None:
+            counts["shadow"] = self._shadow.stats()
+        return counts

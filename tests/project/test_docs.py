@@ -182,6 +182,12 @@ ALONE = {
         "refused_too_busy",
     ],
     ("docs/guides/serving.md", "serving_drain.py"): ["answered: [0, 1, 2]", "ended"],
+    ("docs/guides/shadow.md", "shadow_candidate.py"): [
+        "the robot does [49. 49. 49.]\ncompared: True failed: {}\n",
+        "policy['actions'] {'max': 0.3, 'mean': 0.133, 'last': 0.3}\n",
+        "policy['grip'] {'max': 0.0, 'mean': 0.0, 'last': 0.0}\n",
+    ],
+    ("docs/guides/shadow.md", "shadow_own.py"): ["policy differs at 0.55\n"],
     ("docs/guides/images.md", "images_robot.py"): ["(480, 640, 3) uint8 off by "],
     ("docs/guides/images.md", "images_refused.py"): [
         "(480, 640, 3)",

@@ -203,6 +203,8 @@ def test_a_copy_keeps_the_rules_too(lint):
         ("services/trainer/ledger.py", "import edgeml.services.trainer.uploader"),
         ("services/functions.py", "import edgeml.services.batching"),
         ("services/contract.py", "import edgeml.services.functions"),
+        ("services/shadow.py", "import edgeml.services.inference"),
+        ("services/shadow.py", "import edgeml.services.batching"),
         ("services/batching/batcher.py", "import edgeml.services.inference"),
         ("services/batching/stack.py", "import edgeml.services.batching.patience"),
         ("services/batching/patience.py", "import edgeml.services.batching.batcher"),
