@@ -4,6 +4,7 @@
 - **Inference**: the GPU machine is the server. `InferenceServer`, `InferenceClient`.
 - **Trainer**: the learner is the server. `TrainerServer`, `TrainerClient`, `TrainerConfig`, and
   `TrainerTunnel` for both in one process.
+- `edgeml.control`: a robot's loop around a policy that is far away.
 - `edgeml.aio`: the three clients for asyncio.
 - `edgeml.data`: the stores that stand at either end of a trainer pair.
 - `edgeml.core`: the seam, for those who write transports and codecs.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edgeml import aio, core, data, services
+    from edgeml import aio, control, core, data, services
     from edgeml.core.client import Timing
     from edgeml.core.errors import (
         Closed,
@@ -89,6 +90,7 @@ __all__ = [
     "Png",
     # packages
     "aio",
+    "control",
     "core",
     "data",
     "services",
@@ -126,7 +128,7 @@ _HOMES = {
     "Timing": "core.client",
 }
 
-_PACKAGES = ("aio", "core", "data", "services", "testing")
+_PACKAGES = ("aio", "control", "core", "data", "services", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,5 +8,7 @@
 from __future__ import annotations
 
 from edgeml.control.merging import Blend, Ensemble, RealTime
+from edgeml.control.policy import ChunkedPolicy, Step
+from edgeml.control.ticks import Ticks
 
-__all__ = ["Blend", "Ensemble", "RealTime"]
+__all__ = ["Blend", "ChunkedPolicy", "Ensemble", "RealTime", "Step", "Ticks"]

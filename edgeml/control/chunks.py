@@ -22,6 +22,7 @@ from edgeml.control.merging import (
     mix,
     rule_of,
 )
+from edgeml.core.errors import Malformed
 
 __all__ = ["Chunks", "Outcome", "Played", "Request"]
 
@@ -113,6 +114,9 @@ class Chunks:
         self._asked = 0
         self._newest = 0  # request whose answer was merged, or that was made before `clear`
         self._turnarounds: deque[int] = deque(maxlen=_TURNAROUNDS)
+        self._delays: deque[int] = deque(maxlen=_DELAYS)
+        self._answers = 0
+        self._unanswered_since: int | None = None  # tick
 
     @property
     def tick(self) -> int:
@@ -121,7 +125,11 @@ class Chunks:
 
     @property
     def turnaround(self) -> int:
-        """The most ticks that one of the last 100 answers took; 0 before the first."""
+        """The most ticks that one of the last 100 answers took; 0 before the first.
+
+        Where requests were lost before it, it took as long as since the first of these. The very
+        first counts until there is another, since policies take their time to warm up.
+        """
         return max(self._turnarounds, default=0)
 
     def left(self, now: float) -> int:
@@ -160,11 +168,13 @@ class Chunks:
             observation_id: its own, if it has one.
         """
         self._asked += 1
+        if self._unanswered_since is None:
+            self._unanswered_since = self._tick
         rest, delay = None, 0
         if self._rule.tells and self._plan and self._plan[-1].end > self._position:
             last = self._plan[-1]
             rest = last.chunk.rest(self._position - last.anchor)
-            delay = min(max([*self._turnarounds][-_DELAYS:], default=0), last.end - self._position)
+            delay = min(max(self._delays, default=0), last.end - self._position)
         return Request(
             *(self._asked, self._tick, self._position, observed_at, observation_id, rest, delay)
         )
@@ -186,8 +196,8 @@ class Chunks:
             These two change nothing.
 
         Raises:
-            ValueError: it is no chunk, or not like the one before; or its rule names components
-                that it doesn't have.
+            Malformed: it is no chunk, or not like the one before.
+            ValueError: the rule names components that it doesn't have.
         """
         if not isinstance(chunk, Chunk):
             chunk = Chunk(chunk)
@@ -196,12 +206,12 @@ class Chunks:
         if self._shape is None:
             self._where = components_of(self._rule.averaged(), chunk, self._names)
         elif not chunk.is_like(self._shape):
-            raise ValueError(
+            raise Malformed(
                 f"a chunk's actions have {chunk.describe()}; those before had "
                 f"{self._shape.describe()}"
             )
         self._shape = chunk
-        self._turnarounds.append(self._tick - request.tick)
+        self._note_turnaround(request)
         self._prune(now)
         if self._rule.aligned:
             anchor, start = request.position, self._position
@@ -218,6 +228,15 @@ class Chunks:
         self._newest = request.number
         self._plan = self._rule.place(self._plan, new)
         return "merged"
+
+    def _note_turnaround(self, request: Request) -> None:
+        self._answers += 1
+        if self._answers == 2:
+            self._turnarounds.clear()
+            self._delays.clear()
+        since, self._unanswered_since = self._unanswered_since, None
+        self._turnarounds.append(self._tick - (request.tick if since is None else since))
+        self._delays.append(self._tick - request.tick)
 
     def play(self, now: float) -> Played | None:
         """Return the next action, or None where there is none, and go on to the next tick."""
@@ -242,6 +261,7 @@ class Chunks:
         self._plan = []
         self._shape = None
         self._newest = self._asked
+        self._unanswered_since = None
 
     def _prune(self, now: float) -> None:
         """Let go of what is over, or too old."""

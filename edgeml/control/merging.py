@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from edgeml.core.errors import shown
+from edgeml.core.errors import Malformed, shown
 from edgeml.data.tree import describe, fill, is_plain, leaves_of, paths_of, skeleton_of
 
 __all__ = [
@@ -47,7 +47,7 @@ class Chunk:
         actions: an array, or dicts of arrays, nested as an action is; it is copied.
 
     Raises:
-        ValueError: it is no such thing, or has a value that is not finite; the text says where.
+        Malformed: it is no such thing, or has a value that is not finite; the text says where.
     """
 
     def __init__(self, actions: Any) -> None:
@@ -57,7 +57,7 @@ class Chunk:
         self.paths = paths_of(self.skeleton)
         lengths = {len(leaf) for leaf in self.leaves}
         if len(lengths) != 1 or lengths == {0}:
-            raise ValueError(
+            raise Malformed(
                 "all parts of a chunk have one number of steps along their first axis, at least "
                 f"one; these have {sorted(lengths) or 'no parts'}"
             )
@@ -87,18 +87,18 @@ def _arrays_of(node: Any, path: tuple[str, ...]) -> Any:
         node = node._asdict()
     if isinstance(node, Mapping):
         if not all(isinstance(key, str) for key in node):
-            raise ValueError(f"the keys of an action are str, not {shown(list(node))}")
+            raise Malformed(f"the keys of an action are str, not {shown(list(node))}")
         # Sorted, for a policy may name them in another order each time.
         return {key: _arrays_of(node[key], (*path, key)) for key in sorted(node)}
     where = "/".join(path) or "a chunk"
     array = np.array(node)  # a copy, for its owner may write there again
     if not is_plain(array.dtype) or not array.ndim:
-        raise ValueError(
+        raise Malformed(
             f"{where} is an array of numbers whose first axis is the steps, not {describe(node)}"
         )
     if _is_float(array.dtype) and not np.isfinite(array).all():
         step = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise ValueError(f"{where} has a value that is not finite, at step {step}")
+        raise Malformed(f"{where} has a value that is not finite, at step {step}")
     return array
 
 
@@ -197,7 +197,7 @@ class Blend(Rule):
     """Pass from the plan to a new chunk little by little.
 
     Args:
-        steps: over how many steps: of the i-th, from 1, the new chunk's share is i / (steps + 1).
+        steps: over how many steps: of the i-th, from 1, the new chunk's share is i / steps.
         only: names of the components that are averaged; all others, a gripper say, have the new
             chunk's value at once. A name is a key of the action, ``"arm"``, or several,
             ``"arm/joints"``; a component's own where the policy's contract has names; or an index
@@ -217,14 +217,14 @@ class Blend(Rule):
         """Return the plan with a new chunk, beyond whose end the others don't count."""
         for old in plan:
             old.end = min(old.end, new.end)
-        whole = [i for i, old in enumerate(plan) if new.start - old.start >= self.steps]
+        whole = [i for i, old in enumerate(plan) if new.start - old.start >= self.steps - 1]
         return [*plan[whole[-1] if whole else 0 :], new]  # what it has replaced is not needed
 
     def weigh(self, plan: Sequence[Planned], position: int) -> list[float]:
         """Return each one's share, which grows with the steps since it came."""
         shares = [1.0]
         for each in plan[1:]:
-            new = min(1.0, (position - each.start + 1) / (self.steps + 1))
+            new = min(1.0, (position - each.start + 1) / max(1, self.steps))
             shares = [*(share * (1.0 - new) for share in shares), new]
         return shares
 
@@ -241,7 +241,9 @@ class Ensemble(Rule):
 
     Args:
         decay: the weight of a chunk is exp(-decay * i), where i counts from 0 for the oldest, as in
-            https://arxiv.org/abs/2304.13705: the smaller, the sooner new ones count.
+            https://arxiv.org/abs/2304.13705, where a chunk comes at each step. Here they come more
+            seldom and later, and a negative one, by which new chunks count more, follows better:
+            with log(0.5) each counts twice as much as the one before.
         only: names of the components that are averaged, as for `Blend`.
     """
 

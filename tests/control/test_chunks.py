@@ -67,7 +67,7 @@ def test_appended_chunks_follow_each_other() -> None:
     assert np.ravel(loop.play(12)).tolist() == [8, 9, *range(100, 110)]
 
 
-@pytest.mark.parametrize("merge", ["aligned", RealTime(), Blend(0)])
+@pytest.mark.parametrize("merge", ["aligned", RealTime(), Blend(0), Blend(1)])
 def test_an_aligned_chunk_replaces_the_future_but_for_what_was_played_meanwhile(
     merge: Merge,
 ) -> None:
@@ -92,7 +92,7 @@ def test_what_the_robot_missed_while_it_held_is_not_cut_off() -> None:
 
 
 def test_blending_passes_from_one_chunk_to_the_other() -> None:
-    loop = Loop(Blend(3))
+    loop = Loop(Blend(4))
     loop.answer(loop.ask(), np.zeros((10, 1)))
     loop.play(2)
     request = loop.ask()
@@ -102,7 +102,7 @@ def test_blending_passes_from_one_chunk_to_the_other() -> None:
 
 
 def test_blending_goes_on_from_what_is_still_blended() -> None:
-    loop = Loop(Blend(3))
+    loop = Loop(Blend(4))
     loop.answer(loop.ask(), np.zeros((10, 1)))
     loop.play(1)
     loop.answer(loop.ask(), np.ones((10, 1)))
@@ -245,7 +245,7 @@ def test_neither_the_caller_nor_the_policy_can_change_what_is_played(merge: Merg
 
 
 def test_an_action_is_as_old_as_the_oldest_that_it_stands_on() -> None:
-    for merge, ages in [("aligned", [9, 9, 9]), (Blend(1), [5, 9, 9]), (Ensemble(), [5, 5, 5])]:
+    for merge, ages in [("aligned", [9, 9, 9]), (Blend(2), [5, 9, 9]), (Ensemble(), [5, 5, 5])]:
         chunks = Chunks(merge, rate=RATE)
         chunks.answer(chunks.ask(5.0, 55), ramp(0), 6.0, version=1)
         chunks.answer(chunks.ask(9.0, 99), ramp(0), 10.0, version=2)
@@ -409,9 +409,40 @@ def test_it_asks_when_as_little_is_left_as_the_worst_turnaround_and_one_tick() -
         loop.play()
     assert dues.index(True) == 20 - (4 + 1)
     assert all(dues[15:])
-    for _ in range(100):  # of which each takes no time
-        loop.answer(loop.ask(), ramp(0, 20))
-    assert loop.chunks.turnaround == 0
+
+
+def turnaround(loop: Loop, ticks: int, lost: int = 0) -> int:
+    """Have an answer take so long, after some that were lost; returns the worst turnaround."""
+    for _ in range(lost):
+        loop.ask()
+        loop.play(10)
+    request = loop.ask()
+    loop.play(ticks)
+    loop.answer(request, ramp(0, 50))
+    return loop.chunks.turnaround
+
+
+def test_the_worst_turnaround_is_that_of_the_last_hundred_answers() -> None:
+    loop = Loop("aligned")
+    assert [turnaround(loop, ticks) for ticks in (3, 7, 5)] == [3, 7, 7]
+    for _ in range(98):
+        assert turnaround(loop, 2) == 7
+    assert turnaround(loop, 2) == 5
+
+
+def test_the_first_turnaround_counts_until_there_is_another() -> None:
+    loop = Loop(RealTime())
+    assert turnaround(loop, 40) == 40
+    assert turnaround(loop, 3) == 3
+    assert loop.ask().inference_delay == 3
+
+
+def test_with_what_was_lost_before_it_an_answer_took_longer_and_its_delay_is_its_own() -> None:
+    loop = Loop(RealTime())
+    turnaround(loop, 0)
+    turnaround(loop, 1)
+    assert turnaround(loop, 3, lost=2) == 23
+    assert loop.ask().inference_delay == 3
 
 
 def test_it_asks_at_half_a_chunk_or_where_it_is_told_to() -> None:

@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 import edgeml
+import edgeml.control
 import edgeml.core
 import edgeml.data
 import edgeml.services
@@ -14,7 +15,7 @@ import edgeml.services
 CLASSES = sorted(
     {
         each
-        for package in (edgeml, edgeml.core, edgeml.data, edgeml.services)
+        for package in (edgeml, edgeml.control, edgeml.core, edgeml.data, edgeml.services)
         for each in (getattr(package, name) for name in package.__all__)
         if inspect.isclass(each) and not issubclass(each, Exception)
     },
