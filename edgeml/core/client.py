@@ -85,12 +85,21 @@ class _Asynchronous:
     encoder: Codec
     encoded: Message
     deadline: Deadline
-    alarm: Alarm
-    request: Future[Message] | None = None  # under way
+    alarm: Alarm | None = None
+    request: Future[Message] | None = None  # under way, ...
+    session: Session | None = None  # ... in this
+
+    def expire(self) -> None:
+        """No answer has come in time."""
+        error = _explain_late(self.name, self.deadline)
+        if self.session is not None and not self.future.done():
+            self.session.note_refused(self.name, self.deadline.timeout, error)
+        _settle(self.future, error)
 
     def settled(self, future: Future[Any]) -> None:
         """The caller's future is done, one way or another: let go of everything."""
-        self.alarm.cancel()
+        if self.alarm is not None:
+            self.alarm.cancel()
         if future.cancelled():
             future.set_running_or_notify_cancel()  # tells those who wait for it among others
         if self.request is not None:
@@ -170,6 +179,7 @@ class Client:
         self._numbers = itertools.count(1)  # of subscriptions
         self._unsent: deque[_Asynchronous] = deque()
         self._sender: threading.Thread | None = None
+        self._held_back = 0
         self._alarms = Alarms("edgeml client alarms")
         self.sessions = SessionKeeper(
             urls,
@@ -334,6 +344,9 @@ class Client:
         transport's thread and should be quick. Once it has a result it has a `Timing`, too, as the
         attribute ``timing``.
 
+        Where most of an interface's calls are refused, or have no answer in time, not all that wait
+        no longer than those are sent: of the others the future has the error at once.
+
         Raises:
             NotEncodable: the payload.
             Overloaded: too many calls are under way.
@@ -342,17 +355,17 @@ class Client:
         deadline = Deadline(self._limit(timeout))
         session = self.sessions.current
         assert session is not None  # there was one, or this would not have been made
+        future: Future[Any] = Future()
+        if (refusal := session.hold_back(name, deadline)) is not None and not self._closed:
+            self._held_back += 1
+            future.set_exception(refusal)
+            return future
         encoder = session.spoken.encoder
         encoded = encoder.encode_owned(payload, self.allocate)
         if self._closed:
             raise Closed("this client has been closed")
-        future: Future[Any] = Future()
-
-        def expire() -> None:
-            _settle(future, _explain_late(name, deadline))
-
-        alarm = self._alarms.after(deadline.left, expire)
-        call = _Asynchronous(future, name, encoder, encoded, deadline, alarm)
+        call = _Asynchronous(future, name, encoder, encoded, deadline)
+        call.alarm = self._alarms.after(deadline.left, call.expire)
         future.add_done_callback(call.settled)
         try:
             session = self.sessions.current
@@ -362,7 +375,7 @@ class Client:
                     return future
             self._send_later(call)
         except EdgemlError:
-            alarm.cancel()
+            call.alarm.cancel()
             raise
         return future
 
@@ -384,6 +397,7 @@ class Client:
         except Unreachable as error:
             session.lose(error)
             raise
+        call.session = session
         session.under_way.append(None)
         call.request.add_done_callback(lambda done: self._receive(call, session, done))
         if call.future.done():  # meanwhile
@@ -410,6 +424,12 @@ class Client:
                 began = call.deadline.began
                 session.note_way(session.heard - began, reply.served)
                 call.future.timing = _tell_timing(reply, began)  # type: ignore[attr-defined]
+                if reply.status != wire.OK:
+                    why = wire.error_of(reply)
+                    if isinstance(why, (Overloaded, DeadlineExceeded)):
+                        session.note_refused(call.name, call.deadline.timeout, why)
+                    raise why
+                session.note_answered(call.name)
                 _settle(call.future, self._value(session, reply, message))
         except Closed as error:
             _settle(call.future, self.sessions.explain(session) if done.exception() else error)
@@ -452,8 +472,10 @@ class Client:
         return None if session is None or session.lost else session.requester.allocate(nbytes)
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start; ``replies_copied``: see `Endpoint.copied`."""
-        return {"replies_copied": self.sessions.copied}
+        """Counts since the start; ``replies_copied``: see `Endpoint.copied`; ``calls_held_back``:
+        see `call_async`.
+        """
+        return {"replies_copied": self.sessions.copied, "calls_held_back": self._held_back}
 
     # Subscriptions ------------------------------------------------------------------------
 

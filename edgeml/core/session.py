@@ -45,6 +45,7 @@ from edgeml.core.message import Message
 from edgeml.core.notices import Notices
 from edgeml.core.plugins import load_transport
 from edgeml.core.security import Credentials
+from edgeml.core.throttle import Throttle
 from edgeml.core.transport import Requester
 from edgeml.core.url import Url
 
@@ -83,6 +84,7 @@ class Session:
         asked: when the newest request was sent that has had an answer.
         heard: when an answer last came.
         under_way: has as many entries as asynchronous calls without an answer; see `Episode`.
+        throttles: of the interfaces of which asynchronous calls were refused.
         why_lost: None as long as it works.
         over: set when it is lost.
         told: whether the user has been told that.
@@ -100,6 +102,7 @@ class Session:
     asked: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     under_way: list[None] = field(default_factory=list)
+    throttles: dict[str, Throttle] = field(default_factory=dict)
     why_lost: EdgemlError | None = None
     over: threading.Event = field(default_factory=threading.Event)
     told: bool = False
@@ -149,6 +152,22 @@ class Session:
         """Return what the server has of the time that is left for a call, or half of that."""
         half = left / 2
         return left - self.way if self.way < half else half
+
+    def note_answered(self, name: str) -> None:
+        """Take notice that an asynchronous call had its answer in time."""
+        if self.throttles and (throttle := self.throttles.get(name)) is not None:
+            throttle.note_answered(time.monotonic())
+
+    def note_refused(self, name: str, timeout: float, why: EdgemlError) -> None:
+        """Take notice that an asynchronous call was refused, or had no answer in time."""
+        throttle = self.throttles.get(name) or self.throttles.setdefault(name, Throttle())
+        throttle.note_refused(timeout, time.monotonic(), why)
+
+    def hold_back(self, name: str, deadline: Deadline) -> EdgemlError | None:
+        """Return why an asynchronous call that begins now is not worth sending, if so."""
+        if not self.throttles or (throttle := self.throttles.get(name)) is None:
+            return None
+        return throttle.refusal(deadline.timeout, deadline.began)
 
     def note_lag(self, seconds: float) -> None:
         """Take notice how long an answer took: the longest counts, less and less as time goes."""

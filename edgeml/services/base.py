@@ -524,7 +524,9 @@ class ServiceClient(_Service):
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: ``replies_copied``, replies and publications that came as private
-        copies because too many received arrays are held for the transport to lend more.
+        copies because too many received arrays are held for the transport to lend more; and
+        ``calls_held_back``, asynchronous calls that were not sent, as the server refused most of
+        those before them.
         """
         return self._client.stats()
 

@@ -734,6 +734,32 @@ def test_a_server_that_is_asked_for_more_than_it_can_answer_answers_in_time_what
     assert server.stats()["refused_too_busy"] > 0
 
 
+def test_a_client_of_which_most_is_refused_keeps_most_of_that_to_itself(server, transport):
+    """Or a server would be at work with refusing alone, and in the end not get to read in time."""
+
+    def policy(payload):
+        time.sleep(0.02)
+        return payload
+
+    server.register_interface("policy", policy)
+    with started(server), client_of(server, transport) as client:
+        asked = []
+        pause, due = threading.Event(), time.monotonic()
+        for n in range(1500):
+            asked.append(client.call_async("policy", n, timeout=0.2))
+            due += 1e-3
+            pause.wait(max(0.0, due - time.monotonic()))
+        patient = client.call_async("policy", "patient", timeout=10)
+        errors = [future.exception(10) for future in asked]
+        held_back = [error for error in errors if "not sent" in str(error)]
+        assert patient.result(10) == "patient"  # it had the time, as those refused had not
+        seen = server.stats()
+        seen = seen["calls"] + seen["Overloaded"] + seen.get("DeadlineExceeded", 0)
+        assert client.stats()["calls_held_back"] == len(held_back) > len(asked) / 2
+        assert seen < len(asked) / 2
+        assert errors.count(None) > 5
+
+
 # Ownership ------------------------------------------------------------------------------------
 
 SIZES = [100, 5_000, 20_000, 301_056, 3_000_000]  # in the header, beside it, in place, and pooled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,6 +14,7 @@ from edgeml.core.call import NOBODY, Call, Caller
 from edgeml.core.errors import DeadlineExceeded, Overloaded
 from edgeml.core.limits import DEFAULT_LIMITS
 from edgeml.core.pace import OVERTAKEN, TOO_BUSY, TOO_LATE, TOO_SHORT, Pace
+from edgeml.core.throttle import Throttle
 from edgeml.core.transport import Peer
 from edgeml.core.waiting import Lane
 
@@ -59,6 +60,7 @@ class Played:
 
     useful: Counter = field(default_factory=Counter)
     late: int = 0
+    held_back: int = 0
     reasons: Counter = field(default_factory=Counter)
     asked: int = 0
     told: list = field(default_factory=list)  # when each was refused, in parts of its time
@@ -89,6 +91,8 @@ def play(
     seed=0,
     weights=None,
     mean=None,
+    reading=0.0,
+    throttled=False,
 ):
     """Have clients call at a rate beyond what can be answered.
 
@@ -98,6 +102,9 @@ def play(
         jitter: of the calls' times, as a part of the time between two of a client.
         groups: of each client.
         weights: how much each calls, as parts.
+        reading: seconds that a call takes to be read, one after the other, beside the runs. Nobody
+            tells the server how long it lay unread.
+        throttled: whether clients hold back what is not worth sending.
     """
     rng = random.Random(seed)
     draw = took if callable(took) else lambda rng: took
@@ -120,12 +127,30 @@ def play(
             at += step
     free = threads
     running = []  # when each began
+    unread = deque()
+    throttles = [Throttle() for _ in range(clients)]
+    told = set()  # the numbers of calls of which their client knows what has become
+
+    def refuse(call, now, why):
+        if call.number not in told:
+            told.add(call.number)
+            throttles[call.of].note_refused(timeout, now, why)
+            played.told.append((now - call.asked) / timeout)
 
     def drain(now):
         while lane.refused:
-            call, _, reason = lane.refused.popleft()
+            call, why, reason = lane.refused.popleft()
             played.reasons[reason] += 1
-            played.told.append((now - call.arrived) / timeout)
+            refuse(call, now, why)
+
+    def read(now, call):
+        call.arrived, call.deadline = now, now + timeout  # as the server has it
+        assert lane.enter(call) is None
+        queue = lane.waiting.append(call, what)
+        if not free and lane.is_short(now):
+            free_in = max(0.0, min(running) + what.pace.usual - now)
+            lane.check(queue, now, free_in)
+            drain(now)
 
     def begin(now):
         nonlocal free
@@ -148,13 +173,22 @@ def play(
         if kind == "call":
             played.asked += 1
             call = Asked(played.asked, callers[of], now, timeout)
-            call.of = of
-            assert lane.enter(call) is None
-            queue = lane.waiting.append(call, what)
-            if not free and lane.is_short(now):
-                free_in = max(0.0, min(running) + what.pace.usual - now)
-                lane.check(queue, now, free_in)
-                drain(now)
+            call.of, call.asked = of, now
+            if throttled and throttles[of].refusal(timeout, now) is not None:
+                played.held_back += 1
+            elif not reading:
+                read(now, call)
+            else:
+                heapq.heappush(events, (now + timeout, next(order), "over", call))
+                unread.append(call)
+                if len(unread) == 1:
+                    heapq.heappush(events, (now + reading, next(order), "read", None))
+        elif kind == "read":
+            read(now, unread.popleft())
+            if unread:
+                heapq.heappush(events, (now + reading, next(order), "read", None))
+        elif kind == "over":
+            refuse(of, now, DeadlineExceeded("no answer"))
         else:
             call, since = of
             free += 1
@@ -164,7 +198,9 @@ def play(
             if now > call.deadline:
                 played.late += 1
                 lane.press()
-            else:
+            elif call.number not in told:
+                told.add(call.number)
+                throttles[call.of].note_answered(now)
                 played.useful[call.of] += 1
         begin(now)
     return played
@@ -213,6 +249,18 @@ def test_how_long_runs_take_makes_no_difference(seconds):
         )
         assert played.share > 0.95
         assert played.fairness > 0.9
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("load", [10, 30])
+def test_what_a_server_cannot_even_read_in_time_is_not_sent(load, newest_first):
+    """It can read, and refuse, seven for each that it answers."""
+    settings = {"reading": 0.25e-3, "jitter": 0.2, "newest_first": newest_first, "seconds": 4}
+    assert play(load, 0.002, **settings).share < 0.15  # soon all lie unread until they are over
+    played = play(load, 0.002, throttled=True, **settings)
+    assert played.share > 0.85  # what was sent before the first was refused has to be read, too
+    assert played.fairness > 0.8
+    assert played.asked - played.held_back < 4 * 4 / 0.002
 
 
 def test_those_who_call_at_the_same_beat_all_the_time_get_equal_shares():
