@@ -1185,6 +1185,28 @@ class TransportTests(SafetyTests, LivenessTests, DeadlineTests):
         assert used[1] - used[0] < 64 * MB
 
     @pytest.mark.parametrize("how", ["call", "request"])
+    def test_what_has_had_its_reply_leaves_nothing_behind(self, net: Net, how: str) -> None:
+        """Also where nothing is under way in between, as with a heartbeat."""
+
+        def ask() -> None:
+            for _ in range(200):
+                if how == "call":
+                    requester.call(Message(b"x"), PATIENCE)
+                else:
+                    requester.request(Message(b"x")).result(PATIENCE)
+
+        def count() -> int:
+            gc.collect()
+            return len(gc.get_objects())
+
+        requester = net.connect(net.serve(echo))
+        ask()
+        before = count()
+        ask()
+        with within(PATIENCE):
+            assert until(lambda: count() < before + 100)
+
+    @pytest.mark.parametrize("how", ["call", "request"])
     def test_a_received_buffer_dies_with_its_last_view(self, net: Net, how: str) -> None:
         received: list[weakref.ref[memoryview]] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -60,7 +61,8 @@ class Connection(Requester):
         self._pending = Pending()
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._threads: set[threading.Thread] = set()  # that may be at work for this
+        # Those that may be at work for this. gRPC has a new one whenever nothing was under way.
+        self._threads = weakref.WeakSet[threading.Thread]()
         host = url.host or "localhost"
         proxy = find_proxy(host, deadline)
         self._peers: set[tuple[str, int]] = set()
@@ -241,7 +243,7 @@ class Connection(Requester):
         """See `Endpoint.close`."""
         self._lose(Closed(f"the connection to {self.url} has been closed"))
         with self._lock:
-            threads = list(self._threads)
+            threads = [*self._threads]
         if self._channel is None:
             return
         # gRPC waits here for its own thread, which may be the one that calls this.
