@@ -246,6 +246,11 @@ class Client:
         return ServerState(state_of(pong.state), pong.progress, pong.detail)
 
     @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._closed
+
+    @property
     def url(self) -> Url:
         """Where the server is, of the session that there is or was last."""
         session = self.sessions.current
@@ -479,8 +484,16 @@ class Client:
 
     # Subscriptions ------------------------------------------------------------------------
 
-    def subscribe(self, topic: str, function: Callable[[Any], None]) -> Subscription:
+    def subscribe(
+        self, topic: str, function: Callable[..., None], tell_taken: bool = False
+    ) -> Subscription:
         """Call ``function`` with what the server publishes, from now on; see `Subscription`.
+
+        Args:
+            topic: what the server calls it.
+            function: is given each publication.
+            tell_taken: whether it is also given when that was taken, in ns of the server's clock;
+                0 where the server doesn't tell.
 
         Raises:
             UnknownInterface: the server has no such topic.
@@ -501,7 +514,9 @@ class Client:
             raise wire.error_of(wire.unpack(wire.Answer, reply.header))
         with self._changed:
             number = next(self._numbers)
-            made = Subscription(topic, number, function, self.sessions.next, self._writable)
+            made = Subscription(
+                topic, number, function, self.sessions.next, self._writable, tell_taken
+            )
             self._subscriptions.add(made)  # and its thread keeps it until it is closed
         return made
 

@@ -37,9 +37,11 @@ from edgeml.core.errors import (
     ConfigMismatch,
     EdgemlError,
     Malformed,
+    NotHolder,
     Overloaded,
     PermissionDenied,
     RemoteError,
+    Stale,
     UnknownInterface,
     shown,
     text_of,
@@ -74,7 +76,10 @@ _QUIET = 5  # looks of the watch without a call, after which it rests
 _GRACE = 2.0  # seconds that handlers have to return when the dispatcher is closed
 
 # Raised by a handler, these reach the caller as they are; all else is a RemoteError.
-_PASSED_ON = (UnknownInterface, Malformed, ConfigMismatch, PermissionDenied, Overloaded)
+_PASSED_ON = (
+    *(UnknownInterface, Malformed, ConfigMismatch, PermissionDenied, Overloaded),
+    *(Stale, NotHolder),
+)
 
 
 Handler = Callable[[Call], None]

@@ -235,6 +235,8 @@ class Server:
         """What the server is at."""
         self.failure: BaseException | None = None
         """Why loading failed."""
+        self.at_close: Callable[[], object] = lambda: None
+        """Called first of all when the server closes, before handlers are waited for."""
         self._loads: list[Load] = []
         self._open_to_calls = False
         self._draining = 0.0  # since when
@@ -524,6 +526,10 @@ class Server:
             self._open_to_calls = False
             self.state = ServerState("stopped", 0.0, told)
             sessions = list(self._sessions.values())
+        try:
+            self.at_close()
+        except Exception:
+            _log.exception("%s: what is to be done first of all failed", self.service)
         for topic in self._topics.values():
             topic.close()
         for session in sessions:

@@ -83,6 +83,7 @@ class Session:
         way: seconds that calls take of late beyond what the server says that they took there.
         asked: when the newest request was sent that has had an answer.
         heard: when an answer last came.
+        welcomed: when it was made.
         under_way: has as many entries as asynchronous calls without an answer; see `Episode`.
         throttles: of the interfaces of which asynchronous calls were refused.
         why_lost: None as long as it works.
@@ -101,6 +102,7 @@ class Session:
     way: float = 0.0
     asked: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
+    welcomed: float = field(default_factory=time.monotonic)
     under_way: list[None] = field(default_factory=list)
     throttles: dict[str, Throttle] = field(default_factory=dict)
     why_lost: EdgemlError | None = None

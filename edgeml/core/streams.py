@@ -43,6 +43,7 @@ from edgeml.core.wire import (
     OK,
     Answer,
     Credit,
+    Publication,
     Request,
     error_of,
     pack,
@@ -98,16 +99,19 @@ class _Publication:
         if found is None:
             assert isinstance(codec, Wrapped)
             inner = self._messages[codec.inner.name]
-            answer = unpack(Answer, inner.header)
+            answer = unpack(Publication, inner.header)
             value = codec.inner.decode(Message(answer.body, inner.buffers))
             body = codec.encode_owned(value)
-            found = _publish(body, answer.epoch, answer.number)
+            found = _publish(body, answer.epoch, answer.number, answer.taken)
             self._messages[codec.name] = found
         return found
 
 
-def _publish(body: Message, epoch: int, number: int) -> Message:
-    return Message(pack(Answer(OK, body.header, epoch, number)), body.buffers)
+def _publish(body: Message, epoch: int, number: int, taken: int) -> Message:
+    answer = Answer(OK, body.header, epoch, number)
+    if taken:
+        answer = Publication(OK, body.header, epoch, number, None, taken)
+    return Message(pack(answer), body.buffers)
 
 
 class Topic:
@@ -150,8 +154,10 @@ class Topic:
         self._lock = threading.Lock()
         self._closed = False
 
-    def publish(self, value: Any) -> int:
+    def publish(self, value: Any, taken: int = 0) -> int:
         """Give ``value`` to all who subscribe, now or later; returns its number.
+
+        Where it is told when it was taken, in ns of this machine's clock, they are told as well.
 
         The value is encoded and copied before this returns, so it may be changed afterwards.
         """
@@ -166,7 +172,7 @@ class Topic:
                 raise Closed(f"the server of {self.name!r} has been stopped")
             self.number += 1
             number, epoch = self.number, self._epoch
-            messages = {name: _publish(body, epoch, number) for name, body in bodies.items()}
+            messages = {name: _publish(body, epoch, number, taken) for name, body in bodies.items()}
             self._ring.append(_Publication(number, messages))
             due = [
                 (subscriber.parked.popleft(), self._next(subscriber))
@@ -298,9 +304,10 @@ class Subscription:
         self,
         topic: str,
         number: int,
-        function: Callable[[Any], None],
+        function: Callable[..., None],
         next_session: Callable[[], Session | None],
         writable: bool = False,
+        tell_taken: bool = False,
     ) -> None:
         self.topic = topic
         self.version = (0, 0)
@@ -311,6 +318,7 @@ class Subscription:
         self._function = function
         self._next_session = next_session
         self._writable = writable
+        self._tell_taken = tell_taken
         self._credits = 1
         self._refused = False  # whether the last answer could not be given
         self._busy = 0.0  # seconds that the function took for what came last
@@ -454,7 +462,9 @@ class Subscription:
         self.version = (answer.epoch, answer.number)
         return gap
 
-    def _deliver(self, session: Session, answer: Answer, message: Message, waited: float) -> None:
+    def _deliver(
+        self, session: Session, answer: Publication, message: Message, waited: float
+    ) -> None:
         if self._see(answer) and waited > self._busy:
             ahead = (self._credits + 1) * message.nbytes
             if self._credits < _MOST_CREDITS and ahead <= _BYTES_AHEAD:
@@ -464,7 +474,7 @@ class Subscription:
         self.received += 1
         self._entered = began = time.monotonic()
         try:
-            self._function(value)
+            self._function(value, answer.taken) if self._tell_taken else self._function(value)
         except BaseException:  # its sys.exit() ends nothing here
             _log.exception("the subscriber's function for %r failed", self.topic)
             self.errors += 1  # last: who sees it counted finds it logged
@@ -473,8 +483,8 @@ class Subscription:
         self._busy = time.monotonic() - began
 
 
-def _open(message: Message) -> tuple[Answer, Message]:
-    answer = unpack(Answer, message.header)
+def _open(message: Message) -> tuple[Publication, Message]:
+    answer = unpack(Publication, message.header)
     if answer.status not in (OK, NOTHING_YET):
         raise error_of(answer)
     return answer, message

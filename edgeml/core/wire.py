@@ -188,6 +188,16 @@ class Result(Answer, array_like=True, frozen=True, gc=False):
     served: Served | None = None
 
 
+class Publication(Result, array_like=True, frozen=True, gc=False):
+    """The envelope of a publication that tells when it was taken.
+
+    Attributes:
+        taken: in ns of the publisher's own clock; 0 where it isn't told.
+    """
+
+    taken: int = 0
+
+
 class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
     """The first request on a connection.
 
@@ -270,7 +280,7 @@ pack = msgspec.msgpack.Encoder().encode
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Request, Head, Answer, Result, Hello, Welcome, Pong, Credit)
+    for kind in (Request, Head, Answer, Result, Publication, Hello, Welcome, Pong, Credit)
 }
 _arguments = msgspec.msgpack.Decoder(list[str])
 

@@ -1,6 +1,13 @@
 """The three pairs that users call, written once, against `edgeml.core` alone."""
 
-from edgeml.services.action import ActionClient, ActionConfig, ActionServer
+from edgeml.services.action import (
+    ActionClient,
+    ActionConfig,
+    ActionServer,
+    Executed,
+    Observation,
+    Recording,
+)
 from edgeml.services.batching import Batching
 from edgeml.services.contract import Feature, PolicyContract
 from edgeml.services.functions import Context
@@ -20,10 +27,13 @@ __all__ = [
     "Batching",
     "Context",
     "Delivered",
+    "Executed",
     "Feature",
     "InferenceClient",
     "InferenceServer",
+    "Observation",
     "PolicyContract",
+    "Recording",
     "TrainerClient",
     "TrainerConfig",
     "TrainerServer",

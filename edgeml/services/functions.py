@@ -12,7 +12,16 @@ from edgeml.core.dispatch import Call, LocalCall, require_plain
 from edgeml.core.episode import Episode
 from edgeml.services.checks import Checks
 
-__all__ = ["Callback", "Context", "Function", "Single", "context_of", "rehearsed", "takes_context"]
+__all__ = [
+    "Callback",
+    "Context",
+    "Function",
+    "Single",
+    "context_of",
+    "rehearsed",
+    "takes",
+    "takes_context",
+]
 
 
 @dataclass(frozen=True)
@@ -125,9 +134,14 @@ class Function(NamedTuple):
 
 
 def takes_context(function: Callable[..., Any], given: int) -> bool:
-    """Whether a function takes a `Context` after so many other arguments.
+    """Whether a function takes a `Context` after so many other arguments; see `takes`."""
+    return takes(function, given, "context")
 
-    It does where it needs one argument more, or the one after them is called ``context``.
+
+def takes(function: Callable[..., Any], given: int, name: str) -> bool:
+    """Whether a function takes one argument more after so many.
+
+    It does where it needs one more, or the one after them is called ``name``.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -135,9 +149,7 @@ def takes_context(function: Callable[..., Any], given: int) -> bool:
         return False
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in by_position if p.default is p.empty]
-    return len(needed) == given + 1 or any(
-        p.name == "context" for p in by_position[given : given + 1]
-    )
+    return len(needed) == given + 1 or any(p.name == name for p in by_position[given : given + 1])
 
 
 class Callback:
