@@ -3,7 +3,7 @@
     python benchmarks/control.py                    # in virtual time: error, pauses, jumps, ages
     python benchmarks/control.py --weathers bad --refill 1 --seeds 20
     python benchmarks/control.py --real --seconds 300       # over zmq, shm and grpc, in real time
-    python benchmarks/control.py --cost             # what a step takes
+    python benchmarks/control.py --cost             # what a step takes, and an action
 
 **What is played.** Two arms of six joints and a gripper each follow commands at 50 Hz, pass by a
 moving target on either side, and are pushed now and then. A policy plans 50 steps ahead. It knows
@@ -49,6 +49,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import gc
 import math
 import multiprocessing
@@ -56,11 +58,11 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -80,9 +82,12 @@ from arm import (
     Weather,
     World,
 )
-from common import Array, Child, Row, Table, save, transports
+from common import Array, Child, Row, Table, add_ratios, interleaved, save, transports
 from edgeml.core.url import Url
 from players import DEADLINE, KINDS, MERGES, Edgeml, Fresh, Player, Request
+
+if TYPE_CHECKING:
+    import edgeml
 
 _WARM_UP = 100  # ticks that are not counted
 _TCP = ("zmq", "grpc")
@@ -401,6 +406,74 @@ def control_in_real_time(options: argparse.Namespace) -> None:
 # What it costs ----------------------------------------------------------------------------
 
 
+_ACTS = ("a function's call", "action", "observation told", "dead-man switch")
+"""What is timed; each has what the one before it has."""
+
+
+def offer(pipe: Connection, transport: str, what: str) -> None:
+    """Run as a child: a device that does nothing, or a server of a function that doesn't."""
+    import edgeml
+
+    server: edgeml.InferenceServer | edgeml.ActionServer
+    if what == _ACTS[0]:
+        server = edgeml.InferenceServer(0, transport=transport)
+        server.register_interface("arms", lambda payload: None)
+    else:
+        config = _device(what)
+        server = edgeml.ActionServer(
+            config, lambda keys: {"at": 0}, lambda key, payload: None, transport=transport
+        )
+    with server:
+        server.start(threaded=True)
+        pipe.send(server.url)
+        pipe.poll(None)
+
+
+def _device(what: str) -> edgeml.ActionConfig:
+    import edgeml
+
+    guard: dict[str, Any] = {}
+    if what in _ACTS[3:]:
+        guard = {"action_timeout": 60.0, "on_action_timeout": lambda key: None}
+    return edgeml.ActionConfig(0, action_keys=["arms"], observation_keys=["at"], **guard)
+
+
+def time_acts(transport: str, rounds: int) -> dict[str, Row]:
+    """Return what an action takes, by what it tells and is guarded by."""
+    import edgeml
+
+    payload = np.zeros(DIMS)
+    took: dict[str, list[float]] = {what: [] for what in _ACTS}
+    with contextlib.ExitStack() as stack:
+        calls: dict[str, Callable[[], Any]] = {}
+        for what in _ACTS:
+            child = Child(offer, transport, what)
+            stack.callback(child.close)
+            url = child.receive()
+            if what == _ACTS[0]:
+                caller = stack.enter_context(edgeml.InferenceClient(url=url))
+                calls[what] = functools.partial(caller.call, "arms", payload)
+                continue
+            client = stack.enter_context(edgeml.ActionClient(url=url, config=_device(what)))
+            says: dict[str, Any] = {}
+            if what in _ACTS[2:]:
+                says = {"observation": client.observe().id, "valid": 600.0, "policy": "v1"}
+            calls[what] = functools.partial(client.act, "arms", payload, **says)
+        for what in interleaved(_ACTS, rounds):
+            for number in range(120):
+                began = time.perf_counter()
+                calls[what]()
+                if number >= 20:
+                    took[what].append(time.perf_counter() - began)
+    return {
+        what: {
+            "p50_us": float(np.median(each)) * 1e6,
+            "p99_us": float(np.quantile(each, 0.99)) * 1e6,
+        }
+        for what, each in took.items()
+    }
+
+
 def time_steps(name: str, seconds: float) -> Row:
     """Return what a step takes, by a plan alone and in a loop that sleeps between."""
     from edgeml.control import ChunkedPolicy, Ticks
@@ -441,12 +514,19 @@ def time_steps(name: str, seconds: float) -> Row:
 
 
 def measure_costs(options: argparse.Namespace) -> None:
-    """Print what a step takes by each merging choice."""
+    """Print what a step takes by each merging choice, and an action."""
     results: dict[str, Row] = {}
     table = Table(26, plan_us="8.0", p50_us="7.0", p99_us="7.0")
     for name in options.merges:
         results[name] = time_steps(name, min(options.seconds, 20.0))
         table.add(f"step, {name}", row=results[name])
+    table = Table(*(26, 6), p50_us="7.0", p99_us="7.0", p50_us_ratio="6.2")
+    for transport in options.transports:
+        rows = time_acts(transport, rounds=20)
+        add_ratios(rows, _ACTS[:1], "p50_us")
+        for name, row in rows.items():
+            results[f"{transport}, {name}"] = row
+            table.add(name, transport, row=row)
     save(options, results)
 
 
@@ -454,7 +534,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     what = options.add_mutually_exclusive_group()
     what.add_argument("--real", action="store_true", help="in real time, over the transports")
-    what.add_argument("--cost", action="store_true", help="what a step takes")
+    what.add_argument("--cost", action="store_true", help="what a step and an action take")
     options.add_argument("--seconds", type=float, default=60.0, help="that are played")
     options.add_argument("--refill", type=float, default=0.5, help="s that are left when it asks")
     options.add_argument("--first-seed", type=int, default=100)
