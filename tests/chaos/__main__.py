@@ -11,8 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 from . import faults
-from .harness import Plan, name_of, run_all
+from .harness import Plan, run
+from .processes import Zygote
 from .slow import watch
+from .stage import run_all
 
 TRANSPORTS = ("zmq", "grpc", "shm")
 
@@ -30,7 +32,7 @@ def main() -> int:
         done[plan.transport, plan.fault] += 1
         if found:
             wrong[plan.transport, plan.fault] += 1
-            print(f"\n{name_of(plan)} ({seconds:.1f} s), in {directory / name_of(plan)}:")
+            print(f"\n{plan.name} ({seconds:.1f} s), in {directory / plan.name}:")
             for text in found:
                 print(f"  {text}", flush=True)
         if sys.stdout.isatty() or done.total() % 20 == 0:
@@ -41,7 +43,7 @@ def main() -> int:
                 flush=True,
             )
 
-    run_all(plans, directory, options.jobs, tell)
+    run_all(plans, run, Zygote, directory, options.jobs, tell)
     transports = list(dict.fromkeys(plan.transport for plan in plans))
     print(f"\n\n{'runs with findings':<20}" + "".join(f"{name:>12}" for name in transports))
     for fault in dict.fromkeys(plan.fault for plan in plans):

@@ -61,17 +61,17 @@ def one_way(run: Run) -> None:
 
 def cut(run: Run) -> None:
     run.sleep(0.02, 0.4)
-    run.order_proxy(do="cut")
+    run.order_proxies(do="cut")
 
 
 def reset(run: Run) -> None:
     run.sleep(0.02, 0.4)
-    run.order_proxy(do="reset")
+    run.order_proxies(do="reset")
 
 
 def half_open(run: Run) -> None:
     run.sleep(0.05, 0.5)
-    run.order_proxy(do="half-open")
+    run.order_proxies(do="half-open")
     run.sleep(0.1, 1.5)
     if run.rng.random() < 0.5:  # else the client has to find out by itself
         run.calm()

@@ -99,6 +99,11 @@ class Process:
         self.tell(**order)
         return self.hear(timeout)
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has been taken leave of."""
+        return self._handle is None
+
     def alive(self) -> bool:
         return self._handle is not None and not select.select([self._handle], [], [], 0)[0]
 
