@@ -10,11 +10,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from . import faults
-from .harness import Plan, run
+from . import control, control_faults, faults, harness
+from .machines import Machines
 from .processes import Zygote
 from .slow import watch
-from .stage import run_all
+from .stage import Planned, run_all
 
 TRANSPORTS = ("zmq", "grpc", "shm")
 
@@ -22,13 +22,16 @@ TRANSPORTS = ("zmq", "grpc", "shm")
 def main() -> int:
     """Run what is asked for; 1 where something was found."""
     options = _options()
-    if options.plans is None:
-        return _slow(options)
+    return options.do(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Carry out plans, and show a table of what they found."""
     plans = options.plans(options)
     directory = Path(options.directory or tempfile.mkdtemp(prefix="chaos-"))
     began, done, wrong = time.monotonic(), Counter(), Counter()
 
-    def tell(plan: Plan, found: list[str], seconds: float) -> None:
+    def tell(plan: Planned, found: list[str], seconds: float) -> None:
         done[plan.transport, plan.fault] += 1
         if found:
             wrong[plan.transport, plan.fault] += 1
@@ -43,7 +46,7 @@ def main() -> int:
                 flush=True,
             )
 
-    run_all(plans, run, Zygote, directory, options.jobs, tell)
+    run_all(plans, options.run, options.share, directory, options.jobs, tell)
     transports = list(dict.fromkeys(plan.transport for plan in plans))
     print(f"\n\n{'runs with findings':<20}" + "".join(f"{name:>12}" for name in transports))
     for fault in dict.fromkeys(plan.fault for plan in plans):
@@ -67,11 +70,11 @@ def _options() -> argparse.Namespace:
     each = commands.add_parser("faults", help="transports x faults x seeds")
     each.add_argument("--faults", metavar="NAMES", help="with commas between; all by default")
     each.add_argument("--seeds", type=int, default=20, help="of each (default: %(default)s)")
-    each.set_defaults(plans=_faults)
+    each.set_defaults(do=_run, plans=_faults, run=harness.run, share=Zygote)
 
     kills = commands.add_parser("kills", help="kill -9 of learner and actors, a number of runs")
     kills.add_argument("--runs", type=int, default=200, help="of each transport (default 200)")
-    kills.set_defaults(plans=_kills)
+    kills.set_defaults(do=_run, plans=_kills, run=harness.run, share=Zygote)
 
     slow = commands.add_parser("slow", help="memory, with many slow subscribers of much")
     slow.add_argument("--transports", default=",".join(TRANSPORTS), metavar="NAMES")
@@ -82,19 +85,42 @@ def _options() -> argparse.Namespace:
         "--pause", type=float, default=5.0, help="seconds a subscriber takes over one"
     )
     slow.add_argument("--seconds", type=float, default=120.0)
-    slow.set_defaults(plans=None)
+    slow.set_defaults(do=_slow)
 
     for command in (each, kills):
-        command.add_argument("--transports", default=",".join(TRANSPORTS), metavar="NAMES")
-        command.add_argument("--first-seed", type=int, default=0, metavar="N")
+        _add_common(command, jobs=3)
         command.add_argument("--items", type=int, default=1000, help="of a run")
         command.add_argument("--actors", type=int, default=2, help="on one store (default 2)")
         command.add_argument("--seconds", type=float, default=2.0, help="that the items take")
-        command.add_argument("--jobs", type=int, default=3, help="runs at a time (default 3)")
         command.add_argument("--without-checkpoints", action="store_true")
         command.add_argument("--without-logs", action="store_true")
-        command.add_argument("--directory", metavar="DIR", help="for what the processes tell")
+
+    loop = commands.add_parser("control", help="a robot's control loop: transports x seeds")
+    loop.add_argument(
+        "--faults", metavar="NAMES", help="with commas between, each for all seeds; a mixture"
+    )
+    loop.add_argument("--seeds", type=int, default=200, help="(default: %(default)s)")
+    loop.add_argument("--seconds", type=float, default=4.0, help="that faults go on")
+    loop.set_defaults(plans=_control)
+
+    hands = commands.add_parser("handovers", help="a robot that goes from hand to hand")
+    hands.add_argument("--runs", type=int, default=40, help="of each transport (default 40)")
+    hands.add_argument("--handovers", type=int, default=25, help="of a run (default 25)")
+    hands.set_defaults(plans=_handovers)
+
+    for command in (loop, hands):
+        _add_common(command, jobs=5)
+        command.set_defaults(do=_run, run=control.run, share=Machines)
     return parser.parse_args()
+
+
+def _add_common(command: argparse.ArgumentParser, jobs: int) -> None:
+    command.add_argument("--transports", default=",".join(TRANSPORTS), metavar="NAMES")
+    command.add_argument("--first-seed", type=int, default=0, metavar="N")
+    command.add_argument(
+        "--jobs", type=int, default=jobs, help="runs at a time (default %(default)s)"
+    )
+    command.add_argument("--directory", metavar="DIR", help="for what the processes tell")
 
 
 def _slow(options: argparse.Namespace) -> int:
@@ -112,7 +138,7 @@ def _slow(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _faults(options: argparse.Namespace) -> list[Plan]:
+def _faults(options: argparse.Namespace) -> list[harness.Plan]:
     chosen = options.faults.split(",") if options.faults else None
     return [
         _plan(options, transport, fault, seed)
@@ -123,7 +149,7 @@ def _faults(options: argparse.Namespace) -> list[Plan]:
     ]
 
 
-def _kills(options: argparse.Namespace) -> list[Plan]:
+def _kills(options: argparse.Namespace) -> list[harness.Plan]:
     return [
         _plan(options, transport, "kills", seed)
         for seed in range(options.first_seed, options.first_seed + options.runs)
@@ -131,8 +157,34 @@ def _kills(options: argparse.Namespace) -> list[Plan]:
     ]
 
 
-def _plan(options: argparse.Namespace, transport: str, fault: str, seed: int) -> Plan:
-    return Plan(
+def _control(options: argparse.Namespace) -> list[control.Plan]:
+    chosen = options.faults.split(",") if options.faults else ["storm"]
+    return [
+        control.Plan(transport, fault, seed, seconds=options.seconds)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        for transport in options.transports.split(",")
+        for fault in chosen
+        if fault in control_faults.of_transport(transport)
+    ]
+
+
+def _handovers(options: argparse.Namespace) -> list[control.Plan]:
+    return [
+        control.Plan(
+            transport,
+            "handovers",
+            seed,
+            handovers=options.handovers,
+            leases=True,
+            thinking=False,
+        )
+        for seed in range(options.first_seed, options.first_seed + options.runs)
+        for transport in options.transports.split(",")
+    ]
+
+
+def _plan(options: argparse.Namespace, transport: str, fault: str, seed: int) -> harness.Plan:
+    return harness.Plan(
         transport,
         fault,
         seed,

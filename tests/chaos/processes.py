@@ -55,7 +55,7 @@ class Zygote:
         self._orders.close()
         self.process.wait(PATIENCE)
 
-    def start(self, role: str, **options: Any) -> Process:
+    def start(self, role: str, /, **options: Any) -> Process:
         """Start a process that plays a role, which is a module of this package."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         order = json.dumps({"role": role, "options": options}).encode()

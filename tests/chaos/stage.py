@@ -77,7 +77,7 @@ class Stage:
     def runs(self, name: str) -> bool:
         return name in self.processes and self.processes[name].alive()
 
-    def begin(self, zygote: Zygote, name: str, role: str, **options: Any) -> Process:
+    def begin(self, zygote: Zygote, name: str, role: str, /, **options: Any) -> Process:
         """Start a process's next life; one that nobody had ended is told of."""
         if name in self.processes and not self.processes[name].frozen:
             self._bury(name)
@@ -136,6 +136,7 @@ class Stage:
         """Hold a process still within a block."""
         self.tell("freeze", name)
         self.processes[name].freeze()
+        self.tell("stands", name)
         yield
         self.thaw(name)
 
@@ -169,8 +170,9 @@ class Stage:
         """Have proxies do something: all, or those named; nothing where there are none."""
         for name in self.proxies if names is None else names:
             if name in self.proxies:
-                self.history.tell("proxy", of=name, **order)
+                since = time.monotonic()
                 self.proxies[name].ask(**order)
+                self.history.tell("proxy", of=name, since=since, **order)
 
     @contextmanager
     def weather(self, names: Sequence[str] | None = None, **fields: Any) -> Iterator[None]:

@@ -29,7 +29,7 @@ def main() -> None:
     """Obey until whoever gives the orders is gone."""
     from edgeml.core import PluginError, load_transport
     from edgeml.core.plugins import find
-    from edgeml.services import TrainerClient, TrainerServer  # noqa: F401
+    from edgeml.services import ActionServer, InferenceServer, TrainerServer  # noqa: F401
     from edgeml.testing import stopwatch  # noqa: F401
 
     for found in find("transport"):
