@@ -7,7 +7,9 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
@@ -95,6 +97,33 @@ class DeadlineTests(EndsTests):
             self._try(net, url, 0.8)
             with within(1.0):
                 requester.close()
+        finally:
+            child.thaw()
+            child.end()
+
+    def test_a_server_that_was_frozen_answers_what_is_sent_steadily_from_then_on(
+        self, net: Net
+    ) -> None:
+        """And waits for nothing that was given up meanwhile, and may never come."""
+        if not self.between_processes:
+            pytest.skip("this transport stays within one process")
+        child = Child("serve", self.url)
+        try:
+            requester = net.connect_to(Url.parse(child.line()))
+            requester.call(Message(b""), PATIENCE)
+            child.freeze()
+            under_way = deque[Future[Message]]()
+            for number in range(200):
+                under_way.append(requester.request(Message(b"")))
+                if len(under_way) > 10:
+                    under_way.popleft().cancel()
+                if number == 20:
+                    child.thaw()
+                if wait(under_way, 0.02, FIRST_COMPLETED).done:
+                    break
+            else:
+                pytest.fail("nothing is answered any more")
+            requester.call(Message(b""), PATIENCE)
         finally:
             child.thaw()
             child.end()

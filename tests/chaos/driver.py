@@ -211,9 +211,8 @@ class Driver:
         self.newest = values, observation_id
 
     def think(self) -> None:
-        from edgeml.control import Blend, ChunkedPolicy, Ensemble
-
         from edgeml import InferenceClient
+        from edgeml.control import Blend, ChunkedPolicy, Ensemble
 
         merges = {"blend": Blend(steps=5, only=[0]), "ensemble": Ensemble(decay=0.01)}
         source = InferenceClient(url=self.options["policy"], timeout=self.options["timeout"])

@@ -1418,6 +1418,26 @@ def test_a_request_waits_for_the_one_that_it_comes_after_but_not_for_ever(monkey
     assert asyncio.run(run()) == [1, 3, 4, 9]
 
 
+def test_a_request_does_not_wait_for_one_that_was_given_up_before_the_oldest_under_way():
+    async def run() -> list[int]:
+        turns, passed_on = order.Turns(), []
+
+        async def pass_on(number: int, after: int, oldest: int) -> None:
+            said = [("edgeml-order", f"lane {number} {after}"), ("edgeml-oldest", f"{oldest}")]
+            await turns.take(said, contextlib.nullcontext)
+            passed_on.append(number)
+
+        # 1 to 3 were given up, and never come; 5 came by another way than 4, which is to be first.
+        early = [asyncio.create_task(pass_on(*each)) for each in ((6, 5, 1), (5, 4, 4))]
+        await asyncio.sleep(0)
+        assert passed_on == []
+        await asyncio.wait_for(pass_on(4, 3, 4), 1)
+        await asyncio.wait_for(asyncio.gather(*early), 1)
+        return passed_on
+
+    assert asyncio.run(run()) == [4, 5, 6]
+
+
 def test_a_request_that_is_cancelled_while_it_waits_for_its_turn_is_forgotten():
     async def run() -> None:
         turns = order.Turns()

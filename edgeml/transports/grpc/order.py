@@ -3,7 +3,9 @@
 A client names a *lane* for each of its threads and numbers what the thread sends, in metadata. The
 server holds back what comes before its turn: each request says which one it comes after. That is
 the newest that was under way when it was sent, and so a thread with nothing under way, which is the
-rule, says nothing at all.
+rule, says nothing at all. It may have been given up meanwhile and never come, as whatever was sent
+to a server that stood still; so each request also says which one is the oldest under way, and
+nobody waits for one before that.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from edgeml.core import Malformed
 __all__ = ["Lane", "Turns"]
 
 _KEY = "edgeml-order"
+_OLDEST = "edgeml-oldest"
 _MOST_LANES = 1 << 14  # that a server remembers; beyond these the oldest are forgotten
 _LONGEST = 100  # characters; the name of a lane is remembered
 _PATIENCE = 5.0  # seconds that a request waits for one that was cancelled, and so may never come
@@ -49,7 +52,8 @@ class Lane:
             self._newest += 1
             after = next(reversed(self._under_way), 0)
             self._under_way[self._newest] = None
-            return self._newest, ((_KEY, f"{self._name} {self._newest} {after}"),)
+            order = f"{self._name} {self._newest} {after}"
+            return self._newest, ((_KEY, order), (_OLDEST, str(next(iter(self._under_way)))))
 
     def leave(self, number: int) -> None:
         """Note that a request was answered, or given up."""
@@ -61,7 +65,7 @@ class _Turns:
     """How far one lane is."""
 
     def __init__(self) -> None:
-        self.passed_on = 0  # the newest
+        self.passed_on = 0  # the newest, of those that will be
         # Sorted by the number that each comes after; the second number tells equal ones apart.
         self.waiting: list[tuple[int, int, asyncio.Future[None]]] = []
 
@@ -87,18 +91,23 @@ class Turns:
         Raises:
             Malformed: the metadata makes no sense.
         """
-        for key, value in metadata or ():
-            if key == _KEY:
-                await self._take(str(value), hold)
+        said = {key: str(value) for key, value in metadata or () if key in (_KEY, _OLDEST)}
+        if _KEY in said:
+            await self._take(said[_KEY], said.get(_OLDEST, "0"), hold)
 
-    async def _take(self, value: str, hold: Callable[[], AbstractContextManager[object]]) -> None:
-        if len(value) > _LONGEST:
+    async def _take(
+        self, value: str, first: str, hold: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        if max(len(value), len(first)) > _LONGEST:
             raise Malformed(f"{_KEY} of {len(value)} characters; {_LONGEST} are the most")
         try:
             name, *numbers = value.split(" ")
             number, after = map(int, numbers)
+            oldest = int(first)
         except ValueError:
-            raise Malformed(f"{_KEY} is not a name and two numbers") from None
+            raise Malformed(
+                f"{_KEY} is not a name and two numbers, or {_OLDEST} is no number"
+            ) from None
         lane = self._lanes.get(name)
         if lane is None:
             lane = self._lanes[name] = _Turns()
@@ -106,9 +115,14 @@ class Turns:
                 self._lanes.popitem(last=False)
         else:
             self._lanes.move_to_end(name)
+        self._pass_on(lane, min(oldest, number) - 1)
         if after > lane.passed_on:
             with hold():
                 await self._wait(lane, after)
+        self._pass_on(lane, number)
+
+    def _pass_on(self, lane: _Turns, number: int) -> None:
+        """Let those go that wait for this one, or for one before it."""
         lane.passed_on = max(lane.passed_on, number)
         ready = bisect_left(lane.waiting, (lane.passed_on + 1,))
         for *_, turn in lane.waiting[:ready]:
