@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         Feature,
         InferenceClient,
         InferenceServer,
+        Lease,
         Observation,
         PolicyContract,
         Recording,
@@ -81,6 +82,7 @@ __all__ = [
     "Observation",
     "Executed",
     "Recording",
+    "Lease",
     # how a server answers
     "Batching",
     "Context",
@@ -128,6 +130,7 @@ _HOMES = {
     "Executed": "services",
     "Feature": "services",
     "Jpeg": "images",
+    "Lease": "services",
     "Limits": "core.limits",
     "Observation": "services",
     "Png": "images",

@@ -45,7 +45,7 @@ from edgeml.services.trainer.uploader import Delivered, OnRefused
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ActionClient", "InferenceClient", "Subscription", "TrainerClient"]
+__all__ = ["ActionClient", "InferenceClient", "Lease", "Subscription", "TrainerClient"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -402,9 +402,71 @@ class ActionClient(_Client[services.ActionClient]):
         """
         return await _result(self._sync.act_async(key, payload, timeout))
 
+    def lease(
+        self, key: str, *, priority: int = 0, ttl: float = 1.0, wait: float | None = None
+    ) -> Lease:
+        """Ask for the right to act on a key alone: ``async with client.lease("arm") as lease``.
+
+        It takes what `edgeml.ActionClient.lease` does, and entering it raises what that raises.
+        """
+        sync = self._sync
+        return Lease(lambda: sync.lease(key, priority=priority, ttl=ttl, wait=0), wait)
+
     def observations(self) -> Subscription:
         """What the device publishes, as an async iterator; see `Subscription`."""
         return self._subscription(self._sync.register_obs_callback)
+
+
+class Lease:
+    """The right to act on one key, alone; to be entered with ``async with``, and left to give back.
+
+    See `edgeml.ActionClient.lease`, and `ActionClient.lease` here.
+    """
+
+    def __init__(self, ask: Callable[[], services.Lease], wait: float | None) -> None:
+        self._ask = ask
+        self._wait = wait
+        self._lease: services.Lease | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this client has it now, as far as it knows; the device decides."""
+        return self._lease is not None and self._lease.held
+
+    @property
+    def since(self) -> int:
+        """Counts how many times it was had, from 1; 0 before the first."""
+        return 0 if self._lease is None else self._lease.since
+
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is held, and return whether it is; see `edgeml.Lease.wait`."""
+        if self._lease is None:
+            raise Closed("this lease wasn't asked for; use `async with`")
+        lease = self._lease
+        return await _result(_in_thread(lambda: lease.wait(timeout)))
+
+    async def release(self) -> None:
+        """Give it back, and ask for it no more; idempotent."""
+        if self._lease is not None:
+            await _result(_in_thread(self._lease.release))
+
+    async def __aenter__(self) -> Self:
+        lease = self._lease = self._ask()
+        try:
+            if self._wait is None or self._wait > 0:
+                await _result(_in_thread(lambda: lease.require(self._wait)))
+        except BaseException:
+            await self.release()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.release()
 
 
 class InferenceClient(_Client[services.InferenceClient]):

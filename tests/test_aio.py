@@ -19,6 +19,7 @@ from edgeml import (
     Closed,
     DeadlineExceeded,
     InferenceServer,
+    NotHolder,
     RemoteError,
     TrainerConfig,
     TrainerServer,
@@ -132,6 +133,41 @@ def test_an_action_client_is_awaited(device):
             with pytest.raises(UnknownInterface):
                 await client.act("jump")
             assert "viewer" in device.clients()[0].address
+
+    with no_thread_left():
+        asyncio.run(main())
+
+
+def test_a_lease_is_awaited(device):
+    async def main():
+        clients = [
+            aio.ActionClient(config=DEVICE, url=device.url, task_id=name)
+            for name in ("policy", "human")
+        ]
+        policy, human = [await client.connect() for client in clients]
+        async with policy.lease("move") as lease:
+            assert (lease.held, lease.since) == (True, 1)
+            with pytest.raises(NotHolder, match="policy"):
+                async with human.lease("move", wait=0.1):
+                    pass
+            with pytest.raises(NotHolder):
+                await human.act("move", 1)
+            async with human.lease("move", priority=1):
+                assert await human.act("move", 1) == 1
+                wait_until(lambda: not lease.held)
+            assert await lease.wait(30)
+            assert lease.since == 2
+            waiting = asyncio.ensure_future(human.lease("move").__aenter__())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        async with human.lease("move", wait=0) as lease:
+            assert await lease.wait(30)
+        with pytest.raises(Closed):
+            await human.lease("move").wait()
+        for client in clients:
+            await client.stop()
 
     with no_thread_left():
         asyncio.run(main())

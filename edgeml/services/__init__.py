@@ -5,6 +5,7 @@ from edgeml.services.action import (
     ActionConfig,
     ActionServer,
     Executed,
+    Lease,
     Observation,
     Recording,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Feature",
     "InferenceClient",
     "InferenceServer",
+    "Lease",
     "Observation",
     "PolicyContract",
     "Recording",

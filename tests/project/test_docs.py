@@ -209,6 +209,11 @@ ALONE = {
         "operator is here\noperator is gone, the arm holds\n",
         "noticed in time: True\noperator is here\n",
     ],
+    ("docs/guides/takeover.md", "takeover.py"): [
+        "moved by the policy\n",
+        "moved by hand\n",
+        "again: True for the time 2\nmoved by the policy\n",
+    ],
     ("docs/guides/liveness.md", "reconnect.py"): ["lost: True\nback: True\nhello\n"],
     ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
     ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],

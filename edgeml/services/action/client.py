@@ -21,6 +21,7 @@ from edgeml.core.errors import EdgemlError, Malformed, Stale, shown
 from edgeml.core.session import Session
 from edgeml.core.streams import Subscription
 from edgeml.services.action.config import CLOCK, OBSERVATIONS, ActionConfig
+from edgeml.services.action.lease import Lease
 from edgeml.services.action.record import Executed
 from edgeml.services.action.recording import Recording
 from edgeml.services.action.stamps import Clock, Observation, Stamp, pack
@@ -89,6 +90,7 @@ class ActionClient(ServiceClient):
         self._halts: dict[str, int] = {}  # that the device told of last, by key
         self._counts = Counter[str]()
         self._recordings = weakref.WeakSet[Recording]()
+        self._leases: dict[str, Lease] = {}
         super().__init__(
             "action",
             config,
@@ -101,8 +103,8 @@ class ActionClient(ServiceClient):
             wait_for_server=wait_for_server,
             **settings,
         )
-        client, recordings = self._client, self._recordings
-        self._close_by(lambda: _close(client, recordings))
+        client, recordings, leases = self._client, self._recordings, self._leases
+        self._close_by(lambda: _close(client, recordings, leases))
 
     # Observations -------------------------------------------------------------------------
 
@@ -203,6 +205,7 @@ class ActionClient(ServiceClient):
 
         Raises:
             Stale: it came too late to be begun, or a later one had come before.
+            NotHolder: another client has the lease of the key, or this one has lost its own.
             UnknownInterface: no action of that name; the text lists those known.
             RemoteError: ``act_callback`` raised.
             DeadlineExceeded, Unreachable: no answer; whether the action was taken is not known.
@@ -253,6 +256,52 @@ class ActionClient(ServiceClient):
         future.add_done_callback(self._look_if_stale)
         return made
 
+    def lease(
+        self,
+        key: str,
+        *,
+        priority: int = 0,
+        ttl: float = 1.0,
+        wait: float | None = None,
+        on_change: Callable[[bool], object] | None = None,
+    ) -> Lease:
+        """Ask for the right to act on a key alone, and return it once this client has it.
+
+        Args:
+            key: the action's name.
+            priority: of this client. A higher one takes the lease from a lower one at once; those
+                of equal priority wait for each other, in the order in which they came.
+            ttl: seconds after the last sign of this client after which the lease is another's. The
+                way to the device and back is to take less than a quarter of that.
+            wait: seconds to wait for it; the client's timeout by default. With 0 it is returned at
+                once, whether it is held or not.
+            on_change: ``on_change(held)`` is called each time that the lease has come or is lost,
+                in a thread of the library's; not when it is released.
+
+        Returns:
+            A context manager that gives it back. Until then this client's actions of that key are
+            refused while it isn't held.
+
+        Raises:
+            NotHolder: another client has it; the text says who.
+            RuntimeError: this client has a lease of that key, or asks for it.
+            UnknownInterface: no action of that name; the text lists those known.
+            PermissionDenied: the role of this client's key doesn't allow the action.
+            DeadlineExceeded, Unreachable: no answer.
+        """
+        leases = self._leases
+        made = Lease(self._client, key, priority, ttl, on_change, lambda: leases.pop(key, None))
+        if leases.setdefault(key, made) is not made:
+            raise RuntimeError(f"this client has asked for the lease of {key!r}; release it first")
+        made.begin()
+        try:
+            if wait is None or wait > 0:
+                made.require(wait)
+        except BaseException:
+            made.release()
+            raise
+        return made
+
     def _stamp(
         self,
         key: str,
@@ -275,7 +324,9 @@ class ActionClient(ServiceClient):
         if count is None:
             count = self._numbers.setdefault(key, itertools.count(1))
         number, stream = next(count), self._stream
-        return Stamp(number, seen, elapsed, age, valid, observation, policy, None, stream)
+        lease = self._leases.get(key)
+        token = None if lease is None else lease.token
+        return Stamp(number, seen, elapsed, age, valid, observation, policy, token, stream)
 
     def _acted(self, key: str, asked: int, answer: Any) -> Any:
         """Return the result of an action, and take in what else the device says."""
@@ -286,6 +337,8 @@ class ActionClient(ServiceClient):
         if not isinstance(seen, int) or not isinstance(halts, int):
             raise Malformed(f"the device answered an action with {shown(answer)}")
         self._clock.note(seen, time.monotonic_ns(), asked)
+        if (lease := self._leases.get(key)) is not None:
+            lease.note_action(asked * 1e-9)
         known = self._halts.get(key)
         if halts != known:
             self._note_halts(key, known, halts)
@@ -364,7 +417,9 @@ class ActionClient(ServiceClient):
         return {**super().stats(), "actions_stale": 0, "halts": 0, **self._counts}
 
 
-def _close(client: Client, recordings: Iterable[Recording]) -> None:
+def _close(client: Client, recordings: Iterable[Recording], leases: dict[str, Lease]) -> None:
+    for lease in list(leases.values()):
+        lease.release()
     ended = list(recordings)
     for recording in ended:
         recording.end()

@@ -77,3 +77,16 @@ class ActionConfig:
             if isinstance(each, bool) or not isinstance(each, (int, float)) or not each > 0:
                 raise ValueError(f"action_timeout is a positive number of seconds, not {each!r}")
         return {key: float(each) for key, each in seconds.items() if each < math.inf}
+
+    def period(self) -> float:
+        """The seconds of one action at ``action_rate``; 0 where that isn't given.
+
+        Raises:
+            ValueError: it isn't positive.
+        """
+        rate = self.action_rate
+        if rate is None:
+            return 0.0
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise ValueError(f"action_rate is a positive number of Hz, not {rate!r}")
+        return 1 / rate

@@ -17,6 +17,7 @@ from edgeml.core.dispatch import Call, Caller, require_plain
 from edgeml.core.errors import Closed, Malformed, UnknownInterface, shown
 from edgeml.services.action.config import ActionConfig
 from edgeml.services.action.gate import Gate
+from edgeml.services.action.lessor import Lessor
 from edgeml.services.action.record import Record, rows_of
 from edgeml.services.action.stamps import read
 from edgeml.services.base import names
@@ -49,6 +50,7 @@ class Device:
         self._act = None if act is None else Callback("act_callback", act, 2)
         self.counts = Counter[str]()  # of actions
         self.record = Record(keep)
+        self.lessor = Lessor(names("action_keys", config.action_keys), config.period())
         self._acting = WeakSet[Caller]()  # who has had one carried out
         timeouts, halt = config.timeouts(), _safe_action(config)
         self._gates = {
@@ -100,18 +102,20 @@ class Device:
             raise _unknown("action", key, list(self._gates))
         if self._act is None:
             raise UnknownInterface("this server takes no actions")
-        try:
-            entry = gate.begin(call, stamp)
-        except Closed as error:
-            call.fail(error)
-            return
-        outcome = "failed"
-        try:
-            self._note(call, key)
-            result = self._act(call, key, key, argument)
-            outcome = "done"
-        finally:
-            self.record.end(entry, outcome)
+        token = None if stamp is None else stamp.lease
+        with self.lessor.acting(key, call.caller, token) as began:
+            try:
+                entry = gate.begin(call, stamp, began)
+            except Closed as error:
+                call.fail(error)
+                return
+            outcome = "failed"
+            try:
+                self._note(call, key)
+                result = self._act(call, key, key, argument)
+                outcome = "done"
+            finally:
+                self.record.end(entry, outcome)
         call.answer(result if stamp is None else [result, time.monotonic_ns(), gate.halts])
 
     def _note(self, call: Call, key: str) -> None:
@@ -140,6 +144,7 @@ class Device:
         gates = self._gates
         return {
             **self.counts,
+            **self.lessor.counts,
             "actions_stale": sum(gate.stale for gate in gates.values()),
             "actions_out_of_order": sum(gate.disordered for gate in gates.values()),
             "halts": sum(gate.halts for gate in gates.values()),

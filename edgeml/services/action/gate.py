@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable
 
 from edgeml.core.dispatch import Call
@@ -74,8 +73,13 @@ class Gate:
         """Whether there is a safe action."""
         return self._switch is not None
 
-    def begin(self, call: Call, stamp: Stamp | None) -> Entry:
+    def begin(self, call: Call, stamp: Stamp | None, at: float) -> Entry:
         """Begin an action, which is to run as soon as this returns.
+
+        Args:
+            call: the action's.
+            stamp: what came with it.
+            at: when it is, on the clock `time.monotonic`.
 
         Raises:
             Stale: it is too old, or a later one came before, or the safe action runs.
@@ -86,8 +90,7 @@ class Gate:
             if switch is not None and switch.acting:
                 self.stale += 1
                 raise Stale(f"the safe action of {self._key!r} is just running: try again after it")
-            now = time.monotonic_ns()
-            at = now * 1e-9
+            now = int(at * 1e9)
             valid = self._timeout
             if stamp is None:
                 number = 0

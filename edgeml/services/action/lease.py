@@ -1,10 +1,11 @@
 """The client's end of a lease: asks for it, keeps it, and knows whether it is there.
 
 A thread asks the device again and again, and the device answers when there is something to tell, or
-after a quarter of the lease's seconds: so each question is a sign of life, and each answer may come
-before the next is needed. By this client's own clock the lease ends as many seconds after a
-question that was answered was *sent*. That is never later than by the device's, which counts from
-when it came.
+after a fifth of the lease's seconds: so each question is a sign of life, and one may be late
+without harm. An action that the device took is a sign as well.
+
+By this client's own clock the lease ends as many seconds after a question that was answered was
+*sent*. That is never later than by the device's, which counts from when it came.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = ["Lease"]
 
 _log = logging.getLogger(__name__)
 
-_QUESTIONS = 4  # in the seconds of a lease
+_QUESTIONS = 5  # in the seconds of a lease
 _IMPATIENCE = 0.02  # seconds; the first pause before a device that failed to answer is asked again
 _PATIENCE = 0.5  # seconds; the longest
 _LATE = 1.0  # seconds that an answer may be late at least, before it is asked for anew
@@ -134,17 +135,32 @@ class Lease(ClosedAtExit, Unpicklable):
                 self._changed.wait(min(left, threading.TIMEOUT_MAX))
         return True
 
-    def explain(self, waited: float) -> EdgemlError:
-        """Return the error of one who has waited for it in vain."""
+    def note_action(self, asked: float) -> None:
+        """Take notice that the device took an action of this client that was sent at that time."""
+        with self._changed:
+            if self._until > time.monotonic():
+                self._until = max(self._until, asked + self._ttl)
+
+    def require(self, timeout: float | None = None) -> None:
+        """Wait until it is held; at most so many seconds, by default the client's timeout.
+
+        Raises:
+            NotHolder: another client had it all the time; the text says who.
+            DeadlineExceeded, Unreachable: no answer.
+            What `wait` raises.
+        """
+        seconds = self._client.timeout if timeout is None else timeout
+        if self.wait(seconds):
+            return
         with self._changed:
             if self._error is not None:
-                return copy_error(self._error)
+                raise copy_error(self._error)
             if self._in_the_way:
-                return NotHolder(
-                    f"{self._in_the_way}, and did not give it back within {waited:g} s: wait "
+                raise NotHolder(
+                    f"{self._in_the_way}, and did not give it back within {seconds:g} s: wait "
                     "longer, or ask with a higher priority"
                 )
-            return DeadlineExceeded(f"no lease of {self.key!r} within {waited:g} s")
+            raise DeadlineExceeded(f"no lease of {self.key!r} within {seconds:g} s")
 
     def release(self) -> None:
         """Give it back, and ask for it no more; idempotent."""
@@ -167,10 +183,11 @@ class Lease(ClosedAtExit, Unpicklable):
 
     def _keep(self) -> None:
         pause = _IMPATIENCE
+        hold = 0.0  # at first, to learn soon who has it
         while not self._released and not self._client.sessions.closed:
             began = time.monotonic()
             known = self._grant
-            error = self._ask(began)
+            error = self._ask(began, hold)
             with self._changed:
                 failed, self._error = self._error is not None, error
                 self._changed.notify_all()
@@ -181,8 +198,9 @@ class Lease(ClosedAtExit, Unpicklable):
                 pause = min(2 * pause, _PATIENCE)
                 continue
             pause = _IMPATIENCE
-            if self._grant == known and time.monotonic() - began < self._ttl / _QUESTIONS / 2:
+            if self._grant == known and time.monotonic() - began < hold / 2:
                 self._rest(_IMPATIENCE)  # it doesn't keep questions, and would be asked all day
+            hold = self._ttl / _QUESTIONS
         if self._asked is not None:
             # From the thread that has asked, so that this is the last that the device hears of it.
             with suppress(EdgemlError):
@@ -192,9 +210,8 @@ class Lease(ClosedAtExit, Unpicklable):
     def _question(self, ttl: float, hold: float) -> list[Any]:
         return [self.key, self.token, self._priority, ttl, self._grant, hold]
 
-    def _ask(self, now: float) -> EdgemlError | None:
+    def _ask(self, now: float, hold: float) -> EdgemlError | None:
         """Ask the device once, and take in what it says, or return why it didn't."""
-        hold = self._ttl / _QUESTIONS
         try:
             asked = self._client.call_async(
                 "lease", self._question(self._ttl, hold), hold + max(self._ttl, _LATE)

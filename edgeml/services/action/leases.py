@@ -188,7 +188,8 @@ class Leases:
         Raises:
             NotHolder: it is another's turn.
         """
-        self.settle(now)
+        if self._claims:
+            self.settle(now)
         if writer.token:
             if writer != self.holder:
                 who = self.tell(writer) or f"this client has lost the lease of {self._key!r}"

@@ -14,8 +14,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
@@ -24,6 +23,7 @@ import msgspec
 from edgeml.core.alarms import Alarm
 from edgeml.core.dispatch import Call, Caller, Gatherer, Turns
 from edgeml.core.errors import Malformed, UnknownInterface, printable
+from edgeml.core.forks import watch_forks
 from edgeml.core.lines import Lines
 from edgeml.services.action.leases import LONGEST_TTL, Leases, Writer
 
@@ -101,12 +101,18 @@ class Lessor(Gatherer):
     def __init__(self, keys: Sequence[str], period: float = 0.0) -> None:
         first = 1 + secrets.randbits(48)
         self._keys = {key: _Key(Leases(key, period, first)) for key in keys}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may stop the server within it
         self._lines = Lines(_log)
         self._turns: Turns | None = None
         self._alarm: Alarm | None = None
         self._alarm_at = math.inf
         self._closed = False
+        watch_forks(self)
+
+    def abandon(self) -> None:
+        """Leave it to the parent of this child, which is no device."""
+        self._lock = threading.RLock()
+        self._closed = True
 
     @property
     def counts(self) -> Counter[str]:
@@ -199,34 +205,30 @@ class Lessor(Gatherer):
 
     # Actions ------------------------------------------------------------------------------
 
-    @contextmanager
-    def acting(self, key: str, caller: Caller, token: int | None) -> Iterator[float]:
-        """Have one writer act on a key for as long as the block takes.
+    def acting(self, key: str, caller: Caller, token: int | None) -> Acting:
+        """Return a context manager in which an action is carried out; see `Acting`.
 
         Args:
             key: the action's name.
             caller: whose action it is.
             token: of its client's lease; None where it has none.
-
-        Yields:
-            When it began, on the clock `time.monotonic`. From then a period is counted.
-
-        Raises:
-            NotHolder: it is another's turn.
         """
-        state = self._keys[key]
-        writer = Writer(caller.client_id, token or 0)
+        return Acting(self, self._keys[key], Writer(caller.client_id, token or 0))
+
+    def begin(self, key: _Key, writer: Writer) -> float:
+        """Begin an action, and return when; see `Acting`."""
         with self._lock:
-            began = time.monotonic()
-            state.rule.begin(writer, began)
-        try:
-            yield began
-        finally:
-            with self._lock:
-                now = time.monotonic()
-                state.rule.end(writer, now)
-                answers = self._settle(state, now) if state.rule.wanted else []
-            _send(answers)
+            now = time.monotonic()
+            key.rule.begin(writer, now)
+        return now
+
+    def end(self, key: _Key, writer: Writer) -> None:
+        """End an action, and let the next one have the key."""
+        with self._lock:
+            now = time.monotonic()
+            key.rule.end(writer, now)
+            answers = self._settle(key, now) if key.rule.wanted else []
+        _send(answers)
 
     # The rest of `Gatherer` ---------------------------------------------------------------
 
@@ -247,6 +249,27 @@ class Lessor(Gatherer):
             for key in self._keys.values():
                 key.kept.clear()
         return calls
+
+
+class Acting:
+    """That one writer acts on a key, for as long as this is entered.
+
+    Entering it gives when the action began, on the clock `time.monotonic`, from which a period is
+    counted, or raises NotHolder.
+    """
+
+    __slots__ = ("_key", "_lessor", "_writer")
+
+    def __init__(self, lessor: Lessor, key: _Key, writer: Writer) -> None:
+        self._lessor = lessor
+        self._key = key
+        self._writer = writer
+
+    def __enter__(self) -> float:
+        return self._lessor.begin(self._key, self._writer)
+
+    def __exit__(self, *_: object) -> None:
+        self._lessor.end(self._key, self._writer)
 
 
 def _read(call: Call) -> Question:

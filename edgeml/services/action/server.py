@@ -64,6 +64,7 @@ class ActionServer(ServiceServer):
         self._server.register("observe", device.observe_stamped)
         self._server.register("executed", device.tell_executed, needs="observe")
         self._server.register("act", device.act, lane="act" if act_in_own_thread else "")
+        self._server.register("lease", device.lessor)
         self._topic = self._server.topic(OBSERVATIONS, keep, needs="observe")
 
     def publish_obs(self, payload: dict[str, Any], taken: int | None = None) -> int:
@@ -101,7 +102,8 @@ class ActionServer(ServiceServer):
         """Counts since the start: calls, and everything refused or dropped, by reason.
 
         Among them ``actions`` that were carried out, and ``actions_of_NAME`` for each key of a
-        client; ``actions_stale`` and ``actions_out_of_order``, which were refused; and ``halts``,
-        calls of the safe action, with ``halts_of_KEY`` for each action that has one.
+        client; ``actions_stale``, ``actions_out_of_order`` and ``actions_not_holder``, which were
+        refused; ``halts``, calls of the safe action, with ``halts_of_KEY`` for each action that has
+        one; and ``leases_granted``, ``leases_taken`` by a higher priority and ``leases_expired``.
         """
         return {**super().stats(), **self._device.stats()}

@@ -321,10 +321,11 @@ def test_a_client_that_is_started_anew_begins_at_one(server, transport, arm):
 def test_thousands_of_clients_are_remembered_no_longer_than_is_needed():
     gate, call = Gate("move", None, None, Record(10)), LocalCall("act", None)
     for stream in range(3 * _MOST_STREAMS):
-        gate.begin(call, stamp_of(stream=stream, number=5))
-        gate.begin(call, stamp_of(stream=10**6, number=stream + 1))  # who goes on is not forgotten
+        now, other = time.monotonic(), stamp_of(stream=10**6, number=stream + 1)
+        gate.begin(call, stamp_of(stream=stream, number=5), now)
+        gate.begin(call, other, now)  # who goes on is not forgotten
         with pytest.raises(Stale):
-            gate.begin(call, stamp_of(stream=10**6, number=stream + 1))
+            gate.begin(call, other, now)
     assert len(gate._streams) <= _MOST_STREAMS
 
 

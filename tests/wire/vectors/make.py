@@ -271,6 +271,7 @@ def codecs() -> Vector:
             "depth": [np.full(4096, 1.0, np.float32)],
         },
         "act": ["move", {"x": 0.25}],
+        "lease": ["move", 7, 1, 2.0, 0, 0.4],
         "observations wanted": ["cam"],
         "contract": {
             "observation": {"x": {"shape": [None, 2], "dtype": "uint8", "kind": "depth"}},

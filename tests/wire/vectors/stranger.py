@@ -219,6 +219,15 @@ def action(wire: Zmq | Grpc) -> None:
     assert epoch == client.welcome["epoch"]
     assert client.next("observations", epoch, number)[0] == NOTHING_YET
     assert client.next("observations", epoch, 99)[0] == 5
+    grant, who = client.call("lease", ["move", 7, 1, 60.0, 0, 0.0])
+    assert (grant > 0, who) == (True, "")
+    assert client.call("lease", ["move", 7, 1, 60.0, grant, 0.1]) == [grant, ""]
+    other, who = client.call("lease", ["move", 8, 0, 60.0, 0, 0.0])
+    assert (other, "priority 1" in who) == (0, True)
+    status, *_ = client.ask(CALL, "act", 10.0, msgpack.encode(["move", {"x": 3}]))
+    assert status == 13
+    for token in (7, 8):
+        assert client.call("lease", ["move", token, 0, 0.0])[0] == 0
     client.goodbye()
 
 
