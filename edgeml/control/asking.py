@@ -1,12 +1,19 @@
-"""Asking a policy for chunks, one at a time, in a thread that the control loop never waits for."""
+"""Asking a policy for chunks, one at a time, in a thread that the control loop never waits for.
+
+Nor does it for a lock that such a thread may hold just when something else has the processor, or
+for a thread to start: both took 20 to 150 ms on a machine with more to do than processors. So what
+passes between them passes by C's own queues, and threads are there before the first step.
+"""
 
 from __future__ import annotations
 
 import inspect
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -17,7 +24,7 @@ from edgeml.core.forks import watch_forks
 from edgeml.core.message import copy, private
 from edgeml.data.tree import copy_item
 
-__all__ = ["Answer", "Asker", "Caller", "Source", "ask", "copy_observation"]
+__all__ = ["Answer", "Asker", "Caller", "Source", "Worker", "ask", "copy_observation"]
 
 _PAUSE = 0.1  # seconds after a failure, or a dead server would be asked at every tick
 _MOMENT = 1.0  # seconds that closing waits for a call that is under way
@@ -81,65 +88,88 @@ class Answer:
     seconds: float
 
 
-@dataclass(frozen=True, eq=False)
-class _Question:
-    request: Request
-    payload: Any
-    timeout: float | None
+class Worker:
+    """Runs functions one after another in a thread of its own; whoever gives them never waits.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._work: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def do(self, work: Callable[[], object]) -> None:
+        """Have a function run, which must not raise."""
+        self._work.put(work)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+            del work  # for the memory of what it holds is wanted again
+
+    def close(self) -> None:
+        """End it after what it has to do; not waiting long for what takes its time."""
+        self._work.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join(_MOMENT)
 
 
 class Asker:
-    """Has a thread that asks.
+    """Asks, one request at a time. All methods but `close` are called by one thread.
 
     Args:
         ask: see `Ask`.
         key: of a result that is a dict, under which the chunk is if there is one; None for none.
+        here: whether to ask in the thread that calls, and wait.
 
     Attributes:
         closed: whether it can't be asked any more; nor can it in a forked child.
     """
 
-    def __init__(self, ask: Ask, key: str | None) -> None:
+    def __init__(self, ask: Ask, key: str | None, here: bool) -> None:
         self._ask = ask
         self._key = key
-        self._changed = threading.Condition()
-        self._question: _Question | None = None  # until it has been answered
-        self._answer: Answer | None = None  # until it has been taken
+        self._under_way = False
+        self._answers: deque[Answer] = deque()  # one at most
         self._rests_until = 0.0
         self.closed = False
-        self._thread: threading.Thread | None = None
+        self._worker = None if here else Worker("edgeml control")
         watch_forks(self)
 
     @property
     def idle(self) -> bool:
         """Whether it can be asked: nothing is under way, and nothing failed just now."""
-        with self._changed:
-            under_way = self._question is not None or self._answer is not None
-        return not under_way and time.monotonic() >= self._rests_until
+        return not self._under_way and time.monotonic() >= self._rests_until
 
     def start(self, request: Request, payload: Any, timeout: float | None) -> None:
         """Ask; it must be `idle`, and have the payload for itself."""
-        with self._changed:
-            self._question = _Question(request, payload, timeout)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="edgeml control", daemon=True
-                )
-                self._thread.start()
-            self._changed.notify()
+        self._under_way = True
+        if self._worker is None:
+            self._answers.append(self._answer(request, payload, timeout))
+        else:
+            self._worker.do(lambda: self._answer_in_thread(request, payload, timeout))
+
+    def take(self) -> Answer | None:
+        """Return what has come since the last time, or None."""
+        if not self._answers:
+            return None
+        self._under_way = False
+        return self._answers.popleft()
 
     def rest(self) -> None:
         """Be asked nothing for a moment, after a failure."""
         self._rests_until = time.monotonic() + _PAUSE
 
-    def take(self) -> Answer | None:
-        """Return what has come since the last time, or None."""
-        with self._changed:
-            answer, self._answer = self._answer, None
-        return answer
+    def _answer_in_thread(self, request: Request, payload: Any, timeout: float | None) -> None:
+        try:
+            answer = self._answer(request, payload, timeout)
+        except BaseException as error:  # as a function of the user's may raise SystemExit
+            answer = Answer(request, None, None, error, 0.0)
+        self._answers.append(answer)
 
-    def answer(self, request: Request, payload: Any, timeout: float | None) -> Answer:
-        """Ask, and wait for the answer."""
+    def _answer(self, request: Request, payload: Any, timeout: float | None) -> Answer:
         began = time.monotonic()
         chunk: Chunk | None = None
         version: int | None = None
@@ -153,36 +183,15 @@ class Asker:
             error = failure
         return Answer(request, chunk, version, error, time.monotonic() - began)
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self.closed or self._question is not None)
-                if self.closed:
-                    return
-                question = self._question
-            assert question is not None
-            try:
-                answer = self.answer(question.request, question.payload, question.timeout)
-            except BaseException as error:  # as a function of the user's may raise SystemExit
-                answer = Answer(question.request, None, None, error, 0.0)
-            with self._changed:
-                self._question, self._answer = None, answer
-            del question, answer  # for the payload's memory is wanted again
-
     def close(self) -> None:
         """End the thread, but for a call that is under way, which ends by itself."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_MOMENT)
+        self.closed = True
+        if self._worker is not None:
+            self._worker.close()
 
     def abandon(self) -> None:
         """In a forked child: there is no such thread."""
-        self._changed = threading.Condition()
         self.closed = True
-        self._thread = None
 
 
 def copy_observation(node: Any) -> Any:

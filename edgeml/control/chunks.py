@@ -72,7 +72,7 @@ class Played(NamedTuple):
 
 
 class Chunks:
-    """A plan of actions, of which one is played at each tick.
+    """A plan of actions, of which one is played at each tick::
 
         if chunks.due(now): request = chunks.ask(observed_at)
         chunks.answer(request, chunk, now)   # some ticks later

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from edgeml.control.asking import Answer, Asker, Source, ask, copy_observation
+from edgeml.control.asking import Answer, Asker, Source, Worker, ask, copy_observation
 from edgeml.control.chunks import Chunks, Request
 from edgeml.control.merging import Merge, Rule, rule_of
 from edgeml.control.statistics import Statistics
 from edgeml.core.errors import Closed, ConfigMismatch, Malformed, shown
-from edgeml.core.notices import Notices
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
 from edgeml.data.tree import copy_item
 
@@ -66,7 +64,7 @@ _BEFORE = Step(-1, None, math.inf, None, None, "nothing")
 
 
 class ChunkedPolicy(ClosedAtExit, Unpicklable):
-    """Gives one action at each tick of a control loop, of a policy that gives chunks of them.
+    """Gives one action at each tick of a control loop, of a policy that gives chunks of them::
 
         with ChunkedPolicy(client, rate=50, merge=Blend(10), max_age=1.0) as policy:
             for _ in Ticks(50):
@@ -156,20 +154,20 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         self._sync = sync
         self._lease = lease
         self._timeout = timeout
-        self._lock = threading.Lock()
+        self._reset = False  # whether `reset` was called since the last step
         self._latest = _BEFORE
         self._mark: int | None = None  # of the lease: since when it is held, or that it isn't
         self._last: _Command | None = None  # what a hold repeats
         self._holding_since: float | None = None
         self._failing = False
         self._statistics = Statistics(self.rate)
-        self._asker = Asker(ask(source, interface), actions)
-        self._notices = Notices("edgeml control notices")
-        asker, notices = self._asker, self._notices
+        self._asker = Asker(ask(source, interface), actions, here=sync)
+        self._log = Worker("edgeml control log")
+        asker, log = self._asker, self._log
 
         def close() -> None:
             asker.close()
-            notices.close()
+            log.close()
 
         self._close = close
         self._closing = close_when_dropped(self, close)
@@ -183,7 +181,7 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         observed_at: float | None = None,
         observation_id: int | None = None,
     ) -> Any:
-        """Return the action of this tick; call it once at each.
+        """Return the action of this tick; call it once at each, always in one thread.
 
         The observation is copied if the policy is asked for a chunk, and may be changed afterwards;
         the action is yours.
@@ -203,22 +201,24 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         """
         now = time.monotonic()
         taken_at = now if observed_at is None else self._checked_time(observed_at, now)
-        with self._lock:
-            if self._asker.closed:
-                raise Closed("this policy was stopped, or belongs to the process before a fork")
-            answer = self._asker.take()
-            if answer is not None:
-                self._merge(answer, now)
-            if self._has_the_robot():
-                if not self._latched and self._is_due(now):
-                    self._ask(observation, taken_at, observation_id, now)
-                    now = time.monotonic() if self._sync else now
-                step = self._play(now)
-            else:
-                step = self._made(None, math.inf, "taken")
-            self._latest = step
-            self._statistics.count_step(step.source, step.age, self._chunks.left(now))
-            return step.action
+        if self._asker.closed:
+            raise Closed("this policy was stopped, or belongs to the process before a fork")
+        if self._reset:
+            self._reset = False
+            self._begin_anew()
+        self._merge_what_came(now)
+        if self._has_the_robot():
+            if not self._latched and self._is_due(now):
+                self._ask(observation, taken_at, observation_id, now)
+                if self._sync:
+                    now = time.monotonic()
+                    self._merge_what_came(now)
+            step = self._play(now)
+        else:
+            step = self._made(None, math.inf, "taken")
+        self._latest = step
+        self._statistics.count_step(step.source, step.age, self._chunks.left(now))
+        return step.action
 
     @staticmethod
     def _checked_time(observed_at: float, now: float) -> float:
@@ -273,12 +273,12 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         if self._rule.tells:
             payload = _tell(payload, request)
         self._statistics.counts["requests"] += 1
-        limit = None if timeout == math.inf else timeout
-        if self._sync:
-            answer = self._asker.answer(request, payload, limit)
-            self._merge(answer, time.monotonic())
-        else:
-            self._asker.start(request, payload, limit)
+        self._asker.start(request, payload, None if timeout == math.inf else timeout)
+
+    def _merge_what_came(self, now: float) -> None:
+        answer = self._asker.take()
+        if answer is not None:
+            self._merge(answer, now)
 
     def _merge(self, answer: Answer, now: float) -> None:
         margin = self._chunks.left(now) if self._latest.source == "chunk" else None
@@ -343,7 +343,7 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
 
     def _say(self, level: int, text: str, *about: object) -> None:
         """Write to the log, which may take its time, in another thread."""
-        self._notices.tell(_log.log, level, text, *about)
+        self._log.do(lambda: _log.log(level, text, *about))
 
     # Facts ----------------------------------------------------------------------------
 
@@ -353,13 +353,12 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         return self._latest
 
     def reset(self) -> None:
-        """Begin anew, as for another episode: forget what is left to play, and to hold.
+        """Begin anew with the next step, as for another episode: nothing is left to play or hold.
 
         What was asked for before is not played. A policy that remembers is told by
         `InferenceClient.reset`.
         """
-        with self._lock:
-            self._begin_anew()
+        self._reset = True
 
     def stats(self) -> dict[str, float]:
         """Return counts since the start, and figures of the last ten thousand steps and answers.
@@ -375,8 +374,7 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
 
         What is not known yet is NaN.
         """
-        with self._lock:
-            return self._statistics.figures()
+        return self._statistics.figures()
 
     def report(self, path: str | Path | None = None) -> None:
         """Print how it went, and draw a picture of it.
@@ -385,16 +383,15 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
             path: of the picture; none is drawn by default, nor where matplotlib isn't installed,
                 which is printed then.
         """
-        with self._lock:
-            print(self._statistics.describe())
-            if path is None:
-                return
-            try:
-                self._statistics.draw(Path(path))
-            except ImportError as error:
-                print(f"no picture: {error}")
-            else:
-                print(f"picture: {path}")
+        print(self._statistics.describe())
+        if path is None:
+            return
+        try:
+            self._statistics.draw(Path(path))
+        except ImportError as error:
+            print(f"no picture: {error}")
+        else:
+            print(f"picture: {path}")
 
     def stop(self) -> None:
         """End it; a request that is under way ends by itself. Safe to call twice."""

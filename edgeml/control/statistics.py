@@ -26,7 +26,7 @@ class _Seen(NamedTuple):
 
 
 class Statistics:
-    """Counts steps and answers.
+    """Counts steps and answers, in one thread; any may ask for the figures.
 
     Args:
         rate: steps per second.
@@ -56,8 +56,10 @@ class Statistics:
 
     def figures(self) -> dict[str, float]:
         """Return counts, and figures; see `ChunkedPolicy.stats`."""
-        counts = self.counts
-        ages = [each.age for each in self._steps if each.source == "chunk"]
+        # Copies, each made at once: the loop goes on, and is not to wait for this.
+        counts = self.counts.copy()
+        margins, turnarounds = self._margins.copy(), self._turnarounds.copy()
+        ages = [each.age for each in self._steps.copy() if each.source == "chunk"]
         return {
             "steps": counts["steps"],
             "steps_played": counts["chunk"],
@@ -71,10 +73,10 @@ class Statistics:
             "chunks_stale": counts["stale"],
             "requests_failed": counts["failed"],
             "observations_too_old": counts["observations_too_old"],
-            "margin_min": min(self._margins, default=math.nan),
-            "margin_median": _quantile(self._margins, 0.5),
-            "turnaround_median": _quantile(self._turnarounds, 0.5),
-            "turnaround_max": max(self._turnarounds, default=math.nan),
+            "margin_min": min(margins, default=math.nan),
+            "margin_median": _quantile(margins, 0.5),
+            "turnaround_median": _quantile(turnarounds, 0.5),
+            "turnaround_max": max(turnarounds, default=math.nan),
             "age_median": _quantile(ages, 0.5),
             "age_max": max(ages, default=math.nan),
         }
@@ -106,9 +108,10 @@ class Statistics:
         load_matplotlib()
         from matplotlib import pyplot
 
+        steps, turnarounds = self._steps.copy(), self._turnarounds.copy()
         figure, axes = pyplot.subplots(3, 1, figsize=(10, 8), layout="constrained")
         for source in _STEPS:
-            there = [each for each in self._steps if each.source == source]
+            there = [each for each in steps if each.source == source]
             times = [each.number / self._rate for each in there]
             ages = [each.age * 1e3 if math.isfinite(each.age) else 0.0 for each in there]
             style: dict[str, Any] = {"color": _COLORS[source], "s": 4}
@@ -117,9 +120,9 @@ class Statistics:
                 axes[1].scatter(times, [each.left for each in there], **style)
         axes[0].set(title="age of each action", xlabel="s", ylabel="ms")
         axes[1].set(title="steps that were left", xlabel="s", ylabel="steps")
-        if self._steps:
+        if steps:
             axes[0].legend(loc="upper right")
-        axes[2].hist([each * 1e3 for each in self._turnarounds], bins=50)
+        axes[2].hist([each * 1e3 for each in turnarounds], bins=50)
         axes[2].set(title="turnarounds of requests", xlabel="ms", ylabel="requests")
         for axis in axes:
             axis.grid(alpha=0.3)

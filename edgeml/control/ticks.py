@@ -9,7 +9,7 @@ __all__ = ["Ticks"]
 
 
 class Ticks:
-    """Iterates at a rate, by a schedule that does not drift.
+    """Iterates at a rate, by a schedule that does not drift::
 
         for tick in Ticks(50):
             robot.send(policy.step(robot.observe()))

@@ -43,7 +43,7 @@ class Brain:
         """Answer the request that is under way, or comes; returns its payload."""
         payload = self.asked.get(timeout=30)
         self._answers.put(answer)
-        wait_until(lambda: policy._asker._answer is not None)
+        wait_until(lambda: policy._asker._answers)
         return payload
 
 
@@ -444,7 +444,7 @@ def test_while_another_has_the_robot_nothing_is_played_or_asked(make: Any, brain
     assert steps(policy, 2) == [None] * 2
     assert policy.latest.source == "nothing"  # rather than the command from before
     brain._answers.put(ramp(100))
-    wait_until(lambda: policy._asker._answer is not None)
+    wait_until(lambda: policy._asker._answers)
     assert steps(policy, 2, 7.0) == [None] * 2
     assert brain.give(policy, ramp(200)) == 7.0, "a fresh observation"
     assert steps(policy, 2) == [200, 201]

@@ -215,6 +215,15 @@ ALONE = {
         "again: True for the time 2\nmoved by the policy\n",
     ],
     ("docs/guides/liveness.md", "reconnect.py"): ["lost: True\nback: True\nhello\n"],
+    ("docs/guides/control.md", "control_loop.py"): [
+        "played most: True\n",
+        " steps at 50 Hz: ",
+        "left when a chunk came: ",
+    ],
+    ("docs/guides/control.md", "control_hold.py"): [
+        "chunk 0.2\nchunk 0.2\nchunk 0.2\n",
+        "hold 0.0\n",
+    ],
     ("docs/guides/gym.md", "gym_shared.py"): ["in use by trainer", "(3,)"],
     ("docs/guides/gym.md", "gym_vector.py"): ["(4, 4) several episodes: True"],
     ("docs/guides/processes.md", "processes.py"): ["robot 1 got 2", "robot 2 got 4"],
