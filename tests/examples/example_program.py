@@ -30,7 +30,7 @@ class Example:
         arguments: for its command line.
         cwd: where it runs, for what it writes.
         before: Python that runs first in the same process, to make something fail there.
-        terminal: give it a terminal rather than a pipe.
+        terminal: give it a terminal, at which keys can be pressed, rather than a pipe.
         env: changes to the environment.
     """
 
@@ -61,7 +61,7 @@ class Example:
                 [sys.executable, *program, *map(str, arguments)],
                 cwd=cwd,
                 env={**inherited, **env},
-                stdin=subprocess.DEVNULL,
+                stdin=write if terminal else subprocess.DEVNULL,
                 stdout=write,
                 stderr=write,
             )
@@ -90,6 +90,10 @@ class Example:
     def port(self) -> int:
         """Return the port that a server says it has."""
         return int(self.until(r"\w+://[^ ]*:(\d+)")[1])
+
+    def press(self, keys: str) -> None:
+        """Press keys at its terminal."""
+        os.write(self._output.fileno(), keys.encode())
 
     def interrupt(self) -> None:
         """Press Ctrl-C."""
