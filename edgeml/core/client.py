@@ -350,7 +350,8 @@ class Client:
         attribute ``timing``.
 
         Where most of an interface's calls are refused, or have no answer in time, not all that wait
-        no longer than those are sent: of the others the future has the error at once.
+        no longer than those are sent while others are under way: of the rest the future has the
+        error at once.
 
         Raises:
             NotEncodable: the payload.

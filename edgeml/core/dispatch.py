@@ -49,7 +49,7 @@ from edgeml.core.errors import (
 from edgeml.core.interrupts import insisting
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.lines import Lines
-from edgeml.core.pace import Pace
+from edgeml.core.pace import UNREAD, Pace
 from edgeml.core.transport import Endpoint
 from edgeml.core.waiting import Lane, Queue
 
@@ -72,6 +72,7 @@ _ROUND = 1e-3  # seconds of handlers after which a loop gets a round, though mor
 _STUCK = 0.02  # seconds that a handler may take before the loop goes on elsewhere
 _STREAK = 4  # calls that another endpoint brings in a row, after which its loop is carried
 _MOST_ROUNDS = 64  # that are made for more calls of a batch
+_UNREAD = 0.25  # the part of its time that a call may have lain unread, where others are refused
 _QUIET = 5  # looks of the watch without a call, after which it rests
 _GRACE = 2.0  # seconds that handlers have to return when the dispatcher is closed
 
@@ -432,6 +433,24 @@ class Dispatcher:
                 self._put_early(call, interface, turn - now)
                 return
         self._put(call, interface)
+
+    def has_no_time_for(self, name: str, timeout: float, source: Endpoint) -> bool:
+        """Whether to refuse a call unseen, as too many lie unread to look at each; counts it then.
+
+        Args:
+            name: of the interface.
+            timeout: seconds that its caller waits.
+            source: the endpoint that brings it.
+        """
+        interface = self._interfaces.get(name)
+        if interface is None or not interface.lane.pressed or not interface.lane.length:
+            return False
+        if source.behind < timeout * _UNREAD:
+            return False
+        interface.lane.press()
+        self.counts[Overloaded.__name__] += 1
+        self.counts[UNREAD] += 1
+        return True
 
     def do(self, function: Callable[[], Any]) -> Future[Any]:
         """Call ``function()`` in the handlers' thread, in its turn among the clients' calls.

@@ -27,6 +27,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from edgeml.core.backlog import Backlog
 from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.core.dial import STAGGER, look_up_soon
 from edgeml.core.errors import Closed
@@ -54,18 +55,31 @@ class _Loop(asyncio.SelectorEventLoop):
 
     lack_told = float("-inf")  # when
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.backlog = Backlog()
+
     def carry_on(self, stay: Stay) -> None:
         """Run at least one round, which waits for nothing where ``stay()`` is false."""
         before = asyncio._get_running_loop()
         asyncio._set_running_loop(self)
         try:
+            self._look()
             if not stay():
                 self.call_soon(_do_nothing)
             self._run_once()  # type: ignore[attr-defined]
             while stay():
+                self._look()
                 self._run_once()  # type: ignore[attr-defined]
         finally:
             asyncio._set_running_loop(before)
+
+    def _look(self) -> None:
+        """See whether anything is left to do, where somebody wants to know."""
+        if self.backlog.measured and not (
+            self._ready or self._selector.select(0)  # type: ignore[attr-defined]
+        ):
+            self.backlog.clear()
 
     async def getaddrinfo(
         self,
@@ -169,6 +183,11 @@ class Loop:
     def relieve(self) -> None:
         """See `Endpoint.relieve`."""
         self._carrier.relieve()
+
+    @property
+    def behind(self) -> float:
+        """See `Endpoint.behind`."""
+        return self._asyncio.backlog.seconds
 
     def do(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Call a function in the loop: at once from within it, soon from any other thread.
@@ -305,6 +324,11 @@ class LoopEndpoint(Endpoint):
     """An end whose loop, which it has as ``_loop``, is carried as `Endpoint.carry` says."""
 
     _loop: Loop
+
+    @property
+    def behind(self) -> float:
+        """See `Endpoint.behind`."""
+        return self._loop.behind
 
     def carry(self, stay: Stay) -> bool:
         """See `Endpoint.carry`."""

@@ -13,13 +13,14 @@ import math
 from edgeml.core.call import Call
 from edgeml.core.errors import DeadlineExceeded, EdgemlError, Overloaded
 
-__all__ = ["OVERTAKEN", "TOO_BUSY", "TOO_LATE", "TOO_SHORT", "Pace", "overtaken"]
+__all__ = ["OVERTAKEN", "TOO_BUSY", "TOO_LATE", "TOO_SHORT", "UNREAD", "Pace", "overtaken"]
 
 # Why calls are refused, as `Dispatcher.counts` has it.
 TOO_BUSY = "refused_too_busy"
 TOO_SHORT = "refused_too_short"
 OVERTAKEN = "refused_overtaken"
 TOO_LATE = "expired"
+UNREAD = "refused_unread"
 
 _KEPT = 16  # runs
 _FEW = 3  # runs with which nothing is ruled out yet

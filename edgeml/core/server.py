@@ -60,6 +60,14 @@ _DRAINING = "the server is draining: it answers what it has, and then stops; cal
 _LONGEST = 1e6  # seconds that a caller may say that it waits
 _LONGEST_DETAIL = 1000  # characters
 _NOTHING = Message(b"")
+_UNREAD = Message(
+    wire.pack_error(
+        Overloaded(
+            "more calls come than this server can read in time: ask less often, with more time, or "
+            "another server; this one was not looked at"
+        )
+    )
+)
 _MOST_IDS = 1 << 12  # client ids that are remembered to belong to one key
 _PORT_TRIES = 16  # to find a port that is free for all transports
 _FORGET = 30.0  # seconds without a sign of life after which a session ends
@@ -944,6 +952,14 @@ class Server:
             if session.gone:
                 self._come_back(session)
             if request.kind == wire.CALL:
+                end = listener.endpoint
+                if (
+                    end is not None
+                    and self._open_to_calls
+                    and self.dispatcher.has_no_time_for(request.name, request.timeout, end)
+                ):
+                    reply(_UNREAD)
+                    return
                 call = _EnvelopeCall(request, session, message, reply, listener.endpoint)
                 self.submit(call)
             elif request.kind == wire.NEXT:

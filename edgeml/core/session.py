@@ -166,8 +166,14 @@ class Session:
         throttle.note_refused(timeout, time.monotonic(), why)
 
     def hold_back(self, name: str, deadline: Deadline) -> EdgemlError | None:
-        """Return why an asynchronous call that begins now is not worth sending, if so."""
-        if not self.throttles or (throttle := self.throttles.get(name)) is None:
+        """Return why an asynchronous call that begins now is not worth sending, if so.
+
+        One that waits for no other is: who asks one after the other sends no more than can be read.
+        """
+        if not self.throttles or not self.under_way:
+            return None
+        throttle = self.throttles.get(name)
+        if throttle is None:
             return None
         return throttle.refusal(deadline.timeout, deadline.began)
 

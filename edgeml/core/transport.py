@@ -92,6 +92,15 @@ class Endpoint(ClosedAtExit, Unpicklable, ABC):
     """Whether nobody else can read or change what passes, and each side has proved to the other who
     it is: by the credentials given, or as the system itself vouches for it."""
 
+    @property
+    def behind(self) -> float:
+        """Seconds for which there was always something left to read here, as far as is known.
+
+        Counted from when this is asked for first (`edgeml.core.backlog`). Who asks wants to know
+        how long what is read now may have lain unread. 0.0 where that isn't known, as here.
+        """
+        return 0.0
+
     def heard_from(self, peer: Peer) -> float:
         """When something last came from a peer, a part of a message say, by `time.monotonic`.
 

@@ -637,6 +637,22 @@ class TransportTests(SafetyTests, LivenessTests, DeadlineTests):
 
     # Overload -----------------------------------------------------------------------------
 
+    def test_where_nothing_is_left_to_read_nobody_is_behind(self, net: Net) -> None:
+        behind: list[float] = []
+
+        def on_request(message: Message, reply: Reply) -> None:
+            behind.append(endpoint.behind)
+            reply(message)
+
+        def behind_now() -> float:
+            requester.call(Message(b""), PATIENCE)
+            return behind[-1]
+
+        endpoint = net.serve(on_request)
+        requester = net.connect(endpoint)
+        for _ in range(3):  # whoever asked before, and however long ago
+            assert until(lambda: behind_now() == 0.0)
+
     def test_request_returns_at_once_though_nobody_reads(self, net: Net) -> None:
         open_again = threading.Event()
 

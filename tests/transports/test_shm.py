@@ -229,6 +229,27 @@ def test_services_give_memory_to_fill():
             assert client.stats() == {"replies_copied": 0, "calls_held_back": 0}
 
 
+def test_a_round_of_whoever_carries_the_loop_brings_all_that_has_come():
+    """Or a server whose handlers take long would see one call of each client per handler."""
+    came = []
+
+    def on_request(message, reply):
+        came.append(message.header)
+        if message.header == b"first":
+            reply(message)
+
+    endpoint = SHM.serve(Url.parse("shm://127.0.0.1:0"), on_request)
+    with endpoint, SHM.connect(endpoint.url, 5.0) as requester:
+        requester.call(Message(b"first"), 5.0)
+        comes = [True]
+        endpoint.carry(lambda: bool(comes and comes.pop()))
+        for n in range(30):
+            requester.request(Message(b"%d" % n))
+        endpoint.carry(lambda: False)
+        assert came == [b"first", *(b"%d" % n for n in range(30))]
+        endpoint.relieve()
+
+
 # Limits -----------------------------------------------------------------------------------
 
 

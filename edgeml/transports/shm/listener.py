@@ -232,6 +232,10 @@ class Listener(Endpoint):
         for reply in replies:
             reply(message)
 
+    @property
+    def behind(self) -> float:
+        return self._reactor.backlog.seconds
+
     def carry(self, stay: Stay) -> bool:
         return self._reactor.carry(stay)
 

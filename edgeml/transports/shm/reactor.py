@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from edgeml.core import EdgemlError, Message
+from edgeml.core.backlog import Backlog
 from edgeml.core.carrier import Carrier, Left, Stay
 from edgeml.transports.shm.channel import Channel
 from edgeml.transports.shm.sockets import Lost
@@ -19,6 +20,7 @@ __all__ = ["Reactor"]
 _log = logging.getLogger(__name__)
 
 _TICK = 0.25  # seconds
+_MOST_AT_ONCE = 64  # messages that are received before a handler runs again
 _LINGER = 0.2  # seconds that what is still to be sent has when the loop ends
 
 
@@ -34,6 +36,9 @@ class Reactor:
         on_lost: is told of each channel that has been closed, and why.
         on_tick: is called four times a second.
         on_end: is called last, when all channels are closed.
+
+    Attributes:
+        backlog: of what is to be received.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Reactor:
         self._on_end = on_end
         self._poller = Poller()
         self._waiter = Waiter()
+        self.backlog = Backlog()
         self._listening: tuple[int, Callable[[], Channel | None]] | None = None
         self._deaf = False  # to who connects, until the next tick
         self._channels: dict[int, Channel] = {}
@@ -140,14 +146,25 @@ class Reactor:
             self._carrier.rouse()
 
     def _run_rounds(self, stay: Stay) -> bool:
-        self._run_round(stay())
-        while not self._stopping and stay():
+        if stay():
             self._run_round(True)
+            while not self._stopping and stay():
+                self._run_round(True)
+        else:  # all that has come, as a channel gives one message a time
+            most = _MOST_AT_ONCE
+            while most > 0 and (came := self._run_round(False)) and not self._stopping:
+                most -= came
         return self._stopping
 
-    def _run_round(self, waiting: bool) -> None:
+    def _run_round(self, waiting: bool) -> int:
+        """Receive once from each channel that has something; returns how many there were."""
         look = self._poller.look
-        for fd, events in self._waiter.wait(look, _TICK) if waiting else look(0):
+        found = look(0) if not waiting or self.backlog.measured else []
+        if not found:
+            self.backlog.clear()
+            if waiting:
+                found = self._waiter.wait(look, _TICK)
+        for fd, events in found:
             channel = self._channels.get(fd)
             if channel is None:
                 self._other(fd)
@@ -157,6 +174,7 @@ class Reactor:
             self._write_full()
         if time.monotonic() > self._next_tick:
             self._tick()
+        return len(found)
 
     def _other(self, fd: int) -> None:
         if self._listening is not None and fd == self._listening[0]:

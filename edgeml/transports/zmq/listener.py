@@ -10,7 +10,7 @@ import secrets
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import zmq
 
@@ -28,6 +28,7 @@ from edgeml.core import (
     own,
     tell_url,
 )
+from edgeml.core.backlog import Backlog
 from edgeml.core.carrier import Carrier, Stay
 from edgeml.core.forks import drop_sockets, leave_to_parent, watch_forks
 from edgeml.core.url import is_loopback
@@ -57,6 +58,7 @@ _log = logging.getLogger(__name__)
 
 _LINGER = 200  # ms that an endpoint which closes gives to what is still to be sent
 _MOST_AT_ONCE = 64  # messages that are received before a handler runs again
+_EVENTS, _IN = int(zmq.EVENTS), int(zmq.POLLIN)
 _MORE_NOW = int(zmq.SNDMORE | zmq.DONTWAIT)  # a plain int: enum flags cost a microsecond
 
 
@@ -147,6 +149,7 @@ class Listener(Endpoint):
         self._door.connect(f"inproc://{self._door_id.hex()}")
         self._outbox: list[tuple[Remote, bytes, Message]] = []
         self._woken = False
+        self._backlog = Backlog()
         self._torn = False  # whether a round ended in the middle of a message
         self._closed = False
         self._carrier = Carrier(f"edgeml {self.url}", self._run_rounds, self._wake, self._end)
@@ -172,14 +175,14 @@ class Listener(Endpoint):
             self._torn = False
         try:
             if stay():
-                self._take(self._router.recv())
+                self._take(self._wait())
                 while not self._closed and stay():
-                    self._take(self._router.recv())
+                    self._take(self._wait())
             else:
                 for _ in range(_MOST_AT_ONCE):
                     self._take(self._router.recv(zmq.DONTWAIT))
         except zmq.Again:
-            pass
+            self._backlog.clear()
         except MemoryError:
             self._torn = True
             self.count("Overloaded")
@@ -189,6 +192,16 @@ class Listener(Endpoint):
             self._torn = True
             raise
         return self._closed and self._empty_outbox()
+
+    def _wait(self) -> bytes:
+        """Return who sends the next message, once there is one."""
+        if self._backlog.measured and not cast(int, self._router.getsockopt(_EVENTS)) & _IN:
+            self._backlog.clear()
+        return self._router.recv()
+
+    @property
+    def behind(self) -> float:
+        return self._backlog.seconds
 
     def _take(self, routing_id: bytes) -> None:
         """Receive the rest of a message, and hand it over."""
