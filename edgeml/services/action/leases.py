@@ -57,6 +57,11 @@ class _Claim:
     order: int
     seen: float
 
+    @property
+    def ends(self) -> float:
+        """When it does, without another sign."""
+        return self.seen + self.ttl
+
 
 class Leases:
     """Decides who may act on a key.
@@ -86,7 +91,9 @@ class Leases:
         self._period = period
         self._claims: dict[Writer, _Claim] = {}
         self._orders = 0
-        self._running: Counter[Writer] = Counter()
+        self._heir: Writer | None = None  # whose claim counts
+        self._soonest = math.inf  # no claim ends before
+        self._running: dict[Writer, int] = {}  # how many actions of each
         self._last: tuple[Writer, float] | None = None  # whose action began last, and when
 
     # Claims -------------------------------------------------------------------------------
@@ -102,6 +109,7 @@ class Leases:
         """
         self.settle(now)
         claims = self._claims
+        self._soonest = min(self._soonest, now + ttl)
         if writer in claims:
             claims[writer].ttl, claims[writer].seen = ttl, now
             return
@@ -112,32 +120,42 @@ class Leases:
             del claims[last]
         self._orders += 1
         claims[writer] = _Claim(name, priority, ttl, self._orders, now)
+        self._choose()
         self.settle(now)
 
     def give_back(self, writer: Writer, now: float) -> None:
         """End a claim, if there is one."""
         self.settle(now)
         self._claims.pop(writer, None)
+        self._choose()
         self.settle(now)
 
     def settle(self, now: float) -> None:
         """Do what is due: end the claims of the silent, and let the next one have the key."""
-        for writer in [w for w, c in self._claims.items() if now >= c.seen + c.ttl]:
-            del self._claims[writer]
-            self.counts["leases_expired"] += writer == self.holder
-        heir = self._heir
-        if self.holder is not None and self.holder != heir:
+        if now >= self._soonest:
+            self._end_silent(now)
+        if not self.pending:
+            return
+        if self.holder is not None:
             self.counts["leases_taken"] += self.holder in self._claims
             self.holder = None
-        if heir is not None and self.holder is None and now >= self._free_at(heir):
+        heir = self._heir
+        if heir is not None and now >= self._free_at(heir):
             self.holder = heir
             self.grant += 1
             self.counts["leases_granted"] += 1
 
-    @property
-    def _heir(self) -> Writer | None:
-        """Whose claim counts."""
-        return min(self._claims, key=self._rank, default=None)
+    def _end_silent(self, now: float) -> None:
+        claims = self._claims
+        for writer in [writer for writer, claim in claims.items() if now >= claim.ends]:
+            del claims[writer]
+            self.counts["leases_expired"] += writer == self.holder
+        self._soonest = min((claim.ends for claim in claims.values()), default=math.inf)
+        self._choose()
+
+    def _choose(self) -> None:
+        """Find whose claim counts."""
+        self._heir = min(self._claims, key=self._rank, default=None)
 
     def _rank(self, writer: Writer) -> tuple[int, int]:
         """By which claims are sorted."""
@@ -145,21 +163,19 @@ class Leases:
         return -claim.priority, claim.order
 
     @property
+    def pending(self) -> bool:
+        """Whether it is another's turn than that of who has the key."""
+        return self.holder != self._heir
+
+    @property
     def due(self) -> float:
         """When `settle` has something to do, unless something else happens before; inf for never.
 
         It may be sooner than that.
         """
-        times = [claim.seen + claim.ttl for claim in self._claims.values()]
-        heir = self._heir
-        if heir is not None and self.holder != heir:
-            times.append(self._free_at(heir))
-        return min(times, default=math.inf)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anybody has a claim."""
-        return bool(self._claims)
+        if self._heir is not None and self.pending:
+            return min(self._soonest, self._free_at(self._heir))
+        return self._soonest
 
     def __str__(self) -> str:
         if self.holder is None:
@@ -188,8 +204,7 @@ class Leases:
         Raises:
             NotHolder: it is another's turn.
         """
-        if self._claims:
-            self.settle(now)
+        self.settle(now)
         if writer.token:
             if writer != self.holder:
                 who = self.tell(writer) or f"this client has lost the lease of {self._key!r}"
@@ -198,7 +213,7 @@ class Leases:
         elif self._claims or now < self._free_at(writer):
             who = self.tell(writer) or f"{self._key!r} has just been another client's"
             raise self._refusal(f"{who}: ask for it with client.lease()")
-        self._running[writer] += 1
+        self._running[writer] = self._running.get(writer, 0) + 1
         self._last = writer, now
 
     def _refusal(self, why: str) -> NotHolder:
@@ -210,12 +225,14 @@ class Leases:
         self._running[writer] -= 1
         if not self._running[writer]:
             del self._running[writer]
-        self.settle(now)
+        if self.pending:
+            self.settle(now)
 
     def _free_at(self, writer: Writer) -> float:
         """From when on the actions of others leave room for one of this writer."""
-        if any(not _may_mix(other, writer) for other in self._running):
-            return math.inf
+        for other in self._running:
+            if not _may_mix(other, writer):
+                return math.inf
         if self._last is None or _may_mix(self._last[0], writer):
             return -math.inf
         return self._last[1] + self._period

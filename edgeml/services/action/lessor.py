@@ -227,7 +227,8 @@ class Lessor(Gatherer):
         with self._lock:
             now = time.monotonic()
             key.rule.end(writer, now)
-            answers = self._settle(key, now) if key.rule.wanted else []
+            changed = key.rule.pending or key.rule.holder != key.holder
+            answers = self._settle(key, now) if changed else []
         _send(answers)
 
     # The rest of `Gatherer` ---------------------------------------------------------------
