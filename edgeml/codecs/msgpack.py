@@ -375,12 +375,14 @@ class _Walk:
         if depth == self.nesting:
             raise _Refused(f"is nested more than {self.nesting} deep, or contains itself")
         items = list(items)
-        if self.plain.issuperset(map(type, items)):
+        plain = self.plain
+        if plain.issuperset(map(type, items)):
             return items
         out: list[Any] = []
         try:
             for item in items:
-                out.append(self.value(item, depth + 1))  # noqa: PERF401  (len(out) is the path)
+                kind = type(item)
+                out.append(item if kind in plain else _CONVERT[kind](self, item, depth + 1))
         except _Refused as refused:
             refused.path = form.format(len(out)) + refused.path
             raise

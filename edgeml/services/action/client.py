@@ -210,15 +210,17 @@ class ActionClient(ServiceClient):
             RemoteError: ``act_callback`` raised.
             DeadlineExceeded, Unreachable: no answer; whether the action was taken is not known.
         """
+        if self._client.sessions.current is not self._greeted:
+            self._greet()
         asked = time.monotonic_ns()
-        seen, elapsed = self._clock_now().tell(asked)
+        seen, elapsed = self._clock.tell(asked)
         if elapsed > _FRESH:
             deadline = Deadline(self._client.timeout if timeout is None else timeout)
             with suppress(EdgemlError):
                 self._note_clock(asked, self._client.call(CLOCK, None, deadline.left))
             timeout = deadline.left
             asked = time.monotonic_ns()
-            seen, elapsed = self._clock_now().tell(asked)
+            seen, elapsed = self._clock.tell(asked)
         stamp = self._stamp(key, seen, elapsed, observation, age, valid, policy)
         stamped = [key, {} if payload is None else payload, pack(stamp)]
         try:
@@ -245,8 +247,10 @@ class ActionClient(ServiceClient):
         when this returns. The future's own callbacks run in the transport's thread: keep them
         short.
         """
+        if self._client.sessions.current is not self._greeted:
+            self._greet()
         asked = time.monotonic_ns()
-        seen, elapsed = self._clock_now().tell(asked)
+        seen, elapsed = self._clock.tell(asked)
         if elapsed > _FRESH:
             self._ask_clock()
         stamp = self._stamp(key, seen, elapsed, observation, age, valid, policy)
@@ -366,17 +370,17 @@ class ActionClient(ServiceClient):
 
     # The device's clock -------------------------------------------------------------------
 
-    def _clock_now(self) -> Clock:
-        """What is known of the clock of the device that this is connected to."""
-        session = self._client.sessions.current
-        if session is not self._greeted and session is not None:
-            if self._greeted is not None and session.epoch != self._greeted.epoch:
-                self._clock.forget()
-            self._greeted = session
-            seen = session.extensions.get(CLOCK)
-            if isinstance(seen, int):
-                self._clock.note(seen, int(session.welcomed * 1e9))
-        return self._clock
+    def _greet(self) -> None:
+        """Take in what the welcome of a new session tells of the device's clock."""
+        session, before = self._client.sessions.current, self._greeted
+        if session is None:
+            return
+        if before is not None and session.epoch != before.epoch:
+            self._clock.forget()
+        self._greeted = session
+        seen = session.extensions.get(CLOCK)
+        if isinstance(seen, int):
+            self._clock.note(seen, int(session.welcomed * 1e9))
 
     def _ask_clock(self) -> None:
         asked = time.monotonic_ns()

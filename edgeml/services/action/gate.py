@@ -115,8 +115,19 @@ class Gate:
             if self._closed:  # last, as it may be just now, by a signal's handler in this thread
                 raise Closed("the server has been stopped")
             who = call.caller
-            sender = who.client_id, who.label, who.identity
-            return self._record.begin(self._key, *sender, number, policy, observation, age, at)
+            return self._record.begin(
+                Entry(
+                    self._key,
+                    who.client_id,
+                    who.label,
+                    who.identity,
+                    number,
+                    policy,
+                    observation,
+                    age,
+                    at,
+                )
+            )
 
     def _turn_to(self, stream: int) -> None:
         """Go on with the order of another client's actions."""

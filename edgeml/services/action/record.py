@@ -53,10 +53,28 @@ class Executed:
     outcome: str
 
 
-Entry = list[Any]
-"""An action as it is kept: the fields of `Executed`, of which the last two change."""
+class Entry(msgspec.Struct, gc=False):
+    """An action as it is kept, in the fields of `Executed`; the first and the last two change.
 
-_AT, _TOOK, _OUTCOME = 9, 10, 11  # where they are
+    Of ten thousand that live long the garbage collector needs to know nothing.
+    """
+
+    key: str
+    client_id: str
+    label: str
+    identity: str | None
+    number: int
+    policy: str | None
+    observation: int | None
+    age: float
+    at: float
+    took: float = 0.0
+    outcome: str = "running"
+    index: int = 0
+
+    def tell(self) -> Executed:
+        """Return it as it is now."""
+        return Executed(**msgspec.structs.asdict(self))
 
 
 class Part(NamedTuple):
@@ -92,54 +110,37 @@ class Record:
         self._ended = 0
         self._lock = threading.Lock()
 
-    def begin(
-        self,
-        key: str,
-        client_id: str,
-        label: str,
-        identity: str | None,
-        number: int,
-        policy: str | None,
-        observation: int | None,
-        age: float,
-        at: float,
-    ) -> Entry:
-        """Note that an action begins; the arguments are as of `Executed`."""
+    def begin(self, entry: Entry) -> Entry:
+        """Note that an action begins."""
         with self._lock:
-            self._count = index = self._count + 1
-            who = (index, key, client_id, label, identity)
-            entry = [*who, number, policy, observation, age, at, 0.0, "running"]
+            self._count = entry.index = self._count + 1
             self._begun.append(entry)
         return entry
 
     def begin_halt(self, key: str, age: float, at: float) -> Entry:
         """Note that the safe action of a key begins; it is told at once, since it may hang."""
-        entry = self.begin(key, "", "", None, 0, None, None, age, at)
-        with self._lock:
-            self._end(entry, "halt")
+        entry = self.begin(Entry(key, "", "", None, 0, None, None, age, at))
+        self.end(entry, "halt")
         return entry
 
     def end(self, entry: Entry, outcome: str) -> None:
         """Note what became of an action."""
+        entry.took = time.monotonic() - entry.at
+        entry.outcome = outcome
         with self._lock:
-            self._end(entry, outcome)
+            self._ended += 1
+            self._over.append(entry)
 
     def end_halt(self, entry: Entry) -> None:
         """Note that a safe action is over."""
-        entry[_TOOK] = time.monotonic() - entry[_AT]
-
-    def _end(self, entry: Entry, outcome: str) -> None:
-        entry[_TOOK] = time.monotonic() - entry[_AT]
-        entry[_OUTCOME] = outcome
-        self._ended += 1
-        self._over.append(entry)
+        entry.took = time.monotonic() - entry.at
 
     def since(self, index: int) -> list[Executed]:
         """Return those kept that began after the one of this index, in that order."""
         with self._lock:
             newer = min(max(self._count - index, 0), len(self._begun))
             entries = list(islice(self._begun, len(self._begun) - newer, None))
-        return [Executed(*entry) for entry in entries]
+        return [entry.tell() for entry in entries]
 
     def part(self, started: int, ended: int) -> Part:
         """Return those that have ended since so many had, of the start of that name."""
@@ -150,7 +151,7 @@ class Record:
             missed = self._ended - ended - newer
             first = len(self._over) - newer
             entries = list(islice(self._over, first, first + _MOST_AT_A_TIME))
-        told = [Executed(*entry) for entry in entries]
+        told = [entry.tell() for entry in entries]
         return Part(self._started, ended + missed + len(told), missed, told)
 
 

@@ -21,6 +21,8 @@ DRIFT = 1e-3
 """By how much of a second two clocks may go apart in one. Quartz is within a tenth of that, and a
 clock that is being set is slewed by half of it."""
 
+_LESS = 1 - DRIFT
+
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
@@ -96,17 +98,12 @@ def age_of(stamp: Stamp, now: int, waited: float) -> float:
         waited: seconds since the action came here, which is all that is known of one that tells
             nothing of when it was sent.
     """
-    age = waited
-    if stamp.observation is not None:
-        age = (now - stamp.observation) * 1e-9
-        if not stamp.age:
-            return age
-    if stamp.seen is not None:
-        sent = (now - stamp.seen) * 1e-9 - stamp.elapsed * (1 - DRIFT)
-        age = sent + stamp.age if stamp.observation is None else max(age, sent + stamp.age)
-    elif stamp.observation is None:
-        age += stamp.age
-    return age
+    observation, said = stamp.observation, stamp.age
+    if observation is not None and not said:
+        return (now - observation) * 1e-9
+    seen = stamp.seen
+    sent = waited if seen is None else (now - seen) * 1e-9 - stamp.elapsed * _LESS
+    return sent + said if observation is None else max(sent + said, (now - observation) * 1e-9)
 
 
 class Clock:
@@ -130,11 +127,9 @@ class Clock:
         """
         sample = self._sample
         if sample is not None:
-            known, since = sample
-            if known + (here - since) * (1 - DRIFT) >= seen and (
-                # It can't be what it was, where that says more than came of asking.
-                asked is None or known + (asked - since) * (1 - DRIFT) <= seen
-            ):
+            now = sample[0] + (here - sample[1]) * _LESS
+            # It says more, and that can be: when it was asked, the clock said no more than this.
+            if now >= seen and (asked is None or now - (here - asked) * _LESS <= seen):
                 return
         self._sample = seen, here
 

@@ -15,7 +15,7 @@ from edgeml import (
     Malformed,
     RemoteError,
 )
-from edgeml.services.action.record import Record, read_part, rows_of
+from edgeml.services.action.record import Entry, Record, read_part, rows_of
 from pairs import free_port, no_thread_left, plain_client, started, stop_server, wait_until
 
 
@@ -198,7 +198,8 @@ def acts(client) -> bool:
 def test_a_long_record_comes_in_parts():
     record = Record(5000)
     for n in range(4000):
-        record.end(record.begin("move", "c", "", None, n, None, None, 0.0, 0.0), "done")
+        entry = Entry("move", "c", "", None, n, None, None, 0.0, 0.0)
+        record.end(record.begin(entry), "done")
     got: list[Executed] = []
     started = ended = 0
     while part := record.part(started, ended):
