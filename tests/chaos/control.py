@@ -70,7 +70,7 @@ class Run(Stage):
     def __init__(self, plan: Plan, directory: Path, machines: Machines) -> None:
         super().__init__(plan, directory)
         self.plan, self._machines = plan, machines
-        choose, contest = self.rng.choice, plan.handovers > 0
+        choose, contest = self.rng.choice, plan.fault == "handovers"
         self._leases = choose([True, False]) if plan.leases is None else plan.leases
         thinks = choose([True, False]) if plan.thinking is None else plan.thinking
         self._device_on = machines.here
@@ -90,7 +90,7 @@ class Run(Stage):
             self._styles[name] = {
                 "keys": KEYS[:1] if held or name != "script" else KEYS[1:],
                 "sees": choose(["asked", "told"]) if plays else choose(["asked", "told", "blind"]),
-                "valid": choose([None, 0.05, 0.15, 0.3, 1.0]),
+                "valid": choose([0.7, 1.0] if plays else [None, 0.05, 0.15, 0.3, 1.0]),
                 "age": choose([0.0, 0.0, 0.02]),
                 "priority": DRIVERS[name] if held else None,
                 "client_id": choose([None, name]),
@@ -241,10 +241,11 @@ class Run(Stage):
         port = int(self._urls[server].rpartition(":")[2]) if alive and self.proxies else None
         self.order_proxies(self.links(server), do="target", port=port)
 
-    def links(self, server: str = "device") -> list[str]:
-        """The proxies that lead to a server; none over shared memory."""
-        wanted = ["policy-to-thinker"] if server == "thinker" else self.drivers
-        return [name for name in wanted if name in self.proxies]
+    def links(self, server: str = "") -> list[str]:
+        """The proxies that lead to a server, or all; none over shared memory."""
+        thinker = [name for name in self.proxies if name not in self.drivers]
+        device = [name for name in self.proxies if name in self.drivers]
+        return {"thinker": thinker, "device": device}.get(server, device + thinker)
 
     def kill(self, name: str) -> None:
         super().kill(name)

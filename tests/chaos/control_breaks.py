@@ -25,32 +25,26 @@ def _each(number: int) -> Callable[[], bool]:
 def _ignore_ages() -> None:
     from edgeml.services.action.gate import Gate
 
-    judge = Gate._judge
-
-    def anything_goes(self: Any, call: Any, stamp: Any, now: int) -> float:
-        lasting = None if stamp is None else stamp.__replace__(valid=1e9)
-        return judge(self, call, lasting, now)
-
-    Gate._judge = anything_goes  # type: ignore[method-assign]
+    Gate._refuse_old = lambda self, age, valid: max(age, 0.0)  # type: ignore[method-assign]
 
 
 def _judge_as_it_came() -> None:
     """What an action waits for in the server is left out."""
     from edgeml.services.action.gate import Gate
 
-    judge = Gate._judge
+    begin = Gate.begin
 
-    def earlier(self: Any, call: Any, stamp: Any, now: int) -> float:
-        return judge(self, call, stamp, int(call.arrived * 1e9))
+    def earlier(self: Any, call: Any, stamp: Any, at: float) -> Any:
+        return begin(self, call, stamp, call.arrived)
 
-    Gate._judge = earlier  # type: ignore[method-assign]
+    Gate.begin = earlier  # type: ignore[method-assign]
 
 
 def _forget_the_way() -> None:
     """What an action rests on is as old as it was when it was sent."""
     from edgeml.services.action import gate
 
-    gate.age_of = lambda stamp, now: stamp.age  # type: ignore[attr-defined]
+    gate.age_of = lambda stamp, now, waited: stamp.age + waited  # type: ignore[attr-defined]
 
 
 def _number_observations_late() -> None:
@@ -225,6 +219,37 @@ def _leave_unsafe() -> None:
     Switch.release = release  # type: ignore[method-assign]
 
 
+# Leases -------------------------------------------------------------------------------------
+
+
+def _let_anybody_act() -> None:
+    from edgeml.services.action.leases import Leases
+
+    def begin(self: Any, writer: Any, now: float) -> None:
+        self._running[writer] += 1
+        self._last = writer, now
+
+    Leases.begin = begin  # type: ignore[method-assign]
+
+
+def _claim(change: Callable[[int, float], tuple[int, float]]) -> None:
+    """Have a claim be of another priority, or for another time."""
+    from edgeml.services.action.leases import Leases
+
+    claim = Leases.claim
+
+    def changed(self: Any, writer: Any, name: str, priority: int, ttl: float, now: float) -> None:
+        claim(self, writer, name, *change(priority, ttl), now)
+
+    Leases.claim = changed  # type: ignore[method-assign]
+
+
+def _leave_no_period() -> None:
+    from edgeml.services.action.leases import Leases
+
+    Leases._free_at = lambda self, writer: float("-inf")  # type: ignore[method-assign]
+
+
 BREAKS = {
     "ages are ignored": _ignore_ages,
     "an action is judged as it came": _judge_as_it_came,
@@ -242,4 +267,8 @@ BREAKS = {
     "halts come twice": _halt_twice,
     "halts wait for handlers": _halt_when_idle,
     "the end is unsafe": _leave_unsafe,
+    "anybody may act": _let_anybody_act,
+    "leases last too long": lambda: _claim(lambda priority, ttl: (priority, ttl + 0.2)),
+    "priorities are ignored": lambda: _claim(lambda priority, ttl: (0, ttl)),
+    "writers leave no period": _leave_no_period,
 }

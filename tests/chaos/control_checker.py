@@ -94,7 +94,14 @@ class Halt:
 
 @dataclass
 class Life:
-    """Of a device's process."""
+    """Of a device's process.
+
+    Attributes:
+        actions, halts: that it noted, in this order.
+        rows: of its record as it went on; what was noted last before a kill may be missing.
+        final: rows of its record at its end.
+        last: when it noted anything, which it does all the time; by its death it is told of later.
+    """
 
     process: Process
     ahead: float = 0.0
@@ -105,6 +112,7 @@ class Life:
     stopping: float | None = None
     ended: float | None = None
     killed: float | None = None
+    last: float = 0.0
     stats: dict[str, int] = field(default_factory=dict)
 
 
@@ -216,7 +224,7 @@ class _Check:
         if life.ended and action.done == float("inf"):
             self.say("row", f"{name}: it never ended")
         behind = action.t - action.at - self.waits.between(life.process, action.at, action.t)
-        if behind > _NEAR + self.late:
+        if behind > TICK + self.late:
             self.say("row", f"{name}: it began {behind * 1e3:.0f} ms after it was judged")
 
     def at(self, life: Life, row: Event) -> float:
@@ -312,7 +320,7 @@ class _Check:
                 self.say("halt", f"{name}: {key} was not made safe as the device stopped")
             elif life.killed:
                 bound = both[-1][0] + timeout
-                self.in_time(life, key, bound, life.killed, "was left unsafe")
+                self.in_time(life, key, bound, life.last, "was left unsafe")
 
     def in_time(self, life: Life, key: str, bound: float, then: float, what: str) -> None:
         late = then - bound - TICK - self.late
@@ -351,7 +359,8 @@ class _Check:
         )
         for a, b in pairwise(actions):
             for name in hands.priorities:
-                for since, due in hands.due(name, a.writer, a.at, b.writer, b.at):
+                free = a.done if a.done < b.at else a.at
+                for since, due in hands.due(name, a.writer, free, b.writer, b.at):
                     late = b.at - due - TICK - _TRIP - self.late
                     if late > 0 and late > self.waited(hands, name, b, due):
                         text = f"{(b.at - due) * 1e3:.0f} ms after it could have had the robot"
@@ -395,6 +404,7 @@ def _lives(events: list[Event]) -> dict[int, Life]:
         if event["who"] != "device":
             continue
         life = lives.setdefault(event["life"], Life(("device", event["life"])))
+        life.last = event["t"]
         match event["e"]:
             case "act":
                 writer = event["by"], event["of"]

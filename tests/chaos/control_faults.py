@@ -162,13 +162,15 @@ def handovers(run: Run) -> None:
     name = run.rng.choice(run.drivers)
     what = run.rng.random()
     run.sleep(0.03, 0.25)
-    if what < 0.6:
+    if what < 0.55:
         run.toggle(name)
+    elif what < 0.6:
+        run.hang(run.rng.uniform(0.02, 0.4))
     elif what < 0.75:
         run.kill(name)
         run.sleep(0.0, 0.2)
         run.start(name)
-    elif what < 0.9 or not run.links():
+    elif what < 0.9 or not run.proxies:
         with run.frozen(name):
             run.sleep(0.02, 0.8)
     elif what < 0.95:

@@ -17,7 +17,6 @@ import json
 import os
 import select
 import socket
-import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -40,23 +39,24 @@ class Driver:
         self.acted = 0  # how often it was told so
         self.client: Any = None
         self.policy: Any = None
+        self.thinker: Any = None
+        self.leases = options["priority"] is not None
         self.lease: Any = None
-        self.wants = options["priority"] is not None and options["eager"]
+        self.taken = 0  # leases, so far
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self.taking = threading.Condition()
 
     # The loop -----------------------------------------------------------------------------
 
     def run(self) -> None:
         witness.watch(self.history)
         self.orders.send(b"null")
-        while self.client is None:
-            self.connect()
-            if self.client is None and self.obey(0.05):
+        while not self.connect():
+            if self.obey(time.monotonic() + 0.05):
+                self.orders.send(b"null")
                 return
         self.history.tell("connected")
-        if self.options["priority"] is not None:
-            threading.Thread(target=self.keep_lease, daemon=True).start()
+        if self.options["eager"]:
+            self.take()
         due = time.monotonic()
         while True:
             self.tick()
@@ -65,9 +65,7 @@ class Driver:
                 break
         if self.policy is not None:
             self.policy.stop()
-        with self.taking:
-            self.wants = False
-            self.taking.notify_all()
+            self.thinker.stop()
         self.history.tell("leaving")
         self.client.stop()
         self.history.tell("end")
@@ -88,10 +86,10 @@ class Driver:
                 raise SystemExit("nobody is left to obey")
             match json.loads(packet)["do"]:
                 case "take":
-                    self.want(True)
+                    self.take()
                 case "give":
-                    self.want(False)
-                case "check":
+                    self.give()
+                case "check" if self.client is not None:
                     self.check()
                 case "stop":
                     return True
@@ -107,9 +105,7 @@ class Driver:
             self.history.tell("not taken", stats=self.client.stats())
 
     def tick(self) -> None:
-        if self.options["priority"] is not None and not (self.lease and self.lease.held):
-            if self.policy is not None and self.newest is not None:
-                self.step()  # it goes on observing
+        if self.leases and not self.held and self.policy is None:
             return
         if self.options["sees"] == "blind":
             for key in self.options["keys"]:
@@ -137,7 +133,7 @@ class Driver:
         assert self.newest is not None
         values, taken = self.newest
         action = self.policy.step(values, observation_id=taken)
-        if action is None or self.policy.latest.source == "taken":
+        if action is None:
             return
         blended = self.options["merge"] not in ("append", "aligned")
         rests_on = None if blended else [int(action[1]), int(action[2])]
@@ -181,7 +177,8 @@ class Driver:
 
     # What it stands on --------------------------------------------------------------------
 
-    def connect(self) -> None:
+    def connect(self) -> bool:
+        """Have all clients; returns whether they are there."""
         from edgeml import ActionClient, ActionConfig, EdgemlError
 
         config = ActionConfig(
@@ -192,20 +189,22 @@ class Driver:
             action_rate=self.options["action_rate"],
         )
         try:
-            self.client = ActionClient(
-                config=config,
-                url=self.options["url"],
-                client_id=self.options["client_id"],
-                task_id=self.options["name"],
-                timeout=self.options["timeout"],
-            )
+            if self.client is None:
+                self.client = ActionClient(
+                    config=config,
+                    url=self.options["url"],
+                    client_id=self.options["client_id"],
+                    task_id=self.options["name"],
+                    timeout=self.options["timeout"],
+                )
+                if self.options["sees"] == "told":
+                    self.client.register_obs_callback(self.seen)
+            if self.options["merge"] is not None:
+                self.think()
         except EdgemlError as error:
             self.history.tell("not connected", why=f"{type(error).__name__}: {error}")
-            return
-        if self.options["sees"] == "told":
-            self.client.register_obs_callback(self.seen)
-        if self.options["policy"] is not None:
-            self.think()
+            return False
+        return True
 
     def seen(self, values: Any, observation_id: int) -> None:
         self.newest = values, observation_id
@@ -215,51 +214,47 @@ class Driver:
         from edgeml.control import Blend, ChunkedPolicy, Ensemble
 
         merges = {"blend": Blend(steps=5, only=[0]), "ensemble": Ensemble(decay=0.01)}
-        source = InferenceClient(url=self.options["policy"], timeout=self.options["timeout"])
+        self.thinker = InferenceClient(url=self.options["policy"], timeout=self.options["timeout"])
         self.policy = ChunkedPolicy(
-            source,
+            self.thinker,
             rate=self.options["rate"],
             merge=merges.get(self.options["merge"], self.options["merge"]),
             max_age=self.options["max_age"],
-            lease=self.lease,
+            lease=self if self.leases else None,
         )
 
-    def want(self, wants: bool) -> None:
-        with self.taking:
-            self.wants = wants
-            if not wants:
-                self.history.tell("gives")
-            if not wants and self.lease is not None:
-                self.lease.release()
-                self.lease = None
-                self.history.tell("given")
-            self.taking.notify_all()
+    # The lease ----------------------------------------------------------------------------
 
-    def keep_lease(self) -> None:
-        """Have the lease for as long as it is wanted."""
-        from edgeml import EdgemlError
+    @property
+    def held(self) -> bool:
+        return self.lease is not None and self.lease.held
 
-        while True:
-            with self.taking:
-                self.taking.wait_for(lambda: self.wants and self.lease is None)
-            self.history.tell("wants")
-            try:
-                lease = self.client.lease(
-                    self.options["keys"][0],
-                    priority=self.options["priority"],
-                    ttl=self.options["ttl"],
-                    wait=5.0,
-                    on_change=self.changed,
-                )
-            except EdgemlError as error:
-                self.history.tell("no lease", why=f"{type(error).__name__}: {error}")
-                time.sleep(0.02)
-                continue
-            with self.taking:
-                self.lease = lease
-            self.changed(lease.held)
-            if not self.wants:
-                self.want(False)
+    @property
+    def since(self) -> int:
+        """Rises whenever it has come, for a `ChunkedPolicy`."""
+        return (self.taken << 32) + (self.lease.since if self.lease is not None else 0)
+
+    def take(self) -> None:
+        """Want the lease, from now on."""
+        if not self.leases or self.lease is not None or self.client is None:
+            return
+        self.history.tell("wants")
+        self.taken += 1
+        self.lease = self.client.lease(
+            self.options["keys"][0],
+            priority=self.options["priority"],
+            ttl=self.options["ttl"],
+            wait=0.0,
+            on_change=self.changed,
+        )
+
+    def give(self) -> None:
+        """Want it no more."""
+        if self.lease is not None:
+            self.history.tell("gives")
+            self.lease.release()
+            self.lease = None
+            self.history.tell("given")
 
     def changed(self, held: bool) -> None:
         self.history.tell("held", held=held)

@@ -144,7 +144,7 @@ class Hands:
 
         Args:
             name: of the driver.
-            before: who acted at `t`.
+            before: who acted until `t`.
             t: seconds.
             after: who acted next, at `then`.
             then: seconds.
