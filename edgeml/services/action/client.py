@@ -297,8 +297,8 @@ class ActionClient(ServiceClient):
         made = Lease(self._client, key, priority, ttl, on_change, lambda: leases.pop(key, None))
         if leases.setdefault(key, made) is not made:
             raise RuntimeError(f"this client has asked for the lease of {key!r}; release it first")
-        made.begin()
         try:
+            made.begin()
             if wait is None or wait > 0:
                 made.require(wait)
         except BaseException:

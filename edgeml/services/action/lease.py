@@ -200,7 +200,8 @@ class Lease(ClosedAtExit, Unpicklable):
             pause = _IMPATIENCE
             if self._grant == known and time.monotonic() - began < hold / 2:
                 self._rest(_IMPATIENCE)  # it doesn't keep questions, and would be asked all day
-            hold = self._ttl / _QUESTIONS
+            # An answer that came too late to count is asked for anew, and at once.
+            hold = 0.0 if self._grant and not self.held else self._ttl / _QUESTIONS
         if self._asked is not None:
             # From the thread that has asked, so that this is the last that the device hears of it.
             with suppress(EdgemlError):

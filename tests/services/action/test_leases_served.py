@@ -281,6 +281,16 @@ def test_a_client_that_stops_gives_it_back(connect):
     assert not lease.held
 
 
+def test_a_client_that_is_dropped_gives_it_back(server, connect):
+    other = connect("other")
+    client = ActionClient(url=server.url, config=config_of(None))
+    client.lease("arm", ttl=LONG)
+    waiting = other.lease("arm", wait=0)
+    with pytest.warns(ResourceWarning, match="dropped without stop"):
+        del client
+    assert waiting.wait(30)
+
+
 HOLDER = """
 import sys, time
 from edgeml import ActionClient, ActionConfig
