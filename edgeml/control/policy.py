@@ -18,12 +18,12 @@ from edgeml.core.errors import Closed, ConfigMismatch, Malformed, shown
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
 from edgeml.data.tree import copy_item
 
-__all__ = ["ChunkedPolicy", "Lease", "Step"]
+__all__ = ["ChunkedPolicy", "LeaseLike", "Step"]
 
 _log = logging.getLogger(__name__)
 
 
-class Lease(Protocol):
+class LeaseLike(Protocol):
     """Who may act: what a client's lease of an action key is to a control loop."""
 
     @property
@@ -123,7 +123,7 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         on_empty: Literal["hold"] | Callable[[Any], Any] = "hold",
         latch: bool = False,
         sync: bool = False,
-        lease: Lease | None = None,
+        lease: LeaseLike | None = None,
         actions: str | None = "actions",
         timeout: float | None = None,
     ) -> None:

@@ -575,6 +575,7 @@ def test_a_forked_child_is_told_that_it_has_no_thread() -> None:
 
 
 def test_a_report_prints_and_draws(make: Any, brain: Brain, tmp_path: Any, capsys: Any) -> None:
+    pytest.importorskip("matplotlib")
     policy = make()
     policy.report()
     assert "0 steps at 50 Hz" in capsys.readouterr().out
