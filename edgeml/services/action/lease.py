@@ -204,7 +204,7 @@ class Lease(ClosedAtExit, Unpicklable):
             hold = 0.0 if self._grant and not self.held else self._ttl / _QUESTIONS
         if self._asked is not None:
             # From the thread that has asked, so that this is the last that the device hears of it.
-            with suppress(EdgemlError):
+            with suppress(EdgemlError, RuntimeError):  # as no thread starts while the program ends
                 self._client.call("lease", self._question(0.0, 0.0), _FAREWELL)
             self._asked.cancel()
 
