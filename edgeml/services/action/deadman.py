@@ -133,6 +133,7 @@ class Switch:
         self._lock = lock
         self._fed = 0.0  # when the last action began
         self._due = math.inf
+        self._released = False
         self._keeper = Timekeeper(f"edgeml safe action of {key!r}", self)
 
     def abandon(self, lock: threading.RLock) -> None:
@@ -149,7 +150,9 @@ class Switch:
         armed = self._due < math.inf
         self._fed = now
         self._due = now + self.timeout
-        if not armed:
+        if self._released:  # after the look, as it may be just now, by a signal's handler
+            self._due = -math.inf if armed else math.inf
+        elif not armed:
             try:
                 self._keeper.wake()
             except BaseException:
@@ -182,8 +185,9 @@ class Switch:
         _log.warning(text, self._key, silent)
 
     def release(self) -> None:
-        """Have the safe action called at once, where one would be due at all."""
+        """Have the safe action called at once, if one is due at any time; then never again."""
         with self._lock:
+            self._released = True
             if self._due == math.inf:
                 return
             self._due = -math.inf

@@ -112,7 +112,7 @@ class Gate:
                 self._last = number
             if switch is not None:
                 switch.feed(at)
-            if self._closed:  # last, as it may be just now, by a signal's handler in this thread
+            if self._closed:  # also where it is just now, by a signal's handler in this thread
                 raise Closed("the server has been stopped")
             who = call.caller
             return self._record.begin(

@@ -15,6 +15,9 @@ import warnings
 import pytest
 
 from edgeml import ActionClient, ActionConfig, ActionServer, Closed, Executed, RemoteError, Stale
+from edgeml.core.dispatch import LocalCall
+from edgeml.services.action.gate import Gate
+from edgeml.services.action.record import Record
 from edgeml.services.action.stamps import Stamp, pack
 from pairs import (
     TRANSPORTS,
@@ -508,6 +511,39 @@ def test_nothing_begins_once_the_server_stops(transport, safe):
         assert moved == [1]
         server.stop()
         assert safe.keys == ["arm"]
+
+
+def test_an_action_that_comes_as_the_server_stops_puts_nothing_off(safe):
+    record = Record(10)
+    gate, call = Gate("arm", 60.0, safe, record), LocalCall("act", None)
+    gate.begin(call, None, time.monotonic())
+    with gate._lock:  # so the switch's thread is only about to act
+        gate.close()
+        with pytest.raises(Closed):
+            gate.begin(call, None, time.monotonic())
+    gate.join()
+    assert safe.keys == ["arm"]
+    assert [each.outcome for each in record.since(0)] == ["running", "halt"]
+
+
+def test_what_a_signal_stops_just_as_an_action_begins_is_safe_in_the_end(safe, monkeypatch):
+    record = Record(10)
+    gate, call = Gate("arm", 60.0, safe, record), LocalCall("act", None)
+    monkeypatch.setattr("edgeml.services.action.deadman._GRACE", 0.1)
+    gate.begin(call, None, time.monotonic())
+    feed = gate._switch.feed
+
+    def interrupted(now):
+        gate.close()  # as a signal's handler does in this thread
+        gate.join()
+        feed(now)
+
+    monkeypatch.setattr(gate._switch, "feed", interrupted)
+    with pytest.raises(Closed):
+        gate.begin(call, None, time.monotonic())
+    wait_until(lambda: safe.keys == ["arm"])
+    wait_until(lambda: not any(thread.name == NAME for thread in threading.enumerate()))
+    assert safe.keys == ["arm"]
 
 
 def test_a_forked_child_does_nothing_of_the_kind(safe):

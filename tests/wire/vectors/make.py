@@ -78,7 +78,7 @@ def envelope(name: str, value: Any) -> Vector:
     shown = {key: v.hex() if isinstance(v, bytes) else v for key, v in fields.items()}
     if isinstance(fields.get("served"), wire.Served):
         shown["served"] = list(msgspec.structs.astuple(fields["served"]))
-    for key in ("epoch", "number"):  # more than the 53 bits of a double
+    for key in ("epoch", "number", "taken"):  # more than the 53 bits of a double
         if key in shown:
             shown[key] = str(shown[key])
     return {
@@ -139,6 +139,10 @@ def envelopes() -> Vector:
         envelope("credit body", credit),
         envelope("credit", request(wire.NEXT, SESSION, "observations", 10.0, wire.pack(credit))),
         envelope("publication", reply(wire.OK, _pack({"cam": 7}), EPOCH, 42)),
+        envelope(
+            "publication that tells when it was taken",
+            wire.Publication(wire.OK, _pack({"cam": 7}), EPOCH, 42, None, 86_400_000_000_000),
+        ),
         envelope("nothing yet", reply(wire.NOTHING_YET)),
         envelope(
             "heartbeat", request(wire.NEXT, SESSION, "", 10.0, wire.pack(wire.Credit(0, 0, 0)))
@@ -272,6 +276,11 @@ def codecs() -> Vector:
         },
         "act": ["move", {"x": 0.25}],
         "lease": ["move", 7, 1, 2.0, 0, 0.4],
+        "act with a stamp": [
+            "move",
+            {"x": 0.25},
+            _pack([5, 1_000_000_000, 0.01, 0, None, None, None, None, 7]),
+        ],
         "observations wanted": ["cam"],
         "contract": {
             "observation": {"x": {"shape": [None, 2], "dtype": "uint8", "kind": "depth"}},

@@ -216,6 +216,23 @@ def action(wire: Zmq | Grpc) -> None:
     assert client.call("act", ["move", {"x": 3}]) == {"moved": 3}  # and it publishes 1 and 2
     status, body, epoch, number, _ = client.next("observations", 0, 0)
     assert (status, msgpack.decode(body), number) == (OK, {"cam": 2}, 2)
+    observation, taken = client.call("observe", ["cam"])
+    assert observation == {"cam": 5}
+    stamp = [1, taken, 0.0, 0.0, 10.0, taken, "v1", None, 7]
+    result, clock, halts = client.call("act", ["move", {"x": 4}, msgpack.encode(stamp)])
+    assert (result, halts) == ({"moved": 4}, 0)
+    assert taken < clock <= client.call("clock", None)
+    late = [2, taken, 0.0, 11.0, 10.0, None, None, None, 7]
+    for again in (stamp, late):  # the one is no later than itself, the other is too old
+        status, *_ = client.ask(
+            CALL, "act", 10.0, msgpack.encode(["move", {}, msgpack.encode(again)])
+        )
+        assert status == 12
+    start, ended, missed, rows = client.call("executed", [0, 0])
+    assert (ended, missed, len(rows)) == (2, 0, 2)
+    assert rows[1][:7] == [2, "move", "stranger", "", None, 1, "v1"]
+    assert rows[1][7] == taken
+    assert client.call("executed", [start, ended]) == [start, ended, 0, []]
     assert epoch == client.welcome["epoch"]
     assert client.next("observations", epoch, number)[0] == NOTHING_YET
     assert client.next("observations", epoch, 99)[0] == 5
