@@ -13,8 +13,9 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
@@ -103,6 +104,7 @@ class Lessor(Gatherer):
         self._keys = {key: _Key(Leases(key, period, first)) for key in keys}
         self._lock = threading.RLock()  # a signal's handler may stop the server within it
         self._lines = Lines(_log)
+        self._unsaid: deque[str] = deque()  # for the log, which may be slow
         self._turns: Turns | None = None
         self._alarm: Alarm | None = None
         self._alarm_at = math.inf
@@ -144,7 +146,7 @@ class Lessor(Gatherer):
         except Exception as error:
             self._turns.fail(call, error)
         else:
-            _send(answers)
+            self._tell(answers)
 
     def _ask(self, call: Call, question: Question) -> list[_Answer]:
         key, known = self._keys[question.key], question.known
@@ -181,7 +183,7 @@ class Lessor(Gatherer):
         answers = [key.answer(key.kept.pop(writer).call, writer) for writer in told]
         if rule.holder != key.holder:
             key.holder = rule.holder
-            self._lines.write(logging.INFO, f"{rule}")
+            self._unsaid.append(f"{rule}")
         if (due := key.due) < self._alarm_at and not self._closed:
             self._plan(due, now)
         return answers
@@ -201,7 +203,18 @@ class Lessor(Gatherer):
             now = time.monotonic()
             for key in self._keys.values():
                 answers += self._settle(key, now)
-        _send(answers)
+        self._tell(answers)
+
+    def _tell(self, answers: list[_Answer]) -> None:
+        """Answer, and write to the log; not under the lock."""
+        for call, grant, told in answers:
+            try:
+                call.answer([grant, told])
+            except Exception:  # it is anybody's code, and the others are to be told
+                _log.exception("an answer about a lease did not reach its client")
+        while self._unsaid:
+            with suppress(IndexError):  # another thread took it
+                self._lines.write(logging.INFO, self._unsaid.popleft())
 
     # Actions ------------------------------------------------------------------------------
 
@@ -229,7 +242,7 @@ class Lessor(Gatherer):
             key.rule.end(writer, now)
             changed = key.rule.pending or key.rule.holder != key.holder
             answers = self._settle(key, now) if changed else []
-        _send(answers)
+        self._tell(answers)
 
     # The rest of `Gatherer` ---------------------------------------------------------------
 
@@ -288,12 +301,3 @@ def _name(caller: Caller) -> str:
     """Whom other clients are told of: not of its address."""
     name = printable(caller.label or f"client {caller.client_id}")
     return name if caller.identity is None else f"{name} with the key of {caller.identity}"
-
-
-def _send(answers: list[_Answer]) -> None:
-    """Answer, but not under the lock."""
-    for call, grant, told in answers:
-        try:
-            call.answer([grant, told])
-        except Exception:  # it is anybody's code, and the others are to be told
-            _log.exception("an answer about a lease did not reach its client")
