@@ -145,11 +145,11 @@ class Asker:
 
     def start(self, request: Request, payload: Any, timeout: float | None) -> None:
         """Ask; it must be `idle`, and have the payload for itself."""
-        self._under_way = True
         if self._worker is None:
             self._answers.append(self._answer(request, payload, timeout))
         else:
             self._worker.do(lambda: self._answer_in_thread(request, payload, timeout))
+        self._under_way = True  # not where Ctrl-C came
 
     def take(self) -> Answer | None:
         """Return what has come since the last time, or None."""

@@ -191,6 +191,21 @@ def test_synchronous_it_asks_when_nothing_is_left(make: Any) -> None:
     assert "edgeml control" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_synchronous_it_can_be_interrupted(make: Any) -> None:
+    answers = iter([KeyboardInterrupt(), ramp(7)])
+
+    def function(observation: float) -> Any:
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    policy = make(function, sync=True)
+    with pytest.raises(KeyboardInterrupt):
+        policy.step(0.0)
+    assert steps(policy, 2) == [7, 8]
+
+
 # Ages --------------------------------------------------------------------------------------
 
 
