@@ -139,6 +139,28 @@ def test_a_higher_priority_takes_it_at_once_and_the_loser_has_it_back_by_itself(
         wait_until(lambda: told == [True, False, True])
 
 
+def test_who_loses_it_and_who_gets_it_need_not_ask(connect):
+    """A question is kept for a second, so that twenty times half of it would be ten."""
+    policy, human = connect("policy"), connect("human")
+    with policy.lease("arm", ttl=LONG) as lease, took(5):
+        for number in range(10):
+            with human.lease("arm", priority=1, ttl=LONG):
+                wait_until(lambda: not lease.held)
+            assert lease.wait(30)
+            assert lease.since == number + 2
+
+
+def test_an_action_that_is_taken_is_a_sign_at_both_ends(server, connect):
+    rule = server._device.lessor._keys["arm"].rule
+    client = connect("policy")
+    with client.lease("arm", ttl=LONG) as lease:
+        here, there = lease._until, rule._claims[rule.holder].ends
+        began = time.monotonic()
+        client.act("arm")
+        assert lease._until >= began + LONG > here
+        assert rule._claims[rule.holder].ends >= began + LONG > there
+
+
 def test_a_lease_given_back_twice_and_asked_for_twice(connect):
     client = connect("policy")
     lease = client.lease("arm")
