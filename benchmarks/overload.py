@@ -5,8 +5,9 @@
 Robots ask at a steady rate without waiting for their answers, each time with a deadline of five
 runs of the function, or 0.1 s if that is longer. *Useful* are the answers that are there within it,
 as a part of what the function could have answered, by what its runs took; *fair* is what the robot
-with the fewest got, as a part of the average; *refused* are those of all that were asked that the
-server told so, and *told* is after which part of the deadline they knew it, at the median.
+with the fewest got, as a part of the average; *refused* are those of all that were asked that were
+told so, by the server or by their own client, which holds back; and *told* is after which part of
+the deadline they knew it, at the median.
 
 A function's work is a sleep, since it stands for a GPU: "fixed" is always as long, and "varying"
 half to one and a half times that. "batched" takes as long for up to 8 calls as for one.

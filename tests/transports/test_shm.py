@@ -226,7 +226,7 @@ def test_services_give_memory_to_fill():
             frame[0, 0, 0] = 8
             assert frames[0]["image"][0, 0, 0] == 8
             assert client.empty(3, np.float32).shape == (3,)
-            assert client.stats() == {"replies_copied": 0, "calls_held_back": 0}
+            assert client.stats()["replies_copied"] == 0
 
 
 def test_a_round_of_whoever_carries_the_loop_brings_all_that_has_come():
