@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 _QUESTIONS = 5  # in the seconds of a lease
 _IMPATIENCE = 0.02  # seconds; the first pause before a device that failed to answer is asked again
 _PATIENCE = 0.5  # seconds; the longest
-_LATE = 1.0  # seconds that an answer may be late at least, before it is asked for anew
+_LONGEST_HOLD = 1.0  # seconds that a question is to be kept
+_LATE = 1.0, 5.0  # seconds that an answer may be late at least and at most, before it is asked anew
 _FAREWELL = 0.5  # seconds that giving a lease back may take
 
 _PASSING = (Closed, DeadlineExceeded, NotReady, Overloaded, Unreachable)
@@ -201,7 +202,9 @@ class Lease(ClosedAtExit, Unpicklable):
             if self._grant == known and time.monotonic() - began < hold / 2:
                 self._rest(_IMPATIENCE)  # it doesn't keep questions, and would be asked all day
             # An answer that came too late to count is asked for anew, and at once.
-            hold = 0.0 if self._grant and not self.held else self._ttl / _QUESTIONS
+            hold = min(self._ttl / _QUESTIONS, _LONGEST_HOLD)
+            if self._grant and not self.held:
+                hold = 0.0
         if self._asked is not None:
             # From the thread that has asked, so that this is the last that the device hears of it.
             with suppress(EdgemlError, RuntimeError):  # as no thread starts while the program ends
@@ -214,11 +217,12 @@ class Lease(ClosedAtExit, Unpicklable):
     def _ask(self, now: float, hold: float) -> EdgemlError | None:
         """Ask the device once, and take in what it says, or return why it didn't."""
         try:
-            asked = self._client.call_async(
-                "lease", self._question(self._ttl, hold), hold + max(self._ttl, _LATE)
-            )
+            late = min(max(self._ttl, _LATE[0]), _LATE[1])
+            asked = self._client.call_async("lease", self._question(self._ttl, hold), hold + late)
         except EdgemlError as error:
             return error
+        except RuntimeError as error:  # as no thread starts while the program ends
+            return Closed(str(error))
         self._asked = asked
         asked.add_done_callback(self._wake)
         with self._changed:
@@ -261,7 +265,9 @@ class Lease(ClosedAtExit, Unpicklable):
             lasted = grant == self._grant and now < self._until
             self._grant, self._in_the_way = grant, told
             until = asked + self._ttl if grant else -math.inf
-            if now < until and not lasted:
+            if lasted:
+                until = max(until, self._until)  # by a later action
+            elif now < until:
                 self.since += 1
             if not self._released:
                 self._until = until
