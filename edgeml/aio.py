@@ -51,7 +51,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound=ServiceClient)
 
-_Subscribe = Callable[[Callable[[Any], None]], _Subscription]
+_Followed = _Subscription | services.Recording
+_Subscribe = Callable[[Callable[[Any], None]], _Followed]
 """Has a function called with what is published."""
 
 _NOTHING = object()
@@ -168,13 +169,13 @@ class _Handover:
                 self._waiter.wake()
 
 
-def _begin(subscribe: _Subscribe, handover: _Handover, made: list[_Subscription]) -> None:
+def _begin(subscribe: _Subscribe, handover: _Handover, made: list[_Followed]) -> None:
     made.append(subscribe(handover.give))
     if handover.ended:  # meanwhile
         made[0].end()
 
 
-def _end(handover: _Handover, made: list[_Subscription]) -> None:
+def _end(handover: _Handover, made: list[_Followed]) -> None:
     handover.end()
     for subscription in made:
         subscription.end()
@@ -192,7 +193,7 @@ class Subscription:
     def __init__(self, client: _Client[Any], subscribe: _Subscribe) -> None:
         self._client = client  # kept as long as somebody iterates over this
         self._handover = _Handover()
-        self._made: list[_Subscription] = []  # it, once there is one
+        self._made: list[_Followed] = []  # it, once there is one
         self._begin = functools.partial(_begin, subscribe, self._handover, self._made)
         self._beginning: Future[None] | None = None
         self._end = weakref.finalize(self, _end, self._handover, self._made)
@@ -395,12 +396,29 @@ class ActionClient(_Client[services.ActionClient]):
         """Return the observations of these names, or all; see `edgeml.ActionClient.obs`."""
         return await _result(self._sync.obs_async(keys, timeout))
 
-    async def act(self, key: str, payload: Any = None, timeout: float | None = None) -> Any:
+    async def observe(
+        self, keys: Sequence[str] | None = None, timeout: float | None = None
+    ) -> services.Observation:
+        """Return observations with their id; see `edgeml.ActionClient.observe`."""
+        return await _result(self._sync.observe_async(keys, timeout))
+
+    async def act(
+        self,
+        key: str,
+        payload: Any = None,
+        timeout: float | None = None,
+        *,
+        observation: int | None = None,
+        age: float = 0.0,
+        valid: float | None = None,
+        policy: str | None = None,
+    ) -> Any:
         """Carry out an action, and return what it gives; see `edgeml.ActionClient.act`.
 
         A call that is given up may have been carried out all the same.
         """
-        return await _result(self._sync.act_async(key, payload, timeout))
+        said: dict[str, Any] = {"observation": observation, "age": age, "valid": valid}
+        return await _result(self._sync.act_async(key, payload, timeout, policy=policy, **said))
 
     def lease(
         self, key: str, *, priority: int = 0, ttl: float = 1.0, wait: float | None = None
@@ -415,6 +433,26 @@ class ActionClient(_Client[services.ActionClient]):
     def observations(self) -> Subscription:
         """What the device publishes, as an async iterator; see `Subscription`."""
         return self._subscription(self._sync.register_obs_callback)
+
+    def stamped_observations(self) -> Subscription:
+        """What the device publishes, each as an `edgeml.Observation`, which has its id."""
+        sync = self._sync
+
+        def subscribe(function: Callable[[Any], None]) -> _Subscription:
+            def receive(values: Any, observation_id: int) -> None:
+                function(services.Observation(values, observation_id))
+
+            return sync.register_obs_callback(receive)
+
+        return self._subscription(subscribe)
+
+    def executed(self) -> Subscription:
+        """What the device has carried out, as an async iterator of `edgeml.Executed`.
+
+        First what it has on record now, and then each action once it is over. None is skipped: a
+        task that is busy gets them later, as long as the device keeps them.
+        """
+        return self._subscription(self._sync.register_executed_callback)
 
 
 class Lease:

@@ -21,6 +21,7 @@ from edgeml import (
     InferenceServer,
     NotHolder,
     RemoteError,
+    Stale,
     TrainerConfig,
     TrainerServer,
     UnknownInterface,
@@ -399,6 +400,36 @@ def test_observations_are_an_async_iterator(device):
             assert seen == list(range(50))
             with pytest.raises(StopAsyncIteration):
                 await observations.__anext__()
+
+    with no_thread_left():
+        asyncio.run(main())
+
+
+def test_actions_tell_what_they_rest_on_and_the_record_is_followed(device):
+    async def main():
+        async with (
+            aio.ActionClient(config=DEVICE, url=device.url, client_id="robot") as client,
+            client.executed() as executed,
+        ):
+            observation = await client.observe()
+            assert observation.values == {"joints": [1.0]}
+            said = {"observation": observation.id, "valid": 60.0, "policy": "v1"}
+            assert await client.act("move", 1, **said) == 1
+            with pytest.raises(Stale):
+                await client.act("move", 2, age=3.0, valid=2.0)
+            for n in range(3, 40):
+                await client.act("move", n)
+            first = await executed.__anext__()
+            assert (first.client_id, first.policy, first.outcome) == ("robot", "v1", "done")
+            assert first.observation == observation.id
+            numbers = [first.number] + [(await executed.__anext__()).number for _ in range(37)]
+            assert numbers == [1, *range(3, 40)]
+            assert executed.missed == 0
+            assert client.stats()["actions_stale"] == 1
+            device.publish_obs({"n": 7}, taken=12345)
+            async for stamped in client.stamped_observations():
+                assert stamped == edgeml.Observation({"n": 7}, 12345)
+                break
 
     with no_thread_left():
         asyncio.run(main())

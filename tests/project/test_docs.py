@@ -209,6 +209,15 @@ ALONE = {
         "operator is here\noperator is gone, the arm holds\n",
         "noticed in time: True\noperator is here\n",
     ],
+    ("docs/guides/safe-robots.md", "safe_robot.py"): [
+        "moved\narm holds\n",
+        "refused: Stale\n",
+        "told of 1\n",
+        "1 arm done v7 0.0\n2 arm halt None 0.2\n",
+    ],
+    ("docs/guides/safe-robots.md", "safe_record.py"): [
+        "policy 1 done\npolicy 2 done\npolicy 3 done\nmissed 0",
+    ],
     ("docs/guides/takeover.md", "takeover.py"): [
         "moved by the policy\n",
         "moved by hand\n",

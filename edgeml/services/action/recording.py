@@ -27,6 +27,8 @@ class Recording:
     no longer, which is counted.
 
     Attributes:
+        version: a number of this start of the device, and how many actions had ended when the
+            newest that is known did.
         received: actions given to the function.
         missed: actions that the device no longer had when it was asked.
         errors: exceptions that the function raised; they are logged.
@@ -38,7 +40,7 @@ class Recording:
         self.errors = 0
         self._client = client
         self._function = function
-        self._started = self._ended = 0
+        self.version = (0, 0)
         self._entered = 0.0  # when, while it runs
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgeml recording", daemon=True)
@@ -46,11 +48,10 @@ class Recording:
         self._thread.start()
 
     def _ask(self) -> list[Executed]:
-        answer = self._client.call("executed", [self._started, self._ended])
-        part = read_part(answer)
-        if self._started not in (0, part.started):
+        part = read_part(self._client.call("executed", list(self.version)))
+        if self.version[0] not in (0, part.started):
             _log.warning("the device was started anew; what it did last before isn't known")
-        self._started, self._ended = part.started, part.ended
+        self.version = (part.started, part.ended)
         self.missed += part.missed
         if part.missed:
             _log.warning("%d actions are not recorded: the device keeps fewer", part.missed)
