@@ -35,7 +35,7 @@ TICK = 0.02
 _SHOWN = 3  # of a kind, in texts
 _EPSILON = 1e-6  # seconds, of numbers that were rounded
 _NEAR = 0.005  # seconds between a judgement and the first line of a user's function
-_TRIP = 0.005  # seconds that a message and its answer take, with all that is done about them
+_TRIPS = 0.01  # seconds for who has the robot to be told, to observe it, and to act on it
 
 
 class Waits:
@@ -361,7 +361,7 @@ class _Check:
             for name in hands.priorities:
                 free = a.done if a.done < b.at else a.at
                 for since, due in hands.due(name, a.writer, free, b.writer, b.at):
-                    late = b.at - due - TICK - _TRIP - self.late
+                    late = b.at - due - TICK - _TRIPS - self.late
                     if late > 0 and late > self.waited(hands, name, b, due):
                         text = f"{(b.at - due) * 1e3:.0f} ms after it could have had the robot"
                         text += f", which it wanted since {since:.3f}"
@@ -370,7 +370,7 @@ class _Check:
     def waited(self, hands: Hands, name: str, then: Action, due: float) -> float:
         """Seconds that those on whom it depends were kept waiting."""
         who = {("device", life) for life in self.lives} | {(name, n) for n in hands.lives(name)}
-        who.add(then.writer)
+        who |= {then.writer, (f"proxy-{name}", 0), (f"proxy-{then.writer[0]}", 0)}
         return sum(self.waits.between(process, due - TICK, then.at) for process in who)
 
     # What drivers were told ---------------------------------------------------------------

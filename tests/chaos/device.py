@@ -82,8 +82,8 @@ class Device:
             self.told = row.index
 
     def run(self, orders: socket.socket) -> None:
-        self.server.start(threaded=True)
         witness.watch(self.history)
+        self.server.start(threaded=True)
         self.history.tell("serving", url=self.server.url)
         orders.send(json.dumps(self.server.url).encode())
         due = time.monotonic()

@@ -9,6 +9,8 @@ A process's role (`zygote`): `main(orders, options)`. Its orders:
   under way. ``half-open``: the server's end is reset, and the client is told nothing.
 - ``counts``: answered with what has passed.
 
+Options: ``seed``, and ``history``, a file in which a `witness` tells, which does nothing else here.
+
 A packet that is lost shows, above TCP, as a stall of what comes after it: that is what is done.
 """
 
@@ -23,6 +25,9 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from . import witness
+from .history import Writer
 
 _KEPT = 1 << 20  # bytes of one direction that are held at most; more is left unread
 _RETRANSMISSION = (0.2, 0.6)  # seconds that a lost packet costs
@@ -256,6 +261,8 @@ def _reset(end: socket.socket) -> None:
 
 def main(orders: socket.socket, options: dict[str, Any]) -> None:
     """Obey orders until they end; the first answer is the port."""
+    if "history" in options:
+        witness.watch(Writer(options["history"]))
     asyncio.run(_main(orders, options["seed"]))
 
 

@@ -161,8 +161,10 @@ class Stage:
 
     def open_proxy(self, zygote: Zygote, name: str) -> int:
         """Start a proxy, and return its port."""
-        log = self.directory / f"proxy-{name}.0.log"
-        proxy = self.proxies[name] = zygote.start("proxy", seed=self._seed, log=str(log))
+        path = self.directory / f"proxy-{name}.0"
+        proxy = self.proxies[name] = zygote.start(
+            "proxy", seed=self._seed, log=f"{path}.log", history=f"{path}.jsonl"
+        )
         port: int = proxy.hear()
         return port
 
