@@ -22,7 +22,16 @@ from edgeml import (
     aio,
 )
 from edgeml.services.shadow import compare
-from pairs import free_port, no_thread_left, process, run_fresh, started, took, wait_until
+from pairs import (
+    free_port,
+    no_thread_left,
+    process,
+    run_fresh,
+    session_of,
+    started,
+    took,
+    wait_until,
+)
 
 OBSERVATION = {"image": np.zeros((224, 224, 3), np.uint8), "state": np.arange(3.0)}
 
@@ -376,6 +385,7 @@ def test_what_the_real_server_did_not_answer_the_candidate_is_not_asked(real, tr
         with pytest.raises(DeadlineExceeded):
             client.call_async("wait", None, 0.01).result(20)
         assert client.call_async("wait", None).cancel()
+        wait_until(lambda: not session_of(client).under_way)  # the real call is given up as well
         let_go.set()
         assert shadow_of(client)["asked"] == 0
         client.call("policy", OBSERVATION)  # and it is free for what comes then
