@@ -210,8 +210,8 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         if self._has_the_robot():
             if not self._latched and self._is_due(now):
                 self._ask(observation, taken_at, observation_id, now)
+                now = time.monotonic()  # as copying took its time, or the policy itself
                 if self._sync:
-                    now = time.monotonic()
                     self._merge_what_came(now)
             step = self._play(now)
         else:
@@ -288,6 +288,7 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
                 outcome = self._chunks.answer(answer.request, answer.chunk, now, answer.version)
             except Malformed as failure:
                 error = failure
+        margin = margin if outcome == "merged" else None
         self._statistics.count_answer(outcome, answer.seconds, margin)
         if error is not None:
             self._asker.rest()

@@ -89,16 +89,31 @@ def far(zygote: Zygote, transport: str) -> Iterator[Far]:
         proxy.kill()
 
 
-def waits() -> float:
-    """Seconds that the threads of this process have waited for a processor, all of them together.
+class Watch:
+    """Tells what has passed, less what the machine kept any of these processes waiting meanwhile.
 
-    A step may wait for several of them in turn: each may be the one that has the GIL.
+    What one thread waits for may wait for another in turn, as all do for the GIL, so the waits of
+    all of them are added up. Where nobody else wants the processors they are nothing.
     """
-    seconds = 0.0
-    for thread in Path("/proc/self/task").glob("*/schedstat"):  # on Linux
-        with suppress(OSError):
-            seconds += int(thread.read_text().split()[1]) / 1e9
-    return seconds
+
+    def __init__(self, *others: int) -> None:
+        self._processes = ("self", *others)
+        self._waited = self._waits()
+        self._other = Stopwatch(*others)  # knows of machines that stand still
+        self._began = time.monotonic()
+
+    def _waits(self) -> float:
+        seconds = 0.0
+        for each in self._processes:
+            for thread in Path(f"/proc/{each}/task").glob("*/schedstat"):  # on Linux
+                with suppress(OSError):
+                    seconds += int(thread.read_text().split()[1]) / 1e9
+        return seconds
+
+    @property
+    def seconds(self) -> float:
+        passed = time.monotonic() - self._began
+        return min(self._other.seconds, passed - (self._waits() - self._waited))
 
 
 class Loop:
@@ -112,7 +127,7 @@ class Loop:
     def __init__(self, policy: ChunkedPolicy, *others: int) -> None:
         self.policy = policy
         self._others = others
-        self._since_chunk = Stopwatch(*others)  # came
+        self._since_chunk = Watch(*others)  # came
         self._age = math.inf
         self.ticks = iter(Ticks(RATE))
         self.image = np.random.default_rng(1).integers(0, 255, (2, 640, 720, 3), np.uint8)
@@ -123,15 +138,15 @@ class Loop:
         tick = next(self.ticks)
         self.image[0, 0, 0] = tick % 256
         observation = {"image": self.image, "state": np.array([float(tick)])}
-        watch, waited = Stopwatch(), waits()
+        watch = Watch()
         began = time.monotonic()
         action = self.policy.step(observation)
         took = time.monotonic() - began
         self.over += took > AT_MOST
         if took > AT_MOST:
-            took = min(watch.seconds, took - (waits() - waited))
+            took = min(took, watch.seconds)
         if self.policy.latest.age < self._age:
-            self._since_chunk = Stopwatch(*self._others)
+            self._since_chunk = Watch(*self._others)
         self._age = self.policy.latest.age
         self.longest = max(self.longest, took)
         assert took <= AT_MOST, f"step {tick} took {took * 1e3:.1f} ms"

@@ -282,7 +282,7 @@ def test_of_an_observation_that_is_too_old_nothing_is_asked(make: Any, brain: Br
     assert policy.stats()["requests"] == 0
 
 
-@pytest.mark.parametrize("at", [math.nan, math.inf, time.time() + 1e9])
+@pytest.mark.parametrize("at", [math.nan, math.inf, 4e9])
 def test_another_clocks_time_is_refused(make: Any, at: float) -> None:
     with pytest.raises(ValueError, match=r"to come: now is .* by time.monotonic"):
         make().step(0.0, observed_at=at)
