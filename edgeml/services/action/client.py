@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
 import operator
 import secrets
+import threading
 import time
 import weakref
 from collections import Counter
@@ -91,6 +93,7 @@ class ActionClient(ServiceClient):
         self._counts = Counter[str]()
         self._recordings = weakref.WeakSet[Recording]()
         self._leases: dict[str, Lease] = {}
+        self._leasing = threading.Lock()
         super().__init__(
             "action",
             config,
@@ -294,11 +297,12 @@ class ActionClient(ServiceClient):
             DeadlineExceeded, Unreachable: no answer.
         """
         leases = self._leases
-        made = Lease(self._client, key, priority, ttl, on_change, lambda: leases.pop(key, None))
-        if leases.setdefault(key, made) is not made:
-            raise RuntimeError(f"this client has asked for the lease of {key!r}; release it first")
+        with self._leasing:
+            if key in leases:
+                raise RuntimeError(f"this client has a lease of {key!r} already; release it first")
+            forget = functools.partial(leases.pop, key, None)
+            made = leases[key] = Lease(self._client, key, priority, ttl, on_change, forget)
         try:
-            made.begin()
             if wait is None or wait > 0:
                 made.require(wait)
         except BaseException:

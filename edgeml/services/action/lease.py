@@ -101,13 +101,9 @@ class Lease(ClosedAtExit, Unpicklable):
         self._in_the_way = ""  # who has it, as the device says
         self._error: EdgemlError | None = None  # why it is not known whether it is held
         self._asked: Future[Any] | None = None
-        self._forget_end: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._keep, name="edgeml lease", daemon=True)
-
-    def begin(self) -> None:
-        """Ask for it, from now on; once."""
-        self._forget_end = run_at_end(self.release)
         self._thread.start()
+        self._forget_end = run_at_end(self.release)
 
     @property
     def held(self) -> bool:
@@ -122,12 +118,12 @@ class Lease(ClosedAtExit, Unpicklable):
 
         Raises:
             UnknownInterface, PermissionDenied, ConfigMismatch: the device refuses to lend it.
-            Closed: it has been released.
+            Closed: it has been released, or its client was stopped.
         """
         deadline = Deadline(math.inf if timeout is None else max(0.0, timeout))
         with self._changed:
             while not self.held:
-                if self._released:
+                if self._released or self._client.sessions.closed:
                     raise Closed(f"the lease of {self.key!r} has been released")
                 if self._error is not None and not isinstance(self._error, _PASSING):
                     raise copy_error(self._error)
@@ -205,6 +201,8 @@ class Lease(ClosedAtExit, Unpicklable):
             hold = min(self._ttl / _QUESTIONS, _LONGEST_HOLD)
             if self._grant and not self.held:
                 hold = 0.0
+        with self._changed:
+            self._changed.notify_all()
         if self._asked is not None:
             # From the thread that has asked, so that this is the last that the device hears of it.
             with suppress(EdgemlError, RuntimeError):  # as no thread starts while the program ends

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgeml import Malformed, NotReady, UnknownInterface
+from edgeml import Closed, Malformed, NotReady, UnknownInterface
 from edgeml.services.action.lease import Lease
 from pairs import no_thread_left, wait_until
 
@@ -53,7 +53,6 @@ def lease_of(answer, ttl=60.0, told=None):
     device = Device(answer)
     with no_thread_left():
         lease = Lease(device, "arm", 0, ttl, told, lambda: None)
-        lease.begin()
         try:
             yield device, lease
         finally:
@@ -143,3 +142,11 @@ def test_what_passes_is_tried_again_and_what_does_not_is_raised():
             pytest.raises(Malformed),
         ):
             lease.wait()
+
+
+def test_a_client_that_was_stopped_is_waited_for_no_longer():
+    with lease_of(lambda number, question: [0, "human has it"]) as (device, lease):
+        assert not lease.wait(0.1)
+        device.sessions.closed = True
+        with pytest.raises(Closed):
+            lease.wait(30)

@@ -300,5 +300,5 @@ class LeasesAreKept(RuleBasedStateMachine):
                 assert other["began"] >= one["began"] + self.period
 
 
-LeasesAreKept.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+LeasesAreKept.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestLeasesAreKept = LeasesAreKept.TestCase
