@@ -129,20 +129,17 @@ class Shadow:
         kept = self._keep(payload)
         if kept is None:
             return asked
-        handed_over: list[None] = []
+
+        def leave(done: Future[Any]) -> None:
+            if done.cancelled() or done.exception() is not None:
+                self._place.release()
 
         def hand_over(answer: Any) -> Any:
-            handed_over.append(None)
             self._hand_over(name, kept, answer)
             return answer
 
-        def leave(done: Future[Any]) -> None:
-            if not handed_over:  # it failed, or was given up
-                self._place.release()
-
-        made = checked(asked, hand_over)
-        asked.add_done_callback(leave)
-        return made
+        asked.add_done_callback(leave)  # first, so that it is free once the caller knows
+        return checked(asked, hand_over)
 
     def _keep(self, payload: Any) -> Message | None:
         """Take the place and keep a payload as it is now, if the place is free."""
@@ -212,7 +209,6 @@ class Shadow:
             except Exception as error:  # whatever it is, it is to hurt nobody
                 self._note(error)
             else:
-                self._connected = True
                 try:
                     self._serve(candidate)
                 finally:
@@ -226,8 +222,9 @@ class Shadow:
     def _serve(self, candidate: Candidate) -> None:
         """Ask the candidate until it is gone, or this is stopped; nobody has the place then."""
         episode: str | None = None
+        self._place.release()
+        self._connected = True
         while True:
-            self._place.release()
             question = self._questions.get()
             if question is None:
                 return
@@ -246,14 +243,16 @@ class Shadow:
                 self._note(error)
                 if isinstance(error, (Closed, NotReady, Unreachable)):
                     return
+                self._place.release()
             else:
-                self._answered += 1
                 self._pause = _IMPATIENCE
                 if self._error is not None:
                     self._error = None
                     _log.info("the shadow's candidate answers")
                 if self._on_shadow is not None:
                     self._call_user(self._on_shadow, question.name, payload, real, answer)
+                self._place.release()
+                self._answered += 1  # now that it is free again
             # Or what they lie in would be kept until something is asked again.
             del question
             payload = real = answer = None

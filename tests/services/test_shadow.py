@@ -270,8 +270,7 @@ def test_on_shadow_is_called_with_both_answers_and_may_fail(real, transport, cap
     ):
         for number in range(2):
             client.call("policy", OBSERVATION)
-            wait_until(lambda number=number: len(pairs) == number + 1)
-        await_answers(client, 2)
+            await_answers(client, number + 1)
     assert pairs == [("policy", [0.0, 1.0, 2.0], "pick", "place")] * 2
     assert "on_shadow failed" in caplog.text
 
@@ -290,7 +289,7 @@ def test_the_candidate_begins_the_episodes_that_the_real_server_does(transport):
                     begun = reset(f"episode {number}")
                     assert begun if isinstance(begun, str) else begun.result(20)
                 client.call("policy", {"step": number})
-                wait_until(lambda number=number: len(pairs) == number + 1)
+                await_answers(client, number + 1)
         assert [ours for ours, _ in pairs] == [theirs for _, theirs in pairs]
         assert pairs[3][1]["seen"] == [2, 3]
 
