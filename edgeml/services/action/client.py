@@ -219,8 +219,7 @@ class ActionClient(ServiceClient):
         seen, elapsed = self._clock.tell(asked)
         if elapsed > _FRESH:
             deadline = Deadline(self._client.timeout if timeout is None else timeout)
-            with suppress(EdgemlError):
-                self._note_clock(asked, self._client.call(CLOCK, None, deadline.left))
+            self._note_clock(asked, self._client.call(CLOCK, None, deadline.left))
             timeout = deadline.left
             asked = time.monotonic_ns()
             seen, elapsed = self._clock.tell(asked)
@@ -259,9 +258,8 @@ class ActionClient(ServiceClient):
         stamp = self._stamp(key, seen, elapsed, observation, age, valid, policy)
         stamped = [key, {} if payload is None else payload, pack(stamp)]
         future = self._client.call_async("act", stamped, timeout)
-        made = checked(future, lambda answer: self._acted(key, asked, answer))
-        future.add_done_callback(self._look_if_stale)
-        return made
+        future.add_done_callback(self._look_if_stale)  # before whoever waits is told
+        return checked(future, lambda answer: self._acted(key, asked, answer))
 
     def lease(
         self,

@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 import msgspec
 
-from edgeml.core.dispatch import Call, Caller, require_plain
+from edgeml.core.dispatch import Call, Caller, Gatherer, Turns, require_plain
 from edgeml.core.errors import Closed, Malformed, UnknownInterface, shown
 from edgeml.services.action.config import ActionConfig
 from edgeml.services.action.gate import Gate
@@ -23,9 +23,11 @@ from edgeml.services.action.stamps import read
 from edgeml.services.base import names
 from edgeml.services.functions import Callback, takes
 
-__all__ = ["Device"]
+__all__ = ["AtOnce", "Device"]
 
 _log = logging.getLogger(__name__)
+
+_LARGEST = 4096  # bytes of a question about the record
 
 
 class Device:
@@ -130,14 +132,21 @@ class Device:
         else:
             _log.debug("an action of %s: %r", call.caller, key)
 
-    def tell_executed(self, call: Call) -> None:
-        """Answer a call for what has been carried out since the caller asked last."""
+    def tell_clock(self, call: Call) -> int:
+        """Return what the device's clock says."""
+        del call
+        return time.monotonic_ns()
+
+    def tell_executed(self, call: Call) -> list[Any]:
+        """Return what has been carried out since the caller asked last."""
+        if call.nbytes > _LARGEST:
+            raise Malformed(f"a question of {call.nbytes} bytes, and {_LARGEST} are taken")
         try:
             started, ended = msgspec.convert(call.payload(), tuple[int, int])
         except msgspec.ValidationError as error:
             raise Malformed(f"executed takes two numbers: {error}") from None
         part = self.record.part(started, ended)
-        call.answer([part.started, part.ended, part.missed, rows_of(part.entries)])
+        return [part.started, part.ended, part.missed, rows_of(part.entries)]
 
     def stats(self) -> dict[str, int]:
         """Count what became of actions."""
@@ -157,6 +166,43 @@ class Device:
             gate.close()
         for gate in self._gates.values():
             gate.join()
+
+
+class AtOnce(Gatherer):
+    """Answers calls where they come in, which no handler holds up that takes long.
+
+    Args:
+        function: gives the answer; quick.
+    """
+
+    def __init__(self, function: Callable[[Call], Any]) -> None:
+        self._function = function
+        self._turns: Turns | None = None
+
+    def attach(self, turns: Turns) -> None:
+        """See `Gatherer.attach`."""
+        self._turns = turns
+
+    def take(self, call: Call) -> None:
+        """See `Gatherer.take`."""
+        assert self._turns is not None
+        if self._turns.begin(call):
+            call.began = time.monotonic()
+            try:
+                call.answer(self._function(call))
+            except Exception as error:
+                self._turns.fail(call, error)
+
+    def run(self) -> None:
+        """See `Gatherer.run`; no turn is asked for."""
+
+    def has_enough(self) -> bool:
+        """See `Gatherer.has_enough`."""
+        return True
+
+    def close(self) -> list[Call]:
+        """See `Gatherer.close`."""
+        return []
 
 
 def _safe_action(config: ActionConfig) -> Callable[[str], object] | None:

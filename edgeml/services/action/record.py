@@ -16,7 +16,7 @@ from edgeml.core.errors import Malformed
 
 __all__ = ["Entry", "Executed", "Part", "Record", "read_part", "rows_of"]
 
-_MOST_AT_A_TIME = 1000  # that are told in one answer
+_MOST_AT_A_TIME = 200  # that are told in one answer, for which a loop's thread stops
 
 
 @dataclass(frozen=True)

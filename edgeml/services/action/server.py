@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from edgeml.services.action.config import CLOCK, OBSERVATIONS, ActionConfig
-from edgeml.services.action.device import Device
+from edgeml.services.action.device import AtOnce, Device
 from edgeml.services.action.record import Executed
 from edgeml.services.base import ServerSettings, ServiceServer
 
@@ -59,10 +59,10 @@ class ActionServer(ServiceServer):
         super().__init__("action", config, host=host, transport=transport, **settings)
         self._server.at_close = device.close
         self._server.extend(CLOCK, lambda asked, caller: time.monotonic_ns())
-        self._server.register(CLOCK, lambda call: call.answer(time.monotonic_ns()))
+        self._server.register(CLOCK, AtOnce(device.tell_clock))
         self._server.register("obs", device.observe)
         self._server.register("observe", device.observe_stamped)
-        self._server.register("executed", device.tell_executed, needs="observe")
+        self._server.register("executed", AtOnce(device.tell_executed), needs="observe")
         self._server.register("act", device.act, lane="act" if act_in_own_thread else "")
         self._server.register("lease", device.lessor)
         self._topic = self._server.topic(OBSERVATIONS, keep, needs="observe")

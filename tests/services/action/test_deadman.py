@@ -220,6 +220,32 @@ def test_an_action_that_hangs_holds_it_up_no_more(transport, safe):
         future.result(20)
 
 
+def test_while_an_action_hangs_the_record_and_the_clock_are_told(transport, safe):
+    """With one worker, whose thread it has."""
+    free, busy = threading.Event(), threading.Event()
+    got: list[Executed] = []
+
+    def act(key, payload):
+        busy.set()
+        assert free.wait(30)
+
+    with (
+        started(device_of(transport, safe, act)) as server,
+        client_of(server, transport) as client,
+        plain_client(server) as plain,
+    ):
+        client.register_executed_callback(got.append)
+        future = client.act_async("arm", timeout=60)
+        assert busy.wait(20)
+        wait_until(lambda: got)
+        assert got[0].outcome == "halt"
+        assert plain.call("clock", None) <= time.monotonic_ns()
+        free.set()
+        future.result(20)
+        wait_until(lambda: len(got) == 2)
+        assert got[1].outcome == "done"
+
+
 def test_a_safe_action_that_hangs_holds_up_no_other_key(transport, safe):
     def halt(key):
         safe.keys.append(key)
