@@ -52,6 +52,8 @@ def _run(options: argparse.Namespace) -> int:
     for fault in dict.fromkeys(plan.fault for plan in plans):
         cells = [(wrong[name, fault], done[name, fault]) for name in transports]
         print(f"{fault:<20}" + "".join(f"{f'{a} of {b}' if b else '-':>12}" for a, b in cells))
+    if control.SEEN:
+        print("\nseen: " + ", ".join(f"{n:,} {name}" for name, n in sorted(control.SEEN.items())))
     if not wrong and not options.directory:
         shutil.rmtree(directory)
     return 1 if wrong else 0

@@ -21,6 +21,9 @@ KEYS = ["arm", "gripper"]
 DRIVERS = {"policy": 0, "script": 0, "human": 10}
 """Who drives, and the priority of their leases."""
 
+SEEN: Counter[str] = Counter()
+"""What all runs so far have seen, of which a run without findings says little if it is nothing."""
+
 _RATE = 1 / TICK
 _TIMEOUT = 1.0  # seconds, of the drivers' calls
 _LONGEST = 60.0  # seconds that hand-overs may take
@@ -122,8 +125,9 @@ class Run(Stage):
             for name in ["thinker"] * bool(self._merge) + self.drivers:
                 self.start(name)
             self.last(_LONGEST if self.plan.handovers else self.plan.seconds)
-            while self.time_left() and not self._enough():
+            while self.time_left() and not 0 < self.plan.handovers <= self._handovers:
                 fault(self)
+                self._look()
             self._recover()
             self._finish()
         except Died as error:
@@ -131,12 +135,20 @@ class Run(Stage):
         finally:
             self.end_all()
         self.read_logs()
-        return check(read(self.directory), late=self.plan.late)
+        events = read(self.directory)
+        for event in events:
+            if event["e"] in ("act", "halt"):
+                SEEN[f"{event['e']}s"] += 1
+            elif event["e"] == "told":
+                SEEN[event["outcome"]] += 1
+            elif event["e"] == "stopped":
+                for name in ("actions_stale", "actions_out_of_order", "actions_not_holder"):
+                    SEEN[name] += event["stats"].get(name, 0)
+        SEEN["handovers"] += self._handovers
+        return check(events, late=self.plan.late)
 
-    def _enough(self) -> bool:
-        """Whether the robot has come to other hands as often as it was to."""
-        if not self.plan.handovers:
-            return False
+    def _look(self) -> None:
+        """See who acts, and how often that has changed."""
         for path in sorted(self.directory.glob("device.*.jsonl")):
             text = path.read_bytes()[self._read[path.name] :]
             text = text[: text.rfind(b"\n") + 1]  # the last line may be torn
@@ -146,9 +158,13 @@ class Run(Stage):
                     event = json.loads(line)
                     if event["key"] == KEYS[0]:
                         writer = event["by"], event["of"]
-                        self._handovers += writer != self._writer
+                        self._handovers += self._writer not in (None, writer)
                         self._writer = writer
-        return self._handovers >= self.plan.handovers
+
+    @property
+    def writer(self) -> str:
+        """Who acted last."""
+        return self._writer[0] if self._writer is not None else self.drivers[0]
 
     def _recover(self) -> None:
         """Undo whatever a fault left, and have everybody there."""

@@ -159,14 +159,14 @@ def storm(run: Run) -> None:
 
 def handovers(run: Run) -> None:
     """The robot goes from hand to hand, of those who want it and of those who fail."""
-    name = run.rng.choice(run.drivers)
+    name = run.rng.choice([run.writer, *run.drivers])
     what = run.rng.random()
     run.sleep(0.03, 0.25)
-    if what < 0.55:
+    if what < 0.5:
         run.toggle(name)
-    elif what < 0.6:
+    elif what < 0.55:
         run.hang(run.rng.uniform(0.02, 0.4))
-    elif what < 0.75:
+    elif what < 0.7:
         run.kill(name)
         run.sleep(0.0, 0.2)
         run.start(name)
