@@ -97,12 +97,12 @@ class Driver:
 
     def check(self) -> None:
         """Go on until an action is taken."""
-        acted, began = self.acted, time.monotonic()
+        acted, began, since = self.acted, time.monotonic(), self.history.now()
         while self.acted == acted and time.monotonic() < began + _PATIENCE:
             self.tick()
             time.sleep(1 / self.options["rate"])
         if self.acted == acted:
-            self.history.tell("not taken", stats=self.client.stats())
+            self.history.tell("not taken", since=since, stats=self.client.stats())
 
     def tick(self) -> None:
         if self.leases and not self.held and self.policy is None:

@@ -285,6 +285,17 @@ def test_what_a_driver_was_told_is_done_was_done():
     assert "('policy', 1, 'arm', 11) was said to be done, and is not" in wrong
 
 
+def test_a_driver_of_which_nothing_is_taken_in_calm_is_found_but_where_the_machine_is_busy():
+    for waited, wrong in ((1.0, 1), (6.0, 0)):
+        history = steady()
+        history.halt(1.2 + TIMEOUT)
+        history.tell("waited", 2.0 + waited, since=2.0, seconds=waited)
+        history.tell("not taken", 12.0, who="policy", since=2.0, stats={})
+        found = history.end(13.0).found()
+        assert len(found) == wrong, found
+        assert all("policy: no action is taken in calm" in each for each in found)
+
+
 # Hands --------------------------------------------------------------------------------------
 
 
