@@ -320,7 +320,7 @@ class ActionClient(ServiceClient):
     ) -> Stamp:
         """Return what goes with an action: its number, and all that tells its age."""
         if observation is not None:
-            observation = operator.index(observation)
+            observation = _id("observation", observation)
         if age or valid is not None:
             age = _seconds("age", age)
             valid = None if valid is None else _seconds("valid", valid)
@@ -432,6 +432,14 @@ def _close(client: Client, recordings: Iterable[Recording], leases: dict[str, Le
     client.close()
     for recording in ended:
         recording.close()
+
+
+def _id(name: str, value: int) -> int:
+    with suppress(TypeError):
+        number = operator.index(value)
+        if 0 <= number < 1 << 63 and not isinstance(value, bool):
+            return number
+    raise ValueError(f"{name} is the id that an Observation has, not {shown(value)}")
 
 
 def _seconds(name: str, value: float) -> float:

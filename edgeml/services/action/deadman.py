@@ -181,8 +181,9 @@ class Switch:
             self._record.end_halt(entry)
             with self._lock:
                 self.acting = False
-        text = "the safe action of %r was called: %.3f s had passed since the last action began"
-        _log.warning(text, self._key, silent)
+        why = ", as the server stops" if self._released else ""
+        text = "the safe action of %r was called%s: %.3f s had passed since the last action began"
+        _log.warning(text, self._key, why, silent)
 
     def release(self) -> None:
         """Have the safe action called at once, if one is due at any time; then never again."""

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -223,8 +222,15 @@ def _safe_action(config: ActionConfig) -> Callable[[str], object] | None:
     require_plain("on_action_timeout", function)
     bare = function
     told = takes(function, 0, "key")
-    with suppress(ValueError):  # of some that are written in C nobody knows
+    try:
         inspect.signature(function).bind(*["key"] * told)
+    except ValueError:  # of some that are written in C nobody knows
+        pass
+    except TypeError:
+        raise TypeError(
+            "on_action_timeout is called with the key, or with nothing where it needs no argument; "
+            f"{shown(function)} takes {inspect.signature(function)}"
+        ) from None
     return function if told else lambda key: bare()
 
 

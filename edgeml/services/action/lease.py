@@ -81,7 +81,7 @@ class Lease(ClosedAtExit, Unpicklable):
         if not -(1 << 31) <= priority < 1 << 31:
             raise ValueError(f"priority is a number of 32 bits, not {priority}")
         if isinstance(ttl, bool) or not 0 < ttl <= LONGEST_TTL:
-            raise ValueError(f"ttl is 0 to {LONGEST_TTL:g} seconds, not {ttl!r}")
+            raise ValueError(f"ttl is above 0 and at most {LONGEST_TTL:g} seconds, not {ttl!r}")
         if on_change is not None:
             require_plain("on_change", on_change)
         self.key = key

@@ -417,9 +417,10 @@ def test_what_is_no_age_is_told_before_anything_is_sent(client, arm):
         for send in (client.act, client.act_async):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 send("move", 1, **wrong)
-    for send in (client.act, client.act_async):
-        with pytest.raises(TypeError):
-            send("move", 1, observation=0.5)
+    for wrong in (0.5, "x", -1, 1 << 70, True, client.observe()):
+        for send in (client.act, client.act_async):
+            with pytest.raises(ValueError, match="observation is the id that an Observation has"):
+                send("move", 1, observation=wrong)
     assert arm.done == []
     assert client.act("move", 1, valid=math.inf) == {"done": 1}
 

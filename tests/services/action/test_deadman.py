@@ -364,7 +364,7 @@ def test_a_client_that_is_killed_or_frozen_is_noticed(transport, how, safe):
 # The end ----------------------------------------------------------------------------------------
 
 
-def test_stop_calls_it_at_once_and_waits_for_it(transport, safe):
+def test_stop_calls_it_at_once_and_waits_for_it(transport, safe, caplog):
     moved: list = []
     server = device_of(transport, safe, lambda key, n: moved.append(n), timeout=60.0)
     with no_thread_left(), client_of_started(server, transport) as client:
@@ -373,6 +373,7 @@ def test_stop_calls_it_at_once_and_waits_for_it(transport, safe):
             server.stop()
         assert safe.keys == ["arm"]
         assert halts_of(server)[0].took > 0
+        assert "'arm' was called, as the server stops" in caplog.text
         server.stop()
         assert safe.keys == ["arm"]
 
@@ -637,7 +638,7 @@ def test_the_safe_action_is_given_the_key_if_it_takes_one(transport):
     ],
 )
 def test_what_makes_no_sense_is_told_before_anything_moves(settings, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match="action_timeout"):
         ActionServer(config_of("inproc", **settings), None, lambda key, payload: payload)
 
 
