@@ -158,9 +158,9 @@ class Asker:
         self._under_way = False
         return self._answers.popleft()
 
-    def rest(self) -> None:
-        """Be asked nothing for a moment, after a failure."""
-        self._rests_until = time.monotonic() + _PAUSE
+    def rest(self, seconds: float) -> None:
+        """Be asked nothing for a moment, after a failure that took so many seconds itself."""
+        self._rests_until = time.monotonic() + max(0.0, _PAUSE - seconds)
 
     def _answer_in_thread(self, request: Request, payload: Any, timeout: float | None) -> None:
         try:

@@ -127,8 +127,9 @@ class Chunks:
     def turnaround(self) -> int:
         """The most ticks that one of the last 100 answers took; 0 before the first.
 
-        Where requests were lost before it, it took as long as since the first of these. The very
-        first counts until there is another, since policies take their time to warm up.
+        Where requests were lost before it, it took as long as since the first of these, but for
+        ``"append"``, which plays the later what it asks for early. The very first counts until
+        there is another, since policies take their time to warm up.
         """
         return max(self._turnarounds, default=0)
 
@@ -235,7 +236,9 @@ class Chunks:
             self._turnarounds.clear()
             self._delays.clear()
         since, self._unanswered_since = self._unanswered_since, None
-        self._turnarounds.append(self._tick - (request.tick if since is None else since))
+        if since is None or not self._rule.aligned:  # what is appended early is played late
+            since = request.tick
+        self._turnarounds.append(self._tick - since)
         self._delays.append(self._tick - request.tick)
 
     def play(self, now: float) -> Played | None:

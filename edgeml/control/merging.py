@@ -6,6 +6,7 @@ it count, and how much. So what is too old by then is simply not among them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,8 @@ class Blend(Rule):
     """Pass from the plan to a new chunk little by little.
 
     Args:
-        steps: over how many steps: of the i-th, from 1, the new chunk's share is i / steps.
+        steps: over how many steps, or as many as were left: of the i-th, from 1, the new chunk's
+            share is i / steps.
         only: names of the components that are averaged; all others, a gripper say, have the new
             chunk's value at once. A name is a key of the action, ``"arm"``, or several,
             ``"arm/joints"``; a component's own where the policy's contract has names; or an index
@@ -223,8 +225,9 @@ class Blend(Rule):
     def weigh(self, plan: Sequence[Planned], position: int) -> list[float]:
         """Return each one's share, which grows with the steps since it came."""
         shares = [1.0]
-        for each in plan[1:]:
-            new = min(1.0, (position - each.start + 1) / max(1, self.steps))
+        for old, each in itertools.pairwise(plan):
+            over = max(1, min(self.steps, old.end - each.start))
+            new = min(1.0, (position - each.start + 1) / over)
             shares = [*(share * (1.0 - new) for share in shares), new]
         return shares
 

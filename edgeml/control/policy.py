@@ -291,7 +291,7 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         margin = margin if outcome == "merged" else None
         self._statistics.count_answer(outcome, answer.seconds, margin)
         if error is not None:
-            self._asker.rest()
+            self._asker.rest(answer.seconds)
         if error is not None and not self._failing:
             name = type(error).__name__
             self._say(logging.WARNING, "%s gives no actions: %s: %s", self._what, name, error)

@@ -101,6 +101,14 @@ def test_blending_passes_from_one_chunk_to_the_other() -> None:
     assert np.ravel(loop.play(5)) == pytest.approx([0.25, 0.5, 0.75, 1, 1])
 
 
+def test_blending_takes_as_many_steps_as_are_left() -> None:
+    loop = Loop(Blend(9))
+    loop.answer(loop.ask(), np.zeros((10, 1)))
+    loop.play(6)
+    loop.answer(loop.ask(), np.ones((10, 1)))
+    assert np.ravel(loop.play(6)) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
 def test_blending_goes_on_from_what_is_still_blended() -> None:
     loop = Loop(Blend(4))
     loop.answer(loop.ask(), np.zeros((10, 1)))
@@ -443,6 +451,13 @@ def test_with_what_was_lost_before_it_an_answer_took_longer_and_its_delay_is_its
     turnaround(loop, 1)
     assert turnaround(loop, 3, lost=2) == 23
     assert loop.ask().inference_delay == 3
+
+
+def test_what_is_appended_is_asked_for_no_earlier_after_a_loss() -> None:
+    loop = Loop("append")
+    turnaround(loop, 0)
+    turnaround(loop, 1)
+    assert turnaround(loop, 3, lost=2) == 3
 
 
 def test_it_asks_at_half_a_chunk_or_where_it_is_told_to() -> None:

@@ -1,4 +1,4 @@
-"""Each merging choice tracks as well as LeRobot's behaviour of its kind, and misses no tick."""
+"""Each merging choice tracks as well as LeRobot's behaviour of its kind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compare(path: Path, *arguments: str) -> dict[str, dict[str, float]]:
         [sys.executable, "benchmarks/control.py", *arguments, "--json", str(path)],
         cwd=ROOT,
         check=True,
-        timeout=590,
+        timeout=280,
         stdout=subprocess.DEVNULL,
     )
     results: dict[str, dict[str, float]] = json.loads(path.read_text())["results"]
@@ -30,7 +30,7 @@ def kinds_of(results: dict[str, dict[str, float]]) -> list[str]:
     return [name.removesuffix(", ours") for name in results if name.endswith(", ours")]
 
 
-def check(results: dict[str, dict[str, float]]) -> None:
+def check(results: dict[str, dict[str, float]], kinds: int) -> None:
     compared = 0
     for kind in kinds_of(results):
         ours, theirs = results[f"{kind}, ours"], results.get(f"{kind}, theirs")
@@ -39,7 +39,7 @@ def check(results: dict[str, dict[str, float]]) -> None:
             compared += 1
             assert ours["error_mrad"] <= EQUAL * theirs["error_mrad"], kind
             assert ours["pauses"] <= theirs["pauses"], kind
-    assert compared >= 7
+    assert compared == kinds
 
 
 def test_no_choice_tracks_worse_or_pauses_more_than_a_behaviour_of_its_kind(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_no_choice_tracks_worse_or_pauses_more_than_a_behaviour_of_its_kind(tmp_
         tmp_path / "figures.json", "--seconds", "20", "--seeds", "2", "--weathers", "jitter"
     )
 
-    check(results)
+    check(results, 8)
     for kind in kinds_of(results):  # no answer was lost, so there was always one to play
         assert results[f"{kind}, ours"]["pauses"] == 0, kind
 
@@ -57,16 +57,11 @@ def test_no_choice_tracks_worse_or_pauses_more_than_a_behaviour_of_its_kind(tmp_
 def test_nor_where_the_link_stalls_or_answers_are_lost(tmp_path: Path) -> None:
     results = compare(
         tmp_path / "figures.json",
-        "--seconds",
-        "60",
-        "--seeds",
-        "10",
-        "--weathers",
-        "spikes",
-        "lost",
+        *("--seconds", "60", "--seeds", "6", "--weathers", "spikes", "lost"),
+        *("--kinds", "append", "aligned", "blended", "real-time chunking"),
     )
 
-    check(results)
+    check(results, 8)  # four in either weather
 
 
 def test_figures_are_the_same_each_time(tmp_path: Path) -> None:
@@ -78,39 +73,3 @@ def test_figures_are_the_same_each_time(tmp_path: Path) -> None:
         )
 
     assert once("one.json") == once("other.json")
-
-
-# In real time -----------------------------------------------------------------------------
-
-
-def check_ticks(results: dict[str, dict[str, float]], choices: int, held: int) -> None:
-    assert len(results) == choices
-    for name, row in results.items():
-        assert row["held"] <= held, f"{name}: steps were held up; {row}"
-        if row["failed"] == 0:  # or there was a fault: the server had no core for half a second
-            assert row["empty"] == 0, f"{name}: nothing to play; {row}"
-
-
-@pytest.mark.parametrize("transport", ["zmq", "shm", "grpc"])
-def test_steps_never_wait_for_the_network(tmp_path: Path, transport: str) -> None:
-    """Waits would show a hundred times. Other tests keep the cores from these processes, too."""
-    choices = ["aligned", "Blend(5)", "Ensemble(log 0.5)", "RealTime()"]
-    results = compare(
-        tmp_path / "figures.json",
-        *("--real", "--seconds", "20", "--refill", "0.9"),
-        *("--transports", transport, "--merges", *choices),
-    )
-
-    check_ticks(results, len(choices), held=4)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("transport", ["zmq", "shm", "grpc"])
-def test_no_tick_is_missed_in_five_minutes(tmp_path: Path, transport: str) -> None:
-    """Of 15,000, on a machine that does nothing else."""
-    results = compare(
-        tmp_path / "figures.json", *("--real", "--seconds", "300", "--transports", transport)
-    )
-
-    check_ticks(results, 8, held=0)

@@ -17,6 +17,7 @@ import pytest
 
 from edgeml import ConfigMismatch, Feature, InferenceClient, InferenceServer, PolicyContract
 from edgeml.control import Blend, ChunkedPolicy, Ensemble, RealTime
+from edgeml.control.asking import Asker
 from edgeml.core.errors import Closed, Unreachable
 from pairs import no_thread_left, started, wait_until
 
@@ -288,6 +289,15 @@ def test_another_clocks_time_is_refused(make: Any, at: float) -> None:
         make().step(0.0, observed_at=at)
 
 
+def test_after_a_quick_failure_nothing_is_asked_for_a_moment_and_after_a_slow_one_at_once() -> None:
+    asker = Asker(lambda payload, timeout: (payload, None), None, here=True)
+    asker.rest(0.0)
+    assert not asker.idle
+    asker.rest(0.5)  # it has waited long enough for what didn't come
+    assert asker.idle
+    asker.close()
+
+
 # Holding -----------------------------------------------------------------------------------
 
 
@@ -516,11 +526,11 @@ def test_a_contract_gives_components_their_names() -> None:
         started(server),
         InferenceClient(url=server.url) as client,
         ChunkedPolicy(
-            client, rate=RATE, merge=Blend(4, only=["x", "y"]), sync=True, refill=3
+            client, rate=RATE, merge=Blend(2, only=["x", "y"]), sync=True, refill=3
         ) as policy,
     ):
         policy.step(0.0)
-        assert policy.step(0.0).tolist() == [0.25, 0.25, 1]
+        assert policy.step(0.0).tolist() == [0.5, 0.5, 1]
 
 
 # The rest ----------------------------------------------------------------------------------
