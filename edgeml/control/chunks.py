@@ -133,6 +133,11 @@ class Chunks:
         """
         return max(self._turnarounds, default=0)
 
+    @property
+    def steps(self) -> int:
+        """How many steps the newest chunk has; 0 before the first."""
+        return 0 if self._shape is None else self._shape.steps
+
     def left(self, now: float) -> int:
         """Return how many steps there are to play, the next one included, if no more comes."""
         if self._rule.aligned:

@@ -92,7 +92,10 @@ def _arrays_of(node: Any, path: tuple[str, ...]) -> Any:
         # Sorted, for a policy may name them in another order each time.
         return {key: _arrays_of(node[key], (*path, key)) for key in sorted(node)}
     where = "/".join(path) or "a chunk"
-    array = np.array(node)  # a copy, for its owner may write there again
+    try:
+        array = np.array(node)  # a copy, for its owner may write there again
+    except ValueError:
+        raise Malformed(f"{where} is ragged: its parts have different lengths") from None
     if not is_plain(array.dtype) or not array.ndim:
         raise Malformed(
             f"{where} is an array of numbers whose first axis is the steps, not {describe(node)}"

@@ -14,7 +14,7 @@ from edgeml.control.asking import Answer, Asker, Source, Worker, ask, copy_obser
 from edgeml.control.chunks import Chunks, Request
 from edgeml.control.merging import Merge, Rule, rule_of
 from edgeml.control.statistics import Statistics
-from edgeml.core.errors import Closed, ConfigMismatch, Malformed, shown
+from edgeml.core.errors import Closed, ConfigMismatch, DeadlineExceeded, Malformed, shown
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
 from edgeml.data.tree import copy_item
 
@@ -46,8 +46,8 @@ class Step:
             of yours gave, and infinity where there is no action.
         observation_id: of that observation, if it has one.
         version: of the policy that made it, if that is known.
-        source: ``"chunk"``, ``"hold"``, ``"taken"`` where another has the robot, or ``"nothing"``
-            where nothing has been played yet.
+        source: ``"chunk"``, ``"hold"``, ``"taken"`` where another has the robot, or had it and that
+            is latched, or ``"nothing"`` where nothing has been played yet.
     """
 
     number: int
@@ -96,7 +96,9 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
             ever.
         on_empty: what is done when nothing is left to play: ``"hold"`` gives the last action again;
             a function is called once with it, and its result given until there is more to play.
-        latch: whether then to go on holding until `reset`, rather than until the next chunk.
+        latch: whether what ends by itself ends with `reset` alone: a hold, rather than with the
+            next chunk, and a takeover, rather than when the lease is held again, as it is also
+            where whoever had taken over is lost.
         sync: ask in `step`, when nothing is left, and wait: for comparison, and for policies that
             are quicker than a tick.
         lease: who may act: an object with ``held`` and ``since``, as ``client.lease(key)`` gives.
@@ -130,8 +132,14 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         for name, value in [("rate", rate), ("max_age", max_age), ("timeout", timeout)]:
             if value is not None and not _is_positive(value):
                 raise ValueError(f"{name} is a positive number, not {shown(value)}")
-        if refill is not None and (isinstance(refill, bool) or not isinstance(refill, int)):
+        if refill is not None and (
+            isinstance(refill, bool) or not isinstance(refill, int) or refill < 0
+        ):
             raise ValueError(f"refill is a number of control steps, not {shown(refill)}")
+        if lease is not None and not (hasattr(lease, "held") and hasattr(lease, "since")):
+            raise TypeError(
+                f"a lease has held and since, as client.lease(key) gives, not {shown(lease)}"
+            )
         if on_empty != "hold" and not callable(on_empty):
             raise ValueError(f'on_empty is "hold", or a function, not {shown(on_empty)}')
         self.rate = float(rate)
@@ -159,7 +167,10 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         self._mark: int | None = None  # of the lease: since when it is held, or that it isn't
         self._last: _Command | None = None  # what a hold repeats
         self._holding_since: float | None = None
+        self._was_taken = False  # since the last `reset`, which matters where that is latched
         self._failing = False
+        self._hold_was_told = False
+        self._told: set[str] = set()  # of what lasts, and is not to be said with each chunk
         self._statistics = Statistics(self.rate)
         self._asker = Asker(ask(source, interface), actions, here=sync)
         self._log = Worker("edgeml control log")
@@ -204,7 +215,7 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         if self._asker.closed:
             raise Closed("this policy was stopped, or belongs to the process before a fork")
         if self._reset:
-            self._reset = False
+            self._reset = self._was_taken = False
             self._begin_anew()
         self._merge_what_came(now)
         if self._has_the_robot():
@@ -237,8 +248,9 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         if mark != self._mark:
             # Another has moved it, so neither the plan nor the last command is of use.
             self._begin_anew()
+            self._was_taken |= self._mark not in (None, _AWAY)
             self._mark = mark
-        return held
+        return held and not (self._latch and self._was_taken)
 
     @property
     def _latched(self) -> bool:
@@ -267,6 +279,10 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         )
         if timeout <= 0:
             self._statistics.counts["observations_too_old"] += 1
+            self._say_once(
+                "%s is asked nothing: observations are %.2f s old, and max_age is %g s",
+                *(self._what, now - observed_at, self._max_age),
+            )
             return
         payload = observation if self._sync else copy_observation(observation)
         request = self._chunks.ask(observed_at, observation_id)
@@ -293,10 +309,22 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         if error is not None:
             self._asker.rest(answer.seconds)
         if error is not None and not self._failing:
-            name = type(error).__name__
-            self._say(logging.WARNING, "%s gives no actions: %s: %s", self._what, name, error)
+            bound = "" if self._max_age == math.inf else f" (max_age is {self._max_age:g} s)"
+            late = bound if isinstance(error, DeadlineExceeded) else ""
+            self._say(
+                logging.WARNING,
+                "%s gives no actions: %s: %s%s",
+                *(self._what, type(error).__name__, error, late),
+            )
         elif error is None and self._failing:
             self._say(logging.INFO, "%s gives actions again", self._what)
+        if outcome == "late":
+            self._tell_of_short_chunks()
+        elif outcome == "stale" and now - answer.request.observed_at > self._max_age:
+            self._say_once(
+                "what %s gives is too old to be played: answers take %.2f s, and max_age is %g s",
+                *(self._what, answer.seconds, self._max_age),
+            )
         self._failing = error is not None
 
     # Playing --------------------------------------------------------------------------
@@ -306,7 +334,8 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         if played is not None:
             if self._holding_since is not None:
                 held = now - self._holding_since
-                self._say(logging.INFO, "%s is played again, after %.2f s", self._what, held)
+                if self._hold_was_told:
+                    self._say(logging.INFO, "%s is played again, after %.2f s", self._what, held)
                 self._holding_since = None
             action, observed_at, observation_id, version = played
             self._last = _Command(copy_item(action), observed_at, observation_id, version)
@@ -325,11 +354,21 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
             self._last = _Command(self._on_empty(self._last.action), None, None, None)
         self._holding_since = now
         self._statistics.counts["holds"] += 1
-        self._say(
-            logging.WARNING,
-            "nothing is left to play of %s, so the robot holds%s",
-            self._what,
-            " until reset()" if self._latch else "",
+        self._hold_was_told = self._chunks.turnaround < self._chunks.steps
+        if not self._hold_was_told:
+            self._tell_of_short_chunks()  # once, rather than at each
+        else:
+            self._say(
+                logging.WARNING,
+                "nothing is left to play of %s, so the robot holds%s",
+                *(self._what, " until reset()" if self._latch else ""),
+            )
+
+    def _tell_of_short_chunks(self) -> None:
+        self._say_once(
+            "%s gives %d steps at a time, and an answer takes %d, so the robot holds between them: "
+            'it needs longer chunks, or merge="append" to play all of each',
+            *(self._what, self._chunks.steps, self._chunks.turnaround),
         )
 
     def _made(
@@ -341,6 +380,11 @@ class ChunkedPolicy(ClosedAtExit, Unpicklable):
         version: int | None = None,
     ) -> Step:
         return Step(self._latest.number + 1, action, age, observation_id, version, source)
+
+    def _say_once(self, text: str, *about: object) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._say(logging.WARNING, text, *about)
 
     def _say(self, level: int, text: str, *about: object) -> None:
         """Write to the log, which may take its time, in another thread."""

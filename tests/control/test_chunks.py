@@ -352,6 +352,7 @@ def test_after_clearing_all_begins_anew(merge: Merge) -> None:
         (3.0, "whose first axis is the steps"),
         (["up", "down"], "array of numbers"),
         ({}, "no parts"),
+        ({"arm": [[1, 2], [3]]}, "arm is ragged"),
         (np.zeros((0, 7)), r"at least one; these have \[0\]"),
         ({"arm": np.zeros((3, 1)), "grip": np.zeros(4)}, r"these have \[3, 4\]"),
         (

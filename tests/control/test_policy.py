@@ -18,7 +18,7 @@ import pytest
 from edgeml import ConfigMismatch, Feature, InferenceClient, InferenceServer, PolicyContract
 from edgeml.control import Blend, ChunkedPolicy, Ensemble, RealTime
 from edgeml.control.asking import Asker
-from edgeml.core.errors import Closed, Unreachable
+from edgeml.core.errors import Closed, DeadlineExceeded, Unreachable
 from pairs import no_thread_left, started, wait_until
 
 RATE = 50
@@ -438,6 +438,48 @@ def test_a_policy_that_fails_is_not_asked_at_every_tick(make: Any) -> None:
     assert time.monotonic() - began >= 0.29
 
 
+def test_answers_that_are_always_too_old_are_told_once_with_the_cause(
+    make: Any, brain: Brain, caplog: Any
+) -> None:
+    policy = make(max_age=0.05)
+    for _ in range(3):
+        policy.step(0.0)
+        wait_until(lambda: policy.step(0.0) is None and not brain.asked.empty())
+        asked = time.monotonic()
+        wait_until(lambda asked=asked: time.monotonic() > asked + 0.05)
+        brain.give(policy, ramp(0))
+        assert steps(policy, 1) == [None]
+    assert policy.stats()["chunks_stale"] == 3
+    wait_until(lambda: messages(caplog))
+    (said,) = messages(caplog)
+    assert "too old to be played: answers take 0." in said
+    assert said.endswith("and max_age is 0.05 s")
+
+
+def test_a_deadline_that_max_age_set_is_told_as_such(make: Any, brain: Brain, caplog: Any) -> None:
+    policy = make(max_age=0.5)
+    policy.step(0.0)
+    brain.give(policy, DeadlineExceeded("no answer"))
+    policy.step(0.0)
+    wait_until(lambda: messages(caplog))
+    assert messages(caplog)[0].endswith("no answer (max_age is 0.5 s)")
+
+
+def test_chunks_shorter_than_an_answer_takes_are_told_once(
+    make: Any, brain: Brain, caplog: Any
+) -> None:
+    policy = make()
+    steps(policy, 1)
+    for _ in range(4):
+        brain.give(policy, ramp(0, 5))
+        steps(policy, 8)
+    assert policy.stats()["holds"] >= 2
+    wait_until(lambda: any("so the robot holds between them" in text for text in messages(caplog)))
+    said = [text for text in messages(caplog) if "5 steps at a time, and an answer takes" in text]
+    assert len(said) == 1
+    assert len(messages(caplog)) <= 2  # the first hold may be like any other
+
+
 def test_components_that_there_are_not_are_told_at_once(make: Any, brain: Brain) -> None:
     policy = make(merge=Blend(only=["arm"]))
     policy.step(0.0)
@@ -487,6 +529,32 @@ def test_a_takeover_between_two_steps_is_noticed(make: Any, brain: Brain) -> Non
     assert steps(policy, 1) == [None]
     brain.give(policy, ramp(100))
     assert steps(policy, 1) == [100]
+
+
+def test_a_takeover_that_is_latched_ends_with_reset(make: Any, brain: Brain) -> None:
+    lease = Lease()
+    lease.held = False  # at first, which is no takeover
+    policy = make(lease=lease, latch=True)
+    assert steps(policy, 1) == [None]
+    lease.held = True
+    steps(policy, 1)
+    brain.give(policy, ramp(0))
+    assert steps(policy, 1) == [0]
+    lease.held = False
+    steps(policy, 1)
+    lease.held, lease.since = True, 2
+    assert steps(policy, 3) == [None] * 3
+    assert policy.latest.source == "taken"
+    assert brain.asked.empty()
+    policy.reset()
+    steps(policy, 1)
+    brain.give(policy, ramp(100))
+    assert steps(policy, 1) == [100]
+
+
+def test_what_is_no_lease_is_refused(make: Any) -> None:
+    with pytest.raises(TypeError, match="a lease has held and since"):
+        make(lease=object())
 
 
 # Contracts ---------------------------------------------------------------------------------
@@ -545,6 +613,7 @@ def test_a_contract_gives_components_their_names() -> None:
         {"rate": 50, "max_age": 0},
         {"rate": 50, "timeout": -1},
         {"rate": 50, "refill": 2.5},
+        {"rate": 50, "refill": -1},
         {"rate": 50, "on_empty": "stop"},
         {"rate": 50, "merge": "blend"},
     ],
