@@ -37,6 +37,8 @@ closed, in a minute; no plan ever says so. *Plans* are those that the server had
   compared with an edgeml that refills 0.2 s earlier, which still makes fewer plans. With
   ``--refill 1``, g = 1, it has the server plan without a pause, 10 times a second of 50
   observations, and tracks better for it than one request at a time can, of which there are 6.
+- In "bad" weather answers take up to the deadline by themselves. Whoever has one request under way
+  and gives it up then pauses often; whoever has several, and never gives up, pauses less.
 - The two differ only where they decide: what is asked when, and what a new chunk does to the old.
 
 **In real time** (`--real`) robots, one of each merging choice, run at once, each in a process of
