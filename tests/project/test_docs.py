@@ -229,7 +229,7 @@ ALONE = {
         " steps at 50 Hz: ",
         "left when a chunk came: ",
     ],
-    ("docs/guides/control.md", "control_device.py"): ["moved True, then stopped ['arm']\n"],
+    ("docs/guides/control.md", "control_device.py"): ["moved True, and stopped by itself True\n"],
     ("docs/guides/control.md", "control_hold.py"): [
         "chunk 0.2\nchunk 0.2\nchunk 0.2\n",
         "hold 0.0\n",

@@ -151,7 +151,7 @@ class Gate:
             self.stale += 1
             raise Stale(
                 f"an action of {self._key!r} is {age:.3f} s old, and is valid for {valid:.3f} s "
-                "only: send a newer one"
+                "only: observe anew, and send a newer one"
             )
         if age < -_AHEAD and valid < math.inf:
             self.stale += 1

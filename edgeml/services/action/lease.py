@@ -154,8 +154,8 @@ class Lease(ClosedAtExit, Unpicklable):
                 raise copy_error(self._error)
             if self._in_the_way:
                 raise NotHolder(
-                    f"{self._in_the_way}, and did not give it back within {seconds:g} s: wait "
-                    "longer, or ask with a higher priority"
+                    f"{self._in_the_way}, and that was so for {seconds:g} s: wait longer; a higher "
+                    "priority takes a lease at once, once no action runs"
                 )
             raise DeadlineExceeded(f"no lease of {self.key!r} within {seconds:g} s")
 
