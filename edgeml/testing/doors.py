@@ -54,6 +54,7 @@ from edgeml.testing.ends import (
     has_ipv6,
     resident_memory,
     results_of,
+    threads_beside,
     until,
     within,
 )
@@ -206,8 +207,8 @@ class DoorTests:
         lab = Lab(self.url, self.client)
         yield lab
         lab.close()
-        until(lambda: set(threading.enumerate()) <= before)
-        left = set(threading.enumerate()) - before
+        until(lambda: not threads_beside(before))
+        left = threads_beside(before)
         assert not left, "threads that outlive their server"
 
     @pytest.fixture

@@ -67,8 +67,8 @@ class EndsTests:
         net = Net(transport, self.url)
         yield net
         net.close()
-        until(lambda: set(threading.enumerate()) <= before)
-        left = set(threading.enumerate()) - before
+        until(lambda: not threads_beside(before))
+        left = threads_beside(before)
         assert not left, "threads that outlive their endpoint"
 
     @pytest.fixture
@@ -102,6 +102,11 @@ class Threads:
         """Wait for all threads."""
         for thread in self._threads:
             thread.join(PATIENCE)
+
+
+def threads_beside(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Return the threads that there are now beside those, and those of stopwatches."""
+    return {each for each in {*threading.enumerate()} - before if each.name != "stopwatch"}
 
 
 class Net(Threads):

@@ -59,6 +59,7 @@ from edgeml.testing.ends import (
     make_message,
     resident_memory,
     results_of,
+    threads_beside,
     until,
     within,
 )
@@ -856,7 +857,7 @@ class TransportTests(SafetyTests, LivenessTests, DeadlineTests):
             requester.request(Message(b"")).result(PATIENCE)
             requester.close()
             endpoint.close()
-            assert set(threading.enumerate()) <= before
+            assert not threads_beside(before)
 
     def test_an_end_that_has_been_closed_is_kept_alive_by_nobody(self, net: Net) -> None:
         endpoint = net.transport.serve(Url.parse(self.url), echo)

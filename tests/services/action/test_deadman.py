@@ -573,6 +573,7 @@ def test_what_a_signal_stops_just_as_an_action_begins_is_safe_in_the_end(safe, m
     assert safe.keys == ["arm"]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_child_does_nothing_of_the_kind(safe):
     server = device_of("inproc", safe, timeout=60.0)
     with client_of_started(server, "inproc") as client:
