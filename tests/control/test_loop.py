@@ -149,7 +149,8 @@ class Loop:
             self._since_chunk = Watch(*self._others)
         self._age = self.policy.latest.age
         self.longest = max(self.longest, took)
-        assert took <= AT_MOST, f"step {tick} took {took * 1e3:.1f} ms"
+        # The first takes new memory for its copy, before the robot moves.
+        assert tick == 0 or took <= AT_MOST, f"step {tick} took {took * 1e3:.1f} ms"
         return action
 
     def play(self) -> None:

@@ -64,6 +64,7 @@ def test_nor_where_the_link_stalls_or_answers_are_lost(tmp_path: Path) -> None:
     check(results, 8)  # four in either weather
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_each_time(tmp_path: Path) -> None:
     def once(name: str) -> dict[str, dict[str, float]]:
         return compare(

@@ -730,6 +730,10 @@ def test_a_connection_that_is_lost_costs_a_subscriber_nothing_that_is_kept(trans
         assert subscription.missed == 0
 
 
+@pytest.mark.parametrize(
+    "transport",
+    ["zmq", "grpc", *(pytest.param(x, marks=pytest.mark.slow) for x in ("inproc", "shm", "ws"))],
+)
 def test_calls_that_fill_the_connection_cost_neither_it_nor_its_subscriptions(transport):
     """Thousands of calls under way leave no room for a heartbeat, which must not end them all."""
     entered, go_on = threading.Event(), threading.Event()
