@@ -313,6 +313,7 @@ class Listener(LoopEndpoint):
             assembly = None  # or what has come lives as long as gRPC keeps the error
             await self._abort(context, error)
         finally:
+            assembly = None  # nor as long as a task keeps that it was cancelled
             for held in incoming:
                 held.release()
         try:
