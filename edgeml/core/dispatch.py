@@ -78,8 +78,13 @@ _GRACE = 2.0  # seconds that handlers have to return when the dispatcher is clos
 
 # Raised by a handler, these reach the caller as they are; all else is a RemoteError.
 _PASSED_ON = (
-    *(UnknownInterface, Malformed, ConfigMismatch, PermissionDenied, Overloaded),
-    *(Stale, NotHolder),
+    UnknownInterface,
+    Malformed,
+    ConfigMismatch,
+    PermissionDenied,
+    Overloaded,
+    Stale,
+    NotHolder,
 )
 
 

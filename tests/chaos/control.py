@@ -263,14 +263,6 @@ class Run(Stage):
         device = [name for name in self.proxies if name in self.drivers]
         return {"thinker": thinker, "device": device}.get(server, device + thinker)
 
-    def kill(self, name: str) -> None:
-        super().kill(name)
-        self._refuse_for(name)
-
-    def end(self, name: str) -> None:
-        super().end(name)
-        self._refuse_for(name)
-
     def _refuse_for(self, name: str) -> None:
         if name in ("device", "thinker") and not self.given_up:
             self._lead(name)

@@ -197,16 +197,7 @@ class Run(Stage):
         )
         process.hear()
 
-    def kill(self, name: str) -> None:
-        super().kill(name)
-        self._refuse_for(name)
-
-    def end(self, name: str) -> None:
-        super().end(name)
-        self._refuse_for(name)
-
     def _refuse_for(self, name: str) -> None:
-        """Have connections refused that are for one that is no more."""
         if name == "learner" and not self.given_up:
             self.order_proxies(do="target", port=None)
 

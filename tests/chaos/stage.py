@@ -118,6 +118,7 @@ class Stage:
         # Told afterwards: what it was told before may have been before its end.
         self.tell("kill", name)
         self.processes[name].frozen = False
+        self._refuse_for(name)
 
     def end(self, name: str) -> None:
         """Have a process come to its own end."""
@@ -130,6 +131,10 @@ class Stage:
         except TimeoutError as error:
             self.tell("stuck", name, why=f"at its end, {error}")
             self.processes[name].kill()
+        self._refuse_for(name)
+
+    def _refuse_for(self, name: str) -> None:
+        """Have connections refused that are for one that is no more, where it has a proxy."""
 
     @contextmanager
     def frozen(self, name: str) -> Iterator[None]:

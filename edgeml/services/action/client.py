@@ -27,7 +27,7 @@ from edgeml.services.action.lease import Lease
 from edgeml.services.action.record import Executed
 from edgeml.services.action.recording import Recording
 from edgeml.services.action.stamps import Clock, Observation, Stamp, pack
-from edgeml.services.base import ClientSettings, ServiceClient, checked, names
+from edgeml.services.base import ClientSettings, ServiceClient, checked, named, names
 from edgeml.services.functions import takes
 
 if TYPE_CHECKING:
@@ -213,18 +213,14 @@ class ActionClient(ServiceClient):
             RemoteError: ``act_callback`` raised.
             DeadlineExceeded, Unreachable: no answer; whether the action was taken is not known.
         """
-        if self._client.sessions.current is not self._greeted:
-            self._greet()
-        asked = time.monotonic_ns()
-        seen, elapsed = self._clock.tell(asked)
+        asked, seen, elapsed = self._tell_clock()
         if elapsed > _FRESH:
             deadline = Deadline(self._client.timeout if timeout is None else timeout)
             self._note_clock(asked, self._client.call(CLOCK, None, deadline.left))
             timeout = deadline.left
-            asked = time.monotonic_ns()
-            seen, elapsed = self._clock.tell(asked)
+            asked, seen, elapsed = self._tell_clock()
         stamp = self._stamp(key, seen, elapsed, observation, age, valid, policy)
-        stamped = [key, {} if payload is None else payload, pack(stamp)]
+        stamped = [*named(key, payload), pack(stamp)]
         try:
             answer = self._client.call("act", stamped, timeout)
         except Stale:
@@ -249,14 +245,11 @@ class ActionClient(ServiceClient):
         when this returns. The future's own callbacks run in the transport's thread: keep them
         short.
         """
-        if self._client.sessions.current is not self._greeted:
-            self._greet()
-        asked = time.monotonic_ns()
-        seen, elapsed = self._clock.tell(asked)
+        asked, seen, elapsed = self._tell_clock()
         if elapsed > _FRESH:
             self._ask_clock()
         stamp = self._stamp(key, seen, elapsed, observation, age, valid, policy)
-        stamped = [key, {} if payload is None else payload, pack(stamp)]
+        stamped = [*named(key, payload), pack(stamp)]
         future = self._client.call_async("act", stamped, timeout)
         future.add_done_callback(self._look_if_stale)  # before whoever waits is told
         return checked(future, lambda answer: self._acted(key, asked, answer))
@@ -307,6 +300,14 @@ class ActionClient(ServiceClient):
             made.release()
             raise
         return made
+
+    def _tell_clock(self) -> tuple[int, int | None, float]:
+        """Return the time, in ns, and what goes with an action that is sent then; see `Clock`."""
+        if self._client.sessions.current is not self._greeted:
+            self._greet()
+        asked = time.monotonic_ns()
+        seen, elapsed = self._clock.tell(asked)
+        return asked, seen, elapsed
 
     def _stamp(
         self,

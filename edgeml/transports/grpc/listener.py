@@ -310,10 +310,9 @@ class Listener(LoopEndpoint):
                 held.release()  # from here on core counts it
             answer, unread = await self._answer(message, context, identity)
         except EdgemlError as error:
-            assembly = None  # or what has come lives as long as gRPC keeps the error
             await self._abort(context, error)
         finally:
-            assembly = None  # nor as long as a task keeps that it was cancelled
+            assembly = None  # or what has come lives as long as gRPC keeps the error
             for held in incoming:
                 held.release()
         try:
