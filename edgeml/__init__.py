@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         Observation,
         PolicyContract,
         Recording,
+        ShardedLearner,
         TrainerClient,
         TrainerConfig,
         TrainerServer,
@@ -76,6 +77,7 @@ __all__ = [
     "TrainerServer",
     "TrainerClient",
     "TrainerTunnel",
+    "ShardedLearner",
     "Delivered",
     "Subscription",
     # what a device has seen and done
@@ -137,6 +139,7 @@ _HOMES = {
     "PolicyContract": "services",
     "Recording": "services",
     "ServerState": "core.state",
+    "ShardedLearner": "services",
     "Subscription": "core.streams",
     "Timing": "core.client",
 }

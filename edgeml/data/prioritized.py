@@ -64,6 +64,16 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         """How many priorities came too late: their items had been overwritten."""
         return self._priorities.stale
 
+    @property
+    def largest_weight(self) -> float:
+        """The largest ``p ** (-alpha * beta)`` of an item that is held, 0 where none is.
+
+        Samples' ``weights`` are divided by it. Those of several buffers are made those of one by
+        multiplying each buffer's by its own, and dividing all by the largest.
+        """
+        with self.lock:
+            return self._priorities.largest_weight()
+
     def update_priorities(self, ids: ArrayLike, priorities: ArrayLike) -> None:
         """Give items new priorities; those that are no longer held are counted in `stale`.
 

@@ -126,6 +126,16 @@ class ReplayBuffer(DataStoreBase):
         return 0 if self._schema is None else self._columns.nbytes
 
     @property
+    def mass(self) -> float:
+        """What an item's probability of being drawn is a share of: how many items are held.
+
+        Or what the selector says: of a `PrioritizedReplayBuffer`, the sum of ``p ** alpha``. Who
+        draws from several buffers as from one draws from each in proportion to it.
+        """
+        with self.lock:
+            return self._selector.mass()
+
+    @property
     def breaks(self) -> int:
         """How many items began a run only because of their observation.
 

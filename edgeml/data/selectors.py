@@ -60,6 +60,10 @@ class Selector(ABC):
         """Write what `added` tells of the drawn rows into arrays: those that are wanted."""
         del rows, outs
 
+    def mass(self) -> float:
+        """Return what the probability of an item is a share of; here, how many are held."""
+        return float(self.ring.held)
+
     def reset(self) -> None:
         """Forget all items, as the ring just has."""
         return  # it knows of none
@@ -167,6 +171,19 @@ class PrioritizedSelector(Selector):
         if "weights" in outs:
             # n and the sum are the same in all weights, and so in the largest: they cancel.
             outs["weights"][:] = (self._tree.get(rows) / self._tree.smallest) ** -self.beta
+
+    def mass(self) -> float:
+        """See `Selector.mass`: here, the sum of all priorities to the power of alpha."""
+        self._catch_up()
+        return float(self._tree.total)
+
+    def largest_weight(self) -> float:
+        """Return the largest weight in the buffer as it is before weights are divided by it.
+
+        That is without the number of items and the sum, which are the same in all of them.
+        """
+        self._catch_up()
+        return float(self._tree.smallest**-self.beta) if self.ring.held else 0.0
 
     def set_priorities(self, ids: Array, priorities: Array) -> None:
         """Give items new priorities; those that are no longer held are counted in `stale`.

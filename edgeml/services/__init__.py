@@ -15,6 +15,7 @@ from edgeml.services.functions import Context
 from edgeml.services.inference import InferenceClient, InferenceServer
 from edgeml.services.trainer import (
     Delivered,
+    ShardedLearner,
     TrainerClient,
     TrainerConfig,
     TrainerServer,
@@ -36,6 +37,7 @@ __all__ = [
     "Observation",
     "PolicyContract",
     "Recording",
+    "ShardedLearner",
     "TrainerClient",
     "TrainerConfig",
     "TrainerServer",

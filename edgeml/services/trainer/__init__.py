@@ -13,7 +13,15 @@ that the server saw last shuts the others out; no clock has a say, for a robot's
 from edgeml.services.trainer.client import TrainerClient
 from edgeml.services.trainer.config import TrainerConfig
 from edgeml.services.trainer.server import TrainerServer
+from edgeml.services.trainer.sharded import ShardedLearner
 from edgeml.services.trainer.tunnel import TrainerTunnel
 from edgeml.services.trainer.uploader import Delivered
 
-__all__ = ["Delivered", "TrainerClient", "TrainerConfig", "TrainerServer", "TrainerTunnel"]
+__all__ = [
+    "Delivered",
+    "ShardedLearner",
+    "TrainerClient",
+    "TrainerConfig",
+    "TrainerServer",
+    "TrainerTunnel",
+]

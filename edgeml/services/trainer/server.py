@@ -15,6 +15,7 @@ from edgeml.services.functions import Callback
 from edgeml.services.trainer.config import NETWORK, TrainerConfig
 from edgeml.services.trainer.intake import Intake
 from edgeml.services.trainer.ledger import Ledger
+from edgeml.services.trainer.sampling import SAMPLE, UPDATE_PRIORITIES, Sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,6 +66,7 @@ class TrainerServer(ServiceServer):
         self._server.register("update", self._intake.update)
         self._server.register("request", requests)
         self._topic = self._server.topic(NETWORK, needs="subscribe")
+        self._sampling: Sampling | None = None
 
     def register_data_store(self, name: str, store: DataStoreBase) -> None:
         """Put what clients of this name upload into ``store``.
@@ -85,6 +87,16 @@ class TrainerServer(ServiceServer):
     def store_names(self) -> list[str]:
         """Return the names of the registered stores."""
         return list(self._intake.stores)
+
+    def serve_samples(self) -> None:
+        """Answer learners elsewhere, which draw batches from these stores: see `ShardedLearner`.
+
+        Where keys are asked for, theirs need the permission ``call`` for ``sample``, and for
+        ``update_priorities``. Call it before `start`.
+        """
+        self._sampling = sampling = Sampling(self._intake.store, self._server.allocate)
+        self._server.register(SAMPLE, sampling.sample, needs="call")
+        self._server.register(UPDATE_PRIORITIES, sampling.update_priorities, needs="call")
 
     def save_checkpoint(
         self, path: str | os.PathLike[str], values: Any | Callable[[], Any] = None
@@ -157,9 +169,12 @@ class TrainerServer(ServiceServer):
         overwrote before they were sent, or can't send; and ``items_of_NAME`` for each key.
         ``stores`` has of each store, by name: ``accepted``, which is always the sum of ``applied``,
         ``refused`` (a dict: reasons and counts) and ``repeated``; of those applied, how many are
-        ``durable``, in a checkpoint; and ``dropped``, which clients don't hold any more.
+        ``durable``, in a checkpoint; and ``dropped``, which clients don't hold any more. Where it
+        serves samples, ``items_sampled`` by learners elsewhere, and ``priorities_stale`` of theirs
+        that were of items which are not held.
         """
-        return {**super().stats(), **self._intake.stats()}
+        sampled = {} if self._sampling is None else dict(self._sampling.counts)
+        return {**super().stats(), **sampled, **self._intake.stats()}
 
     def publish_network(self, params: Any) -> int:
         """Send weights to every client, those that connect later included.
