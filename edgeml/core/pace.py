@@ -37,7 +37,7 @@ class Pace:
     Attributes:
         least: what none of the last runs was below; 0.0 as long as little is known.
         usual: their average, without the longest, since one may have compiled; 0.0 at first.
-        most: what the longest took.
+        most: what the longest of those took, so that one alone makes no difference here either.
     """
 
     __slots__ = ("_count", "_ended", "_runs", "least", "most", "usual")
@@ -67,7 +67,7 @@ class Pace:
             return
         usual = runs[:-1] or runs
         self.usual = sum(usual) / len(usual)
-        self.most = runs[-1]
+        self.most = usual[-1]
         self.least = runs[0] if len(runs) >= _FEW else 0.0
 
     def rules_out(self, left: float, now: float) -> bool:
@@ -89,13 +89,17 @@ class Pace:
     def is_risky(self, call: Call, left: float, ahead: float) -> bool:
         """Whether a call that would begin later would have no time to spare.
 
+        Each of the runs before it may take long, and of many hardly all: what n of them take
+        together varies by the square root of n times what one does, and hardly by over twice that.
+
         Args:
             call: the call.
             left: seconds that it would have then.
-            ahead: seconds until then, of runs, any of which may take long.
+            ahead: seconds until then, of runs.
         """
-        longer = self.most / self.usual if self.usual else 1.0
-        return left < max(self.comfort(call), self.most + ahead * (longer - 1))
+        runs = ahead / self.usual if self.usual else 0.0
+        more = min(runs, 2 * math.sqrt(runs)) * (self.most - self.usual)
+        return left < max(self.comfort(call), self.most + more)
 
     def refusal(self, call: Call, now: float, ahead: float = 0.0) -> tuple[EdgemlError, str]:
         """Return what to tell a call that can't make it, and the reason to count it by.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from contextlib import closing
 
 import pytest
 
-from edgeml import EdgemlError, Overloaded
+from edgeml import Overloaded
 from edgeml.core.dispatch import answer_with
 from edgeml.core.message import Message
 from edgeml.core.plugins import load_transport
@@ -39,43 +40,53 @@ def test_what_is_read_late_shows_how_late_it_may_be(name):
     assert all(later >= at for at, later in itertools.pairwise(behind[10:]))
 
 
-def take_long(payload, _):
-    time.sleep(0.02)
-    return payload
+class Policy:
+    """Answers with what it is given, and takes its time, or as much as the test wants, if told."""
 
+    def __init__(self) -> None:
+        self.free = threading.Event()
 
-def error_of(function, *arguments, **settings):
-    try:
-        function(*arguments, **settings)
-    except EdgemlError as error:
-        return error
+    def __call__(self, payload, _):
+        if payload == "slow":
+            time.sleep(0.02)
+        elif payload == "held":
+            assert self.free.wait(30)
+        return payload
 
 
 @pytest.fixture
-def busy(monkeypatch, transport):
+def policy():
+    made = Policy()
+    yield made
+    made.free.set()
+
+
+@pytest.fixture
+def busy(monkeypatch, transport, policy):
     """A server whose callers are refused, and which is said to be behind with reading."""
     server = Server("inference", resolve(transport, "127.0.0.1", 0))
-    server.register("policy", answer_with(take_long))
+    server.register("policy", answer_with(policy))
     with closing(opened(server)):
         kinds = {type(end) for end in server._endpoints()}
         for kind in kinds:
-            monkeypatch.setattr(kind, "behind", property(lambda _: 1.0))
+            monkeypatch.setattr(kind, "behind", property(lambda _: 2.0))
         yield server
 
 
-def test_where_calls_are_refused_those_that_may_have_lain_long_are_so_unseen(busy, transport):
-    many = 400 if transport == "grpc" else 100  # which takes some time to read as many
+def test_where_calls_are_refused_those_that_may_have_lain_long_are_so_unseen(busy, policy):
+    asked = ["held", *range(300)]  # of 20 ms each, as the server has it
     with closing(client_of(busy)) as client:
-        for n in range(5):
-            client.call("policy", n)
-        patient = [client.call_async("policy", n, timeout=30) for n in range(many)]
+        for _ in range(5):
+            client.call("policy", "slow")
+        patient = [client.call_async("policy", each, timeout=30) for each in asked]
+        wait_until(lambda: busy.dispatcher.waiting == len(asked) - 1)
         # Who wants his answer before all those has none, and is told so; not by all at first.
-        wait_until(lambda: "takes" in str(error_of(client.call, "policy", 0, timeout=0.4)))
-        for _ in range(3):
-            with pytest.raises(Overloaded, match="not looked at"):
-                client.call("policy", 0, timeout=0.4)
-        assert client.call("policy", "last", timeout=20) == "last"
-        assert [future.result(20) for future in patient] == list(range(many))
+        for told in ("takes", *["not looked at"] * 3):
+            with pytest.raises(Overloaded, match=told):
+                client.call("policy", 0, timeout=4)
+        last = client.call_async("policy", "last", timeout=20)
+        policy.free.set()
+        assert [future.result(20) for future in (*patient, last)] == [*asked, "last"]
         stats = busy.stats()
         assert (stats["refused_unread"], stats["refused_too_busy"]) == (3, 1)
         assert stats["Overloaded"] == 4
@@ -83,6 +94,6 @@ def test_where_calls_are_refused_those_that_may_have_lain_long_are_so_unseen(bus
 
 def test_where_nothing_is_refused_it_does_not_matter(busy):
     with closing(client_of(busy)) as client:
-        for n in range(10):
-            assert client.call("policy", n, timeout=0.5) == n
+        for _ in range(10):
+            assert client.call("policy", "slow", timeout=4) == "slow"
         assert "refused_unread" not in busy.stats()

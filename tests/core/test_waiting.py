@@ -397,6 +397,18 @@ def test_what_no_client_asks_for_is_neither_refused_nor_counted():
     assert not lane.refused
 
 
+@pytest.mark.parametrize("longest", [(0.06, 0.1), (1.0,)], ids=["some", "one"])
+def test_of_many_runs_that_come_before_a_call_not_all_are_taken_to_be_as_the_longest(longest):
+    lane, what = Lane(DEFAULT_LIMITS), What(took=[*[0.02] * 14, *longest])
+    lane.press()
+    for _ in range(360):
+        put(lane, what, "c1", 0.0, 30.0)
+    put(lane, what, "c1", 0.0, 20.0)  # 7.5 s at the most come before it
+    assert not lane.refused
+    hopeless = put(lane, what, "c1", 0.0, 7.0)
+    assert list(refusals(lane)) == [hopeless]
+
+
 # Paces ---------------------------------------------------------------------------------------
 
 
@@ -418,6 +430,24 @@ def test_one_run_that_takes_long_changes_little():
     pace.add(30.0, 0.0)
     assert pace.usual == pytest.approx(0.02)
     assert not pace.rules_out(0.021, 0.0)
+    call = Asked(1, client("c1"), 0.0, 20.0)
+    assert pace.comfort(call) == pytest.approx(0.04)
+    assert not pace.is_risky(call, 1.0, 10.0)
+
+
+def test_the_more_runs_come_before_a_call_the_more_time_to_spare_it_needs_and_the_less_for_each():
+    pace = Pace()
+    for n in range(17):
+        pace.add(0.01 if n % 2 else 0.03, 0.0)
+    call = Asked(1, client("c1"), 0.0, 20.0)
+    spare = []
+    for runs in (1, 4, 100, 400):
+        ahead = runs * pace.usual
+        spare.append(next(n for n in itertools.count() if not pace.is_risky(call, n / 1e3, ahead)))
+    assert spare == sorted(spare)
+    assert spare[1] >= 4 * 9  # each of so few may take long
+    assert 100 < spare[2] < 100 * 5
+    assert spare[3] < 400 * 2
 
 
 def test_a_pace_follows_runs_that_become_slower_and_quicker():
