@@ -175,8 +175,10 @@ class Process:
         return line.strip()
 
     def signal(self, number: int) -> None:
-        """Send it a signal, and see it stop if that is what it says."""
+        """Send it a signal, and see it stop or end if that is what it says."""
         self.popen.send_signal(number)
+        if number == signal.SIGKILL:
+            self.popen.wait(30)
         if number == signal.SIGSTOP:
             stat = Path(f"/proc/{self.popen.pid}/stat")
             wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")

@@ -112,7 +112,6 @@ class Switch:
         lock: is held by whoever begins an action, and feeds this.
 
     Attributes:
-        acting: whether the safe action runs; read it under the lock.
         halts: how many times it was called.
     """
 
@@ -125,8 +124,9 @@ class Switch:
         lock: threading.RLock,
     ) -> None:
         self.timeout = timeout
-        self.acting = False
         self.halts = 0
+        self._acting = False
+        self._called = -math.inf  # when the safe action was last
         self._key = key
         self._function = function
         self._record = record
@@ -140,6 +140,14 @@ class Switch:
         """Never act in this child; a lock that is there is given anew."""
         self._lock = lock
         self._due = math.inf
+
+    def bars(self, at: float) -> bool:
+        """Whether an action that was to begin at some time may not, under the lock.
+
+        So it is while the safe action runs, and after it for what was to begin before and was held
+        up meanwhile: a thread may be, between a look at the clock and the lock.
+        """
+        return self._acting or at < self._called
 
     def feed(self, now: float) -> None:
         """Take notice that an action begins; under the lock.
@@ -169,7 +177,8 @@ class Switch:
             if now < self._due:
                 return
             self._due = math.inf
-            self.acting = True
+            self._acting = True
+            self._called = now
             self.halts += 1
             silent = now - self._fed
             entry = self._record.begin_halt(self._key, silent, now)
@@ -180,7 +189,7 @@ class Switch:
         finally:
             self._record.end_halt(entry)
             with self._lock:
-                self.acting = False
+                self._acting = False
         why = ", as the server stops" if self._released else ""
         text = "the safe action of %r was called%s: %.3f s had passed since the last action began"
         _log.warning(text, self._key, why, silent)

@@ -82,12 +82,12 @@ class Gate:
             at: when it is, on the clock `time.monotonic`.
 
         Raises:
-            Stale: it is too old, or a later one came before, or the safe action runs.
+            Stale: it is too old, or a later one came before, or the safe action runs or just ran.
             Closed: the server stops.
         """
         with self._lock:
             switch = self._switch
-            if switch is not None and switch.acting:
+            if switch is not None and switch.bars(at):
                 self.stale += 1
                 raise Stale(f"the safe action of {self._key!r} is just running: try again after it")
             now = int(at * 1e9)
