@@ -13,6 +13,7 @@ __all__ = [
     "load_jax",
     "load_matplotlib",
     "load_pillow",
+    "load_ray",
     "load_simplejpeg",
     "need_cryptography",
     "need_images",
@@ -57,6 +58,19 @@ def load_pillow() -> Any:
     except ImportError as error:
         raise _explain("images need Pillow", "images") from error
     return PIL.Image
+
+
+def load_ray() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        ImportError: it is not installed; the text says how to.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise _explain("this needs Ray", "ray") from error
+    return ray
 
 
 def load_simplejpeg() -> Any:

@@ -28,6 +28,8 @@ from pairs import ROOT, TRANSPORTS, threads
 settings.register_profile("edgeml", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("edgeml")
 
+RAY = ROOT / "tests" / "ray"
+
 _added = pytest.StashKey[tuple[Path, list[str], str | None]]()
 
 
@@ -72,6 +74,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(site)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have one process run all that needs Ray, as each would start its own.
+
+    What comes first is given to one process, which does it first, and others take from the end.
+    """
+    items.sort(key=lambda item: RAY not in item.path.parents)
+
+
 def pytest_collection_finish() -> None:
     """Have each `gc.collect()` of a test look at what came since, and not at ten thousand tests."""
     gc.collect()
@@ -81,7 +91,8 @@ def pytest_collection_finish() -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Share the suite among processes; files that are named, and the long runs, need no other."""
     named = [Path(name.partition("::")[0]) for name in config.option.file_or_dir]
-    if config.option.markexpr == "slow" or (named and not any(path.is_dir() for path in named)):
+    alone = [path for path in named if path.is_dir() and path.resolve() != RAY]
+    if config.option.markexpr == "slow" or (named and not alone):
         return 0
     return min(2 * (os.cpu_count() or 1), 8)  # half of the time they wait
 

@@ -13,7 +13,7 @@ import pytest
 
 from pairs import ROOT
 
-HEAVY = ("zmq", "grpc", "jax", "gymnasium", "cloudpickle", "PIL", "cv2", "pytest")
+HEAVY = ("zmq", "grpc", "jax", "gymnasium", "ray", "cloudpickle", "PIL", "cv2", "pytest")
 
 
 def heavy_after(program: str) -> list[str]:
@@ -48,6 +48,8 @@ def test_importing_edgeml_loads_nothing_heavy():
         "__main__",
         "aio",
         "control",
+        "ray",
+        "ray.names",
     ],
 )
 def test_no_package_loads_an_optional_or_networking_library(name):
@@ -257,6 +259,26 @@ def test_a_copy_keeps_the_rules_too(lint):
         ("control/chunks.py", "import edgeml.control.asking"),
         ("control/asking.py", "import edgeml.control.policy"),
         ("control/statistics.py", "import edgeml.control.asking"),
+        ("core/resolver.py", "import edgeml.ray"),
+        ("services/base.py", "import edgeml.ray"),
+        ("services/base.py", "import ray"),
+        ("gym/env.py", "import edgeml.ray"),
+        ("gym/env.py", "import ray"),
+        ("aio.py", "import edgeml.ray"),
+        ("testing/stores.py", "import edgeml.ray"),
+        ("cli/doctor.py", "import ray"),
+        ("ray/names.py", "import edgeml.gym"),
+        ("ray/names.py", "import edgeml.control"),
+        ("ray/names.py", "import edgeml.cli"),
+        ("ray/names.py", "import edgeml.testing"),
+        ("ray/names.py", "import edgeml.transports.zmq"),
+        ("ray/names.py", "import edgeml.codecs.msgpack"),
+        ("ray/names.py", "import zmq"),
+        ("ray/cluster.py", "import ray"),
+        ("ray/cluster.py", "import jax"),
+        ("ray/deployment.py", "import edgeml.ray.cluster"),
+        ("ray/replica.py", "import edgeml.ray.servers"),
+        ("ray/names.py", "import edgeml.ray.controller"),
         ("core/url.py", "import edgeml.images"),
         ("core/url.py", "import edgeml.extras"),
         ("extras.py", "import edgeml.core.errors"),

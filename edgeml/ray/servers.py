@@ -1,0 +1,459 @@
+"""Equal servers: as many as are wanted, of the newest version, none lost in between."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edgeml.core.errors import text_of
+from edgeml.core.resolver import Place
+from edgeml.extras import load_ray
+from edgeml.ray import cluster
+from edgeml.ray.deployment import (
+    Ask,
+    Autoscale,
+    Deployment,
+    Failure,
+    Host,
+    ReplicaStatus,
+    Spec,
+    State,
+    Status,
+)
+from edgeml.ray.replica import Description, Replica, factory_key
+
+__all__ = ["Scaling", "Servers", "ServersSpec"]
+
+_log = logging.getLogger(__name__)
+
+_ANSWER = 0.5  # seconds that a step waits for its replicas' answers; late ones count next time
+_FIRST_ANSWER = 5.0  # as long, where it is not known at all what they are at
+_GOING = 60.0  # seconds after which one that leaves is ended all the same
+_FIRST_PAUSE = 1.0  # seconds before one that failed is started anew; doubled each time
+_LONGEST_PAUSE = 30.0
+_BUSIEST = 0.8  # the part of its time that a replica is to be busy at most
+
+
+@dataclass(frozen=True)
+class ServersSpec(Spec):
+    """What equal servers are made of.
+
+    Attributes:
+        replicas: how many are wanted.
+        autoscale: the bounds, if they scale by themselves.
+        options: what Ray is asked for each replica.
+        timeout: seconds in which the version has to be ready.
+        until: when these are over, by the controller's `time.time`.
+        settled: whether it was, at one time; what fails since is started anew, for ever.
+        before: the spec that it replaces, and falls back to.
+        failure: why the version after this one could not be started.
+    """
+
+    kind = "servers"
+    replicas: int = 1
+    autoscale: Autoscale | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = math.inf
+    until: float = 0.0
+    settled: bool = False
+    before: ServersSpec | None = None
+    failure: Failure | None = None
+
+    def open(self, host: Host) -> Servers:
+        """See `Spec.open`."""
+        return Servers(self._begun(), host)
+
+    def _begun(self) -> ServersSpec:
+        return self if self.until else replace(self, until=time.time() + self.timeout)
+
+
+@dataclass(eq=False)
+class _Member:
+    """A replica, as the controller knows it."""
+
+    id: str
+    version: int
+    actor: Any
+    asked: Any = None  # the answer that is due
+    told: Description | None = None
+    lost: bool = False  # it is being started anew
+    gone: bool = False  # it will not be
+    leaving: float = 0.0  # since when
+
+    @property
+    def ready(self) -> bool:
+        return (
+            self.told is not None
+            and self.told.state == "ready"
+            and not (self.lost or self.gone or self.leaving)
+        )
+
+    @property
+    def failure(self) -> Failure | None:
+        if self.gone:
+            return Failure("", "Ray has ended its actor")
+        if self.lost or self.told is None or self.told.state != "failed":
+            return None
+        return self.told.failure
+
+    @property
+    def at(self) -> str:
+        if self.gone:
+            return "failed"
+        if self.leaving:
+            return "leaving"
+        if self.lost:
+            return "lost"
+        return "starting" if self.told is None else self.told.state
+
+
+class Servers(Deployment):
+    """Equal servers in Ray's actors, behind one name."""
+
+    def __init__(self, spec: ServersSpec, host: Host) -> None:
+        self._ray = load_ray()
+        self._host = host
+        self._lock = threading.RLock()  # of the spec and the members
+        self._spec = spec
+        self._members: list[_Member] = []
+        self._listed: list[Place] = []
+        self._scaling = Scaling()
+        self._pause = _FIRST_PAUSE
+        self._again = 0.0  # when one may be started in place of one that failed
+        for name in cluster.list_actors():
+            self._adopt(name)
+        self._poll(_FIRST_ANSWER)  # so that clients are told of no less than there is
+        self._list()
+
+    def _adopt(self, name: str) -> None:
+        deployment, _, mine = name.partition("#")
+        version = mine.partition(".")[0]
+        if deployment == self._spec.name and version.isdecimal():
+            actor = cluster.find_actor(name)
+            if actor is not None:
+                self._members.append(_Member(mine, int(version), actor))
+
+    # What the controller asks -------------------------------------------------------------
+
+    def replace(self, spec: Spec) -> None:
+        """See `Deployment.replace`."""
+        assert isinstance(spec, ServersSpec)
+        with self._lock:
+            # What was never ready is nothing to fall back to.
+            now = self._spec
+            before = now if now.settled else now.before
+            if before is not None:
+                before = replace(before, failure=None)
+            if spec.autoscale is not None and before is not None:
+                spec = replace(spec, replicas=_within(spec.autoscale, now.replicas))
+            self._keep(replace(spec._begun(), before=before))
+
+    def scale(self, n: int) -> None:
+        """See `Deployment.scale`."""
+        with self._lock:
+            if self._spec.autoscale is not None:
+                bounds = self._spec.autoscale
+                raise ValueError(
+                    f"{self._spec.name!r} scales by itself, from {bounds.least} to {bounds.most}: "
+                    "deploy it without autoscale= to say how many"
+                )
+            before = self._spec.before
+            if before is not None:
+                before = replace(before, replicas=n)
+            self._keep(replace(self._spec, replicas=n, before=before))
+
+    def places(self, ask: Ask) -> Sequence[Place]:
+        """See `Deployment.places`."""
+        return self._listed
+
+    def status(self) -> Status:
+        """See `Deployment.status`."""
+        with self._lock:
+            spec, members = self._spec, list(self._members)
+            ready = sum(member.ready for member in members)
+            state: State = "ready"
+            version = spec.version
+            if not spec.settled:
+                state = "starting"
+                if spec.failure is not None:
+                    state = "failed"
+                elif spec.before is not None:
+                    state, version = "replacing", spec.before.version
+            return Status(
+                name=spec.name,
+                kind=spec.kind,
+                state=state,
+                wanted=spec.replicas,
+                ready=ready,
+                version=version,
+                replicas=tuple(_tell(member) for member in members),
+                autoscale=spec.autoscale,
+                failure=spec.failure,
+                note=spec.note,
+            )
+
+    # What the controller's thread does ----------------------------------------------------
+
+    def step(self) -> None:
+        """See `Deployment.step`."""
+        self._poll()
+        with self._lock:
+            if not self._is_failed():
+                self._look_for_failures()
+            if not self._is_failed():
+                self._autoscale()
+                self._fit()
+            self._list()
+            self._dismiss()
+
+    def end(self) -> None:
+        """See `Deployment.end`."""
+        with self._lock:
+            for member in self._members:
+                self._begin_leaving(member)
+            self._list()
+        until = time.monotonic() + _GOING
+        while self._members and time.monotonic() < until:
+            self._poll()
+            with self._lock:
+                self._dismiss()
+        for member in self._members:
+            self._kill(member)
+        for key in cluster.keys(f"factory/{self._spec.name}/"):
+            cluster.drop(key)
+
+    def _keep(self, spec: ServersSpec) -> None:
+        self._spec = spec
+        self._host.keep(spec)
+
+    def _poll(self, timeout: float = _ANSWER) -> None:
+        """Ask each replica what it is at."""
+        for member in self._members:
+            if member.asked is None and not member.gone:
+                member.asked = member.actor.describe.remote()
+        asked = {member.asked: member for member in self._members if member.asked is not None}
+        if not asked:
+            return
+        done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=timeout)
+        errors = self._ray.exceptions
+        with self._lock:
+            for each in done:
+                member = asked[each]
+                member.asked = None
+                try:
+                    member.told = self._ray.get(each)
+                    member.lost = False
+                    if member.told.state in ("leaving", "left") and not member.leaving:
+                        member.leaving = time.monotonic()  # told by the controller before this
+                except errors.ActorUnavailableError:
+                    member.lost = True
+                except errors.ActorDiedError:
+                    member.gone = True
+                except errors.RayError as error:
+                    member.lost = True
+                    _log.warning("%s#%s: %s", self._spec.name, member.id, text_of(error))
+
+    def _is_failed(self) -> bool:
+        return not self._spec.settled and self._spec.failure is not None
+
+    def _look_for_failures(self) -> None:
+        spec = self._spec
+        failed = [m for m in self._members if m.failure is not None and not m.leaving]
+        for member in failed:
+            if member.version == spec.version and not spec.settled:
+                assert member.failure is not None
+                self._give_up(member.failure)
+                return
+            # It was ready once, so it may be again: when the disk has room, a GPU is free.
+            _log.warning(
+                "%s#%s failed, and another is started in %.0f s: %s",
+                spec.name,
+                member.id,
+                self._pause,
+                member.failure,
+            )
+            self._remove(member)
+            self._again = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        if not spec.settled and time.time() > spec.until:
+            self._give_up(Failure("", self._explain_late()))
+
+    def _explain_late(self) -> str:
+        mine = [m for m in self._members if m.version == self._spec.version and not m.leaving]
+        parts = [
+            f"{m.id} is {m.at}" + (f" ({m.told.detail})" if m.told and m.told.detail else "")
+            for m in mine
+            if not m.ready
+        ]
+        text = f"not ready in time: {', '.join(parts) or 'none has been started'}"
+        if any(m.told is None for m in mine):
+            text += (
+                f"; each is to have {_resources(self._spec.options)}, and of that the nodes have "
+                f"{_plain(self._ray.available_resources())} left of "
+                f"{_plain(self._ray.cluster_resources())}"
+            )
+        return text
+
+    def _give_up(self, failure: Failure) -> None:
+        """Go on with what there was before, or with nothing."""
+        spec = self._spec
+        _log.error("version %d of %s failed: %s", spec.version, spec.name, failure)
+        if spec.before is None:
+            self._keep(replace(spec, failure=failure))
+        else:
+            # The number is used up: two versions are not to have one name.
+            self._keep(replace(spec.before, failure=failure))
+        for member in list(self._members):
+            if member.version == spec.version and not member.leaving:
+                if member.ready:
+                    self._begin_leaving(member)
+                else:
+                    self._remove(member)
+        cluster.drop(factory_key(spec.name, spec.version))
+
+    def _autoscale(self) -> None:
+        spec = self._spec
+        if spec.autoscale is None or not spec.settled:
+            return
+        ready = [m for m in self._members if m.ready and m.told is not None]
+        wanted = self._scaling.decide(
+            spec.autoscale,
+            spec.replicas,
+            len(ready),
+            sum(m.told.waiting for m in ready if m.told is not None),
+            time.monotonic(),
+        )
+        if wanted != spec.replicas:
+            _log.info("%s: %d replicas in place of %d", spec.name, wanted, spec.replicas)
+            self._keep(replace(spec, replicas=wanted))
+
+    def _fit(self) -> None:
+        """Start what is missing, and have leave what is too many."""
+        spec = self._spec
+        stay = [m for m in self._members if not m.leaving]
+        new = [m for m in stay if m.version == spec.version]
+        old = [m for m in stay if m.version != spec.version]
+        if len(new) < spec.replicas and time.monotonic() >= self._again:
+            for _ in range(spec.replicas - len(new)):
+                self._start()
+        # The last to come are the first to go, and before them those that answer nobody yet.
+        new.sort(key=lambda m: m.ready, reverse=True)
+        for member in new[spec.replicas :]:
+            self._begin_leaving(member)
+        ready = sum(m.ready for m in new[: spec.replicas])
+        old.sort(key=lambda m: m.ready, reverse=True)
+        for member in old[max(0, spec.replicas - ready) :]:
+            self._begin_leaving(member)
+        if ready == spec.replicas:
+            self._pause = _FIRST_PAUSE
+            if not spec.settled:
+                self._keep(replace(spec, settled=True, before=None))
+                for key in cluster.keys(f"factory/{spec.name}/"):
+                    if key != factory_key(spec.name, spec.version):
+                        cluster.drop(key)
+
+    def _start(self) -> None:
+        spec = self._spec
+        mine = f"{spec.version}.{secrets.token_hex(3)}"
+        actor = (
+            self._ray.remote(Replica)
+            .options(
+                name=f"{spec.name}#{mine}",
+                namespace=cluster.NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                max_concurrency=4,
+                **spec.options,
+            )
+            .remote(spec.name, spec.version)
+        )
+        self._members.append(_Member(mine, spec.version, actor))
+
+    def _list(self) -> None:
+        """Tell clients of those that are ready, if these are others than before."""
+        listed = [Place(m.told.url) for m in self._members if m.ready and m.told is not None]
+        if listed != self._listed:
+            self._listed = listed
+            self._host.changed()
+
+    def _begin_leaving(self, member: _Member) -> None:
+        if not member.leaving:
+            member.leaving = time.monotonic()
+
+    def _dismiss(self) -> None:
+        """See those off that leave; they are off the list by now."""
+        for member in list(self._members):
+            if not member.leaving:
+                continue
+            told = member.told
+            if told is None or member.lost or member.gone or told.state in ("left", "failed"):
+                self._remove(member)  # nobody is there, or nobody any more
+            elif told.state != "leaving":
+                member.actor.leave.remote()
+            if time.monotonic() > member.leaving + _GOING:
+                self._remove(member)
+
+    def _remove(self, member: _Member) -> None:
+        if member in self._members:
+            self._members.remove(member)
+            self._kill(member)
+
+    def _kill(self, member: _Member) -> None:
+        try:
+            self._ray.kill(member.actor, no_restart=True)
+        except self._ray.exceptions.RayError as error:
+            _log.info("%s#%s: %s", self._spec.name, member.id, text_of(error))
+
+
+class Scaling:
+    """How many replicas there are to be, by how many calls waited of late."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int, int]] = deque()  # when, replicas that there were, calls
+        self._since = 0.0  # when the number of replicas last changed
+
+    def decide(self, bounds: Autoscale, wanted: int, ready: int, calls: int, now: float) -> int:
+        """Note how many calls there are now, and return how many replicas are wanted."""
+        return _within(bounds, wanted)
+
+
+def _within(bounds: Autoscale, n: int) -> int:
+    return min(max(n, bounds.least), bounds.most)
+
+
+def _tell(member: _Member) -> ReplicaStatus:
+    told = member.told
+    if told is None or member.lost:
+        return ReplicaStatus(member.id, state=member.at, version=member.version)
+    return ReplicaStatus(
+        id=member.id,
+        url=told.url,
+        state=member.at,
+        detail=str(told.failure) if told.failure is not None else told.detail,
+        node=told.node,
+        pid=told.pid,
+        version=member.version,
+        waiting=told.waiting,
+    )
+
+
+def _plain(resources: Mapping[str, float]) -> str:
+    known = [f"{resources[key]:g} {key}" for key in ("CPU", "GPU") if key in resources]
+    others = [
+        f"{value:g} {key}"
+        for key, value in sorted(resources.items())
+        if key not in ("CPU", "GPU", "memory", "object_store_memory") and ":" not in key
+    ]
+    return ", ".join(known + others) or "nothing"
+
+
+def _resources(options: Mapping[str, Any]) -> str:
+    asked = {"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0)}
+    return _plain({**asked, **(options.get("resources") or {})})

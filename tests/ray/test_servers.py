@@ -1,0 +1,113 @@
+"""Servers in Ray: started, found, replaced, and started anew."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+import edgeml.ray
+from edgeml import DeadlineExceeded, InferenceClient, InferenceServer, RemoteError, UnknownInterface
+from edgeml.core.resolver import Asker, Place
+from edgeml.core.url import Url
+from edgeml.ray import cluster
+from edgeml.ray.names import RayResolver
+from pairs import wait_until
+
+
+def serving(answer: object) -> Callable[[], InferenceServer]:
+    """A factory of servers that tell what they were made for, and their process."""
+
+    def make() -> InferenceServer:
+        server = InferenceServer(0)
+        server.register_interface("who", lambda payload: [answer, os.getpid()])
+        return server
+
+    return make
+
+
+@contextmanager
+def watching(url: str) -> Iterator[list[Sequence[Place]]]:
+    told: list[Sequence[Place]] = []
+    end = RayResolver().watch(Url.parse(url), told.append, Asker("inference", "me", 20.0))
+    try:
+        yield told
+    finally:
+        end()
+
+
+def ask(place: Place) -> list[object]:
+    with InferenceClient(url=place.url) as client:
+        return client.call("who", None)
+
+
+def test_servers_are_deployed_found_scaled_started_anew_replaced_and_deleted(name):
+    status = edgeml.ray.deploy(serving("first"), name=name, replicas=2, note="a note", timeout=60)
+    assert (status.state, status.wanted, status.ready, status.version) == ("ready", 2, 2, 1)
+    assert (status.kind, status.note, status.failure) == ("servers", "a note", None)
+    assert status.url == f"ray://{os.environ['EDGEML_RAY_NAMES']}/{name}"
+    pids = {each.pid for each in status.replicas}
+
+    with watching(f"ray://{name}") as told, watching(status.url) as outside:
+        assert [ask(place) for place in told[0]] == [["first", r.pid] for r in status.replicas]
+        assert outside == told
+
+        edgeml.ray.scale(name, 3)
+        wait_until(lambda: len(told[-1]) == 3)
+        edgeml.ray.scale(name, 1)
+        wait_until(lambda: len(told[-1]) == 1)
+        kept = edgeml.ray.status(name).replicas[0]
+        assert kept.pid in pids
+        assert told[-1] == [Place(kept.url)]
+
+        os.kill(kept.pid, signal.SIGKILL)
+        wait_until(lambda: told[-1] and told[-1] != [Place(kept.url)])
+        assert ask(told[-1][0])[0] == "first"
+        assert ask(told[-1][0])[1] != kept.pid
+
+        status = edgeml.ray.deploy(serving("second"), name=name, timeout=60)
+        assert (status.state, status.version, status.note) == ("ready", 2, "")
+        wait_until(lambda: ask(told[-1][0])[0] == "second")
+        assert len(told[-1]) == 1
+
+        edgeml.ray.delete(name)
+        wait_until(lambda: told[-1] == [])
+    assert name not in edgeml.ray.status()
+    assert not [each for each in cluster.list_actors() if each.startswith(name)]
+    assert not [key for key in cluster.keys("") if name in key]
+    with pytest.raises(UnknownInterface, match=name):
+        edgeml.ray.status(name)
+
+
+def fail() -> InferenceServer:
+    raise FileNotFoundError("the weights are not here")
+
+
+def test_a_factory_that_raises_is_told_and_the_old_version_stays(name):
+    with pytest.raises(RemoteError, match=r"the weights are not here[\s\S]*in fail"):
+        edgeml.ray.deploy(fail, name=name, timeout=60)
+    status = edgeml.ray.status(name)
+    assert status.state == "failed"
+    assert str(status.failure) == "FileNotFoundError: the weights are not here"
+    assert status.replicas == ()
+
+    edgeml.ray.deploy(serving("good"), name=name, timeout=60)
+    before = edgeml.ray.status(name)
+    assert (before.state, before.version, before.failure) == ("ready", 2, None)
+    with pytest.raises(RemoteError, match="the weights are not here"):
+        edgeml.ray.deploy(fail, name=name, timeout=60)
+    status = edgeml.ray.status(name)
+    assert (status.state, status.version, status.ready) == ("ready", 2, 1)
+    assert status.failure is not None
+    assert status.failure.text == "the weights are not here"
+    assert status.replicas == before.replicas
+    assert ask(Place(status.replicas[0].url))[0] == "good"
+
+
+def test_servers_for_which_there_is_no_room_say_what_they_need(name):
+    with pytest.raises(DeadlineExceeded, match=r"each is to have 1 CPU, 2 GPU, and of that"):
+        edgeml.ray.deploy(serving(1), name=name, num_gpus=2, timeout=2)
+    wait_until(lambda: edgeml.ray.status(name).replicas == ())
