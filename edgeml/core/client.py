@@ -1,7 +1,8 @@
-"""The client: calls, futures and subscriptions, over the session that a keeper has."""
+"""The client: calls, futures and subscriptions, over the session that a keeper or a pool has."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import secrets
@@ -32,6 +33,8 @@ from edgeml.core.errors import (
 from edgeml.core.message import Message
 from edgeml.core.ping import ping
 from edgeml.core.plugins import load_codec
+from edgeml.core.pool import Pool
+from edgeml.core.resolver import Asker, Watch
 from edgeml.core.security import Credentials, CredentialsLike
 from edgeml.core.session import Session, SessionKeeper
 from edgeml.core.state import ServerState, state_of
@@ -85,13 +88,20 @@ class _Asynchronous:
     encoder: Codec
     encoded: Message
     deadline: Deadline
+    sessions: SessionKeeper | Pool
     alarm: Alarm | None = None
     request: Future[Message] | None = None  # under way, ...
     session: Session | None = None  # ... in this
+    avoid: Session | None = None  # in which it was refused
+    sent: float = 0.0  # when
 
     def expire(self) -> None:
         """No answer has come in time."""
-        error = _explain_late(self.name, self.deadline)
+        error: EdgemlError | None = None
+        if self.request is None:
+            error = self.sessions.explain_none(self.deadline.timeout)
+        if error is None:
+            error = _explain_late(self.name, self.deadline)
         if self.session is not None and not self.future.done():
             self.session.note_refused(self.name, self.deadline.timeout, error)
         _settle(self.future, error)
@@ -112,7 +122,7 @@ class Client:
 
     Args:
         service: the kind of server wanted.
-        urls: where it is; the first that answers is taken.
+        urls: where it is; the first that answers is taken. Of several servers, what tells of them.
         config: what the server's configuration must equal, field by field.
         extensions: what is said to parts of the server that it may not have, by name.
         needed: names of those that it must have.
@@ -127,6 +137,9 @@ class Client:
         credentials: see `Credentials.resolve`; a client's.
         on_disconnect: called, without arguments, when the connection is lost; see `SessionKeeper`.
         on_reconnect: called, without arguments, when there is one again.
+        on_move: of several servers: see `Pool`; and so are
+        begins:
+        stays:
         on_connecting: is given, before it connects, what gives that up, from any thread.
 
     Raises:
@@ -138,7 +151,7 @@ class Client:
     def __init__(
         self,
         service: str,
-        urls: Sequence[Url],
+        urls: Sequence[Url] | Watch,
         *,
         config: dict[str, Any] | None = None,
         extensions: dict[str, Any] | None = None,
@@ -153,6 +166,9 @@ class Client:
         credentials: CredentialsLike = None,
         on_disconnect: Callable[[], object] | None = None,
         on_reconnect: Callable[[], object] | None = None,
+        on_move: Callable[[str, str], object] | None = None,
+        begins: str = "",
+        stays: bool = False,
         on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if not timeout > 0:
@@ -181,18 +197,32 @@ class Client:
         self._sender: threading.Thread | None = None
         self._held_back = 0
         self._alarms = Alarms("edgeml client alarms")
-        self.sessions = SessionKeeper(
-            urls,
-            hello,
-            spoken,
-            self._alarms,
+        shown = None if given is None else given.for_client()
+        make = functools.partial(
+            SessionKeeper,
+            hello=hello,
+            codec=spoken,
+            alarms=self._alarms,
             needed=needed,
             wrapping=wrapping,
             timeout=self.timeout,
-            credentials=None if given is None else given.for_client(),
-            on_disconnect=on_disconnect,
-            on_reconnect=on_reconnect,
+            credentials=shown,
         )
+        self.sessions: SessionKeeper | Pool
+        if callable(urls):
+            self.sessions = Pool(
+                urls,
+                Asker(service, self.client_id, self.timeout, shown),
+                lambda ways, on_change: make(ways, on_change=on_change),
+                self._alarms,
+                begins=begins,
+                stays=stays,
+                on_disconnect=on_disconnect,
+                on_reconnect=on_reconnect,
+                on_move=on_move,
+            )
+        else:
+            self.sessions = make(urls, on_disconnect=on_disconnect, on_reconnect=on_reconnect)
         try:
             if on_connecting is not None:
                 on_connecting(self.close)
@@ -227,13 +257,30 @@ class Client:
             pause = min(2 * pause, _PATIENCE)
 
     def state(self, timeout: float | None = None) -> ServerState:
-        """Ask the server what it is at; it answers while it loads, too.
+        """Ask the server what it is at; it answers while it loads, too. Of several, one that is
+        ready, if there is one.
 
         Raises:
             Unreachable, DeadlineExceeded: it doesn't answer.
         """
         deadline = Deadline(self._limit(timeout))
-        session = self.sessions.connect(deadline.left)
+        told: ServerState | None = None
+        failure: EdgemlError | None = None
+        for session in self.sessions.list_connected(deadline.left):
+            try:
+                now = self._ask_state(session, deadline)
+            except EdgemlError as error:
+                failure = error
+                continue
+            if now.state == "ready":
+                return now
+            told = told or now
+        if told is None:
+            assert failure is not None
+            raise failure
+        return told
+
+    def _ask_state(self, session: Session, deadline: Deadline) -> ServerState:
         try:
             pong, _, _ = ping(session.requester, max(_LEAST, deadline.left))
         except DeadlineExceeded:  # of what was left
@@ -300,45 +347,60 @@ class Client:
         self, name: str, payload: Any, timeout: float | None
     ) -> tuple[Session, wire.Result, Message]:
         deadline = Deadline(self._limit(timeout))
+        sessions = self.sessions
         encoder: Codec | None = None
+        avoid: Session | None = None
+        began = deadline.began
         while True:
-            session = self.sessions.current
-            if session is None or session.lost:
-                session = self.sessions.connect(deadline.left)
-            if encoder is not session.spoken.encoder:
-                encoder = session.spoken.encoder
-                encoded = encoder.encode(payload)
-            left = deadline.left
-            if not left:
-                raise _explain_late(name, deadline)
-            there = session.left_there(left)
-            header = wire.pack(wire.Request(wire.CALL, session.key, name, there, encoded.header))
+            session = sessions.pick(name, avoid)
+            if session is None:
+                session = sessions.wait(name, deadline.left, avoid)
+                began = time.monotonic()
             try:
+                if encoder is not session.spoken.encoder:
+                    encoder = session.spoken.encoder
+                    encoded = encoder.encode(payload)
+                left = deadline.left
+                if not left:
+                    raise _explain_late(name, deadline)
+                there = session.left_there(left)
+                header = wire.pack(
+                    wire.Request(wire.CALL, session.key, name, there, encoded.header)
+                )
                 message = session.requester.call(Message(header, encoded.buffers), left)
+                session.note_life(began)
+                reply = wire.unpack(wire.Result, message.header)
+                if reply.status == wire.OK:
+                    session.note_way(session.heard - began, reply.served)
+                    sessions.note_answer(session, name, reply.served)
+                    return session, reply, message
             except NotCarriedOut as error:
                 session.lose(error)
             except DeadlineExceeded:  # of what was left
                 raise _explain_late(name, deadline) from None
             except Unreachable as error:
                 session.lose(error)
-                raise
+                raise sessions.explain_lost(error) from error.__cause__
             except Closed:
-                raise self.sessions.explain(session) from None
+                raise sessions.explain(session) from None
             else:
-                session.note_life(deadline.began)
-                reply = wire.unpack(wire.Result, message.header)
-                if reply.status != wire.NO_SESSION:
-                    session.note_way(session.heard - deadline.began, reply.served)
-                    return session, reply, message
-                session.lose(wire.error_of(reply))
+                why = wire.error_of(reply)
+                if reply.status == wire.NO_SESSION:
+                    session.lose(why)
+                elif sessions.passes_on(session, name, why, avoid):
+                    avoid = session
+                else:
+                    session.note_way(session.heard - began, None)
+                    raise why
+            finally:
+                session.asking.pop()
             # It was not carried out, so it can be sent again.
+            began = time.monotonic()
 
     def _limit(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else float(max(0.0, min(timeout, _LONGEST)))
 
     def _value(self, session: Session, reply: wire.Result, message: Message) -> Any:
-        if reply.status != wire.OK:
-            raise wire.error_of(reply)
         body = Message(reply.body, message.buffers)
         return session.spoken.decoder.decode(body, writable=self._writable)
 
@@ -359,31 +421,52 @@ class Client:
             Closed: this client has been closed.
         """
         deadline = Deadline(self._limit(timeout))
-        session = self.sessions.current
-        assert session is not None  # there was one, or this would not have been made
         future: Future[Any] = Future()
-        if (refusal := session.hold_back(name, deadline)) is not None and not self._closed:
+        session = self._pick_for(name, deadline)
+        if isinstance(session, EdgemlError):
             self._held_back += 1
-            future.set_exception(refusal)
+            future.set_exception(session)
             return future
-        encoder = session.spoken.encoder
-        encoded = encoder.encode_owned(payload, self.allocate)
-        if self._closed:
-            raise Closed("this client has been closed")
-        call = _Asynchronous(future, name, encoder, encoded, deadline)
-        call.alarm = self._alarms.after(deadline.left, call.expire)
-        future.add_done_callback(call.settled)
         try:
-            session = self.sessions.current
-            if session is not None and not session.lost and not self._unsent:
-                with suppress(Unreachable):
-                    self._send(call, session)
-                    return future
-            self._send_later(call)
-        except EdgemlError:
-            call.alarm.cancel()
-            raise
+            known = session or self.sessions.current
+            assert known is not None  # there was one, or this would not have been made
+            encoder = known.spoken.encoder
+            allocate = self.allocate if session is None else session.requester.allocate
+            encoded = encoder.encode_owned(payload, allocate)
+            if self._closed:
+                raise Closed("this client has been closed")
+            call = _Asynchronous(future, name, encoder, encoded, deadline, self.sessions)
+            call.alarm = self._alarms.after(deadline.left, call.expire)
+            future.add_done_callback(call.settled)
+            try:
+                if session is not None and not session.lost and not self._unsent:
+                    with suppress(Unreachable):
+                        self._send(call, session)
+                        return future
+                self._send_later(call)
+            except EdgemlError:
+                call.alarm.cancel()
+                raise
+        finally:
+            if session is not None:
+                session.asking.pop()
         return future
+
+    def _pick_for(self, name: str, deadline: Deadline) -> Session | EdgemlError | None:
+        """Return the session that an asynchronous call is sent in, or why it isn't worth sending;
+        None where one has to be made first.
+        """
+        session = self.sessions.pick(name)
+        if session is None or (why := session.hold_back(name, deadline)) is None or self._closed:
+            return session
+        session.asking.pop()
+        other = self.sessions.pick(name, session)
+        if other is None:
+            return why
+        if other.hold_back(name, deadline) is None:
+            return other
+        other.asking.pop()
+        return why
 
     def _send(self, call: _Asynchronous, session: Session) -> None:
         """Send it, or raise what shows that it was not sent."""
@@ -404,6 +487,7 @@ class Client:
             session.lose(error)
             raise
         call.session = session
+        call.sent = time.monotonic()
         session.under_way.append(None)
         call.request.add_done_callback(lambda done: self._receive(call, session, done))
         if call.future.done():  # meanwhile
@@ -421,24 +505,32 @@ class Client:
                 session.lose(error)
                 self._send_later(call)
                 return
-            session.note_life(call.deadline.began)
+            session.note_life(call.sent)
             reply = wire.unpack(wire.Result, message.header)
             if reply.status == wire.NO_SESSION:
                 session.lose(wire.error_of(reply))  # not carried out, so it can be sent again
                 self._send_later(call)
-            else:
-                began = call.deadline.began
-                session.note_way(session.heard - began, reply.served)
-                call.future.timing = _tell_timing(reply, began)  # type: ignore[attr-defined]
-                if reply.status != wire.OK:
-                    why = wire.error_of(reply)
-                    if isinstance(why, (Overloaded, DeadlineExceeded)):
-                        session.note_refused(call.name, call.deadline.timeout, why)
-                    raise why
-                session.note_answered(call.name)
-                _settle(call.future, self._value(session, reply, message))
+                return
+            began = call.deadline.began
+            call.future.timing = _tell_timing(reply, began)  # type: ignore[attr-defined]
+            if reply.status != wire.OK:
+                why = wire.error_of(reply)
+                if isinstance(why, (Overloaded, DeadlineExceeded)):
+                    session.note_refused(call.name, call.deadline.timeout, why)
+                if self.sessions.passes_on(session, call.name, why, call.avoid):
+                    call.avoid, call.request = session, None
+                    self._send_later(call)
+                    return
+                session.note_way(session.heard - call.sent, None)
+                raise why
+            session.note_way(session.heard - call.sent, reply.served)
+            self.sessions.note_answer(session, call.name, reply.served)
+            session.note_answered(call.name)
+            _settle(call.future, self._value(session, reply, message))
         except Closed as error:
             _settle(call.future, self.sessions.explain(session) if done.exception() else error)
+        except Unreachable as error:
+            _settle(call.future, self.sessions.explain_lost(error) if done.exception() else error)
         except Exception as error:
             _settle(call.future, error)
 
@@ -464,9 +556,16 @@ class Client:
                     return
                 call = self._unsent[0]
             try:
-                if not call.future.done():
+                while not call.future.done():
                     left = max(_LEAST, call.deadline.left)
-                    self._send(call, self.sessions.connect(left))
+                    session = self.sessions.wait(call.name, left, call.avoid)
+                    try:
+                        self._send(call, session)
+                        break
+                    except Unreachable as error:
+                        session.lose(error)
+                    finally:
+                        session.asking.pop()
             except Exception as error:
                 _settle(call.future, error)
             self._unsent.popleft()  # only now, so that none overtakes it
@@ -477,11 +576,14 @@ class Client:
         session = self.sessions.current
         return None if session is None or session.lost else session.requester.allocate(nbytes)
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Counts since the start; ``replies_copied``: see `Endpoint.copied`; ``calls_held_back``:
-        see `call_async`.
+        see `call_async`; of several servers also ``servers``: see `Pool.count`.
         """
-        return {"replies_copied": self.sessions.copied, "calls_held_back": self._held_back}
+        counts = {"replies_copied": self.sessions.copied, "calls_held_back": self._held_back}
+        if isinstance(self.sessions, Pool):
+            return {**counts, "servers": self.sessions.count()}
+        return counts
 
     # Subscriptions ------------------------------------------------------------------------
 
@@ -502,7 +604,7 @@ class Client:
             Unreachable, Closed: as for `call`.
         """
         deadline = Deadline(self.timeout)
-        session = self.sessions.connect(self.timeout)
+        session = self.sessions.find_source(self.timeout)
         topics = session.topics
         if topic not in topics:
             known = ", ".join(sorted(filter(None, topics))) or "none"

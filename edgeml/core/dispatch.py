@@ -36,6 +36,7 @@ from edgeml.core.errors import (
     Closed,
     ConfigMismatch,
     EdgemlError,
+    Interrupted,
     Malformed,
     NotHolder,
     Overloaded,
@@ -805,7 +806,7 @@ class Dispatcher:
         elif isinstance(error, _PASSED_ON):
             self.refuse(call, error)
         elif isinstance(error, KeyboardInterrupt) and _in_main_thread():  # which ends the program
-            self.refuse(call, Closed("the server has been stopped"))
+            self.refuse(call, Interrupted("the server has been stopped"))
         else:
             told = f"{type(error).__qualname__}: {text_of(error)}"
             what = f"{interface.name} {call.detail}".strip()

@@ -29,6 +29,7 @@ __all__ = [
     "ConfigMismatch",
     "DeadlineExceeded",
     "EdgemlError",
+    "Interrupted",
     "Malformed",
     "NotCarriedOut",
     "NotEncodable",
@@ -87,6 +88,13 @@ class Stale(EdgemlError, TimeoutError):
 
 class Closed(EdgemlError, ConnectionError):
     """This end has been closed, or the server says that it is stopping."""
+
+
+class Interrupted(Closed):
+    """The server was stopped amid carrying this out; every other Closed says that it hadn't begun.
+
+    So `edgeml.core.pool` has another server carry out those.
+    """
 
 
 class Overloaded(EdgemlError, ConnectionError):

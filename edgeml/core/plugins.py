@@ -1,4 +1,4 @@
-"""Transports, codecs and doors by name, from whatever packages are installed.
+"""Transports, codecs, doors and resolvers by name, from whatever packages are installed.
 
 The entry point's name is the name that users write, so listing them loads nothing and using one
 loads that one alone. What is loaded registers with pluggy and answers a hook; the built-in plugins
@@ -17,6 +17,7 @@ import pluggy
 from edgeml.core.codec import Codec
 from edgeml.core.door import Door
 from edgeml.core.errors import PluginError, text_of
+from edgeml.core.resolver import Resolver
 from edgeml.core.transport import Transport
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "load",
     "load_codec",
     "load_door",
+    "load_resolver",
     "load_transport",
+    "resolves",
 ]
 
 hookspec = pluggy.HookspecMarker("edgeml")
@@ -50,6 +53,10 @@ class Hooks:
     def edgeml_door(self) -> type[Door]:  # type: ignore[empty-body]
         """The door class of the module that the ``edgeml.doors`` entry point names."""
 
+    @hookspec(firstresult=True)
+    def edgeml_resolver(self) -> type[Resolver]:  # type: ignore[empty-body]
+        """The resolver class of the module that the ``edgeml.resolvers`` entry point names."""
+
 
 def _manager() -> pluggy.PluginManager:
     made = pluggy.PluginManager("edgeml")
@@ -57,7 +64,12 @@ def _manager() -> pluggy.PluginManager:
     return made
 
 
-KINDS: dict[str, type] = {"transport": Transport, "codec": Codec, "door": Door}
+KINDS: dict[str, type] = {
+    "transport": Transport,
+    "codec": Codec,
+    "door": Door,
+    "resolver": Resolver,
+}
 """The kinds of plugin, and what each is a subclass of."""
 
 # One for each kind, since one module may well offer one of each.
@@ -188,3 +200,16 @@ def load_door(name: str) -> Door:
     """The door of that name; see `load`."""
     made: Door = load("door", name)
     return made
+
+
+def load_resolver(name: str) -> Resolver:
+    """The resolver of that name; see `load`."""
+    made: Resolver = load("resolver", name)
+    return made
+
+
+def resolves(scheme: str) -> bool:
+    """Whether a URL's scheme is a resolver's; loads none."""
+    if ("transport", scheme) in _loaded:  # as nearly always, and to look takes milliseconds
+        return False
+    return ("resolver", scheme) in _loaded or any(f.name == scheme for f in find("resolver"))

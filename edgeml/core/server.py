@@ -133,10 +133,12 @@ class _EnvelopeCall(Call):
         encoded = self._spoken.encoder.encode(value)
         began = self.began
         compute = (self.ended or time.monotonic()) - began
-        served = wire.Served(self.version, self.batch_size, began - self.arrived, compute)
+        episode = self.episode
+        kept = bool(episode.session or episode.id)
+        served = wire.Served(self.version, self.batch_size, began - self.arrived, compute, kept)
         answer = wire.pack(wire.Result(wire.OK, encoded.header, 0, 0, served))
         self._reply(Message(answer, encoded.buffers))
-        self.episode.leave()
+        episode.leave()
 
     def _send_error(self, error: EdgemlError) -> None:
         self._reply(Message(wire.pack_error(error)))

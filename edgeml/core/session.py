@@ -67,6 +67,10 @@ _FAREWELL = 0.2  # seconds that closing may spend on telling the server
 _LEAST = 0.01  # seconds that whatever is begun is given
 
 
+def _do_nothing() -> None:
+    """Stand in for somebody who is to be told."""
+
+
 @dataclass(eq=False)
 class Session:
     """A connection that the server has welcomed.
@@ -85,6 +89,7 @@ class Session:
         heard: when an answer last came.
         welcomed: when it was made.
         under_way: has as many entries as asynchronous calls without an answer; see `Episode`.
+        asking: has as many as blocking calls without one, and calls that are about to be sent.
         throttles: of the interfaces of which asynchronous calls were refused.
         why_lost: None as long as it works.
         over: set when it is lost.
@@ -104,6 +109,7 @@ class Session:
     heard: float = field(default_factory=time.monotonic)
     welcomed: float = field(default_factory=time.monotonic)
     under_way: list[None] = field(default_factory=list)
+    asking: list[None] = field(default_factory=list)
     throttles: dict[str, Throttle] = field(default_factory=dict)
     why_lost: EdgemlError | None = None
     over: threading.Event = field(default_factory=threading.Event)
@@ -205,6 +211,8 @@ class SessionKeeper:
         on_disconnect: is called when a session is lost, in a thread of its own, and
         on_reconnect: when there is one again, in the same way: one after the other. Neither is
             called for the first session, nor when this is closed.
+        on_change: is called, without a lock, by whoever notices that there is a session, that it is
+            lost, or that none could be made.
     """
 
     def __init__(
@@ -220,10 +228,15 @@ class SessionKeeper:
         credentials: Credentials | None = None,
         on_disconnect: Callable[[], object] | None = None,
         on_reconnect: Callable[[], object] | None = None,
+        on_change: Callable[[], object] = _do_nothing,
     ) -> None:
         self.closed = False
         self.current: Session | None = None
         """The newest session, which may be lost."""
+        self.failure: EdgemlError | None = None
+        """Why none could be made, since there was one last."""
+        self.begun = 0
+        """How many there were that did not go on with the one before."""
         self._urls = list(urls)
         self._hello = hello
         self._needed = needed
@@ -234,6 +247,7 @@ class SessionKeeper:
         self._credentials = credentials
         self._on_disconnect = on_disconnect
         self._on_reconnect = on_reconnect
+        self._on_change = on_change
         self._notices = Notices("edgeml notices")
         self._retired: weakref.WeakSet[Requester] = weakref.WeakSet()
         self._attempt: Requester | None = None  # a connection whose handshake is under way
@@ -262,6 +276,14 @@ class SessionKeeper:
             Closed: this was closed meanwhile.
         """
         self._connect_first(deadline)
+        self.start()
+
+    def start(self) -> None:
+        """Make a session in the background, and keep one from now on.
+
+        Raises:
+            Closed: this was closed meanwhile.
+        """
         with self._changed:
             if self.closed:
                 raise Closed("this client has been closed")
@@ -306,18 +328,85 @@ class SessionKeeper:
             if session is not None:
                 self._tell_lost(session)
                 self._retire(session)
-            made = self._greet_first(deadline)
+            try:
+                made = self._greet_first(deadline)
+            except EdgemlError as error:
+                self.failure = error
+                raise
             with self._changed:
                 if self.closed:
                     made.requester.close()
                     raise Closed("this client has been closed")
-                self.current = made
+                if made.extensions.get(wire.RESUME) is not True:
+                    self.begun += 1
+                self.current, self.failure = made, None
                 self._changed.notify_all()
             if session is not None:
                 self._notices.tell(self._on_reconnect)
             return made
         finally:
             self._connecting.release()
+            self._on_change()
+
+    # As `edgeml.core.pool.Pool` has it, of several servers ----------------------------------
+
+    def pick(self, name: str, avoid: Session | None = None) -> Session | None:
+        """Return the session by which an interface is asked; None where it has to be made first.
+
+        Whoever is given it takes one entry of its ``asking`` away, once it has asked.
+
+        Args:
+            name: of the interface.
+            avoid: a session whose server has refused the call.
+        """
+        del name
+        session = self.current
+        if session is None or session.lost or session is avoid:
+            return None
+        session.asking.append(None)
+        return session
+
+    def wait(self, name: str, timeout: float, avoid: Session | None = None) -> Session:
+        """As `pick`, but that it takes up to so many seconds to make one, and raises why not."""
+        del name, avoid
+        session = self.connect(timeout)
+        session.asking.append(None)
+        return session
+
+    def list_connected(self, timeout: float) -> list[Session]:
+        """Return a session with each server that there is one with; at least one, or raise."""
+        return [self.connect(timeout)]
+
+    def find_source(self, timeout: float) -> Session:
+        """Return the session by which publications come."""
+        return self.connect(timeout)
+
+    def note_answer(self, session: Session, name: str, served: wire.Served | None) -> None:
+        """Take notice of an answer; ``served`` is None where it was an error."""
+
+    def passes_on(
+        self, session: Session, name: str, error: EdgemlError, avoid: Session | None
+    ) -> bool:
+        """Whether a call that a server refused before it began goes to another.
+
+        Args:
+            session: in which it was refused.
+            name: of the interface.
+            error: what it was told.
+            avoid: in which it was refused before.
+        """
+        return False
+
+    def explain_lost(self, error: Unreachable) -> Unreachable:
+        """Return what a caller is told whose call was under way as the connection was lost."""
+        return error
+
+    def explain_none(self, timeout: float) -> EdgemlError | None:
+        """Return why no server could be asked within so many seconds; None if that isn't known."""
+        del timeout
+        return None
+
+    # In the background ----------------------------------------------------------------------
 
     def _tell_lost(self, session: Session) -> None:
         """Tell the user that a session is lost, once; not of an end that is the user's own."""
@@ -325,6 +414,8 @@ class SessionKeeper:
             told, session.told = session.told, True
             if not told and not self.closed:
                 self._notices.tell(self._on_disconnect)
+        if not told:
+            self._on_change()
 
     def _retire(self, session: Session) -> None:
         """Close a lost connection; later, where the server may still answer."""
@@ -456,7 +547,10 @@ class SessionKeeper:
             except Exception as error:
                 if isinstance(error, (ConfigMismatch, PermissionDenied)):
                     if told != (told := str(error)):
-                        _log.warning("the server came back, but: %s", error)
+                        came = "the server came back, but"
+                        if self.current is None:
+                            came = f"the server at {self._urls[0]} is left out"
+                        _log.warning("%s: %s", came, error)
                     pause = _PATIENCE
                 elif not isinstance(error, EdgemlError):  # no file descriptor is left, say
                     _log.exception("the connection to the server failed, and is tried again")
@@ -544,6 +638,11 @@ class SessionKeeper:
         late = time.monotonic() - began - hold
         session.note_lag(late - wire.TICK if hold else late)
         return True
+
+    def hurry(self) -> None:
+        """Try at once to connect, if that is what is waited for."""
+        with self._changed:
+            self._changed.notify_all()
 
     def next(self) -> Session | None:
         """Wait for a session that works; None once this client is closed."""

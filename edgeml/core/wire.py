@@ -17,6 +17,7 @@ from edgeml.core.errors import (
     ConfigMismatch,
     DeadlineExceeded,
     EdgemlError,
+    Interrupted,
     Malformed,
     NotHolder,
     NotReady,
@@ -152,7 +153,8 @@ class Answer(msgspec.Struct, array_like=True, frozen=True, gc=False):
         status: ``OK``, or why not.
         body: the codec's header; after an error its packed arguments.
         epoch: of a publication: which start of the server made it.
-        number: of a publication: counts from 1 in each epoch and topic.
+        number: of a publication: counts from 1 in each epoch and topic. Of a Closed: 1 where what
+            was asked had begun, and 0 where it had not.
     """
 
     status: int
@@ -170,12 +172,15 @@ class Served(msgspec.Struct, array_like=True, frozen=True, gc=False):
         batch_size: calls that were answered by the same run of it.
         queue: seconds from the call's arrival until its handler began.
         compute: seconds from then until there was a result.
+        kept: whether the server keeps something for this client from one call to the next; None
+            where it does not tell.
     """
 
     version: int
     batch_size: int
     queue: float
     compute: float
+    kept: bool | None = None
 
 
 class Result(Answer, array_like=True, frozen=True, gc=False):
@@ -315,7 +320,8 @@ def pack_error(error: EdgemlError) -> bytes:
     elif kind is RemoteError:
         arguments = [type(error).__qualname__, *arguments, ""]
     valid = [text.encode("utf-8", "backslashreplace").decode() for text in arguments]
-    return pack(Answer(_STATUS[kind], pack(valid)))
+    begun = int(isinstance(error, Interrupted))
+    return pack(Answer(_STATUS[kind], pack(valid), 0, begun))
 
 
 def error_of(reply: Answer) -> EdgemlError:
@@ -323,6 +329,8 @@ def error_of(reply: Answer) -> EdgemlError:
     if reply.status == NO_SESSION:
         return Closed("the server does not know this session; it has restarted, or forgot it")
     try:
+        if reply.number and _ERRORS[reply.status] is Closed:
+            return Interrupted(*_arguments.decode(reply.body))
         return _ERRORS[reply.status](*_arguments.decode(reply.body))
     except (KeyError, TypeError, msgspec.MsgspecError, UnicodeDecodeError):
         return Malformed(f"the server answered with an unknown status, {reply.status}")

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
@@ -16,6 +17,8 @@ from edgeml.core.errors import Closed, printable
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import empty
 from edgeml.core.owned import ClosedAtExit, Unpicklable, close_when_dropped
+from edgeml.core.plugins import load_resolver, resolves
+from edgeml.core.resolver import Place, Watch, listed
 from edgeml.core.security import CredentialsLike
 from edgeml.core.server import Load, Server
 from edgeml.core.state import ServerState
@@ -64,7 +67,7 @@ class ServerSettings(TypedDict, total=False):
 class ClientSettings(TypedDict, total=False):
     """What every client takes by name; `ServiceClient` says what it means."""
 
-    url: str | None
+    url: str | Sequence[str] | None
     server_ip: str | None
     client_id: str | None
     codec: str
@@ -73,6 +76,7 @@ class ClientSettings(TypedDict, total=False):
     credentials: CredentialsLike
     on_disconnect: Callable[[], object] | None
     on_reconnect: Callable[[], object] | None
+    on_move: Callable[[str, str], object] | None
 
 
 def _addresses(
@@ -117,6 +121,46 @@ def find_server(
     if without := [each for each in urls if not each.port and not each.path]:
         raise ValueError(f"{without[0]} has no port; say at which port the server is")
     return urls
+
+
+def find_servers(
+    url: str | Sequence[str] | None,
+    transport: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    default_port: int = 0,
+) -> list[Url] | Watch:
+    """Return where a user says that a server is, or of several what tells where they are.
+
+    Raises:
+        ValueError: it is said in two ways, or is no address, or has no port.
+    """
+    if url is None or (isinstance(url, str) and not _names_resolver(url)):
+        return find_server(url, transport, host, port, default_port)
+    if extra := [each for each in (transport, host, port) if each is not None]:
+        raise ValueError(f"url {url!r} says where and how, but {extra[0]!r} was given as well")
+    if isinstance(url, str):
+        return partial(load_resolver(url.partition("://")[0]).watch, Url.parse(url))
+    if not url or not all(isinstance(each, str) for each in url):
+        raise ValueError(
+            f"url must be a text such as 'zmq://host:port', or a list of several, not {url!r}"
+        )
+    if found := [each for each in url if _names_resolver(each)]:
+        raise ValueError(
+            f"{found[0]!r} in a list: a resolver tells of all servers, so give it alone"
+        )
+    ways = [find_server(each, default_port=default_port) for each in url]
+    return listed([Place(",".join(map(str, each))) for each in ways])
+
+
+def _names_resolver(url: str) -> bool:
+    """Whether a URL is one for a resolver."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or not resolves(scheme.strip()):
+        return False
+    if "," in rest:
+        raise ValueError(f"{url!r}: a resolver tells of all servers, so give it alone")
+    return True
 
 
 def _listening(
@@ -416,7 +460,9 @@ class ServiceClient(_Service):
     Args:
         url: where the server is and by which transport: ``"zmq://host:port"``, ``"shm:///path"``,
             or several of them separated by commas, of which the first that answers is taken. In
-            place of host, port and transport; a port that it leaves out is the configuration's.
+            place of host, port and transport; a port that it leaves out is the configuration's. A
+            list of such texts is several equal servers, and so is a text whose scheme is a
+            resolver's: ``"ray://policy"``. See ``docs/guides/several-servers.md``.
         host: the server's name or address; this machine by default.
         server_ip: another name for ``host``.
         transport: a transport's name, or a URL; None for what the configuration says, and else
@@ -435,7 +481,11 @@ class ServiceClient(_Service):
             given no sign of life for 2.5 seconds. The client connects anew by itself.
         on_reconnect: ``on_reconnect()`` is called when there is a connection again. Both run in a
             thread of the library's, one call after another, and may use the client; what they raise
-            is logged. The first connection and `stop` call neither.
+            is logged. The first connection and `stop` call neither. Of several servers, they are
+            called when none is left, and when there is one again.
+        on_move: ``on_move(old, new)`` is called likewise, with two URLs, when the session had to
+            begin anew, since the one of several servers that had it is lost: where it was, and
+            where it is now. They are equal where that server came back without it.
 
     Raises:
         ValueError: the address is said in two ways, or is none.
@@ -451,7 +501,9 @@ class ServiceClient(_Service):
         *,
         label: str = "",
         needs: dict[str, Any] | None = None,  # extensions that the server must have
-        url: str | None = None,
+        begins: str = "",  # the interface by which a session begins
+        stays: bool = True,  # whether all calls go to one of several servers
+        url: str | Sequence[str] | None = None,
         host: str | None = None,
         server_ip: str | None = None,
         port: int | None = None,
@@ -465,19 +517,25 @@ class ServiceClient(_Service):
         credentials: CredentialsLike = None,
         on_disconnect: Callable[[], object] | None = None,
         on_reconnect: Callable[[], object] | None = None,
+        on_move: Callable[[str, str], object] | None = None,
         on_connecting: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         if server_ip is not None:
             if host is not None:
                 raise ValueError(f"host {host!r} and server_ip {server_ip!r}: give one of them")
             host = server_ip
-        for name, function in (("on_disconnect", on_disconnect), ("on_reconnect", on_reconnect)):
+        told = {
+            "on_disconnect": on_disconnect,
+            "on_reconnect": on_reconnect,
+            "on_move": on_move,
+        }
+        for name, function in told.items():
             if function is not None:
                 require_plain(name, function)
         if url is None and config is not None:
             transport = transport or config.transport
         known = 0 if config is None else config.port_number
-        urls = find_server(url, transport, host, port, known)
+        urls = find_servers(url, transport, host, port, known)
         self._client = Client(
             service,
             urls,
@@ -494,6 +552,9 @@ class ServiceClient(_Service):
             credentials=credentials,
             on_disconnect=on_disconnect,
             on_reconnect=on_reconnect,
+            on_move=on_move,
+            begins=begins,
+            stays=stays,
             on_connecting=on_connecting,
         )
         self._close: Callable[[], object] = lambda: None
@@ -522,11 +583,15 @@ class ServiceClient(_Service):
     def _allocate(self, nbytes: int) -> memoryview | None:
         return self._client.allocate(nbytes)
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Counts since the start: ``replies_copied``, replies and publications that came as private
         copies because too many received arrays are held for the transport to lend more; and
         ``calls_held_back``, asynchronous calls that were not sent, as the server refused most of
         those before them.
+
+        Of several servers ``servers`` has of each, by its URL: its ``state`` ("ready", "loading",
+        "draining", "lost", or "refused" where it won't have this client), the calls ``under_way``,
+        ``calls`` that it was given, and ``moved``, sessions that had to leave it.
         """
         return self._client.stats()
 

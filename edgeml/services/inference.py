@@ -397,7 +397,7 @@ class InferenceClient(ServiceClient):
             a payload and both answers, in a thread of the shadow's own. It may take its time, in
             which the candidate is not asked; what it raises is logged.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
-            ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`.
+            ``credentials``, ``on_disconnect``, ``on_reconnect``, ``on_move``: see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.
@@ -433,6 +433,8 @@ class InferenceClient(ServiceClient):
             timeout=timeout,
             wait_for_server=wait_for_server,
             needs=None if expect is None else {EXTENSION: _plain(expect)},
+            begins=_RESET,
+            stays=False,
             **settings,
         )
         self._shadow: Shadow | None = None

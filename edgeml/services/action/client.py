@@ -59,7 +59,7 @@ class ActionClient(ServiceClient):
         wait_for_server: go on trying, for 600 s or the number of seconds given, until a device
             answers and is ready.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
-            ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`.
+            ``credentials``, ``on_disconnect``, ``on_reconnect``, ``on_move``: see `ServiceClient`.
 
     Raises:
         Unreachable: nobody serves there.
@@ -417,7 +417,7 @@ class ActionClient(ServiceClient):
         self._recordings.add(made)
         return made
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         """Counts since the start: ``replies_copied``, as for every client; ``actions_stale``, that
         the device refused as too late; ``halts``, calls of its safe action that it told of.
         """

@@ -41,8 +41,8 @@ class TrainerClient(ServiceClient):
             too, unless it is given. One client has it at a time. A store that is a
             `LoggedDataStore` itself is uploaded as it is.
         settings: ``url``, ``server_ip``, ``client_id``, ``codec``, ``images``, ``writable``,
-            ``credentials``, ``on_disconnect``, ``on_reconnect``: see `ServiceClient`. Of two
-            clients with the same ``client_id``, the newer shuts the older out.
+            ``credentials``, ``on_disconnect``, ``on_reconnect``, ``on_move``: see `ServiceClient`.
+            Of two clients with the same ``client_id``, the newer shuts the older out.
 
     Raises:
         Unreachable: no learner answers.

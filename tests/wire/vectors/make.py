@@ -93,7 +93,7 @@ def envelopes() -> Vector:
     hello = wire.Hello(1, "inference", "robot-7", "arm", "msgpack", {})
     config = {"version": "1", "action_keys": ["grip", "move"], "observation_keys": ["cam"]}
     welcome = wire.Welcome(SESSION, EPOCH, {"": 1, "observations": 1}, [5555])
-    served = wire.Served(3, 8, 0.5, 0.25)
+    served = wire.Served(3, 8, 0.5, 0.25, False)
     asks = wire.Hello(1, "inference", "a", "", "msgpack", {}, {"x-greeting": ["hello"]})
     expects = wire.Hello(
         1, "inference", "a", "", "msgpack", {}, {"contracts": {"policy": {"rate": 50.0}}}
@@ -131,6 +131,10 @@ def envelopes() -> Vector:
         envelope("welcome", reply(wire.OK, wire.pack(welcome))),
         envelope("call", request(wire.CALL, SESSION, "echo", 2.5, _pack([1, "a"]))),
         envelope("result", wire.Result(wire.OK, _pack([1, "a"]), 0, 0, served)),
+        envelope(
+            "result that doesn't tell what is kept",
+            wire.Result(wire.OK, _pack([1, "a"]), 0, 0, wire.Served(3, 8, 0.5, 0.25)),
+        ),
         envelope("result of an older server", reply(wire.OK, _pack([1, "a"]))),
         envelope("first credit body", first),
         envelope(
@@ -158,6 +162,8 @@ def envelopes() -> Vector:
     for status, arguments in errors.items():
         vector = envelope(f"error {status}", reply(status, _pack(arguments)))
         made.append(vector | {"arguments": arguments})
+    begun = envelope("error 8 amid a call", reply(8, _pack(errors[8]), 0, 1))
+    made.append(begun | {"arguments": errors[8]})
     good = bytes.fromhex(next(v["hex"] for v in made if v["name"] == "call"))
     invalid = {
         "nothing": ("request", b""),
@@ -187,6 +193,12 @@ def envelopes() -> Vector:
             }
             for name, kind, data, means in (
                 ("a reply of one element", "reply", [0], "done"),
+                (
+                    "an older server's result",
+                    "result",
+                    [0, _pack([1, "a"]), 0, 0, [3, 8, 0.5, 0.25]],
+                    "result that doesn't tell what is kept",
+                ),
                 ("a later version's reply", "reply", [0, b"", 0, 0, "more"], "done"),
                 ("an int for the timeout", "request", [4, b"", "", 1, b""], "ping"),
                 (
