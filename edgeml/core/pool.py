@@ -8,7 +8,8 @@ transport knows of any of this.
 - A call goes to the better of two servers chosen at random, by what this client has under way there
   (M. Mitzenmacher, *The power of two choices in randomized load balancing*, 2001). That is nearly
   as good as to ask all, needs nothing of the others' load, and can't have a thousand clients run to
-  the same one.
+  the same one. Where it has as many under way in both, as one that calls and waits always has,
+  the better is the one whose queue must be shorter by now, by how long a call waited there last.
 - Once a server keeps something for this client, as `wire.Served` tells, all calls go there: to its
   *home*. Before an interface's first answer nobody knows, so until then its calls go to one server,
   the *lead*. The call that begins a session, `reset`, has a new home chosen.
@@ -114,6 +115,15 @@ class _Member:
         """Calls that have no answer from it yet."""
         session = self.keeper.current
         return 0 if session is None else len(session.under_way) + len(session.asking)
+
+    def load(self) -> tuple[int, float]:
+        """Return how much it is known to have to do: this client's calls, and of others' how many
+        seconds a call waits by now, as it has told last.
+        """
+        session = self.keeper.current
+        if session is None or not session.queue:
+            return self.under_way, 0.0
+        return self.under_way, max(0.0, session.queue + session.told_queue - time.monotonic())
 
     def tell_state(self) -> str:
         """Name what it is at."""
@@ -259,6 +269,7 @@ class Pool:
             for place in new:
                 if (made := self._join(place)) is not None:
                     self._members[place] = made
+            self._find_ready()
         for member in gone:
             _log.info("%s is listed no more, and gets no more calls", member.place.url)
             self._leave(member, Deadline(_LONGEST_LEAVE))
@@ -315,7 +326,7 @@ class Pool:
                     self._latest is None or session.welcomed > self._latest.welcomed
                 ):
                     self._latest = session
-            self._ready = tuple(m for m in members if m.place.calls and m.usable() is not None)
+            self._find_ready()
             connected = any(m.place.calls and m.connected is not None for m in members)
             if self._connected is None:  # the first connection is told to nobody
                 self._connected = connected or None
@@ -324,6 +335,11 @@ class Pool:
                 self._notices.tell(self._on_reconnect if connected else self._on_disconnect)
             self._changes += 1
             self._changed.notify_all()
+
+    def _find_ready(self) -> None:
+        """Take in which servers take calls; under the lock."""
+        members = self._members.values()
+        self._ready = tuple(m for m in members if m.place.calls and m.usable() is not None)
 
     def _wait(self, seconds: float, seen: int) -> None:
         """Wait for a change beyond those seen, and have those that are lost tried meanwhile."""
@@ -388,11 +404,11 @@ class Pool:
             i, j = int(self._random.random() * n), int(self._random.random() * (n - 1))
             one, other = ready[i], ready[j + (j >= i)]
             if one.usable(avoid) is not None and other.usable(avoid) is not None:
-                return other if other.under_way < one.under_way else one
+                return other if other.load() < one.load() else one
         usable = [member for member in ready if member.usable(avoid) is not None]
         if len(usable) > 2:
             usable = self._random.sample(usable, 2)
-        return min(usable, key=lambda member: member.under_way, default=None)
+        return min(usable, key=_Member.load, default=None)
 
     def _settle(self, member: _Member, before: tuple[_Member, int] | None) -> None:
         """Have a server as home from now on, in the place of another; under the lock."""
@@ -458,7 +474,10 @@ class Pool:
 
     def note_answer(self, session: Session, name: str, served: wire.Served | None) -> None:
         """See `SessionKeeper.note_answer`."""
-        if served is None or self._home is not None or self._stays:
+        if served is None:
+            return
+        session.queue, session.told_queue = served.queue, session.heard
+        if self._home is not None or self._stays:
             return
         if served.kept is False:
             if name not in self._free:
