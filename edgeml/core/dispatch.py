@@ -881,6 +881,11 @@ class Dispatcher:
         return sum(lane.length for lane in self._lanes.values())
 
     @property
+    def running(self) -> int:
+        """How many threads are at a call, or at a batch of them."""
+        return len(self._running)
+
+    @property
     def carries(self) -> bool:
         """Whether the calling thread is the one that `run` was called in."""
         return get_ident() == self._carrying

@@ -315,7 +315,8 @@ class Server:
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: calls, and everything that was refused or dropped, by reason; and
-        ``waiting``, the calls that wait for a handler now.
+        ``waiting``, the calls that wait for a handler now, and ``running``, the threads that are at
+        one, or at a batch.
         """
         entrances = [each for _, each, _ in self._doors]
         ends = self._endpoints()
@@ -328,6 +329,7 @@ class Server:
         return {
             **counts,
             "waiting": self.dispatcher.waiting,
+            "running": self.dispatcher.running,
             "replies_dropped": sum(end.dropped for end in ends),
             "requests_copied": sum(end.copied for end in ends),
         }

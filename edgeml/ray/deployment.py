@@ -47,9 +47,9 @@ def check_name(name: object) -> str:
 class Autoscale:
     """How many replicas there are, by how many calls wait.
 
-    A replica that keeps up has one call under way and few that wait. More are started once, for
-    ``up_after`` seconds on average, more than ``waiting`` calls wait for each; one is ended once
-    fewer would have done for ``down_after`` seconds, none of them busy for more than 80 % of it.
+    A replica that keeps up has one call under way and few that wait. More are started once for
+    ``up_after`` seconds more than ``waiting`` calls have waited for each, but for moments; one is
+    ended once for ``down_after`` seconds one fewer would have kept up, with room to spare.
 
     Args:
         least: replicas that there always are, at least 1.
@@ -73,6 +73,10 @@ class Autoscale:
             raise ValueError(f"waiting must be positive, not {self.waiting}")
         if not (self.up_after > 0 and self.down_after > 0):
             raise ValueError("up_after and down_after are positive numbers of seconds")
+
+    def within(self, n: int) -> int:
+        """Return the number nearest to this that there may be."""
+        return min(max(n, self.least), self.most)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class ReplicaStatus:
         pid: its process there; 0 as long as there is none.
         version: of the deployment that it belongs to.
         waiting: calls that wait there.
+        running: threads that are at a call, or at a batch of them.
     """
 
     id: str
@@ -117,6 +122,7 @@ class ReplicaStatus:
     pid: int = 0
     version: int = 0
     waiting: int = 0
+    running: int = 0
 
 
 @dataclass(frozen=True)

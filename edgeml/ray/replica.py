@@ -36,6 +36,7 @@ class Description:
         node: the address of its machine.
         pid: its process.
         waiting: calls that wait.
+        running: threads that are at a call, or at a batch of them.
         failure: why it failed.
     """
 
@@ -45,6 +46,7 @@ class Description:
     node: str
     pid: int
     waiting: int = 0
+    running: int = 0
     failure: Failure | None = None
 
 
@@ -100,7 +102,7 @@ class Replica:
         """Tell what it is at."""
         server = self._server
         if server is None:
-            return Description("failed", "", "", self._node, os.getpid(), 0, self._failure)
+            return Description("failed", "", "", self._node, os.getpid(), failure=self._failure)
         now = server.state()
         state: str = now.state
         failure: Failure | None = None
@@ -118,6 +120,7 @@ class Replica:
             self._node,
             os.getpid(),
             stats["waiting"],
+            stats["running"],
             failure,
         )
 

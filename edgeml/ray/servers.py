@@ -7,7 +7,6 @@ import math
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,8 +27,9 @@ from edgeml.ray.deployment import (
     Status,
 )
 from edgeml.ray.replica import Description, Replica, factory_key
+from edgeml.ray.scaling import Scaling
 
-__all__ = ["Scaling", "Servers", "ServersSpec"]
+__all__ = ["Servers", "ServersSpec"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ _FIRST_ANSWER = 5.0  # as long, where it is not known at all what they are at
 _GOING = 60.0  # seconds after which one that leaves is ended all the same
 _FIRST_PAUSE = 1.0  # seconds before one that failed is started anew; doubled each time
 _LONGEST_PAUSE = 30.0
-_BUSIEST = 0.8  # the part of its time that a replica is to be busy at most
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Servers(Deployment):
         self._spec = spec
         self._members: list[_Member] = []
         self._listed: list[Place] = []
-        self._scaling = Scaling()
+        self._scaling: Scaling | None = None
         self._pause = _FIRST_PAUSE
         self._again = 0.0  # when one may be started in place of one that failed
         for name in cluster.list_actors():
@@ -152,7 +151,7 @@ class Servers(Deployment):
             if before is not None:
                 before = replace(before, failure=None)
             if spec.autoscale is not None and before is not None:
-                spec = replace(spec, replicas=_within(spec.autoscale, now.replicas))
+                spec = replace(spec, replicas=spec.autoscale.within(now.replicas))
             self._keep(replace(spec._begun(), before=before))
 
     def scale(self, n: int) -> None:
@@ -322,12 +321,14 @@ class Servers(Deployment):
         spec = self._spec
         if spec.autoscale is None or not spec.settled:
             return
+        if self._scaling is None or self._scaling.bounds != spec.autoscale:
+            self._scaling = Scaling(spec.autoscale)
         ready = [m for m in self._members if m.ready and m.told is not None]
         wanted = self._scaling.decide(
-            spec.autoscale,
             spec.replicas,
             len(ready),
             sum(m.told.waiting for m in ready if m.told is not None),
+            sum(m.told.running for m in ready if m.told is not None),
             time.monotonic(),
         )
         if wanted != spec.replicas:
@@ -412,22 +413,6 @@ class Servers(Deployment):
             _log.info("%s#%s: %s", self._spec.name, member.id, text_of(error))
 
 
-class Scaling:
-    """How many replicas there are to be, by how many calls waited of late."""
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, int, int]] = deque()  # when, replicas that there were, calls
-        self._since = 0.0  # when the number of replicas last changed
-
-    def decide(self, bounds: Autoscale, wanted: int, ready: int, calls: int, now: float) -> int:
-        """Note how many calls there are now, and return how many replicas are wanted."""
-        return _within(bounds, wanted)
-
-
-def _within(bounds: Autoscale, n: int) -> int:
-    return min(max(n, bounds.least), bounds.most)
-
-
 def _tell(member: _Member) -> ReplicaStatus:
     told = member.told
     if told is None or member.lost:
@@ -441,6 +426,7 @@ def _tell(member: _Member) -> ReplicaStatus:
         pid=told.pid,
         version=member.version,
         waiting=told.waiting,
+        running=told.running,
     )
 
 

@@ -433,7 +433,8 @@ class ServiceServer(_Service):
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: calls, and everything refused or dropped, by reason; and
-        ``waiting``, the calls that wait for a handler now.
+        ``waiting``, the calls that wait for a handler now, and ``running``, the threads that are at
+        one, or at a batch.
         """
         return self._server.stats()
 

@@ -571,12 +571,14 @@ def test_one_call_is_always_taken_however_large_and_too_much_is_told_in_megabyte
         assert gate.entered.wait(20)
         waiting = client.call_async("size", large)
         wait_until(lambda: server.stats()["waiting"] == 1)
+        assert server.stats()["running"] == 1
         for _ in range(2):
             with pytest.raises(Overloaded, match=r"calls waiting already: 1, of 2\.5 MB; "):
                 client.call("size", large)
         gate.set()
         assert busy.result(20) == waiting.result(20) == large.nbytes
         assert (client.call("echo", large) == large).all()
+        wait_until(lambda: server.stats()["running"] == 0)
 
 
 @pytest.mark.slow
