@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ else:
     import tomli as tomllib
 
 from pairs import ROOT, TRANSPORTS, threads
+from zygote import Zygote
 
 # How long an example takes, or making it, tells of the machine.
 settings.register_profile("edgeml", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,6 +33,7 @@ settings.load_profile("edgeml")
 RAY = ROOT / "tests" / "ray"
 
 _added = pytest.StashKey[tuple[Path, list[str], str | None]]()
+_zygote = Zygote()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_added] = site, added, os.environ.get("PYTHONPATH")
     sys.path += added
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *added]))
+    _zygote.install()
 
 
 def _describe(project: dict[str, Any], site: Path) -> None:
@@ -65,6 +69,7 @@ def _describe(project: dict[str, Any], site: Path) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    _zygote.close()
     site, added, path = config.stash[_added]
     sys.path[:] = [each for each in sys.path if each not in added]
     if path is None:
@@ -118,21 +123,29 @@ _PATIENCE = 10.0  # seconds that what a test has ended may take to be gone
 
 def _children() -> dict[int, str]:
     """Processes that this one started and has not waited for; empty where /proc is missing."""
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # mostly there is none, and no need to read all of /proc
-        return {}
     found = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for pid in _pids() - {_zygote.pid}:
+        entry = Path(f"/proc/{pid}")
         try:
-            name, _, rest = entry.read_text().rpartition(")")
+            name, _, rest = (entry / "stat").read_text().rpartition(")")
+            command = (entry / "cmdline").read_bytes()
         except OSError:  # it has ended meanwhile
             continue
-        if int(rest.split()[1]) == os.getpid():
-            # multiprocessing's own, which lives as long as this process.
-            command = (entry.parent / "cmdline").read_bytes()
-            if b"resource_tracker" not in command:
-                found[int(entry.parent.name)] = name.partition("(")[2]
+        # multiprocessing's own lives as long as this process.
+        if int(rest.split()[1]) == os.getpid() and b"resource_tracker" not in command:
+            found[pid] = name.partition("(")[2]
+    return found
+
+
+def _pids() -> set[int]:
+    """Of all that may be children of this process."""
+    found: set[int] = set()
+    try:
+        for task in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError), open(f"/proc/self/task/{task}/children") as file:
+                found.update(map(int, file.read().split()))
+    except FileNotFoundError:  # not every system tells; then all that there are
+        return {int(entry.name) for entry in Path("/proc").glob("[0-9]*")}
     return found
 
 

@@ -36,6 +36,7 @@ from edgeml.core.message import Message, Owned
 from edgeml.core.plugins import load_codec
 from edgeml.testing import CodecTests
 from edgeml.testing.codecs import assert_same
+from zygote import FRESH
 
 codec = MsgpackCodec()
 
@@ -77,7 +78,7 @@ def test_importing_them_loads_nothing_heavy() -> None:
         "assert c.CloudpickleCodec().decode(Message(pickle.dumps(1))) == 1\n"
         "assert not {'cloudpickle', 'ml_dtypes', 'jax', 'torch'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([*FRESH, "-c", code], check=True, timeout=60)
 
 
 # msgpack: types
