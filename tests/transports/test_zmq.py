@@ -536,6 +536,32 @@ class Relay:
             end.close()
 
 
+def test_a_reply_that_comes_just_as_a_call_looks_whether_it_has_a_way_is_taken(parking):
+    _, requester, taken = parking
+
+    class Late:
+        """Says that nothing has come in time when just then something has."""
+
+        def __init__(self, poll):
+            self.real = poll
+            self.late = False
+
+        def poll(self, timeout):
+            if self.late:
+                return self.real.poll(timeout)
+            assert until(lambda: taken)
+            taken[0][1](Message(b"reply"))
+            assert self.real.poll(20_000)
+            self.late = True
+            return []
+
+    requester._new_line()
+    line = requester._local.line
+    line._poll = Late(line._poll)
+    assert requester.call(Message(b"request"), 20).header == b"reply"
+    assert line._poll.late
+
+
 def test_a_callers_own_connection_that_is_cut_is_made_anew(connected):
     endpoint, _ = connected
     with Relay(endpoint.url.port) as relay:

@@ -137,8 +137,11 @@ class _Line:
                 why = f"{self._url} gave no reply within {deadline.timeout:g} s"
                 raise DeadlineExceeded(why)
             ready = len(self._poll.poll(min(left * 1e3, _LOOK)))
-            if not ready and not _look(line) & _OUT:
-                raise zmq.Again  # the server has refused this line
+            if not ready:
+                events = _look(line)
+                ready = events & _IN  # the look took away what the descriptor would tell of it
+                if not events & (_IN | _OUT):
+                    raise zmq.Again  # the server has refused this line
 
     def _take_back(self, lent: list[weakref.ref[memoryview]]) -> None:
         """Have libzmq let go of the user's memory, which it may still be sending from."""
