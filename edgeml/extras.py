@@ -15,6 +15,7 @@ __all__ = [
     "load_pillow",
     "load_ray",
     "load_simplejpeg",
+    "load_yaml",
     "need_cryptography",
     "need_images",
 ]
@@ -84,6 +85,32 @@ def load_simplejpeg() -> Any:
     except ImportError as error:
         raise _explain("this needs simplejpeg", "images") from error
     return simplejpeg
+
+
+def load_ray() -> Any:
+    """Return the module `ray`.
+
+    Raises:
+        ImportError: it is not installed; the text says how to.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise _explain("this needs Ray", "ray") from error
+    return ray
+
+
+def load_yaml() -> Any:
+    """Return the module `yaml`, which comes with Ray.
+
+    Raises:
+        ImportError: it is not installed; the text says how to.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise _explain("a file of servers needs PyYAML", "ray") from error
+    return yaml
 
 
 def has_pillow() -> bool:

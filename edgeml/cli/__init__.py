@@ -194,6 +194,50 @@ def _parser() -> argparse.ArgumentParser:
         "--picture", type=Path, metavar="FILE", help="write a PNG as well, by matplotlib"
     )
     soak.set_defaults(run=_soak)
+
+    up = commands.add_parser(
+        "up",
+        help="start the servers that a file names, by Ray, or change what differs",
+        description="Make it so that there is what FILE says: start servers, change how many there "
+        "are, replace those of which the file says something else, without a lost call. On this "
+        "machine, on a Ray cluster that runs, or on machines that Ray's launcher starts.",
+    )
+    up.add_argument("file", type=Path, metavar="FILE", help="YAML: which servers, how many, where")
+    up.add_argument("--prune", action="store_true", help="delete what FILE doesn't name")
+    up.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="S",
+        help="seconds that each may take until it is ready (default: %(default)g)",
+    )
+    up.set_defaults(run=_up)
+
+    status = commands.add_parser(
+        "status",
+        help="list the servers that Ray keeps, and how they are",
+        description="List the servers that Ray keeps, or those that FILE names. Exits with 1 if "
+        "one of them isn't ready.",
+    )
+    status.set_defaults(run=_status)
+
+    down = commands.add_parser(
+        "down",
+        help="end the servers that a file names, or all",
+        description="End the servers that FILE names, or all: each answers what it has. With the "
+        "last of them ends the Ray that `edgeml up` started on this machine, and with a FILE that "
+        "names a cluster its machines are given back.",
+    )
+    down.set_defaults(run=_down)
+    for command in (status, down):
+        command.add_argument("file", type=Path, nargs="?", metavar="FILE", help="as for up")
+    for command in (up, status, down):
+        command.add_argument(
+            "--address",
+            metavar="HOST:PORT",
+            help="the Ray cluster, whatever FILE says of it (default: that, $RAY_ADDRESS, or this "
+            "machine's own)",
+        )
     return parser
 
 
@@ -267,6 +311,24 @@ def _soak(options: argparse.Namespace) -> int:
         options.timeout,
         options.picture,
     )
+
+
+def _up(options: argparse.Namespace) -> int:
+    from edgeml.cli import up
+
+    return up.up(options.file, options.address, options.prune, options.timeout)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from edgeml.cli import up
+
+    return up.status(options.file, options.address)
+
+
+def _down(options: argparse.Namespace) -> int:
+    from edgeml.cli import up
+
+    return up.down(options.file, options.address)
 
 
 # What arguments mean ----------------------------------------------------------------------

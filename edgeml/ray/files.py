@@ -1,0 +1,439 @@
+"""What `edgeml up` reads: a YAML file that says which servers there shall be, how many, and where.
+
+Everything is checked before anything is done: all that is wrong is told at once, each with its line
+and what may stand there instead. Nothing of the user's is imported here: a server is named by
+``module:function``, and its code is found where it runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from edgeml.extras import load_yaml
+
+__all__ = ["Entry", "Factory", "Plan", "read"]
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(K|M|G)B")
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+_TOLD = 20  # of what is wrong, at most
+
+
+@dataclass(frozen=True)
+class Factory:
+    """Makes a server where it runs: the function is imported when it is called, and not before.
+
+    Args:
+        function: as in ``module:function``.
+        arguments: that it is called with, by name.
+        folder: where the server runs, and its module is looked for first; None for where it is.
+    """
+
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    folder: str | None = None
+
+    def __call__(self) -> Any:
+        """Return a new server, unstarted.
+
+        Raises:
+            ImportError: there is no such function; the text says where it was looked for.
+        """
+        if self.folder is not None:
+            os.chdir(self.folder)
+            if self.folder not in sys.path:
+                sys.path.insert(0, self.folder)
+        module, _, name = self.function.partition(":")
+        try:
+            there = find_spec(module) is not None
+        except ModuleNotFoundError:  # a package that it would be in
+            there = False
+        if not there:
+            raise ImportError(
+                f"factory {self.function!r}: no module {module!r} in "
+                f"{os.getcwd()}, nor among the packages that are installed"
+            )
+        found = getattr(import_module(module), name, None)
+        if not callable(found):
+            raise ImportError(f"factory {self.function!r}: the module has no function {name!r}")
+        return found(**self.arguments)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A deployment that the file names.
+
+    Attributes:
+        name: of the deployment.
+        kind: "servers" or "trainers", under which it stands.
+        said: what the file says of it, plainly; two entries are equal if this is.
+    """
+
+    name: str
+    kind: str
+    said: Mapping[str, Any]
+
+    @property
+    def note(self) -> str:
+        """What is kept with the deployment, to see later whether the file says anything else.
+
+        Of how many servers there are nothing: that is changed without replacing any.
+        """
+        said = {key: value for key, value in self.said.items() if key != "replicas"}
+        return json.dumps({"kind": self.kind, **said}, sort_keys=True)
+
+    @property
+    def replicas(self) -> int | None:
+        """How many servers there shall be; None where that is found out as it goes, or shards."""
+        if self.kind == "trainers" or "autoscale" in self.said:
+            return None
+        replicas: int = self.said.get("replicas", 1)
+        return replicas
+
+    def factory(self, folder: Path | None) -> Factory:
+        """Return what makes its servers."""
+        arguments = self.said.get("arguments", {})
+        return Factory(self.said["factory"], arguments, None if folder is None else str(folder))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of its deployment, but for the factory and the name."""
+        return {k: v for k, v in self.said.items() if k not in ("factory", "arguments")}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a file says.
+
+    Attributes:
+        path: of the file.
+        entries: the deployments, in the file's order.
+        address: of the Ray cluster that runs already, or None.
+        cluster: what Ray's cluster launcher is to start, its file or that file's content; or None.
+        machine: what this machine's Ray is given, where none of those is said.
+    """
+
+    path: Path
+    entries: tuple[Entry, ...]
+    address: str | None = None
+    cluster: Path | Mapping[str, Any] | None = None
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the file is, and the modules of its factories."""
+        return self.path.parent
+
+
+def read(path: str | os.PathLike[str]) -> Plan:
+    """Read a file.
+
+    Raises:
+        ValueError: something in it is wrong: all of that, a line each.
+        OSError: it can't be read.
+        ImportError: the extra `ray` is not installed.
+    """
+    yaml = load_yaml()
+    path = Path(path).absolute()
+    text = path.read_text(encoding="utf-8")
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+            reader = _Reader(yaml, loader, path)
+            plan = reader.plan(root)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path.name}, line {mark.line + 1}" if mark is not None else path.name
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{where}: it can't be read: {what}") from None
+    if reader.wrong:
+        wrong = [text for _, text in sorted(reader.wrong)]
+        more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
+        raise ValueError("\n".join([*wrong[:_TOLD], *more]))
+    return plan
+
+
+class _Wrong(Exception):
+    """A value can't stand where it does."""
+
+
+_Check = Callable[["_Reader", Any, str], Any]  # of a node, under a key; returns the value
+
+
+class _Reader:
+    """Makes a plan of YAML's nodes, which know their lines; collects what is wrong."""
+
+    def __init__(self, yaml: Any, loader: Any, path: Path) -> None:
+        self._yaml, self._loader, self._path = yaml, loader, path
+        self.wrong: list[tuple[int, str]] = []
+
+    def plan(self, root: Any) -> Plan:
+        if root is None:
+            self.wrong.append((0, f"{self._path.name}: it is empty; say `servers:`"))
+            return Plan(self._path, ())
+        said = self._mapping(root, "", _FILE)
+        where = [key for key in ("address", "cluster", "machine") if key in said]
+        if len(where) > 1:
+            self._complain(root, where[1], f"there is {where[0]!r} already; say one of them")
+        entries = [
+            Entry(name, kind, values)
+            for kind in ("servers", "trainers")
+            for name, values in (said.get(kind) or {}).items()
+        ]
+        names = [entry.name for entry in entries]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            self._complain(root, f"trainers.{name}", "a server has this name; choose another")
+        if not entries and not self.wrong:
+            self._complain(root, "", "it names nothing; say `servers:` or `trainers:`")
+        return Plan(
+            self._path,
+            tuple(entries),
+            said.get("address"),
+            said.get("cluster"),
+            said.get("machine", {}),
+        )
+
+    def _complain(self, node: Any, key: str, what: str) -> None:
+        line = node.start_mark.line + 1
+        where = f"{self._path.name}, line {line}: "
+        self.wrong.append((line, where + (f"{key}: {what}" if key else what)))
+
+    # Mappings -----------------------------------------------------------------------------
+
+    def _pairs(self, node: Any, key: str) -> dict[str, tuple[Any, Any]]:
+        """The nodes of a mapping's keys and values, by the keys' texts."""
+        if not isinstance(node, self._yaml.MappingNode):
+            self._complain(node, key, "this is to be a mapping: keys with values, a line each")
+            return {}
+        pairs: dict[str, tuple[Any, Any]] = {}
+        for name, value in node.value:
+            text = name.value if isinstance(name, self._yaml.ScalarNode) else None
+            if text is None:
+                self._complain(name, key, "a key is to be a name")
+            elif text in pairs:
+                first = pairs[text][0].start_mark.line + 1
+                self._complain(name, _under(key, text), f"it stands in line {first} already")
+            else:
+                pairs[text] = name, value
+        return pairs
+
+    def _mapping(
+        self, node: Any, key: str, known: Mapping[str, _Check], needed: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """The values of a mapping with known keys."""
+        values: dict[str, Any] = {}
+        pairs = self._pairs(node, key)
+        for name, (there, value) in pairs.items():
+            if name not in known:
+                alike = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {alike[0]!r}? " if alike else ""
+                self._complain(
+                    there,
+                    _under(key, name),
+                    f"there is no such key; {hint}Known are {', '.join(known)}",
+                )
+                continue
+            self._take(values, name, value, _under(key, name), known[name])
+        for name in needed:
+            if name not in pairs and isinstance(node, self._yaml.MappingNode):
+                self._complain(node, key, f"{name!r} is missing")
+        return values
+
+    def _take(self, values: dict[str, Any], name: str, node: Any, key: str, check: _Check) -> None:
+        try:
+            values[name] = check(self, node, key)
+        except _Wrong as error:
+            self._complain(node, key, str(error))
+
+    def _servers(self, node: Any, key: str) -> dict[str, dict[str, Any]]:
+        return self._entries(node, key, _SERVERS, ("factory",))
+
+    def _trainers(self, node: Any, key: str) -> dict[str, dict[str, Any]]:
+        return self._entries(node, key, _TRAINERS, ("factory",))
+
+    def _machine(self, node: Any, key: str) -> dict[str, Any]:
+        return self._mapping(node, key, _MACHINE)
+
+    def _entries(
+        self, node: Any, key: str, known: Mapping[str, _Check], needed: tuple[str, ...]
+    ) -> dict[str, dict[str, Any]]:
+        entries = {}
+        for name, (there, value) in self._pairs(node, key).items():
+            if not _NAME.fullmatch(name):
+                self._complain(
+                    there,
+                    _under(key, name),
+                    "a name is of lower-case letters, digits, '.', '_' and '-', and begins with "
+                    "one of the first two",
+                )
+                continue
+            entries[name] = self._mapping(value, _under(key, name), known, needed)
+            if {"replicas", "autoscale"} <= entries[name].keys():
+                self._complain(
+                    value,
+                    _under(key, name),
+                    "'replicas' and 'autoscale' both say how many; say one of them",
+                )
+        return entries
+
+    # Values -------------------------------------------------------------------------------
+
+    def _plain(self, node: Any) -> Any:
+        return self._loader.construct_object(node, deep=True)
+
+    def _text(self, node: Any, key: str) -> str:
+        value = self._plain(node)
+        if not isinstance(value, str) or not value:
+            raise _Wrong(f"{_shown(value)} is no text; write it in quotes")
+        return value
+
+    def _function(self, node: Any, key: str) -> str:
+        value = self._plain(node)
+        if not isinstance(value, str) or not _FUNCTION.fullmatch(value):
+            raise _Wrong(
+                f"{_shown(value)} names no function; write it as 'module:function', as in "
+                "'policies:make_server'"
+            )
+        return value
+
+    def _count(self, node: Any, key: str) -> int:
+        value = self._plain(node)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10_000:
+            raise _Wrong(f"{_shown(value)} is no number of servers, from 1 to 10000")
+        return value
+
+    def _amount(self, node: Any, key: str) -> float:
+        value = self._plain(node)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise _Wrong(f"{_shown(value)} is no amount: a number from 0 on, as in 1 or 0.5")
+        amount: float = value
+        return amount
+
+    def _whole(self, node: Any, key: str) -> int:
+        value = self._plain(node)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise _Wrong(f"{_shown(value)} is no whole number from 0 on")
+        return value
+
+    def _bytes(self, node: Any, key: str) -> int:
+        value = self._plain(node)
+        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        if match is not None:
+            value = int(float(match[1]) * _UNITS[match[2]])
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise _Wrong(f"{_shown(value)} is no size; write it as 200MB or 4GB")
+        return value
+
+    def _resources(self, node: Any, key: str) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, (there, value) in self._pairs(node, key).items():
+            if name in ("CPU", "GPU"):
+                self._complain(there, _under(key, name), f"say it as num_{name.lower()}s")
+                continue
+            self._take(values, name, value, _under(key, name), _Reader._amount)
+        return values
+
+    def _autoscale(self, node: Any, key: str) -> dict[str, Any]:
+        bounds = self._mapping(
+            node,
+            key,
+            {"least": _Reader._count, "most": _Reader._count, "waiting": _Reader._waiting},
+            ("most",),
+        )
+        if bounds.get("least", 1) > bounds.get("most", math.inf):
+            raise _Wrong("'least' is more than 'most'")
+        return bounds
+
+    def _waiting(self, node: Any, key: str) -> float:
+        value = self._amount(node, key)
+        if value == 0:
+            raise _Wrong("0 calls that wait are never too many; say how many may, as in 2")
+        return value
+
+    def _arguments(self, node: Any, key: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, (there, value) in self._pairs(node, key).items():
+            if not name.isidentifier():
+                self._complain(there, _under(key, name), "no function has such an argument")
+                continue
+            values[name] = self._plain(value)
+            try:
+                json.dumps(values[name], allow_nan=True)
+            except TypeError:  # a date, say
+                self._complain(
+                    value,
+                    _under(key, name),
+                    "it may be text, a number, true, false, null, or lists and mappings of those",
+                )
+        return values
+
+    def _cluster(self, node: Any, key: str) -> Path | dict[str, Any]:
+        if isinstance(node, self._yaml.MappingNode):
+            self._pairs(node, key)
+            content: dict[str, Any] = self._plain(node)  # Ray checks it, and by its own schema
+            return content
+        path = self._path.parent / self._text(node, key)
+        if not path.is_file():
+            raise _Wrong(
+                f"there is no file {path}; it is the one that `ray up` takes, or its content "
+                "stands here"
+            )
+        return path
+
+
+def _under(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+_RESOURCES: dict[str, _Check] = {
+    "num_cpus": _Reader._amount,
+    "num_gpus": _Reader._amount,
+    "resources": _Reader._resources,
+}
+_SERVERS: dict[str, _Check] = {
+    "factory": _Reader._function,
+    "arguments": _Reader._arguments,
+    "replicas": _Reader._count,
+    "autoscale": _Reader._autoscale,
+    **_RESOURCES,
+}
+_TRAINERS: dict[str, _Check] = {
+    "factory": _Reader._function,
+    "arguments": _Reader._arguments,
+    "shards": _Reader._count,
+    "checkpoint_dir": _Reader._text,
+    **_RESOURCES,
+}
+_MACHINE: dict[str, _Check] = {
+    "num_cpus": _Reader._whole,
+    "num_gpus": _Reader._whole,
+    "resources": _Reader._resources,
+    "object_store_memory": _Reader._bytes,
+}
+_FILE: dict[str, _Check] = {
+    "servers": _Reader._servers,
+    "trainers": _Reader._trainers,
+    "address": _Reader._text,
+    "cluster": _Reader._cluster,
+    "machine": _Reader._machine,
+}
