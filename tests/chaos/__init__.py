@@ -16,4 +16,8 @@ a policy (whose server is a `thinker`), a script or a human. They run on `machin
 differ, and a `witness` in each says how long it was kept waiting. `control` is a run of them,
 `control_faults` is what is done to it, `control_checker` knows what must hold, with `hands` for
 whose turn it is, and `control_breaks` tests that.
+
+A third play are replicas in Ray, a `replica` each, which `caller`s call while they are killed,
+replaced and scaled: `replicas` is a run, `replicas_checker` knows what must hold, and
+`replicas_breaks` tests that.
 """

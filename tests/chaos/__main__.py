@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from . import control, control_faults, faults, harness
+from . import control, control_faults, faults, harness, replicas
 from .machines import Machines
 from .processes import Zygote
 from .slow import watch
@@ -52,8 +52,8 @@ def _run(options: argparse.Namespace) -> int:
     for fault in dict.fromkeys(plan.fault for plan in plans):
         cells = [(wrong[name, fault], done[name, fault]) for name in transports]
         print(f"{fault:<20}" + "".join(f"{f'{a} of {b}' if b else '-':>12}" for a, b in cells))
-    if control.SEEN:
-        print("\nseen: " + ", ".join(f"{n:,} {name}" for name, n in sorted(control.SEEN.items())))
+    if seen := control.SEEN + replicas.SEEN:
+        print("\nseen: " + ", ".join(f"{n:,} {name}" for name, n in sorted(seen.items())))
     if not wrong and not options.directory:
         shutil.rmtree(directory)
     return 1 if wrong else 0
@@ -110,14 +110,25 @@ def _options() -> argparse.Namespace:
     hands.add_argument("--handovers", type=int, default=25, help="of a run (default 25)")
     hands.set_defaults(plans=_handovers)
 
+    several = commands.add_parser("replicas", help="servers in Ray: killed, replaced, scaled")
+    several.add_argument("--faults", metavar="NAMES", help="with commas between; all by default")
+    several.add_argument("--runs", type=int, default=20, help="of each (default: %(default)s)")
+    several.add_argument("--turns", type=int, default=3, help="that a fault takes (default 3)")
+    _add_common(several, jobs=1, transports="zmq")
+    several.set_defaults(do=_run, plans=_replicas, run=replicas.run, share=replicas.Cluster)
+
     for command in (loop, hands):
         _add_common(command, jobs=5)
         command.set_defaults(do=_run, run=control.run, share=Machines)
     return parser.parse_args()
 
 
-def _add_common(command: argparse.ArgumentParser, jobs: int) -> None:
-    command.add_argument("--transports", default=",".join(TRANSPORTS), metavar="NAMES")
+def _add_common(
+    command: argparse.ArgumentParser, jobs: int, transports: str = ",".join(TRANSPORTS)
+) -> None:
+    command.add_argument(
+        "--transports", default=transports, metavar="NAMES", help="(default: %(default)s)"
+    )
     command.add_argument("--first-seed", type=int, default=0, metavar="N")
     command.add_argument(
         "--jobs", type=int, default=jobs, help="runs at a time (default %(default)s)"
@@ -182,6 +193,16 @@ def _handovers(options: argparse.Namespace) -> list[control.Plan]:
         )
         for seed in range(options.first_seed, options.first_seed + options.runs)
         for transport in options.transports.split(",")
+    ]
+
+
+def _replicas(options: argparse.Namespace) -> list[replicas.Plan]:
+    chosen = options.faults.split(",") if options.faults else [*replicas.FAULTS]
+    return [
+        replicas.Plan(transport, fault, seed, turns=options.turns)
+        for seed in range(options.first_seed, options.first_seed + options.runs)
+        for transport in options.transports.split(",")
+        for fault in chosen
     ]
 
 
