@@ -177,7 +177,7 @@ class Run(Stage):
         made = {path.name for path in self.directory.glob("replica.*")}
         since = time.monotonic()
         os.kill(victim.pid, signal.SIGKILL)
-        self.history.tell("kill", pid=victim.pid, since=since, alone=alone)
+        self.history.tell("kill", pid=victim.pid, url=victim.url, since=since, alone=alone)
         deadline = since + _LONGEST_TO_COME
         while alone and time.monotonic() < deadline:
             time.sleep(_LOOK)

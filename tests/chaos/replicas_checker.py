@@ -2,8 +2,8 @@
 
 - Each call ends: with its answer, or an error, within its deadline.
 - None is carried out twice, and an answer is of the one that did.
-- None fails, but those that were under way in a replica as it was killed: these say that they
-  may have been carried out, and no other replica has begun them.
+- None fails, but those that were under way in a replica as it was killed, or sent to it before the
+  client could know: these say that they may have been carried out, and no other has begun them.
 - What is settled is so: replicas that were ended or replaced take no call that is asked later.
 - In place of one that was killed another takes calls within ten seconds.
 """
@@ -19,6 +19,7 @@ from .history import Event
 
 NEW_WITHIN = 10.0  # seconds
 _SLACK = 0.25  # seconds by which a call may end late
+_NOTICED = 0.5  # seconds in which a client knows that a replica was killed
 _UNDER_WAY = "may have been carried out"
 _TOLD = 5  # of each kind
 
@@ -90,24 +91,31 @@ class _Checker:
             if end["its_call"] != call or end["its_pid"] not in by:
                 self._wrong("answer", f"{call} was answered by {end['its_pid']}, and begun by {by}")
             return
-        self._seen["calls failed"] += 1
         if (why := self._not_excused(asked, end, begun)) is not None:
             at = f"asked at {asked['t']:.2f}, failed at {end['t']:.2f}"
             self._wrong("failed", f"{call}, {at}: {why}; {end['error']}: {end['text']}")
 
     def _not_excused(self, asked: Event, end: Event, begun: Sequence[Event]) -> str | None:
         """Why a call may not have failed; None where it may."""
+        known = _NOTICED + self._late + self._longest_wait(asked, end)
         kills = [
-            kill for kill in self._kills if asked["t"] <= kill["t"] and kill["since"] <= end["t"]
+            kill
+            for kill in self._kills
+            if asked["t"] <= kill["t"] + known and kill["since"] <= end["t"]
         ]
         if not kills:
             return "no replica was killed meanwhile"
+        if not any(url in end["text"] for kill in kills for url in kill["url"].split(",")):
+            return "it is not told of one that was killed meanwhile"
         others = [each["life"] for each in begun if each["life"] not in [k["pid"] for k in kills]]
         if others:
             return f"{others[0]} had begun it, which was not killed"
         if end["unharmed"] or end["error"] != "Unreachable" or _UNDER_WAY not in end["text"]:
             return "it doesn't say that it may have been carried out"
-        self._seen["calls failed that were begun"] += bool(begun)
+        how = "begun" if begun else "unread"
+        if not begun and all(asked["t"] > kill["t"] for kill in kills):
+            how = "sent to one that was no more"
+        self._seen[f"calls failed, {how}"] += 1
         return None
 
     def _longest_wait(self, asked: Event, end: Event) -> float:

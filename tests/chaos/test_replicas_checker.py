@@ -6,7 +6,8 @@ import pytest
 
 from chaos.replicas_checker import NEW_WITHIN, check
 
-LOST = "the server is gone; the call may have been carried out"
+URL = "zmq://127.0.0.1:1"
+LOST = f"the connection to {URL} was lost; it had been asked, so this may have been carried out"
 
 
 class History:
@@ -43,7 +44,7 @@ class History:
 
     def kill(self, t, pid=1, new=3, after=2.0, alone=True):
         """One is killed, and another takes calls later."""
-        self.tell("kill", t, pid=pid, since=t - 0.001, alone=alone)
+        self.tell("kill", t, pid=pid, url=URL, since=t - 0.001, alone=alone)
         if new:
             self.tell("made", t + after - 0.1, who="replica", life=new)
             self.answer(t + after, by=new, begun=(new,))
@@ -67,8 +68,8 @@ def test_nothing_is_wrong_where_all_is_well(history):
     history.kill(3.0)
     seen = Counter()
     assert history.found(seen=seen) == []
-    assert (seen["calls"], seen["calls failed"], seen["kills"], seen["settled"]) == (13, 2, 1, 1)
-    assert seen["calls failed that were begun"] == 1
+    assert (seen["calls"], seen["kills"], seen["settled"]) == (13, 1, 1)
+    assert (seen["calls failed, begun"], seen["calls failed, unread"]) == (1, 1)
 
 
 def test_nothing_that_was_asked_is_no_success(history):
@@ -106,6 +107,7 @@ def test_an_answer_is_of_the_one_that_carried_the_call_out(history):
         ({"begun": ()}, False),
         ({"begun": (2,)}, True),  # it lives
         ({"text": "nobody answers"}, True),
+        ({"text": LOST.replace(URL, "zmq://127.0.0.1:2")}, True),
         ({"error": "DeadlineExceeded"}, True),
         ({"unharmed": True}, True),
         ({"after": 0.005}, True),  # before the kill
@@ -115,6 +117,16 @@ def test_a_call_may_fail_that_was_under_way_in_one_that_was_killed(history, how,
     history.fail(1.0, **how)
     history.kill(1.01)
     assert history.found() == ["failed"] * wrong
+
+
+def test_a_call_may_fail_that_was_sent_before_the_client_could_know(history):
+    history.kill(1.0)
+    history.fail(1.4, begun=(), after=0.1)
+    seen = Counter()
+    assert history.found(seen=seen) == []
+    assert seen["calls failed, sent to one that was no more"] == 1
+    history.fail(1.6, begun=(), after=0.1)
+    assert history.found() == ["failed"]
 
 
 def test_no_call_fails_where_none_was_killed(history):
