@@ -87,19 +87,6 @@ def load_simplejpeg() -> Any:
     return simplejpeg
 
 
-def load_ray() -> Any:
-    """Return the module `ray`.
-
-    Raises:
-        ImportError: it is not installed; the text says how to.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise _explain("this needs Ray", "ray") from error
-    return ray
-
-
 def load_yaml() -> Any:
     """Return the module `yaml`, which comes with Ray.
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import edgeml.ray
-from edgeml.core.errors import Unreachable
+from edgeml.core.errors import DeadlineExceeded, EdgemlError, Unreachable
 from edgeml.ray import files, launcher, machine
 
 __all__ = ["down", "status", "up"]
+
+_LOOK = 0.1  # seconds between two looks at what a deployment is at
 
 
 def up(path: Path, address: str | None, prune: bool, timeout: float) -> int:
@@ -39,6 +42,8 @@ def up(path: Path, address: str | None, prune: bool, timeout: float) -> int:
         address = machine.start(plan.machine).address
     # What runs here finds its modules beside the file; what runs elsewhere gets a copy of them.
     with machine.connected(address, None if here else plan.folder):
+        if plan.names is not None or plan.credentials is not None:
+            edgeml.ray.start(plan.names, plan.credentials)
         there = edgeml.ray.status()
         named = {entry.name for entry in plan.entries}
         for name in there.keys() - named:
@@ -47,37 +52,59 @@ def up(path: Path, address: str | None, prune: bool, timeout: float) -> int:
                 _say(f"{name}: deleted, as {path.name} doesn't name it")
             else:
                 _say(f"{name}: left as it is; {path.name} doesn't name it, and --prune deletes it")
+        failed = False
         for entry in plan.entries:
-            _make_so(entry, there.get(entry.name), plan.folder if here else None, timeout)
-    return 0
+            try:
+                _make_so(entry, there.get(entry.name), plan.folder if here else None, timeout)
+            except (EdgemlError, ValueError) as error:  # the others are done all the same
+                print(f"edgeml: {entry.name}: {error}", file=sys.stderr)
+                failed = True
+    return int(failed)
 
 
 def _make_so(entry: files.Entry, there: Any, folder: Path | None, timeout: float) -> None:
-    """Make one deployment what the file says."""
+    """Make one deployment what the file says, and return when it is."""
     if there is not None and there.state == "failed":
         edgeml.ray.delete(entry.name)  # it has no servers
         there = None
-    if there is not None and there.note == entry.note and there.state != "failed":
+    if there is not None and there.note == entry.note:
         if entry.replicas is None or entry.replicas == there.wanted:
             _say(f"{entry.name}: as it was, {_servers(there.wanted)}; {there.url}")
             return
-        made = edgeml.ray.scale(entry.name, entry.replicas)
+        edgeml.ray.scale(entry.name, entry.replicas)
+        made = _await(entry, timeout)
         _say(f"{entry.name}: {_servers(made.wanted)} in place of {there.wanted}; {made.url}")
         return
     if there is not None and there.kind != _KINDS[entry.kind]:
         raise ValueError(
-            f"{entry.name}: there are {there.kind!r} of this name; delete them first, by "
-            "`edgeml down` of the file that names them, or choose another name"
+            f"there are {there.kind!r} of this name; end them first, by `edgeml down` of the file "
+            "that names them, or choose another name"
         )
     settings = entry.settings()
     if "autoscale" in settings:
         settings["autoscale"] = edgeml.ray.Autoscale(**settings["autoscale"])
-    deploy = edgeml.ray.deploy_trainer if entry.kind == "trainers" else edgeml.ray.deploy
+    room: Any = edgeml.ray
+    deploy = room.deploy_trainer if entry.kind == "trainers" else room.deploy
     made = deploy(
         entry.factory(folder), name=entry.name, note=entry.note, timeout=timeout, **settings
     )
     what = "started" if there is None else f"replaced, now version {made.version}"
     _say(f"{entry.name}: {what}, {_servers(made.wanted)}; {made.url}")
+
+
+def _await(entry: files.Entry, timeout: float) -> Any:
+    """Return what a deployment is at once it has as many servers as are wanted, and no more."""
+    deadline = time.monotonic() + timeout
+    while True:
+        now = edgeml.ray.status(entry.name)
+        if now.state == "ready" and now.ready == len(now.replicas) == now.wanted:
+            return now
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(
+                f"of {_servers(now.wanted)} {now.ready} are ready after {timeout:g} s; `edgeml "
+                "status` tells what the others are at"
+            )
+        time.sleep(_LOOK)
 
 
 _KINDS = {"servers": "servers", "trainers": "trainer"}  # as a status tells of them
@@ -108,7 +135,7 @@ def status(path: Path | None, address: str | None) -> int:
             rows.append((name, "", "missing", "", "", ""))
             wrong = True
             continue
-        wrong |= one.state != "ready" or one.ready < one.wanted
+        wrong |= one.state != "ready" or one.ready < one.wanted or one.failure is not None
         rows.append(
             (name, one.kind, one.state, f"{one.ready} of {one.wanted}", str(one.version), one.url)
         )
@@ -117,7 +144,7 @@ def status(path: Path | None, address: str | None) -> int:
     each += [
         (
             *(one.id, one.state, str(one.waiting), str(one.version)),
-            *(one.node[:8], str(one.pid), one.url or one.detail),
+            *(one.node, str(one.pid), one.url or one.detail),
         )
         for name in names
         if name in there

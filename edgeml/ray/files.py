@@ -26,6 +26,7 @@ __all__ = ["Entry", "Factory", "Plan", "read"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_ADDRESS = re.compile(r"[^\s/:]+:\d{1,5}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(K|M|G)B")
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 _TOLD = 20  # of what is wrong, at most
@@ -122,6 +123,8 @@ class Plan:
         address: of the Ray cluster that runs already, or None.
         cluster: what Ray's cluster launcher is to start, its file or that file's content; or None.
         machine: what this machine's Ray is given, where none of those is said.
+        names: where the name service listens, HOST:PORT, if that is said.
+        credentials: the folder of the keys by which that knows its clients.
     """
 
     path: Path
@@ -129,6 +132,8 @@ class Plan:
     address: str | None = None
     cluster: Path | Mapping[str, Any] | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
+    names: str | None = None
+    credentials: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -178,13 +183,13 @@ class _Reader:
     """Makes a plan of YAML's nodes, which know their lines; collects what is wrong."""
 
     def __init__(self, yaml: Any, loader: Any, path: Path) -> None:
-        self._yaml, self._loader, self._path = yaml, loader, path
+        self._yaml, self._loader, self._file = yaml, loader, path
         self.wrong: list[tuple[int, str]] = []
 
     def plan(self, root: Any) -> Plan:
         if root is None:
-            self.wrong.append((0, f"{self._path.name}: it is empty; say `servers:`"))
-            return Plan(self._path, ())
+            self.wrong.append((0, f"{self._file.name}: it is empty; say `servers:`"))
+            return Plan(self._file, ())
         said = self._mapping(root, "", _FILE)
         where = [key for key in ("address", "cluster", "machine") if key in said]
         if len(where) > 1:
@@ -200,16 +205,18 @@ class _Reader:
         if not entries and not self.wrong:
             self._complain(root, "", "it names nothing; say `servers:` or `trainers:`")
         return Plan(
-            self._path,
+            self._file,
             tuple(entries),
             said.get("address"),
             said.get("cluster"),
             said.get("machine", {}),
+            said.get("names"),
+            said.get("credentials"),
         )
 
     def _complain(self, node: Any, key: str, what: str) -> None:
         line = node.start_mark.line + 1
-        where = f"{self._path.name}, line {line}: "
+        where = f"{self._file.name}, line {line}: "
         self.wrong.append((line, where + (f"{key}: {what}" if key else what)))
 
     # Mappings -----------------------------------------------------------------------------
@@ -301,6 +308,18 @@ class _Reader:
             raise _Wrong(f"{_shown(value)} is no text; write it in quotes")
         return value
 
+    def _address(self, node: Any, key: str) -> str:
+        value = self._plain(node)
+        if not isinstance(value, str) or not _ADDRESS.fullmatch(value):
+            raise _Wrong(f"{_shown(value)} is no address; write it as '0.0.0.0:5550'")
+        return value
+
+    def _path(self, node: Any, key: str) -> Path:
+        return self._file.parent / self._text(node, key)
+
+    def _directory(self, node: Any, key: str) -> str:
+        return str(self._path(node, key))
+
     def _function(self, node: Any, key: str) -> str:
         value = self._plain(node)
         if not isinstance(value, str) or not _FUNCTION.fullmatch(value):
@@ -387,7 +406,7 @@ class _Reader:
             self._pairs(node, key)
             content: dict[str, Any] = self._plain(node)  # Ray checks it, and by its own schema
             return content
-        path = self._path.parent / self._text(node, key)
+        path = self._file.parent / self._text(node, key)
         if not path.is_file():
             raise _Wrong(
                 f"there is no file {path}; it is the one that `ray up` takes, or its content "
@@ -421,7 +440,7 @@ _TRAINERS: dict[str, _Check] = {
     "factory": _Reader._function,
     "arguments": _Reader._arguments,
     "shards": _Reader._count,
-    "checkpoint_dir": _Reader._text,
+    "checkpoint_dir": _Reader._directory,
     **_RESOURCES,
 }
 _MACHINE: dict[str, _Check] = {
@@ -436,4 +455,6 @@ _FILE: dict[str, _Check] = {
     "address": _Reader._text,
     "cluster": _Reader._cluster,
     "machine": _Reader._machine,
+    "names": _Reader._address,
+    "credentials": _Reader._path,
 }

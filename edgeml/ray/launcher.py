@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from edgeml.core.errors import Unreachable
@@ -52,9 +53,7 @@ def give_back(plan: Plan) -> None:
 
 def _sdk() -> Any:
     load_ray()
-    from ray.autoscaler import sdk
-
-    return sdk
+    return import_module("ray.autoscaler.sdk")
 
 
 def _config(plan: Plan) -> Any:
@@ -65,10 +64,8 @@ def _config(plan: Plan) -> Any:
 @contextmanager
 def _told(plan: Plan) -> Iterator[None]:
     """Say in one line what the launcher failed by, which it has told at length."""
-    import click
-
     try:
         yield
-    except (click.ClickException, RuntimeError, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # click's, subprocess's, the provider's own
         where = plan.cluster if not isinstance(plan.cluster, dict) else plan.path
         raise Unreachable(f"Ray's cluster launcher failed with {where}: {error}") from error

@@ -78,6 +78,11 @@ def test_where_it_is_to_be_is_said_in_one_way(file):
         read(file(FILE + "address: head:6379\nmachine: {num_cpus: 8}\n"))
 
 
+def test_it_says_where_names_are_told_and_to_whom(file, tmp_path):
+    plan = read(file(FILE + "names: 0.0.0.0:5550\ncredentials: keys\n"))
+    assert (plan.names, plan.credentials) == ("0.0.0.0:5550", tmp_path / "keys")
+
+
 def test_what_is_kept_of_an_entry_tells_whether_it_has_changed():
     said = {"factory": "a:b", "replicas": 2, "num_cpus": 1}
     one = Entry("policy", "servers", said)
@@ -123,6 +128,8 @@ WRONG = {
     "trainers:\n  p: {factory: a:b, replicas: 2}": "line 2: trainers.p.replicas: there is no such",
     "machine: {num_cpus: 1.5}": "num_cpus: 1.5 is no whole number",
     "machine: {object_store_memory: 2 TB}": "'2 TB' is no size; write it as 200MB or 4GB",
+    "names: 5550": "line 1: names: 5550 is no address; write it as '0.0.0.0:5550'",
+    "names: a/b:1": "'a/b:1' is no address",
     "address: 7": "line 1: address: 7 is no text",
     "cluster: none.yaml": "line 1: cluster: there is no file",
     "servers: {p: {factory: !!python/name:os.system x}}": "line 1: it can't be read: could not",
