@@ -88,7 +88,10 @@ def _make_so(entry: files.Entry, there: Any, folder: Path | None, timeout: float
     made = deploy(
         entry.factory(folder), name=entry.name, note=entry.note, timeout=timeout, **settings
     )
-    what = "started" if there is None else f"replaced, now version {made.version}"
+    what = "started"
+    if there is not None:
+        what = f"replaced, now version {made.version}"
+        _await(entry, timeout)  # the old ones answer what they have
     _say(f"{entry.name}: {what}, {_servers(made.wanted)}; {made.url}")
 
 

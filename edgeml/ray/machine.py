@@ -243,7 +243,7 @@ def _end(home: Path, pid: int) -> None:
 
 @contextmanager
 def connected(address: str, folder: Path | None = None) -> Iterator[None]:
-    """Be a program of a Ray that runs, for as long as the block does.
+    """Be a program of a Ray that runs, for as long as the block does; or of the one it is of now.
 
     Args:
         address: as `ray.init` takes it.
@@ -253,6 +253,9 @@ def connected(address: str, folder: Path | None = None) -> Iterator[None]:
         Unreachable: nobody is there.
     """
     ray = load_ray()
+    if ray.is_initialized():
+        yield
+        return
     logging.getLogger("ray").setLevel(logging.ERROR)  # who is told what is this program's affair
     env = {"working_dir": str(folder)} if folder is not None else None
     try:

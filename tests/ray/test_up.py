@@ -81,11 +81,11 @@ def test_what_a_file_says_is_made_so_and_only_what_differs_is_changed(edgeml_, n
 
     # One that can't be started leaves all as it is, and is told of.
     first = ids(name)
-    code, told = edgeml_("up", function="forgotten")
+    code, told = edgeml_("up", function="forgotten", replicas=2)
     assert code == 1
     assert f"edgeml: {name}: ImportError: factory 'policies_of_up:forgotten': the module " in told
     assert ids(name) == first
-    code, told = edgeml_("status")
+    code, told = edgeml_("status", replicas=2)
     assert code == 1
     assert "the module has no function 'forgotten'" in told
 
