@@ -7,6 +7,7 @@ there is the replicas tell. So one that was killed is started anew by Ray, and f
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -107,6 +108,10 @@ class Controller:
     def node(self) -> str:
         """Return the address of the machine that this runs on."""
         return cluster.node_address()
+
+    def pid(self) -> int:
+        """Return its process."""
+        return os.getpid()
 
     def deploy(self, pickled: bytes, payload: bytes | None = None, key: str = "") -> int:
         """Take a deployment in, or the next version of one; returns the version.

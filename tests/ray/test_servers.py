@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ import edgeml.ray
 from edgeml import DeadlineExceeded, InferenceClient, InferenceServer, RemoteError, UnknownInterface
 from edgeml.core.resolver import Asker, Place
 from edgeml.core.url import Url
-from edgeml.ray import cluster
+from edgeml.ray import Autoscale, cluster
 from edgeml.ray.names import RayResolver
 from pairs import wait_until
 
@@ -111,3 +112,33 @@ def test_servers_for_which_there_is_no_room_say_what_they_need(name):
     with pytest.raises(DeadlineExceeded, match=r"each is to have 1 CPU, 2 GPU, and of that"):
         edgeml.ray.deploy(serving(1), name=name, num_gpus=2, timeout=2)
     wait_until(lambda: edgeml.ray.status(name).replicas == ())
+
+
+def pid_of(ray: Any, controller: Any) -> int:
+    """The controller's process; 0 while there is none."""
+    try:
+        return ray.get(controller.pid.remote(), timeout=30)
+    except ray.exceptions.ActorUnavailableError:
+        return 0
+
+
+def test_a_controller_that_is_killed_is_back_and_finds_all_again(ray, name):
+    status = edgeml.ray.deploy(serving("here"), name=name, replicas=2, note="n", timeout=60)
+    scaled = f"{name}.scaled"
+    edgeml.ray.deploy(
+        serving("scaled"), name=scaled, autoscale=Autoscale(least=1, most=3), timeout=60
+    )
+    before = edgeml.ray.status()
+    controller = cluster.find_actor(cluster.CONTROLLER)
+    with watching(f"ray://{name}") as told, watching(status.url) as outside:
+        pid = pid_of(ray, controller)
+        os.kill(pid, signal.SIGKILL)
+        # Nobody tells anything while it is away, and so it is known where the servers are.
+        wait_until(lambda: pid_of(ray, controller) not in (0, pid))
+        assert edgeml.ray.status() == before
+        assert told == outside == [[Place(each.url) for each in status.replicas]]
+
+        edgeml.ray.scale(name, 1)  # it goes on as before
+        wait_until(lambda: len(told[-1]) == len(outside[-1]) == 1)
+        edgeml.ray.delete(scaled)
+        assert edgeml.ray.deploy(serving("new"), name=name, timeout=60).version == 2
