@@ -48,7 +48,9 @@ class Scaling:
             self._seen.clear()
             return decided
         self._seen.append((now, waiting, running))
-        while self._seen[0][0] < now - max(bounds.up_after, bounds.down_after) - _SLACK:
+        # One that is older than anybody asks is kept, for it tells that all is known since.
+        since = now - max(bounds.up_after, bounds.down_after)
+        while len(self._seen) > 1 and self._seen[1][0] <= since:
             self._seen.popleft()
         if late := self._over(bounds.up_after, now):
             waited = median(each[1] for each in late)  # of which a burst is not much

@@ -338,9 +338,9 @@ class Servers(Deployment):
     def _fit(self) -> None:
         """Start what is missing, and have leave what is too many."""
         spec = self._spec
-        stay = [m for m in self._members if not m.leaving]
-        new = [m for m in stay if m.version == spec.version]
-        old = [m for m in stay if m.version != spec.version]
+        members = [m for m in self._members if not m.leaving]
+        new = [m for m in members if m.version == spec.version]
+        old = [m for m in members if m.version != spec.version]
         if len(new) < spec.replicas and time.monotonic() >= self._again:
             for _ in range(spec.replicas - len(new)):
                 self._start()
@@ -349,8 +349,11 @@ class Servers(Deployment):
         for member in new[spec.replicas :]:
             self._begin_leaving(member)
         ready = sum(m.ready for m in new[: spec.replicas])
+        # Each new one that is ready takes the place of an old one, which makes room for the next.
+        there = spec.replicas if spec.before is None else spec.before.replicas
+        stay_on = 0 if spec.settled or ready == spec.replicas else max(0, there - ready)
         old.sort(key=lambda m: m.ready, reverse=True)
-        for member in old[max(0, spec.replicas - ready) :]:
+        for member in old[stay_on:]:
             self._begin_leaving(member)
         if ready == spec.replicas:
             self._pause = _FIRST_PAUSE

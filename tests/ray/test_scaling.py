@@ -21,6 +21,14 @@ def play(bounds: Autoscale, load, seconds: float, wanted: int = 1) -> list[int]:
     return there
 
 
+def test_looks_may_be_at_any_time():
+    chance, scaling, wanted, now = random.Random(7), Scaling(Autoscale(1, 8)), 4, 0.0
+    while wanted > 1:
+        now += chance.uniform(0.2, 1.5)
+        wanted = scaling.decide(wanted, wanted, 0, 0, now)
+        assert now < 3 * 33
+
+
 def closed(clients: int):
     """So many clients, each of which always has one call."""
     return lambda n: (max(0, clients - n), min(clients, n))

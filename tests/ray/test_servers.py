@@ -95,13 +95,13 @@ def test_a_factory_that_raises_is_told_and_the_old_version_stays(name):
     assert str(status.failure) == "FileNotFoundError: the weights are not here"
     assert status.replicas == ()
 
-    edgeml.ray.deploy(serving("good"), name=name, timeout=60)
+    edgeml.ray.deploy(serving("good"), name=name, replicas=2, timeout=60)
     before = edgeml.ray.status(name)
     assert (before.state, before.version, before.failure) == ("ready", 2, None)
     with pytest.raises(RemoteError, match="the weights are not here"):
         edgeml.ray.deploy(fail, name=name, timeout=60)
     status = edgeml.ray.status(name)
-    assert (status.state, status.version, status.ready) == ("ready", 2, 1)
+    assert (status.state, status.version, status.ready) == ("ready", 2, 2)
     assert status.failure is not None
     assert status.failure.text == "the weights are not here"
     assert status.replicas == before.replicas
