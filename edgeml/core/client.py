@@ -178,6 +178,8 @@ class Client:
         self.timeout = float(min(timeout, _LONGEST))
         spoken = load_codec(codec)
         asked = {} if wrapping is None else {wrapping.name: wrapping.ask()}
+        if callable(urls):
+            asked[wire.LEAVES] = None
         hello = wire.Hello(
             wire.PROTOCOL,
             service,

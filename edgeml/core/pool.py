@@ -47,7 +47,7 @@ from edgeml.core.errors import (
 from edgeml.core.message import Message
 from edgeml.core.notices import Notices
 from edgeml.core.resolver import Asker, Place, Watch
-from edgeml.core.session import Session, SessionKeeper
+from edgeml.core.session import Session, SessionKeeper, make_heartbeat
 from edgeml.core.state import ServerState, state_of
 from edgeml.core.url import Url, resolve
 
@@ -59,7 +59,8 @@ _MOST_SERVERS = 64  # that one client connects to
 _TOGETHER = 0.25  # seconds that the first connection waits for those to the other servers
 _REUNION = 0.5  # seconds that a server which was lost with a session has to be there again
 _LOOK = 0.1  # seconds between two looks for a server, where there is none
-_PAUSE = 0.5  # seconds between two questions to a resolver that doesn't answer
+_SOON = 0.01  # seconds between two looks whether a server that drains has answered all
+_PAUSE = 0.5  # seconds between two questions to a resolver, or a server, that has no answer yet
 _LONGEST_LEAVE = 30.0  # seconds that calls under way in a server that is listed no more may take
 _LEAST = 0.01  # seconds that whatever is begun is given
 
@@ -76,6 +77,7 @@ class _Member:
         place: where it is, and what for.
         keeper: has the session with it.
         refusing: the session in which it said that it is not ready.
+        heard: the session in which it is listened to, should it say that it is draining.
         state: what it is at, where it is not ready.
         calls: given to it.
         moved: sessions that had to leave it.
@@ -86,6 +88,7 @@ class _Member:
         self.place = place
         self.keeper = keeper
         self.refusing: Session | None = None
+        self.heard: Session | None = None
         self.state = ServerState("ready")
         self.calls = 0
         self.moved = 0
@@ -320,6 +323,9 @@ class Pool:
             members = list(self._members.values())
             for member in members:
                 session = member.keeper.current
+                if session is not None and session is not member.heard and not session.lost:
+                    member.heard = session
+                    self._alarms.after(0.0, functools.partial(self._listen, member, session))
                 if session is not member.refusing:
                     member.refusing = None
                 if session is not None and (
@@ -547,6 +553,46 @@ class Pool:
                 self._look()
                 return
         self._alarms.after(_LOOK, functools.partial(self._ask_state, member, session))
+
+    def _listen(self, member: _Member, session: Session) -> None:
+        """Have a server tell at once when it begins to drain; else this is asked again."""
+        if self.closed or session.lost:
+            return
+        with suppress(EdgemlError):
+            asked = session.requester.request(make_heartbeat(session, wire.HOLD))
+            asked.add_done_callback(functools.partial(self._hear, member, session))
+            return
+        self._alarms.after(_PAUSE, functools.partial(self._listen, member, session))
+
+    def _hear(self, member: _Member, session: Session, done: Future[Message]) -> None:
+        """Take in whether a server is draining; runs in the transport's thread."""
+        with suppress(EdgemlError):
+            if done.cancelled():
+                return
+            reply = wire.unpack(wire.Answer, done.result().header)
+            if reply.body == wire.DRAINING.encode():
+                with self._changed:
+                    member.refusing, member.state = session, ServerState("draining")
+                self._look()
+                self._leave_draining(member, session)
+                return
+        self._alarms.after(_PAUSE, functools.partial(self._listen, member, session))
+
+    def _leave_draining(self, member: _Member, session: Session) -> None:
+        """Say goodbye to a server that drains, once it has answered all: it waits for that."""
+        if self.closed or member.left or session.lost:
+            return
+        if member.under_way:
+            again = functools.partial(self._leave_draining, member, session)
+            self._alarms.after(_SOON, again)
+            return
+        why = Unreachable("the server is draining")
+        threading.Thread(
+            target=member.keeper.leave,
+            args=(session, why),
+            name="edgeml leaves a server",
+            daemon=True,
+        ).start()
 
     # What the client asks of it -------------------------------------------------------------
 

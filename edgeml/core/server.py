@@ -56,6 +56,7 @@ Load = Callable[[Callable[[float, str], None]], object]
 _TICK = wire.TICK  # seconds
 _LOOK = 0.005  # seconds between two looks whether all is answered
 _UNDER_WAY = 0.1  # seconds that a call may be on its way, or unread, when draining begins
+_GOODBYES = 1.0  # seconds that those who leave a server which drains may take to say so
 _DRAINING = "the server is draining: it answers what it has, and then stops; call another, or later"
 _LONGEST = 1e6  # seconds that a caller may say that it waits
 _LONGEST_DETAIL = 1000  # characters
@@ -233,6 +234,8 @@ class Server:
         self._near: Counter[tuple[str, str]] = Counter()  # sessions of each connection and address
         # All who have shown a key and may have calls here, also after their sessions.
         self._met: weakref.WeakSet[Known] = weakref.WeakSet()
+        self._leavers: weakref.WeakSet[Caller] = weakref.WeakSet()  # that leave when it drains
+        self.extend(wire.LEAVES, lambda asked, caller: self._leavers.add(caller))
         self._owners: dict[str, str] = {}  # of client ids, whose key they belong to
         self._owned: dict[str, OrderedDict[str, None]] = {}  # ids of each key, used last comes last
         self._ended_episodes: weakref.WeakSet[Episode] = weakref.WeakSet()
@@ -899,6 +902,7 @@ class Server:
                 self._draining = time.monotonic()
                 self.state = ServerState("draining", 1.0, "it answers what it has, and stops")
                 self._open_to_calls = False
+        self._topics[wire.HEARTBEAT].announce(wire.DRAINING)
         if self.dispatcher.inside or self.dispatcher.carries:
             threading.Thread(
                 target=self._finish, args=(timeout,), name="edgeml drain", daemon=True
@@ -913,8 +917,16 @@ class Server:
             if self._closed:
                 break
             self._ended.wait(_LOOK)
+        goodbyes = min(deadline, time.monotonic() + _GOODBYES)
+        while self._has_leavers() and not self._closed and time.monotonic() < goodbyes:
+            self._ended.wait(_LOOK)
         self.close()
         return not owing
+
+    def _has_leavers(self) -> bool:
+        """Whether clients are there that are about to leave."""
+        with self._lock:
+            return any(s in self._leavers and not s.gone for s in self._sessions.values())
 
     def _owes_answers(self) -> bool:
         """Whether any call that was taken has no answer yet."""

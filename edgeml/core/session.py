@@ -49,7 +49,7 @@ from edgeml.core.throttle import Throttle
 from edgeml.core.transport import Requester
 from edgeml.core.url import Url
 
-__all__ = ["Session", "SessionKeeper"]
+__all__ = ["Session", "SessionKeeper", "make_heartbeat"]
 
 _log = logging.getLogger(__name__)
 
@@ -587,7 +587,7 @@ class SessionKeeper:
     def _park(self, session: Session) -> Future[Message] | None:
         """Keep a request under way, which fails when the connection breaks."""
         try:
-            future = session.requester.request(_make_heartbeat(session, wire.HOLD))
+            future = session.requester.request(make_heartbeat(session, wire.HOLD))
         except Overloaded:
             return None
         except EdgemlError as error:
@@ -630,7 +630,7 @@ class SessionKeeper:
         """
         began = time.monotonic()
         try:
-            _check_heartbeat(session.requester.call(_make_heartbeat(session, hold), wait))
+            _check_heartbeat(session.requester.call(make_heartbeat(session, hold), wait))
         except DeadlineExceeded:
             return False
         except Overloaded:  # by calls, each of which has its own deadline
@@ -642,6 +642,12 @@ class SessionKeeper:
         late = time.monotonic() - began - hold
         session.note_lag(late - wire.TICK if hold else late)
         return True
+
+    def leave(self, session: Session, why: EdgemlError) -> None:
+        """Part from the server, which is about to stop; and connect anew, as after a loss."""
+        if not session.lost:
+            self._say_goodbye(session)
+            session.lose(why)
 
     def hurry(self) -> None:
         """Try at once to connect, if that is what is waited for."""
@@ -696,8 +702,8 @@ class SessionKeeper:
             session.requester.call(Message(header), _FAREWELL)
 
 
-def _make_heartbeat(session: Session, hold: float) -> Message:
-    """Make a request that is answered "nothing yet" after so many seconds."""
+def make_heartbeat(session: Session, hold: float) -> Message:
+    """Make a request that is answered "nothing yet" after so many seconds, or with news of it."""
     credit = wire.pack(wire.Credit(0, 0, 0))
     return Message(wire.pack(wire.Request(wire.NEXT, session.key, wire.HEARTBEAT, hold, credit)))
 

@@ -152,6 +152,7 @@ class Topic:
         self._subscribers: dict[Hashable, dict[int, _Subscriber]] = {}  # of each client
         self._limits = limits
         self._lock = threading.Lock()
+        self._notice: Message | None = None
         self._closed = False
 
     def publish(self, value: Any, taken: int = 0) -> int:
@@ -231,14 +232,25 @@ class Topic:
                 own[credit.subscription] = subscriber = _Subscriber(cursor, codec, now)
             subscriber.seen = now
             subscriber.cursor = max(subscriber.cursor, cursor)
-            if subscriber.cursor == self.number and held > 0:
+            if subscriber.cursor == self.number and held > 0 and self._notice is None:
                 if len(subscriber.parked) >= self._limits.credits:
                     most = self._limits.credits
                     raise Overloaded(f"{most} credits of one subscription are parked")
                 subscriber.parked.append(parked)
                 return
             news = None if subscriber.cursor == self.number else self._next(subscriber)
-        reply(_NOTHING_YET if news is None else news.message(codec))
+            nothing = self._notice or _NOTHING_YET
+        reply(nothing if news is None else news.message(codec))
+
+    def announce(self, notice: str) -> None:
+        """Answer "nothing yet" with a notice to all who wait, and at once to all who ask."""
+        message = Message(pack(Answer(NOTHING_YET, notice.encode())))
+        with self._lock:
+            self._notice = message
+            due = [parked for subscriber in self._all() for parked in subscriber.parked]
+            for subscriber in self._all():
+                subscriber.parked.clear()
+        self._answer((parked, message) for parked in due)
 
     def forget(self, who: Hashable, why: EdgemlError | None = None) -> None:
         """Let go of a client: one that has left and waits for no answers, or is told ``why``."""

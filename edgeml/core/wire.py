@@ -33,11 +33,13 @@ from edgeml.core.tokens import TEXT, check
 __all__ = [
     "ALIVE",
     "CALL",
+    "DRAINING",
     "GOODBYE",
     "HEARTBEAT",
     "HELLO",
     "HOLD",
     "IDLE",
+    "LEAVES",
     "NEXT",
     "NOTHING_YET",
     "NO_SESSION",
@@ -89,6 +91,13 @@ HEARTBEAT = ""
 ALIVE = "alive"
 """The extension by which both ends agree on the seconds of silence after which the other is gone,
 and that a server keeps a heartbeat only as long as its `Request.timeout` says."""
+
+LEAVES = "leaves"
+"""The extension by which a client says that it leaves a server which is draining, as soon as it has
+the answers to what it has asked: such a server waits for that before it stops."""
+
+DRAINING = "draining"
+"""The body of the answer to a heartbeat of a server that is draining; else it is empty."""
 
 RESUME = "resume"
 """The extension by which a client that lost its connection goes on with its session."""
