@@ -21,7 +21,8 @@ from edgeml.core.frames import frame, unframe
 from edgeml.core.limits import DEFAULT_LIMITS, Limits
 from edgeml.core.message import Message, Owned, copy, is_owned, own, pooled, root_of
 from edgeml.core.pending import Pending
-from edgeml.core.plugins import hookimpl, load_codec, load_door, load_transport
+from edgeml.core.plugins import hookimpl, load_codec, load_door, load_resolver, load_transport
+from edgeml.core.resolver import Asker, Place, Resolver
 from edgeml.core.security import Credentials
 from edgeml.core.transport import (
     Endpoint,
@@ -48,6 +49,9 @@ __all__ = [
     "Door",
     "Dispatch",
     "Guest",
+    "Resolver",
+    "Asker",
+    "Place",
     "Message",
     "Url",
     "find_address",
@@ -68,6 +72,7 @@ __all__ = [
     "limited",
     "load_codec",
     "load_door",
+    "load_resolver",
     # errors
     "EdgemlError",
     "Unreachable",

@@ -44,6 +44,7 @@ from edgeml.core.errors import (
     Unreachable,
     copy_error,
 )
+from edgeml.core.forks import watch_forks
 from edgeml.core.message import Message
 from edgeml.core.notices import Notices
 from edgeml.core.resolver import Asker, Place, Watch
@@ -207,6 +208,13 @@ class Pool:
         self._hurried = 0.0  # when
         self._copied = 0  # by those that have left
         self._stop_watching: Callable[[], None] = lambda: None
+        self._forked = False
+        watch_forks(self)
+
+    def abandon(self) -> None:
+        """Take notice that this is a forked child, where no thread connects anew by itself."""
+        self._changed = threading.Condition()  # whoever held it is not there
+        self._forked = True
 
     # Which servers there are --------------------------------------------------------------
 
@@ -358,7 +366,11 @@ class Pool:
                 self._hurried = now
                 lost = [m for m in self._members.values() if m.connected is None]
         for member in lost:
-            member.keeper.hurry()
+            if self._forked:
+                with suppress(EdgemlError):
+                    member.keeper.connect(max(_LEAST, seconds))
+            else:
+                member.keeper.hurry()
         with self._changed:
             self._changed.wait_for(lambda: self.closed or self._changes != seen, seconds)
 

@@ -154,11 +154,11 @@ def find_servers(
 
 
 def _names_resolver(url: str) -> bool:
-    """Whether a URL is one for a resolver."""
-    scheme, separator, rest = url.partition("://")
-    if not separator or not resolves(scheme.strip()):
+    """Whether a text is the URL of what a resolver resolves."""
+    parts = [part.partition("://")[0].strip() for part in url.split(",") if "://" in part]
+    if not any(map(resolves, parts)):
         return False
-    if "," in rest:
+    if "," in url:
         raise ValueError(f"{url!r}: a resolver tells of all servers, so give it alone")
     return True
 

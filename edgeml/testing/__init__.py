@@ -6,13 +6,31 @@ import pytest
 pytest.register_assert_rewrite(
     *(
         f"edgeml.testing.{each}"
-        for each in ("codecs", "deadlines", "doors", "ends", "safety", "stores", "transports")
+        for each in (
+            "codecs",
+            "deadlines",
+            "doors",
+            "ends",
+            "resolvers",
+            "safety",
+            "stores",
+            "transports",
+        )
     )
 )
 
 from edgeml.testing.codecs import CodecTests  # noqa: E402
 from edgeml.testing.doors import DoorClient, DoorTests, Refused  # noqa: E402
+from edgeml.testing.resolvers import ResolverTests  # noqa: E402
 from edgeml.testing.stores import StoreTests  # noqa: E402
 from edgeml.testing.transports import TransportTests  # noqa: E402
 
-__all__ = ["CodecTests", "DoorClient", "DoorTests", "Refused", "StoreTests", "TransportTests"]
+__all__ = [
+    "CodecTests",
+    "DoorClient",
+    "DoorTests",
+    "Refused",
+    "ResolverTests",
+    "StoreTests",
+    "TransportTests",
+]
