@@ -41,10 +41,12 @@ class Refusals:
             why: for people to read.
         """
         self._counts[kind] += 1
-        told = (host, str(why) if kind == "PermissionDenied" else kind)
+        # The text alone: with an error, whoever keeps the log's lines would keep all that had come.
+        text = str(why)
+        told = (host, text if kind == "PermissionDenied" else kind)
         if told in self._told or len(self._told) >= _MOST:
             return
         self._told.add(told)
         _log.warning(
-            "%s refused %s: %s (%s); more like it are counted", self._name, address, why, kind
+            "%s refused %s: %s (%s); more like it are counted", self._name, address, text, kind
         )

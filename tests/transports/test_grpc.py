@@ -831,8 +831,7 @@ def test_a_stream_that_is_broken_off_is_forgotten(parking, assemblies, how):
             call.cancel()
         else:
             stranger.channel.close()
-        # Where grpc.aio misses that, once nothing has come for as long as a message may stall.
-        wait_until(lambda: not assemblies, 2 * Limits().stall)
+        wait_until(lambda: not assemblies, Limits().stall / 2)
         over.set()
     future = requester.request(Message(b"x"))
     wait_until(lambda: taken)

@@ -338,7 +338,8 @@ class Listener(Endpoint):
                 self.dropped += 1
             if error.errno == zmq.EAGAIN:  # too many unread ones, rather than nobody there
                 self.count("Overloaded")
-            _log.debug("%s: a reply to %s is dropped: %s", self.url, remote.peer.address, error)
+            why = error.strerror  # and not the error, with which a log could keep the reply
+            _log.debug("%s: a reply to %s is dropped: %s", self.url, remote.peer.address, why)
         except BaseException:  # Ctrl-C: what comes next must not be taken for the rest of this
             with suppress(zmq.ZMQError):
                 self._router.send(b"", zmq.DONTWAIT)
