@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -34,6 +35,8 @@ NAMESPACE = "edgeml"
 CONTROLLER = "controller"
 """The name of the one that keeps all deployments."""
 
+_ANSWER = 5.0  # seconds that Ray's head may take to let one connect
+
 # Kept by Ray's control store (GCS), which keeps the actors' names and what they are made of, too:
 # so this outlives every process but that one, and is lost together with the actors.
 _PREFIX = "edgeml:"
@@ -42,8 +45,8 @@ _PREFIX = "edgeml:"
 def connect(start: bool = False) -> Any:
     """Return the module `ray`, connected.
 
-    An initialised Ray is taken as it is; else one that runs on this machine or that ``RAY_ADDRESS``
-    names.
+    An initialised Ray is taken as it is; else the one that ``RAY_ADDRESS`` names, or that runs on
+    this machine.
 
     Args:
         start: whether to start one for this program where there is none. It ends with the program,
@@ -57,16 +60,25 @@ def connect(start: bool = False) -> Any:
     if ray.is_initialized():
         return ray
     try:
-        ray.init(address="auto", namespace=NAMESPACE, ignore_reinit_error=True)
-    except ConnectionError as error:
-        if not start or os.environ.get("RAY_ADDRESS"):
-            raise Unreachable(
-                f"no Ray is reached from here ({text_of(error)}): call ray.init(), or run `ray "
-                "start --head`, or set RAY_ADDRESS; a client needs no Ray with "
-                "'ray://HOST:PORT/NAME', the address of the name service"
-            ) from error
-        ray.init(namespace=NAMESPACE, include_dashboard=False, ignore_reinit_error=True)
+        _probe(os.environ.get("RAY_ADDRESS", ""))
+        if start:
+            ray.init(namespace=NAMESPACE, include_dashboard=False)
+        else:
+            ray.init(address="auto", namespace=NAMESPACE)
+    except OSError as error:
+        raise Unreachable(
+            f"no Ray is reached from here ({text_of(error)}): call ray.init(), or run `ray start "
+            "--head`, or set RAY_ADDRESS; a client needs no Ray with 'ray://HOST:PORT/NAME', the "
+            "address of the name service"
+        ) from error
     return ray
+
+
+def _probe(address: str) -> None:
+    """Raise an OSError where nobody listens: Ray tries for minutes, and then ends the program."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
 
 
 def node_id() -> str:

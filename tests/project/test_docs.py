@@ -699,6 +699,7 @@ PUBLIC = [
     "edgeml.data",
     "edgeml.data.rlds",
     "edgeml.gym",
+    "edgeml.ray",
     "edgeml.testing",
 ]
 

@@ -243,6 +243,22 @@ def test_a_client_from_outside_needs_no_ray(names):
     ]
 
 
+def test_a_ray_that_is_not_there_is_unreachable_at_once():
+    program = """
+        import edgeml.ray
+        from edgeml import Unreachable
+
+        for call in (edgeml.ray.start, edgeml.ray.status, lambda: edgeml.ray.delete("policy")):
+            try:
+                call()
+            except Unreachable as error:
+                print("RAY_ADDRESS" in str(error))
+        """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+        assert run_fresh(program)[0].splitlines() == ["True"] * 3
+
+
 def test_without_ray_what_needs_it_says_which_extra():
     program = """
         import sys
