@@ -53,6 +53,7 @@ class Zygote:
         self._place: Any = subprocess if ours else subprocess._posixsubprocess  # type: ignore[attr-defined]
         self._name = "_fork_exec" if ours else "fork_exec"
         self._as_ever = getattr(self._place, self._name)
+        self._spawns = subprocess._USE_POSIX_SPAWN  # type: ignore[attr-defined]
         self._owner = os.getpid()
         self._ordinary: tuple[Any, ...] = ()
         self._surroundings: Any = None
@@ -61,10 +62,12 @@ class Zygote:
         """Have `subprocess` ask this one."""
         if sys.platform == "linux":
             setattr(self._place, self._name, self._fork_exec)
+            subprocess._USE_POSIX_SPAWN = False  # type: ignore[attr-defined] # from 3.13 on, mostly
 
     def close(self) -> None:
         """Have `subprocess` start processes as ever, and end."""
         setattr(self._place, self._name, self._as_ever)
+        subprocess._USE_POSIX_SPAWN = self._spawns  # type: ignore[attr-defined]
         if self._orders is not None:
             self._orders.close()
             os.waitpid(self.pid, 0)
