@@ -429,7 +429,7 @@ class StoreTests:
         with _switch_eagerly(), ThreadPoolExecutor(2) as pool:
             running = [pool.submit(write), pool.submit(read)]
             try:
-                for _ in range(10):
+                for _ in range(6):
                     assert _run_in_child(lambda: _use(store, items)) == ""
             finally:
                 ended.set()

@@ -884,13 +884,13 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_value_arrives_equal(value: Any) -> None:
     assert_same(round_trip(value), value)
 
 
 @given(VALUES, st.integers(0, 2**32))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_any_damaged_message_is_a_value_or_malformed(value: Any, seed: int) -> None:
     message = codec.encode(value)
     decode_mutations(message, random.Random(seed), 20)

@@ -769,7 +769,7 @@ SIZES = [100, 5_000, 20_000, 301_056, 3_000_000]  # in the header, beside it, in
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_array_changed_right_after_call_async_arrives_as_it_was(server, transport, size):
-    times = 20 if size > 1_000_000 else 150
+    times = 10 if size > 1_000_000 else 60
     array = np.empty(size, np.uint8)
     server.register_interface("range", lambda payload: [payload.min(), payload.max()])
     with started(server), client_of(server, transport, timeout=30) as client:
@@ -808,7 +808,7 @@ def test_an_array_changed_after_a_call_gave_up_arrives_as_it_was(server, transpo
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_handler_may_use_its_output_array_again_for_the_next_call(server, transport, size):
-    times = 10 if size > 1_000_000 else 60
+    times = 5 if size > 1_000_000 else 25
     output = np.empty(size, np.uint8)
 
     def fill(n):

@@ -75,7 +75,7 @@ def run(model: type[Model], shape: Shape, histories: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("model", [Model, PrioritizedModel])
 def test_histories(model: type[Model], shape: Shape) -> None:
-    run(model, shape, histories=10)
+    run(model, shape, histories=6)
 
 
 @pytest.mark.slow

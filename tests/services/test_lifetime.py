@@ -77,9 +77,8 @@ PAIRS = [
 @pytest.fixture(autouse=True)
 def _only_what_the_test_makes_is_collected():
     """Else each collection looks at all that other tests have loaded, and holds up everybody."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # for good, as conftest.py did with what was there before the first test
 
 
 def drop(kept):

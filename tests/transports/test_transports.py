@@ -47,6 +47,12 @@ class TestGrpc(TransportTests):
     sees_connections = False
 
 
+class TestWebSocket(TransportTests):
+    """A third party's; tests/plugins/test_third_party.py installs it."""
+
+    url = "ws://127.0.0.1:0"
+
+
 TestLongZmq = long_form(TestZmq, "test_garbage_", garbage=10_000)
 TestLongShm = long_form(TestShm, "test_garbage_", garbage=10_000)
 TestLongGrpc = long_form(TestGrpc, "test_garbage_", garbage=10_000)
