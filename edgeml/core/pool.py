@@ -68,6 +68,8 @@ _LEAST = 0.01  # seconds that whatever is begun is given
 MakeKeeper = Callable[[Sequence[Url], Callable[[], object]], SessionKeeper]
 """Makes what keeps a session with the server at these URLs, and calls a function at changes."""
 
+_QUEUE = 0.001  # seconds that a call waited, below which that tells of no queue
+
 _REFUSALS = (ConfigMismatch, PermissionDenied)
 
 
@@ -120,15 +122,6 @@ class _Member:
         session = self.keeper.current
         return 0 if session is None else len(session.under_way) + len(session.asking)
 
-    def load(self) -> tuple[int, float]:
-        """Return how much it is known to have to do: this client's calls, and of others' how many
-        seconds a call waits by now, as it has told last.
-        """
-        session = self.keeper.current
-        if session is None or not session.queue:
-            return self.under_way, 0.0
-        return self.under_way, max(0.0, session.queue + session.told_queue - time.monotonic())
-
     def tell_state(self) -> str:
         """Name what it is at."""
         if self.refusal is not None:
@@ -146,6 +139,9 @@ class _Member:
         if why is None and session is not None:
             why = session.why_lost
         return f"{self.place.url}: {why or 'not connected yet'}"
+
+
+_Ready = tuple[_Member, Session]
 
 
 class Pool:
@@ -195,12 +191,14 @@ class Pool:
         self._members: dict[Place, _Member] = {}
         self._leaving: set[_Member] = set()
         self._told = False  # of servers, by the resolver
-        self._ready: tuple[_Member, ...] = ()  # that take calls
+        self._ready: tuple[_Ready, ...] = ()  # that take calls
         self._connected: bool | None = None  # whether one does; None before the first
         self._latest: Session | None = None
         self._free: set[str] = set()  # interfaces that are known to keep nothing
         self._lead: _Member | None = None
+        self._counting = threading.Lock()  # of calls
         self._home: _Member | None = None
+        self._home_now: _Ready | None = None  # as it was asked last
         self._home_begun = 0  # which of its keeper's sessions
         self._orphaned: tuple[_Member, int] | None = None  # the home that was lost
         self._source: _Member | None = None  # of publications
@@ -353,7 +351,11 @@ class Pool:
     def _find_ready(self) -> None:
         """Take in which servers take calls; under the lock."""
         members = self._members.values()
-        self._ready = tuple(m for m in members if m.place.calls and m.usable() is not None)
+        self._ready = tuple(
+            (member, session)
+            for member in members
+            if member.place.calls and (session := member.usable()) is not None
+        )
 
     def _wait(self, seconds: float, seen: int) -> None:
         """Wait for a change beyond those seen, and have those that are lost tried meanwhile."""
@@ -378,6 +380,42 @@ class Pool:
 
     def pick(self, name: str, avoid: Session | None = None) -> Session | None:
         """See `SessionKeeper.pick`; None where there is no server, or the session has to move."""
+        if avoid is None:
+            # The hot path takes no lock: who sees here that a server isn't left has an entry in
+            # its session before `_leave` looks whether there are any.
+            chosen: _Ready | None = None
+            if self._home is not None:
+                if name != self._begins:
+                    chosen = self._home_now
+            elif name in self._free and self._orphaned is None:
+                chosen = self._draw()
+            if chosen is not None:
+                member, session = chosen
+                if not session.lost and session is not member.refusing:
+                    session.asking.append(None)
+                    if not member.left:
+                        with self._counting:
+                            member.calls += 1
+                        return session
+                    session.asking.pop()
+        return self._pick_anew(name, avoid)
+
+    def _draw(self) -> _Ready | None:
+        """Return the better of two servers; None where there is none."""
+        ready = self._ready
+        n = len(ready)
+        if n < 2:
+            return ready[0] if n else None
+        i, j = divmod(int(self._random.random() * n * (n - 1)), n - 1)
+        one, other = ready[i], ready[j + (j >= i)]
+        a, b = one[1], other[1]
+        more = len(a.asking) + len(a.under_way) - len(b.asking) - len(b.under_way)
+        if more > 0 or (not more and a.free_at > b.free_at and a.free_at > time.monotonic()):
+            return other
+        return one
+
+    def _pick_anew(self, name: str, avoid: Session | None) -> Session | None:
+        """As `pick`, where something has changed."""
         ended: _Member | None = None
         member: _Member | None
         with self._changed:
@@ -387,9 +425,10 @@ class Pool:
                     return None
                 ended, self._orphaned = self._home, None
                 self._home, self._home_begun = member, member.keeper.begun
+                self._home_now = None
             elif self._home is not None:
                 member = self._home
-                if member.left or (session := member.usable(avoid)) is None:
+                if member.left or member.usable(avoid) is None:
                     return None
                 if member.keeper.begun != self._home_begun:
                     self._settle(member, (member, self._home_begun))
@@ -408,30 +447,28 @@ class Pool:
             if session is None:
                 return None
             assert member is not None
-            member.calls += 1
+            if member is self._home:
+                self._home_now = member, session
+            with self._counting:
+                member.calls += 1
             session.asking.append(None)
         if ended is not None and ended is not member:
             self._end_session(ended)
         return session
 
     def _choose(self, avoid: Session | None) -> _Member | None:
-        """Return the better of two servers; None where there is none."""
-        ready = self._ready
-        n = len(ready)
-        if n > 1:
-            i, j = int(self._random.random() * n), int(self._random.random() * (n - 1))
-            one, other = ready[i], ready[j + (j >= i)]
-            if one.usable(avoid) is not None and other.usable(avoid) is not None:
-                return other if other.load() < one.load() else one
-        usable = [member for member in ready if member.usable(avoid) is not None]
-        if len(usable) > 2:
-            usable = self._random.sample(usable, 2)
-        return min(usable, key=_Member.load, default=None)
+        """Return the better of two servers that can be asked now; None where there is none."""
+        drawn = self._draw()
+        if drawn is not None and drawn[0].usable(avoid) is not None:
+            return drawn[0]
+        usable = [member for member, _ in self._ready if member.usable(avoid) is not None]
+        return self._random.choice(usable) if usable else None
 
     def _settle(self, member: _Member, before: tuple[_Member, int] | None) -> None:
         """Have a server as home from now on, in the place of another; under the lock."""
         now = member, member.keeper.begun
         self._home, self._home_begun = now
+        self._home_now = None
         self._orphaned = None
         if before is None or before == now:
             return
@@ -489,12 +526,13 @@ class Pool:
         with self._changed:
             if self._home is home and (home.left or home.usable() is None):
                 self._home, self._orphaned = None, (home, self._home_begun)
+                self._home_now = None
 
     def note_answer(self, session: Session, name: str, served: wire.Served | None) -> None:
         """See `SessionKeeper.note_answer`."""
         if served is None:
             return
-        session.queue, session.told_queue = served.queue, session.heard
+        session.free_at = session.heard + served.queue if served.queue > _QUEUE else 0.0
         if self._home is not None or self._stays:
             return
         if served.kept is False:
@@ -523,7 +561,7 @@ class Pool:
             home = self._home
             if home is not None and home.keeper.current is session and name != self._begins:
                 return False
-            return any(member.usable(session) is not None for member in self._ready)
+            return any(member.usable(session) is not None for member, _ in self._ready)
 
     def _note_not_ready(self, session: Session) -> None:
         """Have a server asked no more until it says that it is ready."""

@@ -85,8 +85,8 @@ class Session:
         silence: seconds without a sign of life after which each end takes the other to be gone.
         lag: seconds that the server took of late to answer what it answers at once.
         way: seconds that calls take of late beyond what the server says that they took there.
-        queue: seconds that the call waited at the server which was answered last, ...
-        told_queue: ... and when that was; of several servers.
+        free_at: when the server will have done what was before this client's last call there, if
+            that takes as long again; of several servers.
         asked: when the newest request was sent that has had an answer.
         heard: when an answer last came.
         welcomed: when it was made.
@@ -107,8 +107,7 @@ class Session:
     silence: float = wire.OLD_SILENCE
     lag: float = 0.0
     way: float = 0.0
-    queue: float = 0.0
-    told_queue: float = 0.0
+    free_at: float = 0.0
     asked: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     welcomed: float = field(default_factory=time.monotonic)

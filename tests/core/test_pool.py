@@ -159,8 +159,7 @@ def test_where_as_much_is_under_way_the_shorter_queue_counts(monkeypatch):
         }
 
         def told(server: Numbered, queue: float, ago: float) -> None:
-            session = sessions[server.url]
-            session.queue, session.told_queue = queue, time.monotonic() - ago
+            sessions[server.url].free_at = time.monotonic() + queue - ago
 
         monkeypatch.setattr(type(client.sessions), "note_answer", lambda *_: None)
         told(made[0], 5.0, 1.0)
