@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .history import Writer
+from .witness import watch
+
+_BEAT = 0.05  # seconds; a process of Ray's has many threads
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Replicas:
         pid = os.getpid()
         history = Writer(f"{self.directory}/replica.{pid}.jsonl")
         history.tell("made", version=self.version)
+        watch(history, _BEAT)
         server = InferenceServer(0, transport=self.transport)
 
         def policy(call: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ SEEN: Counter[str] = Counter()
 
 CLIENTS = 16
 _PROCESSES = 4  # that they are in
-_TIMEOUT = 8.0  # seconds that a call may take at most
+_TIMEOUT = 20.0  # seconds that a call may take at most
 _WORK = 0.02  # seconds that it does take
 _SETTLES = 90.0  # seconds that replicas may take to be what they are to be
 _LOOK = 0.02  # seconds between two looks
@@ -107,6 +107,7 @@ class Run(Stage):
         self.plan, self._zygote = plan, cluster.zygote
         self._name = f"chaos-{plan.transport}-{plan.fault}-{plan.seed}"
         self._version = 0
+        self._killed: set[int] = set()
         self.history.tell("plan", **asdict(plan))
 
     def carry_out(self, fault: Callable[[Run], None]) -> list[str]:
@@ -173,7 +174,11 @@ class Run(Stage):
 
     def kill(self, alone: bool = True) -> None:
         """End one with `kill -9`; alone says that nothing else goes on, so another has to come."""
-        victim = self.rng.choice(self._ready())
+        there = self._ready()
+        if len(there) < 2:
+            return  # the calls that it would leave nobody to
+        victim = self.rng.choice(there)
+        self._killed.add(victim.pid)
         made = {path.name for path in self.directory.glob("replica.*")}
         since = time.monotonic()
         os.kill(victim.pid, signal.SIGKILL)
@@ -192,9 +197,10 @@ class Run(Stage):
         deadline = time.monotonic() + _SETTLES
         while True:
             now = edgeml.ray.status(self._name)
-            there = [each for each in now.replicas if each.state == "ready"]
-            if now.state == "ready" and len(there) == len(now.replicas) == now.wanted:
-                self.history.tell("settled", pids=[each.pid for each in there])
+            there = [each.pid for each in now.replicas if each.state == "ready"]
+            known = self._killed.isdisjoint(there)
+            if now.state == "ready" and known and len(there) == len(now.replicas) == now.wanted:
+                self.history.tell("settled", pids=there)
                 return
             if time.monotonic() > deadline:
                 self.history.tell("unsettled", why=repr(now))
@@ -212,7 +218,8 @@ class Run(Stage):
 
         deadline = time.monotonic() + _SETTLES
         while time.monotonic() < deadline:
-            there = [e for e in edgeml.ray.status(self._name).replicas if e.state == "ready"]
+            now = edgeml.ray.status(self._name).replicas
+            there = [e for e in now if e.state == "ready" and e.pid not in self._killed]
             if there:
                 return there
             time.sleep(_LOOK)

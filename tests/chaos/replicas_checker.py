@@ -4,6 +4,8 @@
 - None is carried out twice, and an answer is of the one that did.
 - None fails, but those that were under way in a replica as it was killed, or sent to it before the
   client could know: these say that they may have been carried out, and no other has begun them.
+  Nor those for which the machine kept a replica, or the client, waiting for so long that it was
+  taken to be gone: they are counted.
 - What is settled is so: replicas that were ended or replaced take no call that is asked later.
 - In place of one that was killed another takes calls within ten seconds.
 """
@@ -21,6 +23,7 @@ NEW_WITHIN = 10.0  # seconds
 _SLACK = 0.25  # seconds by which a call may end late
 _NOTICED = 0.5  # seconds in which a client knows that a replica was killed
 _UNDER_WAY = "may have been carried out"
+_GONE = 1.0  # seconds; who is kept waiting for as long may be taken to be gone
 _TOLD = 5  # of each kind
 
 
@@ -92,6 +95,9 @@ class _Checker:
                 self._wrong("answer", f"{call} was answered by {end['its_pid']}, and begun by {by}")
             return
         if (why := self._not_excused(asked, end, begun)) is not None:
+            if self._kept_waiting(asked, end):
+                self._seen["calls failed, the machine's doing"] += 1
+                return
             at = f"asked at {asked['t']:.2f}, failed at {end['t']:.2f}"
             self._wrong("failed", f"{call}, {at}: {why}; {end['error']}: {end['text']}")
 
@@ -117,6 +123,16 @@ class _Checker:
             how = "sent to one that was no more"
         self._seen[f"calls failed, {how}"] += 1
         return None
+
+    def _kept_waiting(self, asked: Event, end: Event) -> bool:
+        return end["error"] == "Unreachable" and any(
+            each["seconds"] >= _GONE
+            for (who, life), waits in self._waited.items()
+            for each in waits
+            if (who == "replica" or (who, life) == (asked["who"], asked["life"]))
+            and each["t"] >= asked["t"] - _GONE
+            and each["since"] <= end["t"]
+        )
 
     def _longest_wait(self, asked: Event, end: Event) -> float:
         """Seconds for which the machine has kept the client's process waiting."""

@@ -136,6 +136,16 @@ def test_no_call_fails_where_none_was_killed(history):
     assert history.found() == ["failed"]
 
 
+def test_who_was_kept_waiting_by_the_machine_may_be_taken_to_be_gone(history):
+    history.fail(1.0, text="no heartbeat; it had been asked, so this may have been carried out")
+    history.tell("waited", 1.4, "replica", 2, since=0.5, seconds=0.9)
+    assert history.found() == ["failed"]
+    history.tell("waited", 1.4, "replica", 2, since=0.3, seconds=1.1)
+    seen = Counter()
+    assert history.found(seen=seen) == []
+    assert seen["calls failed, the machine's doing"] == 1
+
+
 def test_another_takes_calls_in_time(history):
     history.answer(0.5)
     history.kill(1.0, after=NEW_WITHIN - 0.1)

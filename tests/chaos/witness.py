@@ -19,18 +19,18 @@ _BEAT = 0.01  # seconds
 _LITTLE = 0.001  # seconds that aren't worth a word
 
 
-def watch(history: Writer) -> None:
-    """Tell of it for as long as the process lives."""
-    threading.Thread(target=_watch, args=(history,), name="witness", daemon=True).start()
+def watch(history: Writer, beat: float = _BEAT) -> None:
+    """Tell of it for as long as the process lives; `beat` are seconds between two looks."""
+    threading.Thread(target=_watch, args=(history, beat), name="witness", daemon=True).start()
 
 
-def _watch(history: Writer) -> None:
+def _watch(history: Writer, beat: float) -> None:
     files: dict[str, int] = {}
     waits, now = _waits(files), history.now()
     while True:
-        time.sleep(_BEAT)
+        time.sleep(beat)
         began, now = now, history.now()
-        late = now - began - _BEAT
+        late = now - began - beat
         before, waits = waits, _waits(files)
         most = max((waits[each] - before.get(each, waits[each]) for each in waits), default=0.0)
         if (seconds := max(late, most)) > _LITTLE:
