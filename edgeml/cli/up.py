@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -80,6 +81,8 @@ def _make_so(entry: files.Entry, there: Any, folder: Path | None, timeout: float
             f"there are {there.kind!r} of this name; end them first, by `edgeml down` of the file "
             "that names them, or choose another name"
         )
+    if there is not None and entry.kind == "trainers":
+        _save(entry, there)
     settings = entry.settings()
     if "autoscale" in settings:
         settings["autoscale"] = edgeml.ray.Autoscale(**settings["autoscale"])
@@ -91,8 +94,25 @@ def _make_so(entry: files.Entry, there: Any, folder: Path | None, timeout: float
     what = "started"
     if there is not None:
         what = f"replaced, now version {made.version}"
-        _await(entry, timeout)  # the old ones answer what they have
+        if entry.kind == "servers":
+            _await(entry, timeout)  # the old ones answer what they have
     _say(f"{entry.name}: {what}, {_servers(made.wanted)}; {made.url}")
+
+
+def _save(entry: files.Entry, there: Any) -> None:
+    """End a trainer that goes on from its checkpoints, with what the file says now.
+
+    Two at a time would save to one place. So there is a pause, in which actors hold their items.
+    """
+    before = json.loads(there.note or "{}")
+    kept = {key: (before.get(key), entry.said.get(key)) for key in ("shards", "checkpoint_dir")}
+    if before.get("checkpoint_dir") is None or any(old != new for old, new in kept.values()):
+        raise ValueError(
+            "a trainer goes on with something else only from its checkpoints, which are of as many "
+            "shards: the file has to name the same 'checkpoint_dir' and 'shards' as before, or end "
+            "it by `edgeml down` first, and what it has with it"
+        )
+    edgeml.ray.delete(entry.name)
 
 
 def _await(entry: files.Entry, timeout: float) -> Any:

@@ -384,6 +384,12 @@ class _Reader:
             raise _Wrong("0 calls that wait are never too many; say how many may, as in 2")
         return value
 
+    def _seconds(self, node: Any, key: str) -> float:
+        value = self._amount(node, key)
+        if value == 0:
+            raise _Wrong("0 is no time; say how many seconds, as in 60")
+        return value
+
     def _arguments(self, node: Any, key: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, (there, value) in self._pairs(node, key).items():
@@ -441,6 +447,7 @@ _TRAINERS: dict[str, _Check] = {
     "arguments": _Reader._arguments,
     "shards": _Reader._count,
     "checkpoint_dir": _Reader._directory,
+    "checkpoint_every": _Reader._seconds,
     **_RESOURCES,
 }
 _MACHINE: dict[str, _Check] = {

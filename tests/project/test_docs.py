@@ -114,6 +114,7 @@ PAIRS = [
             "action 3 [2. 2. 2. 2. 2. 2. 2.]\naction 4 [4. 4. 4. 4. 4. 4. 4.]\n",
         ],
     ),
+    Pair(*("docs/guides/cluster.md", "policy", 5557), ["100 answers, servers: 1 gain: 1.0"]),
     Pair(
         *("docs/guides/shared-memory.md", "camera", 6380),
         ["frames (480, 640, 3) copied on the way: 0"],
@@ -273,6 +274,10 @@ PACKAGES = {  # which test_contributing.py installs and holds to the suites
     "docs/guides/write-a-store.md": ["recent.py", "test_recent.py"],
 }
 
+WITH_RAY = {  # which tests/ray/test_cluster_page.py runs
+    "docs/guides/cluster.md": ["policies.py", "policy_ray.py"],
+}
+
 PROGRAM = re.compile(r"# ([\w/]+\.py)\n(.*)", re.DOTALL)
 PORT = re.compile(r"\b(5555|5557|5558|6379|6380|8000|8001)\b")
 
@@ -293,16 +298,19 @@ class Run:
         self.programs = programs_of(page)
         self.ports: dict[str, str] = {}
 
-    def start(self, name: str) -> subprocess.Popen[str]:
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         def other(match: re.Match[str]) -> str:
             return self.ports.setdefault(match[0], str(free_port()))
 
-        (self.folder / name).write_text(PORT.sub(other, self.programs[name]))
+        for each, text in self.programs.items():  # some import others
+            (self.folder / each).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / each).write_text(PORT.sub(other, text))
         if "credentials=" in self.programs[name]:
             self.make_keys()
         # Apart, as the log, by another thread, could come amid what is printed.
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([sys.executable, name], cwd=self.folder, text=True, **pipes)
+        command = [sys.executable, name, *arguments]
+        return subprocess.Popen(command, cwd=self.folder, text=True, **pipes)
 
     def make_keys(self) -> None:
         """Make the keys as the page first says."""
@@ -311,10 +319,14 @@ class Run:
         subprocess.run(command, cwd=self.folder, check=True, capture_output=True, timeout=60)
 
     def await_port(self, port: int, server: subprocess.Popen[str]) -> None:
+        """Wait until a server listens at what stands for this port, or at any other."""
+
         def answers() -> bool:
             assert server.poll() is None, f"the server ended: {''.join(server.communicate())}"
             with suppress(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", int(self.ports[str(port)])), 1).close()
+                socket.create_connection(
+                    ("127.0.0.1", int(self.ports.get(str(port), port))), 1
+                ).close()
                 return True
             return False
 
@@ -355,6 +367,21 @@ def test_a_program_of_one_process_runs_as_it_stands(page: str, name: str, tmp_pa
         program.wait()
     for text in ALONE[page, name]:
         assert text in said
+
+
+def test_a_robots_program_calls_several_servers_as_it_calls_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, "docs/guides/cluster.md")
+    ports = [free_port(), free_port()]
+    started_ = [run.start("policy_server.py", str(port)) for port in ports]
+    try:
+        for port, server in zip(ports, started_, strict=True):
+            run.await_port(port, server)
+        client = run.start("policy_client.py", *(f"zmq://127.0.0.1:{port}" for port in ports))
+        assert client.communicate(timeout=100) == ("100 answers, servers: 2 gain: 1.0\n", "")
+    finally:
+        for server in started_:
+            server.kill()
+            server.communicate()
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -431,7 +458,7 @@ def test_every_program_on_every_page_is_run() -> None:
     runs = {
         *((page, name) for page, name in ALONE),
         *((pair.page, f"{pair.name}_{side}.py") for pair in PAIRS for side in ("server", "client")),
-        *((page, name) for page, names in PACKAGES.items() for name in names),
+        *((page, name) for page, names in (PACKAGES | WITH_RAY).items() for name in names),
     }
     assert runs == {(page, name) for page in PAGES for name in programs_of(page)}
 
@@ -652,7 +679,7 @@ def test_the_command_line_prints_what_its_page_shows(tmp_path: Path) -> None:
         assert done.returncode in codes, done.stderr
         return done.stdout
 
-    plugins, doctor, looked, made, bench, soak = blocks_of("docs/command-line.md", "text")
+    plugins, doctor, looked, made, bench, soak, *_ = blocks_of("docs/command-line.md", "text")
     shown = "\n".join(line for line in plugins.splitlines() if "lidar" not in line)
     assert shapes_of(shown) <= shapes_of(prints("plugins"))
     joints = ("shoulder", "elbow", "wrist")
