@@ -25,6 +25,7 @@ __all__ = [
     "node_address",
     "node_id",
     "pickle",
+    "probe",
     "put",
     "unpickle",
 ]
@@ -60,7 +61,7 @@ def connect(start: bool = False) -> Any:
     if ray.is_initialized():
         return ray
     try:
-        _probe(os.environ.get("RAY_ADDRESS", ""))
+        probe(os.environ.get("RAY_ADDRESS", ""))
         if start:
             ray.init(namespace=NAMESPACE, include_dashboard=False)
         else:
@@ -74,7 +75,7 @@ def connect(start: bool = False) -> Any:
     return ray
 
 
-def _probe(address: str) -> None:
+def probe(address: str) -> None:
     """Raise an OSError where nobody listens: Ray tries for minutes, and then ends the program."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from edgeml.core.errors import Unreachable
 from edgeml.extras import load_ray
+from edgeml.ray import cluster
 
 __all__ = ["Machine", "connected", "end", "find", "start"]
 
@@ -259,14 +260,15 @@ def connected(address: str, folder: Path | None = None) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # who is told what is this program's affair
     env = {"working_dir": str(folder)} if folder is not None else None
     try:
+        cluster.probe(address)
         ray.init(
             address=address,
-            namespace="edgeml",
+            namespace=cluster.NAMESPACE,
             runtime_env=env,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise Unreachable(f"no Ray at {address}: {error}") from error
     try:
         yield

@@ -653,7 +653,8 @@ CHECKS = {
 @pytest.mark.parametrize("page", [page for page in NAMES if list(commands_of(page))])
 def test_every_command_is_one_that_there_is(page: str) -> None:
     for command, *words in commands_of(page):
-        if command not in TOOLS:
+        own = command == "python" and words[0] in programs_of(page)
+        if command not in TOOLS and not own:
             assert command in CHECKS, f"{page}: what is {command}?"
             CHECKS[command](words)
 
