@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from edgeml import Malformed, UnknownInterface, Unreachable
+from edgeml import InferenceServer, Malformed, UnknownInterface, Unreachable
 from edgeml.core.client import Client
 from edgeml.core.resolver import Asker, Place
 from edgeml.core.url import Url
 from edgeml.ray.deployment import Ask
 from edgeml.ray.names import NameService, RayResolver
-from pairs import free_port, run_fresh, took, wait_until
+from edgeml.testing import ResolverTests
+from pairs import free_port, run_fresh, started, took, wait_until
 
 A, B = Place("zmq://127.0.0.1:1"), Place("shm:///run/b,zmq://127.0.0.1:2", topics=False)
 
@@ -66,6 +67,19 @@ def watching(url: Url, timeout: float = 5.0) -> Iterator[list[Sequence[Place]]]:
         yield told
     finally:
         end()
+
+
+class TestRayResolver(ResolverTests):
+    resolver = RayResolver()
+    nobody = Url.parse(f"ray://127.0.0.1:{free_port()}/policy")
+
+    @pytest.fixture(autouse=True)
+    def _names(self, names: Names) -> None:
+        names.places["policy"] = []
+        self.names, self.known = names, names.url("policy")
+
+    def set_servers(self, urls: Sequence[str]) -> None:
+        self.names.tell("policy", *map(Place, urls))
 
 
 def test_a_client_is_told_at_once_and_of_each_change(names):
@@ -220,27 +234,25 @@ def test_a_question_is_answered_before_its_time_is_over(names):
 
 
 def test_a_client_from_outside_needs_no_ray(names):
-    names.places["policy"] = [A]
-    program = f"""
-        import sys
-        sys.modules["ray"] = None  # as where it is not installed
-        from edgeml.core.resolver import Asker
-        from edgeml.core.url import Url
-        from edgeml.ray.names import RayResolver
+    with started(InferenceServer(0)) as server:
+        server.register_interface("echo", lambda payload: payload)
+        names.places["policy"] = [Place(server.url)]
+        program = f"""
+            import sys
+            sys.modules["ray"] = None  # as where it is not installed
+            from edgeml import InferenceClient
 
-        told, me = [], Asker("inference", "me", 5.0)
-        end = RayResolver().watch(Url.parse("{names.url("policy")}"), told.append, me)
-        end()
-        print(told[0][0].url)
-        try:
-            RayResolver().watch(Url.parse("ray://policy"), told.append, me)
-        except ImportError as error:
-            print(error)
-        """
-    assert run_fresh(program)[0].splitlines() == [
-        A.url,
-        'this needs Ray: pip install "edgeml-robotics[ray]"',
-    ]
+            with InferenceClient(url="{names.url("policy")}") as client:
+                print(client.call("echo", "hello"))
+            try:
+                InferenceClient(url="ray://policy")
+            except ImportError as error:
+                print(error)
+            """
+        assert run_fresh(program)[0].splitlines() == [
+            "hello",
+            'this needs Ray: pip install "edgeml-robotics[ray]"',
+        ]
 
 
 def test_a_ray_that_is_not_there_is_unreachable_at_once():
