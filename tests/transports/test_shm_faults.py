@@ -85,7 +85,7 @@ def kill(child: Child) -> float:
 # Kills ------------------------------------------------------------------------------------
 
 
-@how_many(quick=20, slow=1000, minutes=30)
+@how_many(quick=10, slow=1000, minutes=30)
 def test_clients_may_be_killed_at_any_moment(spawn: Spawn, count: int) -> None:
     server = spawn("Server")
     url = server.ask("serve", ANYWHERE)
@@ -108,7 +108,7 @@ def test_clients_may_be_killed_at_any_moment(spawn: Spawn, count: int) -> None:
     server.end()
 
 
-@how_many(quick=20, slow=1000, minutes=30)
+@how_many(quick=10, slow=1000, minutes=30)
 def test_servers_may_be_killed_at_any_moment(spawn: Spawn, count: int) -> None:
     client = spawn("Client")
     client.ask("give_up_idle_memory_soon")
@@ -129,7 +129,7 @@ def test_servers_may_be_killed_at_any_moment(spawn: Spawn, count: int) -> None:
 # A long life ------------------------------------------------------------------------------
 
 
-@how_many(quick=3_000, slow=1_000_000, minutes=40)
+@how_many(quick=1_500, slow=1_000_000, minutes=40)
 def test_a_long_life_changes_no_byte_and_takes_no_more_memory(spawn: Spawn, count: int) -> None:
     server, client = both = spawn("Server"), spawn("Client")
     client.ask("connect", server.ask("serve", ANYWHERE), 3)
@@ -179,7 +179,7 @@ def test_who_keeps_all_that_it_receives_stalls_nobody(
 MOST = 1536 * MB  # bytes of memory that a peer which has stopped may cost
 
 
-@how_many(quick=2_500, slow=5_000, minutes=10)
+@how_many(quick=1_800, slow=5_000, minutes=10)
 def test_a_client_that_stops_reading_costs_little_and_delays_nobody(
     spawn: Spawn, count: int
 ) -> None:
@@ -209,7 +209,7 @@ def test_a_client_that_stops_reading_costs_little_and_delays_nobody(
         child.end()
 
 
-@how_many(quick=2_500, slow=5_000, minutes=10)
+@how_many(quick=1_800, slow=5_000, minutes=10)
 def test_a_server_that_stops_reading_costs_little_and_delays_no_request(
     spawn: Spawn, count: int
 ) -> None:
@@ -234,7 +234,7 @@ def test_a_server_that_stops_reading_costs_little_and_delays_no_request(
 # Forks ------------------------------------------------------------------------------------
 
 
-@how_many(quick=2, slow=50, minutes=20)
+@how_many(quick=1, slow=50, minutes=20)
 def test_a_forked_child_reads_what_was_kept_and_keeps_no_connection_alive(
     spawn: Spawn, count: int
 ) -> None:
