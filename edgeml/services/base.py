@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
@@ -236,8 +238,10 @@ class ServiceServer(_Service):
         rate_limit: calls per second and client; those beyond wait their turn within their
             deadline. None for any number.
         limits: what clients may make this server keep or do; see `Limits`.
-        advertise: where others reach this server, as `url` tells: ``"host"`` or ``"host:port"``;
-            None for where it listens.
+        advertise: where others reach this server, as `url` tells, if that isn't where it listens,
+            as behind NAT or in a container: ``"host"``, or ``"host:port"``, of which the port is
+            the first address's. Where it listens at several ports, a URL for each that is another:
+            ``"zmq://host:8057,grpc://host:8058"``.
         credentials: the keys, as the directory that ``edgeml keygen`` made or as `Credentials`;
             ``$EDGEML_CREDENTIALS`` by default. See ``docs/security.md``.
         on_connect: ``on_connect(peer)`` is called with each client that has come, as `clients`
@@ -284,7 +288,7 @@ class ServiceServer(_Service):
             on_connect=_given_peers("on_connect", on_connect),
             on_disconnect=_given_peers("on_disconnect", on_disconnect),
         )
-        self._advertise = advertise
+        self._advertise = _read_advertised(advertise)
         self._stopped = threading.Event()
         self._disarm: Callable[[], object] = lambda: None
 
@@ -400,7 +404,7 @@ class ServiceServer(_Service):
 
     def urls(self) -> list[str]:
         """Return where clients reach it, by each transport and port; none until it is started."""
-        return [str(self._advertised(url)) for url in self._server.urls]
+        return list(map(str, self._tell_advertised(self._server.urls)))
 
     @property
     def port(self) -> int:
@@ -411,17 +415,25 @@ class ServiceServer(_Service):
         urls = self._server.urls
         if not urls:
             raise Closed("the server isn't started, so it has no address yet")
-        return self._advertised(urls[0])
+        return self._tell_advertised(urls)[0]
 
-    def _advertised(self, url: Url) -> Url:
-        if self._advertise is None or url.path:
-            return url
-        told = Url.parse(f"{url.scheme}://{self._advertise}")
-        return told if told.port else told.with_port(url.port)
-
-    def _advertised_door(self, url: Url) -> Url:
-        """As `_advertised`, but that a door's port is its own."""
-        return self._advertised(url).with_port(url.port)
+    def _tell_advertised(self, urls: Sequence[Url], doors: bool = False) -> list[Url]:
+        """Return where others reach this server, or its doors, which listen at these addresses."""
+        told = []
+        seen: Counter[str] = Counter()  # addresses of each scheme
+        for number, url in enumerate(urls, doors):
+            named = [each for each in self._advertise if each.scheme == url.scheme]
+            anywhere = [each for each in self._advertise if not each.scheme and not url.path]
+            if len(named) > seen[url.scheme]:
+                found = named[seen[url.scheme]]
+                told.append(found if found.port or found.path else found.with_port(url.port))
+            elif anywhere:
+                port = url.port if number else anywhere[0].port or url.port
+                told.append(Url(url.scheme, anywhere[0].host, port))
+            else:
+                told.append(url)
+            seen[url.scheme] += 1
+        return told
 
     def clients(self) -> list[Peer]:
         """Return the clients that are there.
@@ -437,6 +449,17 @@ class ServiceServer(_Service):
         one, or at a batch.
         """
         return self._server.stats()
+
+
+def _read_advertised(text: str | None) -> list[Url]:
+    """Return the addresses that a user says a server is reached at; without a scheme, by any."""
+    told = []
+    for part in filter(None, (part.strip() for part in (text or "").split(","))):
+        url = Url.parse(part if "://" in part else f"any://{part}")
+        told.append(url if "://" in part else replace(url, scheme=""))
+        if not url.host and not url.path:
+            raise ValueError(f"advertise={text!r} names no host; write 'host' or 'host:port'")
+    return told
 
 
 def _peer(caller: Caller) -> Peer:

@@ -244,11 +244,12 @@ class InferenceServer(ServiceServer):
         )
         choose = partial(_choose, interfaces, url, interface)
         opened = self._server.open_door(place, entrance, choose)
-        return str(self._advertised_door(opened))
+        others = [each for each in self._server.doors if each != opened]
+        return str(self._tell_advertised([*others, opened], doors=True)[-1])
 
     def doors(self) -> list[str]:
         """Return where other people's clients reach it; none until it is started."""
-        return [str(self._advertised_door(url)) for url in self._server.doors]
+        return list(map(str, self._tell_advertised(self._server.doors, doors=True)))
 
     def swap(
         self,

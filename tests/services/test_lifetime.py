@@ -1,9 +1,11 @@
 """What becomes of servers and clients that nobody has any more, or that somebody would pickle."""
 
+import asyncio
 import contextlib
 import gc
 import os
 import pickle
+import threading
 import warnings
 from dataclasses import replace
 
@@ -21,7 +23,7 @@ from edgeml import (
     TrainerServer,
 )
 from edgeml.data import QueuedDataStore
-from pairs import started, threads, wait_until
+from pairs import free_port, started, threads, wait_until
 
 ACTION = ActionConfig(0, ["move"], ["cam"])
 TRAINER = TrainerConfig(0, None, ["stats"])
@@ -159,14 +161,94 @@ def test_a_server_tells_where_others_reach_it():
         ("robot.example", "zmq://robot.example:{port}"),
         ("robot.example:80", "zmq://robot.example:80"),
         ("[fe80::1]:80", "zmq://[fe80::1]:80"),
+        ("zmq://robot.example", "zmq://robot.example:{port}"),
+        ("grpc://robot.example:80", "zmq://127.0.0.1:{port}"),
+        ("grpc://a:80, zmq://b:90", "zmq://b:90"),
     ]:
         with started(InferenceServer(0, transport="zmq", advertise=advertise)) as server:
             assert server.url == server.urls()[0]
             assert server.url.startswith(expected.partition("{")[0])
+            assert server.port == server._server.urls[0].port or "{" not in expected
     with started(InferenceServer(0, "0.0.0.0", transport="zmq")) as server:
         assert "0.0.0.0" not in server.url
         with InferenceClient("", 0, transport=server.url) as client:
             assert client.interfaces() == []
+
+
+class Relay:
+    """What a NAT does for one port of TCP, in a thread."""
+
+    def __init__(self) -> None:
+        self.leads_to = 0
+        self.connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._server = self._loop.run_until_complete(
+            asyncio.start_server(self._join, "127.0.0.1", 0)
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    async def _join(self, reader, writer) -> None:
+        self.connections += 1
+        there_reader, there = await asyncio.open_connection("127.0.0.1", self.leads_to)
+        await asyncio.gather(self._pass(reader, there), self._pass(there_reader, writer))
+
+    @staticmethod
+    async def _pass(reader, writer) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        async def end() -> None:
+            self._server.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(20)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(20)
+        self._loop.close()
+
+
+def test_each_port_of_a_server_may_be_reached_at_another():
+    ports = {letter: free_port() for letter in "ZSG"}
+    both = "zmq://127.0.0.1:{Z},shm://127.0.0.1:{S},grpc://127.0.0.1:{G}".format(**ports)
+    for advertise, expected in [
+        ("gpu", ["zmq://gpu:Z", "shm://gpu:S", "grpc://gpu:G"]),
+        ("gpu:80", ["zmq://gpu:80", "shm://gpu:S", "grpc://gpu:G"]),
+        ("zmq://gpu:80,grpc://gpu:81", ["zmq://gpu:80", "shm://127.0.0.1:S", "grpc://gpu:81"]),
+        ("gpu,grpc://door:81", ["zmq://gpu:Z", "shm://gpu:S", "grpc://door:81"]),
+        ("shm:///run/there", ["zmq://127.0.0.1:Z", "shm:///run/there", "grpc://127.0.0.1:G"]),
+    ]:
+        with started(InferenceServer(url=both, advertise=advertise)) as server:
+            assert server.urls() == [
+                each[:-1] + str(ports.get(each[-1], each[-1])) for each in expected
+            ]
+    for wrong in (":80", "zmq://:80", "a:b"):
+        with pytest.raises(ValueError, match=r"advertise=|Port could not"):
+            InferenceServer(0, advertise=wrong)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "ws", "zmq"])
+def test_a_server_behind_nat_is_reached_where_it_says(transport):
+    relay = Relay()
+    server = InferenceServer(0, transport=transport, advertise=f"127.0.0.1:{relay.port}")
+    server.register_interface("double", lambda payload: 2 * payload)
+    with relay, started(server):
+        relay.leads_to = server._server.urls[0].port
+        for url in (server.url, [server.url]):
+            with InferenceClient(url=url) as client:
+                assert client.call("double", 4) == 8
+        assert relay.connections
 
 
 @pytest.mark.parametrize("given", [object(), False, {}])
