@@ -183,6 +183,16 @@ ALONE = {
         "refused_too_busy",
     ],
     ("docs/guides/serving.md", "serving_drain.py"): ["answered: [0, 1, 2]", "ended"],
+    ("docs/guides/several-servers.md", "several.py"): [
+        "all answer: True\n",
+        "goes on: {2}\n",
+        "states: lost lost ready\n",
+    ],
+    ("docs/guides/several-servers.md", "several_sessions.py"): [
+        "[1, 2, 3]\n",
+        "\n1\n",
+        "moved: True\n",
+    ],
     ("docs/guides/shadow.md", "shadow_candidate.py"): [
         "the robot does [49. 49. 49.]\ncompared: True failed: {}\n",
         "policy['actions'] {'max': 0.3, 'mean': 0.133, 'last': 0.3}\n",
@@ -270,6 +280,7 @@ ALONE = {
 PACKAGES = {  # which test_contributing.py installs and holds to the suites
     "docs/guides/write-a-transport.md": ["edgeml_tcp.py", "tests/test_tcp.py"],
     "docs/guides/write-a-door.md": ["edgeml_lines.py", "tests/test_lines.py"],
+    "docs/guides/write-a-resolver.md": ["edgeml_listed.py", "tests/test_listed.py"],
     "docs/guides/write-a-codec.md": ["edgeml_zlib.py", "tests/test_zlib.py"],
     "docs/guides/write-a-store.md": ["recent.py", "test_recent.py"],
 }
@@ -531,7 +542,7 @@ def test_every_path_and_module_that_is_named_exists(page: str) -> None:
 
 def exists(dotted: str) -> bool:
     """Whether it is a module, an entry-point group of ours, or something in a module."""
-    if dotted in ("edgeml.transports", "edgeml.codecs"):
+    if dotted in ("edgeml.transports", "edgeml.codecs", "edgeml.resolvers"):
         return True
     module, _, name = dotted.rpartition(".")
     with suppress(ImportError):
