@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -30,7 +29,7 @@ _AGAIN = 1.0  # seconds between two tries to listen
 _STEP = 0.25  # seconds between two looks at what a deployment is at
 
 # Keys in Ray's store.
-_ADDRESS = "names"
+_NAMES = "names"
 _SPEC = "spec/"
 _COUNT = "count/"
 _ENDING = "ending/"
@@ -46,21 +45,12 @@ class _Kept:
 
 
 class Controller:
-    """The actor.
+    """The actor."""
 
-    Args:
-        names: where the name service listens, HOST:PORT; where a controller before this one did,
-            if there was any.
-        credentials: the folder of the keys that the name service asks for.
-    """
-
-    def __init__(self, names: str, credentials: str | None) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
         self._names: NameService | None = None  # there once all deployments are
-        self._credentials = credentials
-        before = cluster.get(_ADDRESS)
-        self._address = names if before is None else before.decode()
         for key in cluster.keys(_SPEC):
             name = key.removeprefix(_SPEC)
             data = cluster.get(key)
@@ -72,14 +62,11 @@ class Controller:
                 continue
             kept.ending = cluster.get(_ENDING + name) is not None
             self._kept[name] = kept
-        try:
-            self._listen()
-        except OSError:
-            if before is None:
-                raise
-            # Somebody else took the port in between; clients look for the names there alone.
-            _log.exception("no names are told before that is free")
-            threading.Thread(target=self._listen_later, name="edgeml names", daemon=True).start()
+        self._address = ""
+        self._credentials: str | None = None
+        if (before := cluster.get(_NAMES)) is not None:
+            self._address, self._credentials = cluster.unpickle(before)
+            threading.Thread(target=self._listen_again, name="edgeml names", daemon=True).start()
         for name, kept in list(self._kept.items()):
             self._begin(name, kept)
 
@@ -88,15 +75,41 @@ class Controller:
         made = NameService(url, self._find, self._list_names, self._credentials)
         self._address = str(url.with_port(made.url.port)).removeprefix(f"{url.scheme}://")
         self._names = made
-        cluster.put(_ADDRESS, self._address.encode())
 
-    def _listen_later(self) -> None:
+    def _listen_again(self) -> None:
+        """Listen where clients look for the names, though somebody may have it in between."""
+        told = ""
         while self._names is None:
-            time.sleep(_AGAIN)
-            with suppress(OSError):
+            try:
                 self._listen()
+            except Exception as error:
+                if told != (told := text_of(error)):
+                    _log.error("no names are told before this is possible: %s", told)
+                time.sleep(_AGAIN)
 
     # What programs ask --------------------------------------------------------------------
+
+    def listen(self, names: str, credentials: str | None) -> str:
+        """Tell names, unless that is done already; returns where, HOST:PORT.
+
+        Args:
+            names: where the name service listens, HOST:PORT.
+            credentials: the folder of the keys that it asks for.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        with self._lock:
+            if not self._address:
+                self._address, self._credentials = names, credentials
+                try:
+                    self._listen()
+                except BaseException:
+                    self._address, self._credentials = "", None
+                    raise
+                kept = self._address, credentials
+                cluster.put(_NAMES, cluster.pickle(kept))
+        return self.address()
 
     def address(self) -> str:
         """Return where the name service is reached, HOST:PORT."""
@@ -171,7 +184,7 @@ class Controller:
         """Stop the name service, as nobody is to be told anything any more."""
         if self._names is not None:
             self._names.close()
-        cluster.drop(_ADDRESS)
+        cluster.drop(_NAMES)
 
     # What deployments ask -----------------------------------------------------------------
 

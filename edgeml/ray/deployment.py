@@ -84,7 +84,7 @@ class Failure:
     """What a deployed function raised, or what else went wrong.
 
     Attributes:
-        type_name: of the exception; empty where it is none.
+        type_name: of the exception; empty where it just took too long.
         text: for people to read.
         traceback: the far side's.
     """

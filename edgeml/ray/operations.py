@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 
 from edgeml.core.deadline import Deadline
 from edgeml.core.errors import DeadlineExceeded, RemoteError, UnknownInterface, text_of
+from edgeml.core.url import DEFAULT_TRANSPORT, Url
 from edgeml.extras import load_ray
 from edgeml.ray import cluster
 from edgeml.ray.controller import Controller
@@ -43,10 +44,10 @@ def start(names: str | None = None, credentials: str | os.PathLike[str] | None =
 
     Raises:
         OSError: the port is taken.
+        ValueError: that is no address.
         ImportError: Ray is not installed.
     """
-    address: str = _call(_controller(names, credentials).address)
-    return address
+    return _begin(names, credentials)[1]
 
 
 def deploy(
@@ -129,7 +130,7 @@ def submit(spec: Spec, timeout: float, payload: bytes | None = None, key: str = 
         key: see there.
     """
     deadline = Deadline(timeout + _ANSWER)  # the controller gives up first, and knows why
-    controller = _controller()
+    controller, _ = _begin()
     version = _call(controller.deploy, cluster.pickle(spec), payload, key)
     while True:
         now: Status = _call(controller.status, spec.name)
@@ -228,14 +229,16 @@ def stop(timeout: float = 90.0) -> None:
 # ------------------------------------------------------------------------------------------
 
 
-def _controller(names: str | None = None, credentials: str | os.PathLike[str] | None = None) -> Any:
-    """Return the controller, started if need be."""
-    ray = cluster.connect(start=True)
-    found = cluster.find_actor(cluster.CONTROLLER)
-    if found is not None:
-        return found
+def _begin(
+    names: str | None = None, credentials: str | os.PathLike[str] | None = None
+) -> tuple[Any, str]:
+    """Return the controller, started if need be, and where its name service is."""
     where = names or os.environ.get("EDGEML_RAY_NAMES") or _NAMES
-    return (
+    Url.parse(f"{DEFAULT_TRANSPORT}://{where}")  # which says what is wrong with it
+    if ":" not in where:
+        raise ValueError(f"the name service listens at HOST:PORT, not {where!r}")
+    ray = cluster.connect(start=True)
+    controller = (
         ray.remote(Controller)
         .options(
             name=cluster.CONTROLLER,
@@ -247,8 +250,10 @@ def _controller(names: str | None = None, credentials: str | os.PathLike[str] | 
             num_cpus=0,
             resources={"node:__internal_head__": 0.001},
         )
-        .remote(where, None if credentials is None else os.fspath(credentials))
+        .remote()
     )
+    keys = None if credentials is None else os.fspath(credentials)
+    return controller, _call(controller.listen, where, keys)
 
 
 def _existing(name: str) -> Any:

@@ -16,13 +16,16 @@ from edgeml.ray import cluster
 from edgeml.ray.deployment import Failure
 from edgeml.services.base import ServiceServer
 
-__all__ = ["Description", "Replica", "advertised", "factory_key"]
+__all__ = ["Description", "Replica", "advertised", "factory_key", "starts_key"]
 
 _log = logging.getLogger(__name__)
 
 _FAREWELL = 5.0  # seconds that clients are given to go elsewhere before those left are refused
 _LOOK = 0.02  # seconds between two looks whether they have gone
 _DRAIN = 30.0  # seconds that calls under way are given to end
+
+
+_MOST_DEATHS = 3  # as it was started, after which it is not tried again at once
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def factory_key(name: str, version: int) -> str:
     return f"factory/{name}/{version}"
 
 
+def starts_key(name: str, id: str) -> str:
+    """Return the key under which a replica counts how often it was started, until it was."""
+    return f"starts/{name}/{id}"
+
+
 def advertised(server: ServiceServer) -> str:
     """Return where other nodes reach a started server, the ways separated by commas.
 
@@ -72,16 +80,22 @@ class Replica:
     Args:
         name: of the deployment.
         version: of the deployment.
+        id: of this replica.
     """
 
-    def __init__(self, name: str, version: int) -> None:
+    def __init__(self, name: str, version: int, id: str) -> None:
         self._node = cluster.node_address()
         self._server: ServiceServer | None = None
         self._failure: Failure | None = None
         self._leaving: threading.Thread | None = None
         self._left = False
-        # Ray takes what a constructor raises to be final, and keeps its text to itself.
+        # Ray takes what a constructor raises to be final, and starts one that dies for ever anew.
         try:
+            begun = starts_key(name, id)
+            deaths = int(cluster.get(begun) or b"0")
+            if deaths >= _MOST_DEATHS:
+                raise RuntimeError(f"its process died each of {deaths} times that it was started")
+            cluster.put(begun, str(deaths + 1).encode())
             payload = cluster.get(factory_key(name, version))
             if payload is None:
                 raise LookupError(f"version {version} of {name!r} is no longer deployed")
@@ -93,6 +107,7 @@ class Replica:
                 )
             made.start(threaded=True)
             self._server = made
+            cluster.drop(begun)
         except Exception as error:
             _log.exception("%s: the factory failed", name)
             text = traceback.format_exc()
@@ -111,7 +126,7 @@ class Replica:
         elif state in ("stopped", "draining"):
             # By its own doing: loading failed, or a function stopped it.
             text = now.detail or f"the server is {state}"
-            state, failure = "failed", Failure("", text)
+            state, failure = "failed", Failure("RuntimeError", text)
         stats = server.stats()
         return Description(
             state,

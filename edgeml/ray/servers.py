@@ -26,7 +26,7 @@ from edgeml.ray.deployment import (
     State,
     Status,
 )
-from edgeml.ray.replica import Description, Replica, factory_key
+from edgeml.ray.replica import Description, Replica, factory_key, starts_key
 from edgeml.ray.scaling import Scaling
 
 __all__ = ["Servers", "ServersSpec"]
@@ -97,7 +97,7 @@ class _Member:
     @property
     def failure(self) -> Failure | None:
         if self.gone:
-            return Failure("", "Ray has ended its actor")
+            return Failure("RuntimeError", "Ray has ended its actor")
         if self.lost or self.told is None or self.told.state != "failed":
             return None
         return self.told.failure
@@ -175,7 +175,7 @@ class Servers(Deployment):
     def status(self) -> Status:
         """See `Deployment.status`."""
         with self._lock:
-            spec, members = self._spec, list(self._members)
+            spec, members = self._spec, self._in_order()
             ready = sum(member.ready for member in members)
             state: State = "ready"
             version = spec.version
@@ -227,6 +227,10 @@ class Servers(Deployment):
             self._kill(member)
         for key in cluster.keys(f"factory/{self._spec.name}/"):
             cluster.drop(key)
+
+    def _in_order(self) -> list[_Member]:
+        """All of them, in an order that another controller would find them in too."""
+        return sorted(self._members, key=lambda member: (member.version, member.id))
 
     def _keep(self, spec: ServersSpec) -> None:
         self._spec = spec
@@ -285,20 +289,25 @@ class Servers(Deployment):
             self._give_up(Failure("", self._explain_late()))
 
     def _explain_late(self) -> str:
-        mine = [m for m in self._members if m.version == self._spec.version and not m.leaving]
+        spec = self._spec
+        mine = [m for m in self._members if m.version == spec.version and not m.leaving]
         parts = [
             f"{m.id} is {m.at}" + (f" ({m.told.detail})" if m.told and m.told.detail else "")
             for m in mine
             if not m.ready
         ]
         text = f"not ready in time: {', '.join(parts) or 'none has been started'}"
-        if any(m.told is None for m in mine):
-            text += (
-                f"; each is to have {_resources(self._spec.options)}, and of that the nodes have "
-                f"{_plain(self._ray.available_resources())} left of "
-                f"{_plain(self._ray.cluster_resources())}"
-            )
-        return text
+        if not any(m.told is None for m in mine):
+            return text
+        asked = {"CPU": spec.options.get("num_cpus", 0), "GPU": spec.options.get("num_gpus", 0)}
+        asked.update(spec.options.get("resources") or {})
+        left = self._ray.available_resources()
+        if all(left.get(key, 0) >= value for key, value in asked.items()):
+            return f"{text}; the factory has not returned"
+        return (
+            f"{text}; each is to have {_plain(asked)}, and of that the nodes have {_plain(left)} "
+            f"left of {_plain(self._ray.cluster_resources())}"
+        )
 
     def _give_up(self, failure: Failure) -> None:
         """Go on with what there was before, or with nothing."""
@@ -376,13 +385,13 @@ class Servers(Deployment):
                 max_concurrency=4,
                 **spec.options,
             )
-            .remote(spec.name, spec.version)
+            .remote(spec.name, spec.version, mine)
         )
         self._members.append(_Member(mine, spec.version, actor))
 
     def _list(self) -> None:
         """Tell clients of those that are ready, if these are others than before."""
-        listed = [Place(m.told.url) for m in self._members if m.ready and m.told is not None]
+        listed = [Place(m.told.url) for m in self._in_order() if m.ready and m.told is not None]
         if listed != self._listed:
             self._listed = listed
             self._host.changed()
@@ -414,6 +423,7 @@ class Servers(Deployment):
             self._ray.kill(member.actor, no_restart=True)
         except self._ray.exceptions.RayError as error:
             _log.info("%s#%s: %s", self._spec.name, member.id, text_of(error))
+        cluster.drop(starts_key(self._spec.name, member.id))
 
 
 def _tell(member: _Member) -> ReplicaStatus:
@@ -434,15 +444,10 @@ def _tell(member: _Member) -> ReplicaStatus:
 
 
 def _plain(resources: Mapping[str, float]) -> str:
-    known = [f"{resources[key]:g} {key}" for key in ("CPU", "GPU") if key in resources]
+    known = [f"{resources[key]:g} {key}" for key in ("CPU", "GPU") if resources.get(key)]
     others = [
         f"{value:g} {key}"
         for key, value in sorted(resources.items())
         if key not in ("CPU", "GPU", "memory", "object_store_memory") and ":" not in key
     ]
     return ", ".join(known + others) or "nothing"
-
-
-def _resources(options: Mapping[str, Any]) -> str:
-    asked = {"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0)}
-    return _plain({**asked, **(options.get("resources") or {})})

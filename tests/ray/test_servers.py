@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,7 @@ from edgeml.core.resolver import Asker, Place
 from edgeml.core.url import Url
 from edgeml.ray import Autoscale, cluster
 from edgeml.ray.names import RayResolver
-from pairs import wait_until
+from pairs import took, wait_until
 
 
 def serving(answer: object) -> Callable[[], InferenceServer]:
@@ -60,7 +62,7 @@ def test_servers_are_deployed_found_scaled_started_anew_replaced_and_deleted(nam
         wait_until(lambda: len(told[-1]) == 3)
         edgeml.ray.scale(name, 1)
         wait_until(lambda: len(told[-1]) == 1)
-        kept = edgeml.ray.status(name).replicas[0]
+        (kept,) = (each for each in edgeml.ray.status(name).replicas if each.state == "ready")
         assert kept.pid in pids
         assert told[-1] == [Place(kept.url)]
 
@@ -106,6 +108,69 @@ def test_a_factory_that_raises_is_told_and_the_old_version_stays(name):
     assert status.failure.text == "the weights are not here"
     assert status.replicas == before.replicas
     assert ask(Place(status.replicas[0].url))[0] == "good"
+
+
+def end_process() -> InferenceServer:
+    os._exit(3)
+
+
+def load_badly() -> InferenceServer:
+    server = InferenceServer(0)
+
+    @server.load
+    def load(report: object) -> None:
+        raise OSError("the weights are torn")
+
+    return server
+
+
+def return_nothing() -> None:
+    """Make no server."""
+
+
+@pytest.mark.parametrize(
+    ("factory", "why"),
+    [
+        (end_process, "its process died each of 3 times"),
+        (load_badly, "loading failed: the weights are torn"),
+        (return_nothing, r"such as InferenceServer\(0\), and it returned NoneType"),
+    ],
+)
+def test_what_is_no_server_is_told_before_the_time_is_over(name, factory, why):
+    with pytest.raises(RemoteError, match=why):
+        edgeml.ray.deploy(factory, name=name, timeout=300)
+    assert edgeml.ray.status(name).state == "failed"
+
+
+def test_a_factory_that_does_not_return_is_given_up_in_time(name):
+    with took(20.0), pytest.raises(DeadlineExceeded, match="the factory has not returned"):
+        edgeml.ray.deploy(lambda: threading.Event().wait(), name=name, timeout=1)
+    wait_until(lambda: edgeml.ray.status(name).replicas == ())
+
+
+@pytest.mark.parametrize("names", ["here", "127.0.0.1:99999", "127.0.0.1"])
+def test_a_name_service_has_an_address(names):
+    with pytest.raises(ValueError, match=r"HOST:PORT|out of range"):
+        edgeml.ray.start(names)
+
+
+def test_the_name_service_stays_where_it_is(ray):
+    there = edgeml.ray.start()
+    assert there == edgeml.ray.start("127.0.0.1:0") == os.environ["EDGEML_RAY_NAMES"]
+
+
+def test_all_is_ended_and_a_port_that_is_taken_is_told(ray, name):
+    edgeml.ray.deploy(serving(1), name=name, timeout=60)
+    edgeml.ray.stop()
+    assert cluster.list_actors() == cluster.keys("") == []
+    assert edgeml.ray.status() == {}
+    edgeml.ray.stop()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OSError, match="in use"):
+            edgeml.ray.start(f"127.0.0.1:{taken.getsockname()[1]}")
+    edgeml.ray.start()
 
 
 def test_servers_for_which_there_is_no_room_say_what_they_need(name):
