@@ -418,7 +418,11 @@ class Trainer(Deployment):
 
 
 def _reached(told: Description, node: str, ask: Ask) -> str:
-    """Return those ways to a server that lead there from where a client is."""
+    """Return those ways to a server that lead there from where a client is.
+
+    All of them where none does: its error says what to do about that.
+    """
     here = ask.node == node if ask.node else is_loopback(ask.host) or ask.host == told.node
     ways = [Url.parse(each) for each in told.url.split(",")]
-    return ",".join(str(way) for way in ways if here or not (way.path or is_loopback(way.host)))
+    beyond = [way for way in ways if not (way.path or is_loopback(way.host))]
+    return ",".join(map(str, ways if here or not beyond else beyond))

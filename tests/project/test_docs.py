@@ -205,6 +205,7 @@ ALONE = {
         "value['image'] has dtype float32, so it is no image",
     ],
     ("docs/guides/images.md", "images_wanted.py"): ["(224, 224, 3)"],
+    ("docs/guides/sharded-learner.md", "shards_plain.py"): ["(600,) of robots [0, 1, 2, 3, 4, 5]"],
     ("docs/guides/handlers.md", "handler_thread.py"): ["20 calls, one database"],
     ("docs/guides/batching.md", "batch_policy.py"): [
         "robot 0: 0, STACK; answered with ",
@@ -287,6 +288,7 @@ PACKAGES = {  # which test_contributing.py installs and holds to the suites
 
 WITH_RAY = {  # which tests/ray/test_cluster_page.py runs
     "docs/guides/cluster.md": ["policies.py", "policy_ray.py"],
+    "docs/guides/sharded-learner.md": ["shards_ray.py"],  # and test_shards_page.py
 }
 
 PROGRAM = re.compile(r"# ([\w/]+\.py)\n(.*)", re.DOTALL)

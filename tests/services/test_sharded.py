@@ -217,6 +217,18 @@ def test_samples_and_inserts_go_on_together():
             thread.join()
 
 
+def test_batches_drawn_ahead_have_exact_shares_each():
+    with sharded(*filled(30, 10)) as learner, learner.prefetch(40, depth=3) as batches:
+        seen = Counter()
+        for _ in range(60):
+            batch = next(batches)
+            assert (batch["image"][:, 0, 0, 0] == batch["id"] % 251).all()
+            assert abs((batch["id"] < 30).sum() - 30) <= 1
+            seen.update(batch["id"].tolist())
+    assert len(seen) == 40
+    assert max(seen.values()) < 100  # 60 each
+
+
 # Prioritized -----------------------------------------------------------------------------------
 
 

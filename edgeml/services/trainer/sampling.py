@@ -81,11 +81,11 @@ class Sampling:
                         f"{n} items of {nbytes_of(row)} bytes are more than the {_MOST_BYTES} that "
                         "a sample may have: ask for fewer at a time"
                     )
+                keys = None if keys is None or row is None else list(row)
                 if row is None or not n or not mass:
                     batch = None if row is None else _map(lambda array: array[:0], row)
                 else:
-                    batch = _map(lambda array: self._empty(n, array), row)
-                    store.sample(n, keys=None if keys is None else tuple(row), out=batch, **options)
+                    batch = self._draw(store, n, row, {**options, "keys": keys})
                     self.counts["items_sampled"] += n
             except (TypeError, ValueError) as error:  # of what was asked for
                 raise Malformed(str(error)) from error
@@ -131,6 +131,13 @@ class Sampling:
                 keys = own + [key for key in keys if key not in own]
             row = self._rows[choice] = store.empty_batch(1, keys, **options)
         return row
+
+    def _draw(self, store: Any, n: int, row: Any, options: Mapping[str, Any]) -> Any:
+        """Draw items, to where they are sent from where that is worth it."""
+        if n * nbytes_of(row) < _LARGE:
+            return store.sample(n, **options)
+        batch = _map(lambda array: self._empty(n, array), row)
+        return store.sample(n, out=batch, **options)
 
     def _empty(self, n: int, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         shape = (n, *row.shape[1:])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,6 +57,7 @@ _log = logging.getLogger(__name__)
 
 _AWAY = (Unreachable, DeadlineExceeded, Overloaded, Closed)  # what it raises that gives nothing
 _PAUSE = 0.25  # seconds between two looks whether a shard is back
+_ROUND = 4 << 20  # bytes of batches that are drawn at a time; more of them gain nothing
 _MARGIN = 1.0  # seconds that a future may be late, which has a deadline of its own
 _SHARD_BIT = 48  # of the ids in batches: an item's own below, its shard's number from here on
 
@@ -201,6 +203,22 @@ class _Shard(ServiceClient):
         except EdgemlError as error:
             raise type(error)(f"{who}: {error}") from error
 
+    def mark(self, part: _Told, batch: dict[Any, Any], to: slice, highest: float) -> None:
+        """Make ids and weights those of an item of all shards, in a part of a batch.
+
+        Args:
+            part: that they came with.
+            batch: that they are in.
+            to: where.
+            highest: the largest weight that an item of any shard has.
+        """
+        if part.largest_weight is None:
+            return
+        if "ids" in batch:
+            batch["ids"][to] |= self.number << _SHARD_BIT
+        if "weights" in batch and highest:
+            batch["weights"][to] *= min(1.0, part.largest_weight / highest)
+
     def leave(self, error: EdgemlError) -> None:
         """Note that it is away, and why."""
         self.mass, self.why = 0.0, error
@@ -316,30 +334,8 @@ class ShardedLearner(ClosedAtExit, Unpicklable):
             PermissionDenied, RemoteError, ConfigMismatch: as a shard says, with which one.
             Closed: this has been stopped.
         """
-        batch_size = check_size(batch_size)
         choice = _check_choice(keys, pack_obs_and_next_obs)
-        with self._lock:
-            drawn, want = self._draw(batch_size, choice)
-            batch = _make(self._rows[choice], batch_size) if out is None else out
-            largest = max((s.largest_weight or 0.0 for s in self._shards if s.mass), default=0.0)
-            at = 0
-            for number, (parts, n) in enumerate(zip(drawn, want, strict=True)):
-                shard, begin = self._shards[number], at
-                for part in parts:
-                    taken = min(part.n, begin + n - at)
-                    if taken:
-                        place = (slice(at, at + taken), batch_size)
-                        _copy(part.batch, batch, place, f"shard {number}: batch")
-                        at += taken
-                shard.counts["drawn"] += n
-                shard.counts["missed"] += shard.why is not None
-                if n and shard.largest_weight is not None:
-                    if "ids" in batch:
-                        batch["ids"][begin:at] |= number << _SHARD_BIT
-                    if "weights" in batch and largest:
-                        batch["weights"][begin:at] *= shard.largest_weight / largest
-            self._batches += 1
-        return batch
+        return self._sample(check_size(batch_size), choice, [out])[0]
 
     def empty_batch(
         self,
@@ -371,11 +367,21 @@ class ShardedLearner(ClosedAtExit, Unpicklable):
         keys: Any = None,
         pack_obs_and_next_obs: bool = False,
     ) -> Prefetch[dict[Any, Any]]:
-        """Return an endless iterator of samples drawn ahead; see `ReplayBuffer.prefetch`."""
-        keys = None if keys is None else tuple(keys)  # an iterator would do for one batch only
+        """Return an endless iterator of samples drawn ahead; see `ReplayBuffer.prefetch`.
+
+        Small ones are drawn ``depth`` at a time, as a question to each shard costs more than a few
+        items more; so up to twice ``depth`` are ready.
+        """
+        choice = _check_choice(keys, pack_obs_and_next_obs)
+        batch_size, ready = check_size(batch_size), list[dict[Any, Any]]()
 
         def sample() -> dict[Any, Any]:
-            return self.sample(batch_size, keys=keys, pack_obs_and_next_obs=pack_obs_and_next_obs)
+            if not ready:
+                rows = self._rows.get(choice)
+                size = _ROUND if rows is None else batch_size * _nbytes_of_item(rows)
+                together = max(1, min(depth, _ROUND // max(1, size)))
+                ready.extend(self._sample(batch_size, choice, [None] * together))
+            return ready.pop()
 
         return Prefetch(sample, device=device, depth=depth)
 
@@ -453,6 +459,35 @@ class ShardedLearner(ClosedAtExit, Unpicklable):
     def _check_open(self) -> None:
         if self._stopped:
             raise Closed("this learner has been stopped")
+
+    def _sample(
+        self, n: int, choice: _Choice, outs: Sequence[dict[Any, Any] | None]
+    ) -> list[dict[Any, Any]]:
+        """Draw several batches of n items, into those that are given; each has its exact shares."""
+        with self._lock:
+            drawn, want = self._draw(n * len(outs), choice)
+            rows = self._rows[choice]
+            batches = [_make(rows, n) if out is None else out for out in outs]
+            highest = max((s.largest_weight or 0.0 for s in self._shards if s.mass), default=0.0)
+            at = 0
+            for shard, parts, wanted in zip(self._shards, drawn, want, strict=True):
+                end = at + wanted
+                for part in parts:
+                    taken = min(part.n, end - at)
+                    # Of all items that are drawn, each batch gets one in turn.
+                    for number, batch in enumerate(batches):
+                        skip = (number - at) % len(batches)
+                        source = slice(skip, taken, len(batches))
+                        first = (at + skip) // len(batches)
+                        to = slice(first, first + len(range(taken)[source]))
+                        if to.start < to.stop:
+                            _copy(part.batch, batch, source, to, n, f"shard {shard.number}: batch")
+                            shard.mark(part, batch, to, highest)
+                    at += taken
+                shard.counts["drawn"] += wanted
+                shard.counts["missed"] += len(outs) if shard.why is not None else 0
+            self._batches += len(outs)
+        return batches
 
     def _draw(self, n: int, choice: _Choice) -> tuple[list[list[_Told]], list[int]]:
         """Draw from all shards; returns what each gave, and how many items of that are wanted."""
@@ -567,24 +602,29 @@ def _first_rows(batch: Any) -> Any:
     return np.empty((0, *batch.shape[1:]), batch.dtype)
 
 
+def _nbytes_of_item(rows: Any) -> int:
+    if isinstance(rows, dict):
+        return sum(map(_nbytes_of_item, rows.values()))
+    return int(rows.dtype.itemsize * math.prod(rows.shape[1:]))
+
+
 def _make(rows: Any, n: int) -> Any:
     if isinstance(rows, dict):
         return {key: _make(child, n) for key, child in rows.items()}
     return empty(private, (n, *rows.shape[1:]), rows.dtype)
 
 
-def _copy(part: Any, batch: Any, place: tuple[slice, int], path: str) -> None:
-    """Copy the first items of what a shard gave to where they go in a batch of n.
+def _copy(part: Any, batch: Any, source: slice, to: slice, n: int, path: str) -> None:
+    """Copy items of what a shard gave to where they go in a batch of n.
 
     Raises:
         ValueError: they don't fit.
     """
-    where, n = place
     if isinstance(batch, dict):
         if not isinstance(part, dict) or part.keys() != batch.keys():
             raise ValueError(f"{path}: expected {describe(batch)}, got {describe(part)}")
         for key, child in batch.items():
-            _copy(part[key], child, place, f"{path}[{key!r}]")
+            _copy(part[key], child, source, to, n, f"{path}[{key!r}]")
         return
     if not isinstance(batch, np.ndarray) or len(batch) != n:
         raise ValueError(f"{path}: out has {describe(batch)} for {n} items")
@@ -593,4 +633,4 @@ def _copy(part: Any, batch: Any, place: tuple[slice, int], path: str) -> None:
         batch.dtype,
     ):
         raise ValueError(f"{path}: expected items like {describe(batch)}, got {describe(part)}")
-    batch[where] = part[: where.stop - where.start]
+    batch[to] = part[source]
