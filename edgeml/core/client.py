@@ -237,13 +237,15 @@ class Client:
 
     def _wait_until_ready(self, deadline: Deadline) -> None:
         pause, told = _IMPATIENCE, ""
+        now: ServerState | None = None
         while True:
-            now: ServerState | None = None
             error: EdgemlError | None = None
             try:
                 now = self.state(min(self.timeout, deadline.left))
-            except (Unreachable, Closed, DeadlineExceeded) as failure:
-                error = failure  # it failed to load, say; another may take its place
+            except (Unreachable, Closed) as failure:
+                now, error = None, failure  # it failed to load, say; another may take its place
+            except DeadlineExceeded as failure:  # by the end it may have had no time to answer
+                error = None if now is not None and not deadline.left else failure
             if now is not None and now.state == "ready":
                 return
             left = deadline.left

@@ -120,6 +120,8 @@ def test_a_server_that_is_killed_costs_only_what_was_under_way_in_it(transport):
             for each in callers:
                 each.more(5)
             programs[home].signal(signal.SIGKILL)
+            # Who asks just now may ask one that is there no more, and be told so.
+            wait_until(lambda: robot.stats()["servers"][urls[home]]["state"] == "lost")
             assert robot.call("count", None, timeout=PATIENCE) == 1
             for each in callers:
                 each.more(10)
