@@ -16,7 +16,7 @@ import edgeml.ray
 from edgeml import DeadlineExceeded, InferenceClient, InferenceServer, RemoteError, UnknownInterface
 from edgeml.core.resolver import Asker, Place
 from edgeml.core.url import Url
-from edgeml.ray import Autoscale, cluster
+from edgeml.ray import cluster
 from edgeml.ray.names import RayResolver
 from pairs import took, wait_until
 
@@ -189,10 +189,6 @@ def pid_of(ray: Any, controller: Any) -> int:
 
 def test_a_controller_that_is_killed_is_back_and_finds_all_again(ray, name):
     status = edgeml.ray.deploy(serving("here"), name=name, replicas=2, note="n", timeout=60)
-    scaled = f"{name}.scaled"
-    edgeml.ray.deploy(
-        serving("scaled"), name=scaled, autoscale=Autoscale(least=1, most=3), timeout=60
-    )
     before = edgeml.ray.status()
     controller = cluster.find_actor(cluster.CONTROLLER)
     with watching(f"ray://{name}") as told, watching(status.url) as outside:
@@ -205,5 +201,4 @@ def test_a_controller_that_is_killed_is_back_and_finds_all_again(ray, name):
 
         edgeml.ray.scale(name, 1)  # it goes on as before
         wait_until(lambda: len(told[-1]) == len(outside[-1]) == 1)
-        edgeml.ray.delete(scaled)
         assert edgeml.ray.deploy(serving("new"), name=name, timeout=60).version == 2

@@ -18,7 +18,7 @@ from pairs import took, wait_until
 CLIENTS = 16
 TIMEOUT = 20.0  # seconds that a call may take
 PATIENCE = 60.0  # seconds; of whoever waits for Ray on a machine that is busy with the clients
-COST = 0.01  # seconds, in which others may run
+COST = 0.02  # seconds, in which others may run
 
 
 def working(version: int) -> Callable[[], InferenceServer]:
@@ -76,7 +76,7 @@ class Load:
         """The processes that answer now."""
         with self.lock:
             self.answered.clear()
-        wait_until(lambda: sum(self.answered.values()) > 8 * CLIENTS, PATIENCE)
+        wait_until(lambda: sum(self.answered.values()) > 4 * CLIENTS, PATIENCE)
         return set(self.answered)
 
 
@@ -99,14 +99,17 @@ def pids_of(name: str) -> set[int]:
     return {each.pid for each in edgeml.ray.status(name).replicas if each.state == "ready"}
 
 
-def test_no_call_is_lost_while_servers_are_replaced_and_scaled(name):
+def test_no_call_is_lost_while_servers_are_replaced_and_scaled_and_the_controller_dies(ray, name):
     url = edgeml.ray.deploy(working(1), name=name, replicas=2, timeout=60).url
+    controller = cluster.find_actor(cluster.CONTROLLER)
     with loaded(url) as load:
         assert load.pids() == pids_of(name)
-        edgeml.ray.scale(name, 4)
-        wait_until(lambda: len(pids_of(name)) == 4, PATIENCE)
-        wait_until(lambda: load.pids() == pids_of(name), PATIENCE)
-        edgeml.ray.deploy(working(2), name=name, replicas=2, timeout=60)
+        edgeml.ray.scale(name, 3)
+        wait_until(lambda: load.pids() == pids_of(name) and len(pids_of(name)) == 3, PATIENCE)
+        pids, there = load.pids(), ray.get(controller.pid.remote())
+        os.kill(there, signal.SIGKILL)
+        assert load.pids() == pids
+        edgeml.ray.deploy(working(2), name=name, replicas=2, timeout=60)  # by the next controller
         wait_until(lambda: load.pids() == pids_of(name), PATIENCE)
         edgeml.ray.scale(name, 1)
         wait_until(lambda: len(edgeml.ray.status(name).replicas) == 1, PATIENCE)
@@ -116,7 +119,7 @@ def test_no_call_is_lost_while_servers_are_replaced_and_scaled(name):
 
 
 def test_a_server_that_is_killed_loses_what_was_under_way_in_it_alone(name):
-    url = edgeml.ray.deploy(working(1), name=name, replicas=3, timeout=60).url
+    url = edgeml.ray.deploy(working(1), name=name, replicas=2, timeout=60).url
     with loaded(url) as load:
         assert load.pids() == pids_of(name)
         victim = edgeml.ray.status(name).replicas[0]
@@ -133,24 +136,11 @@ def test_a_server_that_is_killed_loses_what_was_under_way_in_it_alone(name):
         assert victim.url in str(error)
 
 
-def test_clients_go_on_while_the_controller_is_killed(ray, name):
-    url = edgeml.ray.deploy(working(1), name=name, replicas=2, timeout=60).url
-    controller = cluster.find_actor(cluster.CONTROLLER)
-    with loaded(url) as load:
-        before = edgeml.ray.status(name)
-        os.kill(ray.get(controller.pid.remote()), signal.SIGKILL)
-        assert load.pids() == pids_of(name)  # which waits for the next one
-        assert edgeml.ray.status(name).replicas[0].pid in {each.pid for each in before.replicas}
-        edgeml.ray.scale(name, 1)  # of which they hear
-        wait_until(lambda: load.pids() == pids_of(name) and len(pids_of(name)) == 1, PATIENCE)
-    assert load.errors == []
-
-
 def test_replicas_come_and_go_by_how_many_calls_wait(name):
-    bounds = Autoscale(least=1, most=3, waiting=3.0, up_after=1.0, down_after=2.0)
+    bounds = Autoscale(least=1, most=2, waiting=3.0, up_after=1.0, down_after=2.0)
     url = edgeml.ray.deploy(working(1), name=name, autoscale=bounds, timeout=60).url
     with loaded(url) as load:
-        wait_until(lambda: len(pids_of(name)) == 3, PATIENCE)
-        wait_until(lambda: len(load.pids()) == 3, PATIENCE)
+        wait_until(lambda: len(pids_of(name)) == 2, PATIENCE)
+        wait_until(lambda: len(load.pids()) == 2, PATIENCE)
     wait_until(lambda: len(edgeml.ray.status(name).replicas) == 1, PATIENCE)
     assert load.errors == []
