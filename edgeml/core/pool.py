@@ -63,6 +63,7 @@ _LOOK = 0.1  # seconds between two looks for a server, where there is none
 _SOON = 0.01  # seconds between two looks whether a server that drains has answered all
 _PAUSE = 0.5  # seconds between two questions to a resolver, or a server, that has no answer yet
 _LONGEST_LEAVE = 30.0  # seconds that calls under way in a server that is listed no more may take
+_CLOSING = 1.0  # seconds that parting from a server may take
 _LEAST = 0.01  # seconds that whatever is begun is given
 
 MakeKeeper = Callable[[Sequence[Url], Callable[[], object]], SessionKeeper]
@@ -190,7 +191,6 @@ class Pool:
         self._changed = threading.Condition()  # of all that follows
         self._members: dict[Place, _Member] = {}
         self._leaving: set[_Member] = set()
-        self._told = False  # of servers, by the resolver
         self._ready: tuple[_Ready, ...] = ()  # that take calls
         self._connected: bool | None = None  # whether one does; None before the first
         self._latest: Session | None = None
@@ -242,6 +242,10 @@ class Pool:
                 _log.warning("waiting for a server: %s", self.explain_none(own.timeout))
             self._wait(min(_LOOK, own.left), seen)
         self._look()
+        if self._stays:  # so that all know from the first call on which server it is
+            with self._changed:
+                if (home := self._choose(None)) is not None:
+                    self._settle(home, None)
 
     def _find_servers(self, deadline: Deadline, insist: bool) -> None:
         """Have the resolver tell of the servers from now on."""
@@ -266,7 +270,6 @@ class Pool:
         with self._changed:
             if self.closed:
                 return
-            self._told = True
             wanted = self._choose_places(places)
             gone = [
                 self._members.pop(place) for place in list(self._members) if place not in wanted
@@ -406,7 +409,7 @@ class Pool:
         n = len(ready)
         if n < 2:
             return ready[0] if n else None
-        i, j = divmod(int(self._random.random() * n * (n - 1)), n - 1)
+        i, j = divmod(int(self._random.random() * (n * (n - 1))), n - 1)
         one, other = ready[i], ready[j + (j >= i)]
         a, b = one[1], other[1]
         more = len(a.asking) + len(a.under_way) - len(b.asking) - len(b.under_way)
@@ -776,8 +779,22 @@ class Pool:
             stop()
         except Exception:
             _log.exception("a resolver could not be stopped")
-        for member in self._all():
-            member.keeper.close()
+        closing = [member.keeper.close for member in self._all()]
+        threads = []
+        while len(closing) > 1:  # together, since one that has frozen is waited for
+            thread = threading.Thread(
+                target=closing[-1], name="edgeml leaves a server", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # no more, as the program ends
+                break
+            threads.append(thread)
+            closing.pop()
+        for close in closing:
+            close()
+        for thread in threads:
+            thread.join(_CLOSING)
 
     def _all(self) -> list[_Member]:
         with self._changed:
