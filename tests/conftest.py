@@ -183,6 +183,21 @@ def _leaves_nothing_behind(_temporary: Path) -> Iterator[None]:
     pytest.fail(f"the test left behind {said}", pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables by which a program takes what another has compiled by JAX: most of its work."""
+    where = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        where = where.parent  # which is all workers'
+    where = where / "compiled"
+    where.mkdir(exist_ok=True)
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(where),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 @pytest.fixture(params=TRANSPORTS)
 def transport(request):
     """The transport that a test of the services runs over: each in turn."""

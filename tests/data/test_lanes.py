@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ def observation(source: int, t: int) -> dict[str, Any]:
     return {"image": image, "at": np.array([source, t], np.float32)}
 
 
+@functools.cache  # whichever way the other store was filled
 def alone(make: Callable[[], ReplayBuffer], source: int, n: int) -> dict[int, dict[str, Any]]:
     """What a sample of each step is in a buffer that has only this source's."""
     store = make()

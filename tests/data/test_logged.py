@@ -689,7 +689,8 @@ def test_a_bit_that_flips_anywhere_costs_one_item(make: Any, tmp_path: Path) -> 
     (file,) = write(tmp_path / "log", 6, make)
     whole = np.fromfile(file, np.uint8)
     rng = random.Random(0)
-    for at in range(size_of(whole)):
+    # Every third byte: of six alike, so that each place in a record has its turn.
+    for at in range(0, size_of(whole), 3):
         path = tmp_path / f"flip{at}"
         path.mkdir()
         spoilt = whole.copy()
@@ -710,7 +711,7 @@ def test_damage_in_the_middle_leaves_what_is_after_it(seed: int, tmp_path: Path)
     rng = np.random.default_rng(seed)
     files = write(tmp_path / "log", 600)
     assert len(files) > 4
-    for _ in range(8):
+    for _ in range(4):
         path = tmp_path / "spoilt"
         shutil.copytree(tmp_path / "log", path)
         file = path / files[rng.integers(1, len(files) - 1)].name

@@ -210,7 +210,14 @@ def test_the_three_pairs_run_over_it_in_two_processes(python: Path, tmp_path: Pa
             server.kill()
 
 
-def test_the_main_job_runs_over_it(python: Path, tmp_path: Path) -> None:
+def test_the_main_job_runs_over_it(
+    python: Path,
+    tmp_path: Path,
+    compiled_once: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in compiled_once.items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
     arguments = [EXAMPLE, "--transport=ws", "--env=InvertedPendulum-v5", "--max_steps=400"]
     arguments += ["--random_steps=100", "--training_starts=100", "--eval_episodes=2"]
     with process(python, *arguments, "--learner", "--port=0", where=tmp_path) as learner:
