@@ -155,7 +155,12 @@ class Trainer(Deployment):
     # What the controller asks -------------------------------------------------------------
 
     def replace(self, spec: Spec) -> None:
-        """See `Deployment.replace`."""
+        """See `Deployment.replace`: only what could not be started is replaced."""
+        assert isinstance(spec, TrainerSpec)
+        with self._lock:
+            if self._spec.failure is not None:
+                self._keep(spec)
+                return
         raise ValueError(
             f"{self._spec.name!r} is deployed, and the items in its shards can't be moved: delete "
             "it first, which saves them; the next one goes on from its checkpoints"
@@ -246,9 +251,10 @@ class Trainer(Deployment):
             self._wanted &= nodes.keys()
             for node in self._relays.keys() - nodes.keys():
                 self._kill(self._relays.pop(node))
+            if self._spec.failure is None:
+                self._look_for_failures()
             if self._spec.failure is not None:
                 return
-            self._look_for_failures()
             self._start_missing()
             if not self._spec.settled and self._are_ready():
                 self._keep(replace(self._spec, settled=True))
@@ -309,6 +315,8 @@ class Trainer(Deployment):
                     member.told = self._ray.get(each)
                     member.lost = False
                 except errors.ActorUnavailableError:
+                    if not member.lost:
+                        _log.info("%s/%s is lost", self._spec.name, member.id)
                     member.lost = True
                 except errors.ActorDiedError:
                     member.gone = True

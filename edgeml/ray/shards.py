@@ -9,12 +9,16 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeml.core.errors import text_of
 from edgeml.ray import cluster
 from edgeml.ray.deployment import Failure
 from edgeml.ray.replica import Description, advertised, factory_key
 from edgeml.services import TrainerConfig, TrainerServer
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 __all__ = ["Saving", "Shard", "ShardDescription"]
 
@@ -30,14 +34,42 @@ class Saving:
     Attributes:
         folder: of the checkpoints, which every node reaches that a shard may run on.
         every: seconds from the end of one to the beginning of the next.
+        shards: how many there are, which each checkpoint tells: with another number of them the
+            items would be others' than those who send them again.
     """
 
     folder: str
     every: float
+    shards: int
 
     def path(self, number: int) -> Path:
         """Return the file of a shard."""
         return Path(self.folder) / f"shard-{number}"
+
+    def load(self, server: TrainerServer, number: int) -> bool:
+        """Fill a server from a shard's checkpoint; returns whether there is one.
+
+        Raises:
+            ValueError: it is of another shard, or of another number of them.
+            What `TrainerServer.load_checkpoint` does.
+        """
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        path = self.path(number)
+        try:
+            mark = server.load_checkpoint(path)
+        except FileNotFoundError:
+            return False
+        if mark != self.mark(number):
+            found = f"of shard {mark['shard']} of {mark['of']}" if _is_mark(mark) else "not of one"
+            raise ValueError(
+                f"{path} is to be of shard {number} of {self.shards}, and is {found}: deploy as "
+                "many shards as there were, or in another folder"
+            )
+        return True
+
+    def mark(self, number: int) -> dict[str, int]:
+        """Return what a shard's checkpoint has besides its stores."""
+        return {"shard": number, "of": self.shards}
 
 
 @dataclass(frozen=True)
@@ -85,15 +117,8 @@ class Shard:
                     f"{type(made).__name__}"
                 )
             made.serve_samples()
-            if saving is not None:
-                Path(saving.folder).mkdir(parents=True, exist_ok=True)
-                try:
-                    made.load_checkpoint(saving.path(number))
-                except FileNotFoundError:
-                    _log.info("%s begins with empty stores", self._name)
-                else:
-                    _log.info("%s goes on from its checkpoint", self._name)
-                    self._saved = self._newest(made)
+            if saving is not None and saving.load(made, number):
+                self._saved = self._newest(made)
             made.start(threaded=True)
             self._server = made
         except Exception as error:
@@ -171,7 +196,7 @@ class Shard:
             return
         began = time.monotonic()
         try:
-            server.save_checkpoint(saving.path(self._number))
+            server.save_checkpoint(saving.path(self._number), saving.mark(self._number))
         except Exception as error:
             if not self._trouble:
                 _log.exception("%s can't be saved; actors hold what they have sent", self._name)
@@ -183,3 +208,7 @@ class Shard:
     @staticmethod
     def _newest(server: TrainerServer) -> object:
         return [server.data_store(name).latest_data_id() for name in server.store_names()]
+
+
+def _is_mark(values: object) -> TypeGuard[dict[str, int]]:
+    return isinstance(values, dict) and values.keys() == {"shard", "of"}

@@ -69,7 +69,7 @@ def deploy_trainer(
         checkpoint_dir: a folder for their checkpoints, ``shard-0`` and so on, which every node
             reaches on which a shard may run; None to save nothing: then a shard that dies begins
             anew, and its actors send again all that their stores hold. Shards that find checkpoints
-            there go on from them.
+            there go on from them, as long as there are as many of them as there were.
         checkpoint_every: seconds from one checkpoint to the next; actors hold what came since.
         num_cpus, num_gpus, resources: for each shard, as for `deploy`.
         credentials: the folder of a server's keys, on each node, that the relays of weights ask
@@ -102,7 +102,7 @@ def deploy_trainer(
         options["runtime_env"] = payload.runtime_env
     saving = None
     if checkpoint_dir is not None:
-        saving = Saving(os.path.abspath(os.fspath(checkpoint_dir)), float(checkpoint_every))
+        saving = Saving(os.path.abspath(os.fspath(checkpoint_dir)), float(checkpoint_every), shards)
     spec = TrainerSpec(
         name,
         note,

@@ -159,6 +159,9 @@ def test_a_trainer_goes_on_from_what_was_saved(name, tmp_path):
             assert robot.update()
         edgeml.ray.delete(name)
         assert sum(map(len, saved(tmp_path))) == 100
+        with pytest.raises(RemoteError, match="shard 0 of 1, and is of shard 0 of 2"):
+            edgeml.ray.deploy_trainer(make, **{**options, "shards": 1})
+        edgeml.ray.delete(name)
         with pytest.raises(UnknownInterface):
             edgeml.ray.learner(name, "robot", CONFIG)
         for robot in actors:
@@ -178,7 +181,6 @@ def test_what_can_not_be_started_says_why(name, tmp_path):
     (tmp_path / "shard-0").write_bytes(b"no checkpoint")
     with pytest.raises(RemoteError, match="checkpoint"):
         edgeml.ray.deploy_trainer(make, checkpoint_dir=tmp_path, **options)
-    edgeml.ray.delete(name)
     with pytest.raises(RemoteError, match="LookupError: there is no such dataset"):
         edgeml.ray.deploy_trainer(fail, **options)
     for wrong in ({"shards": 0}, {"checkpoint_every": 0}, {"name": "No"}):
