@@ -14,17 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from edgeml.core.alarms import Alarms
 from edgeml.core.client import Client
 from edgeml.core.deadline import Deadline
-from edgeml.core.dispatch import Call
+from edgeml.core.dispatch import Call, Caller
 from edgeml.core.errors import (
     Closed,
     DeadlineExceeded,
     Malformed,
+    Overloaded,
     UnknownInterface,
     Unreachable,
     shown,
@@ -51,6 +53,8 @@ _RESOLVE = "resolve"
 _ASK_AGAIN = 20.0  # seconds that a question may wait for something new
 _SPARE = 5.0  # seconds before the end of that in which "nothing new" is answered
 _LOOK = 1.0  # seconds between two looks for questions whose time is over
+_LONGEST_ASK = 60.0  # seconds that a question waits at most, whatever it says
+_MOST_ASKS = 64  # questions of one client that wait
 _MOST_PLACES = 4096
 _LONGEST = 2000  # characters of a place's URL
 _IMPATIENCE = 0.1  # seconds; the first pause after a failure
@@ -61,6 +65,16 @@ Find = Callable[[str, Ask], "Sequence[Place] | None"]
 
 
 # The server's end -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Parked:
+    """A question that waits until its answer is another than the one that is known."""
+
+    call: Call
+    ask: Ask
+    known: str
+    until: float
 
 
 class NameService:
@@ -82,8 +96,7 @@ class NameService:
         self._find = find
         self._names = names
         self._lock = threading.Lock()
-        # Of each client, for each name, the one question that waits.
-        self._parked: dict[tuple[object, str], tuple[Call, Ask, str]] = {}
+        self._parked: dict[Caller, dict[str, _Parked]] = {}  # by client and name, one each
         self._alarms = Alarms("edgeml names")
         self._server = Server(_SERVICE, [url], credentials=credentials)
         self._server.register(_RESOLVE, self._resolve)
@@ -107,12 +120,13 @@ class NameService:
 
     def _tell(self, name: str) -> None:
         with self._lock:
-            parked = [(key, *held) for key, held in self._parked.items() if key[1] == name]
-            for key, call, ask, known in parked:
-                answer = self._answer(name, ask)
-                if answer["token"] != known:
-                    del self._parked[key]
-                    _give(call, answer)
+            for asked in self._parked.values():
+                parked = asked.get(name)
+                if parked is not None:
+                    answer = self._answer(name, parked.ask)
+                    if answer["token"] != parked.known:
+                        del asked[name]
+                        _give(parked.call, answer)
 
     def _resolve(self, call: Call) -> None:
         name, known, ask = _read(call)
@@ -121,10 +135,14 @@ class NameService:
             if answer["token"] != known:
                 call.answer(answer)
                 return
-            before = self._parked.get((call.caller, name))
-            self._parked[call.caller, name] = call, ask, known
+            asked = self._parked.setdefault(call.caller, {})
+            before = asked.pop(name, None)
+            if len(asked) >= _MOST_ASKS:
+                raise Overloaded(f"{_MOST_ASKS} questions of this client wait already")
+            until = min(call.deadline - _SPARE, time.monotonic() + _LONGEST_ASK)
+            asked[name] = _Parked(call, ask, known, until)
         if before is not None:
-            _give(before[0], answer)
+            _give(before.call, answer)
 
     def _answer(self, name: str, ask: Ask) -> dict[str, Any]:
         found = self._find(name, ask)
@@ -138,12 +156,17 @@ class NameService:
 
     def _look(self) -> None:
         now = time.monotonic()
-        with self._lock:
-            for key, (call, _, known) in list(self._parked.items()):
-                if call.deadline < now + _SPARE:
-                    del self._parked[key]
-                    _give(call, {"token": known})
-        self._alarms.after(_LOOK, self._look)
+        try:
+            with self._lock:
+                for caller, asked in list(self._parked.items()):
+                    for name, parked in list(asked.items()):
+                        if parked.until < now:
+                            del asked[name]
+                            _give(parked.call, {"token": parked.known})
+                    if not asked:
+                        del self._parked[caller]
+        finally:
+            self._alarms.after(_LOOK, self._look)
 
 
 def _give(call: Call, answer: dict[str, Any]) -> None:

@@ -9,7 +9,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from edgeml import InferenceServer, Malformed, UnknownInterface, Unreachable
+import edgeml.ray.names
+from edgeml import (
+    Credentials,
+    EdgemlError,
+    InferenceServer,
+    Malformed,
+    Overloaded,
+    UnknownInterface,
+    Unreachable,
+)
 from edgeml.core.client import Client
 from edgeml.core.resolver import Asker, Place
 from edgeml.core.url import Url
@@ -17,7 +26,7 @@ from edgeml.ray import cluster
 from edgeml.ray.deployment import Ask
 from edgeml.ray.names import NameService, RayResolver
 from edgeml.testing import ResolverTests
-from pairs import free_port, run_fresh, started, took, wait_until
+from pairs import free_port, make_keys, run_fresh, started, took, wait_until
 
 A, B = Place("zmq://127.0.0.1:1"), Place("shm:///run/b,zmq://127.0.0.1:2", topics=False)
 
@@ -221,6 +230,51 @@ def test_of_one_client_one_question_waits(names):
         assert second.result(10)["places"] == [[B.url, True, False]]
     finally:
         client.close()
+
+
+def test_of_one_client_only_so_many_questions_wait(names):
+    client = Client("names", [names.service.url])
+    try:
+        asked = [
+            client.call_async("resolve", {**QUESTION, "name": f"n{n}", "known": "none"}, 60.0)
+            for n in range(70)
+        ]
+        refused = [each for each in asked[64:] if isinstance(each.exception(20), Overloaded)]
+        assert len(refused) == 6
+        assert not any(each.done() for each in asked[:64])
+        names.tell("n3", A)
+        assert asked[3].result(20)["places"]
+    finally:
+        client.close()
+
+
+def test_a_question_does_not_wait_for_ever(names, monkeypatch):
+    monkeypatch.setattr(edgeml.ray.names, "_LONGEST_ASK", 0.5)
+    client = Client("names", [names.service.url])
+    try:
+        with took(10.0):
+            answer = client.call("resolve", {**QUESTION, "known": "none"}, 1e6)
+        assert answer == {"token": "none"}
+    finally:
+        client.close()
+
+
+def test_a_name_service_with_keys_tells_those_who_have_one(tmp_path):
+    keys = make_keys(tmp_path)
+    url = Url("zmq", "127.0.0.1", 0)
+    service = NameService(url, lambda name, ask: [A], lambda: [], keys["server"])
+    known = Url.parse(f"ray://127.0.0.1:{service.url.port}/policy")
+    try:
+        told: list[Sequence[Place]] = []
+        mine = Credentials.load(keys["robot"])
+        RayResolver().watch(known, told.append, Asker("inference", "robot", 20.0, mine))()
+        assert told == [[A]]
+        for credentials in (None, Credentials.load(keys["stranger"])):
+            with pytest.raises(EdgemlError):
+                RayResolver().watch(known, told.append, Asker("inference", "me", 2.0, credentials))
+        assert told == [[A]]
+    finally:
+        service.close()
 
 
 def test_a_question_is_answered_before_its_time_is_over(names):
