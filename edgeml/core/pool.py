@@ -623,7 +623,13 @@ class Pool:
             if done.cancelled():
                 return
             reply = wire.unpack(wire.Answer, done.result().header)
-            if reply.body == wire.DRAINING.encode():
+            if reply.status != wire.NOTHING_YET:
+                error = wire.error_of(reply)
+                if isinstance(error, Closed):  # it stops, and may still answer what is under way
+                    session.lose(error)
+                    self._look()
+                    return
+            elif reply.body == wire.DRAINING.encode():
                 with self._changed:
                     member.refusing, member.state = session, ServerState("draining")
                 self._look()

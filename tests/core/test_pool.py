@@ -436,6 +436,20 @@ def test_what_was_refused_as_a_server_stopped_goes_elsewhere_and_what_was_interr
             client.call("stopped", None, timeout=0.3)
 
 
+def test_a_server_that_stops_is_left_as_it_says_so_before_its_connections_end():
+    with servers(2) as made, closing(client_of(*made)) as client:
+        session = next(
+            m.keeper.current
+            for m in client.sessions._members.values()
+            if m.place.url == made[0].url
+        )
+        wait_until(lambda: made[0].server._topics[""]._subscribers)  # it is listened to
+        made[0].server._topics[""].close()  # as closing begins
+        wait_until(lambda: session.lost)
+        assert not session.requester.lost  # so that what is under way may be answered
+        assert {client.call("who", None) for _ in range(20)} <= {0, 1}
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_when_all_are_gone_a_call_waits_for_one_until_its_deadline(asynchronous):
     told: list[str] = []
