@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
         _describe(tomllib.loads(file.read_text())["project"], site)
     # What one process of hundreds has compiled, the others need not.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    # Nor what hypothesis works out, which takes it seconds wherever it begins anew.
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / ".hypothesis"))
     # Some set it where tests run; then what a program prints comes in pieces, as nobody sees it.
     os.environ.pop("PYTHONUNBUFFERED", None)
     config.stash[_added] = site, added, os.environ.get("PYTHONPATH")

@@ -43,6 +43,7 @@ def test_a_learner_thread_that_dies_ends_the_run_with_its_error(run: Any, tmp_pa
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")  # what there is
 
 
+@pytest.mark.slow
 def test_a_learner_killed_and_restarted_without_a_checkpoint_goes_on(run: Any) -> None:
     """With the 200 transitions that the actor still holds, though it has made far more steps."""
     some = (*SMALL, "--steps_per_update=10", "--checkpoint_period=50", "--max_steps=1500")

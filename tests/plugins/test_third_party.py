@@ -210,6 +210,7 @@ def test_the_three_pairs_run_over_it_in_two_processes(python: Path, tmp_path: Pa
             server.kill()
 
 
+@pytest.mark.slow
 def test_the_main_job_runs_over_it(
     python: Path,
     tmp_path: Path,
