@@ -30,6 +30,9 @@ _ADDRESS = re.compile(r"[^\s/:]+:\d{1,5}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(K|M|G)B")
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 _TOLD = 20  # of what is wrong, at most
+_MOST_VALUES = 100_000  # in a file, each counted as often as an alias (*name) repeats it
+_MOST = 1e14  # of a resource; Ray counts in ten-thousandths, in 64 bits
+_MOST_BYTES = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -151,15 +154,22 @@ def read(path: str | os.PathLike[str]) -> Plan:
     """
     yaml = load_yaml()
     path = Path(path).absolute()
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: it is no text in UTF-8: {error}") from None
     try:
         loader = yaml.SafeLoader(text)
         try:
             root = loader.get_single_node()
+            if root is not None and _count_values(root, {}) > _MOST_VALUES:
+                raise ValueError(f"{path.name}: it has more than {_MOST_VALUES} values")
             reader = _Reader(yaml, loader, path)
             plan = reader.plan(root)
         finally:
             loader.dispose()
+    except RecursionError:
+        raise ValueError(f"{path.name}: it can't be read: it is nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path.name}, line {mark.line + 1}" if mark is not None else path.name
@@ -170,6 +180,19 @@ def read(path: str | os.PathLike[str]) -> Plan:
         more = [f"and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
         raise ValueError("\n".join([*wrong[:_TOLD], *more]))
     return plan
+
+
+def _count_values(node: Any, counted: dict[Any, int]) -> int:
+    """Count what there is once a file's aliases are written out, which may be without an end to it.
+
+    What holds itself counts as nothing here, and can't be read.
+    """
+    if node not in counted:
+        counted[node] = 0
+        parts = [] if isinstance(node.value, str) else node.value
+        nodes = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+        counted[node] = 1 + sum(_count_values(each, counted) for each in nodes)
+    return counted[node]
 
 
 class _Wrong(Exception):
@@ -300,7 +323,11 @@ class _Reader:
     # Values -------------------------------------------------------------------------------
 
     def _plain(self, node: Any) -> Any:
-        return self._loader.construct_object(node, deep=True)
+        try:
+            return self._loader.construct_object(node, deep=True)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A date of a 13th month, say: what YAML makes of a text by how it looks, or by its tag.
+            raise _Wrong(f"it is not what it looks like ({error}); write texts in quotes") from None
 
     def _text(self, node: Any, key: str) -> str:
         value = self._plain(node)
@@ -310,7 +337,7 @@ class _Reader:
 
     def _address(self, node: Any, key: str) -> str:
         value = self._plain(node)
-        if not isinstance(value, str) or not _ADDRESS.fullmatch(value):
+        if not isinstance(value, str) or not _ADDRESS.fullmatch(value) or _port(value) > 65535:
             raise _Wrong(f"{_shown(value)} is no address; write it as '0.0.0.0:5550'")
         return value
 
@@ -338,24 +365,31 @@ class _Reader:
     def _amount(self, node: Any, key: str) -> float:
         value = self._plain(node)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:
+        if not number or not 0 <= value <= _MOST:
             raise _Wrong(f"{_shown(value)} is no amount: a number from 0 on, as in 1 or 0.5")
         amount: float = value
         return amount
 
+    def _gpus(self, node: Any, key: str) -> float:
+        amount = self._amount(node, key)
+        if amount > 1 and amount != int(amount):
+            raise _Wrong(f"{_shown(amount)} is no number of GPUs: a part of one, or whole ones")
+        return amount
+
     def _whole(self, node: Any, key: str) -> int:
         value = self._plain(node)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST:
             raise _Wrong(f"{_shown(value)} is no whole number from 0 on")
         return value
 
     def _bytes(self, node: Any, key: str) -> int:
-        value = self._plain(node)
+        value = said = self._plain(node)
         match = _SIZE.fullmatch(value) if isinstance(value, str) else None
         if match is not None:
-            value = int(float(match[1]) * _UNITS[match[2]])
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise _Wrong(f"{_shown(value)} is no size; write it as 200MB or 4GB")
+            size = float(match[1]) * _UNITS[match[2]]
+            value = int(size) if size <= _MOST_BYTES else None
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_BYTES:
+            raise _Wrong(f"{_shown(said)} is no size; write it as 200MB or 4GB")
         return value
 
     def _resources(self, node: Any, key: str) -> dict[str, float]:
@@ -363,6 +397,9 @@ class _Reader:
         for name, (there, value) in self._pairs(node, key).items():
             if name in ("CPU", "GPU"):
                 self._complain(there, _under(key, name), f"say it as num_{name.lower()}s")
+                continue
+            if not name:
+                self._complain(there, key, "a resource is to have a name")
                 continue
             self._take(values, name, value, _under(key, name), _Reader._amount)
         return values
@@ -396,16 +433,19 @@ class _Reader:
             if not name.isidentifier():
                 self._complain(there, _under(key, name), "no function has such an argument")
                 continue
-            values[name] = self._plain(value)
-            try:
-                json.dumps(values[name], allow_nan=True)
-            except TypeError:  # a date, say
-                self._complain(
-                    value,
-                    _under(key, name),
-                    "it may be text, a number, true, false, null, or lists and mappings of those",
-                )
+            self._take(values, name, value, _under(key, name), _Reader._argument)
         return values
+
+    def _argument(self, node: Any, key: str) -> Any:
+        value = self._plain(node)
+        try:
+            json.dumps(value, sort_keys=True)
+        except TypeError:  # a date, say, or a mapping of which one key is a text and one a number
+            raise _Wrong(
+                "it may be text, a number, true, false, null, or lists and mappings of those, with "
+                "texts as keys"
+            ) from None
+        return value
 
     def _cluster(self, node: Any, key: str) -> Path | dict[str, Any]:
         if isinstance(node, self._yaml.MappingNode):
@@ -425,6 +465,10 @@ def _under(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."
@@ -432,7 +476,7 @@ def _shown(value: Any) -> str:
 
 _RESOURCES: dict[str, _Check] = {
     "num_cpus": _Reader._amount,
-    "num_gpus": _Reader._amount,
+    "num_gpus": _Reader._gpus,
     "resources": _Reader._resources,
 }
 _SERVERS: dict[str, _Check] = {

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from edgeml.ray.files import Entry, Factory, read
+from pairs import took
 
 FILE = """
 servers:
@@ -136,6 +137,20 @@ WRONG = {
     "servers:\n\tp: 1": "line 2: it can't be read: found character",
     "a: 1\n---\nb: 2": "line 2: it can't be read",
     "servers: {? [a, b] : 1}": "line 1: servers: a key is to be a name",
+    "servers: {p: {factory: a:b, arguments: {day: 2026-13-99}}}": "servers.p.arguments.day: it is "
+    "not what it looks like (month must be in 1..12); write texts in quotes",
+    "servers: {p: {factory: a:b, arguments: {x: !!int ''}}}": "arguments.x: it is not what",
+    "servers: {p: {factory: a:b, arguments: {x: !!bool 7}}}": "arguments.x: it is not what",
+    "servers: {p: {factory: a:b, arguments: {x: !!timestamp y}}}": "arguments.x: it is not what",
+    "servers:\n  p: {factory: a:b, replicas: " + "9" * 5000 + "}": "line 2: servers.p.replicas: ",
+    "servers:\n  p: {factory: a:b, arguments: {x: {1: 2, a: 3}}}": "with texts as keys",
+    "servers:\n  p: {factory: a:b, arguments: {x: " + "[" * 500 + "]" * 500 + "}}": "too deeply",
+    "servers:\n  p: {factory: a:b, num_cpus: 1.0e+308}": "num_cpus: 1e+308 is no amount",
+    "servers:\n  p: {factory: a:b, num_gpus: 1.5}": "1.5 is no number of GPUs",
+    "servers:\n  p: {factory: a:b, resources: {'': 1}}": "a resource is to have a name",
+    "machine: {num_cpus: 1" + "0" * 30 + "}": "is no whole number",
+    "machine: {object_store_memory: " + "9" * 400 + "GB}": "is no size; write it as 200MB or 4GB",
+    "names: 127.0.0.1:65536": "'127.0.0.1:65536' is no address",
 }
 
 
@@ -145,6 +160,25 @@ def test_what_is_wrong_is_told_with_its_line_and_what_to_do(file, text):
         read(file(text))
     assert WRONG[text] in str(caught.value)
     assert str(caught.value).startswith("robots.yaml")
+
+
+def test_a_few_lines_that_stand_for_more_than_a_machine_holds_are_refused_at_once(file):
+    """Ten aliases of ten aliases, and so on: 10**20 values, once they are written out."""
+    lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a, a]"]
+    lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]" for n in range(1, 20)]
+    text = "servers:\n  p:\n    factory: a:b\n    arguments:\n"
+    with took(5.0), pytest.raises(ValueError, match=r"robots.yaml: it has more than 100000"):
+        read(file(text + "".join(f"      {line}\n" for line in lines)))
+    shared = "{gains: &g [1, 2, 3], again: *g}"
+    (entry,) = read(file(f"servers: {{p: {{factory: a:b, arguments: {shared}}}}}")).entries
+    assert entry.said["arguments"] == {"gains": [1, 2, 3], "again": [1, 2, 3]}
+
+
+def test_a_file_that_is_no_text_is_told_by_its_name(tmp_path):
+    path = tmp_path / "robots.yaml"
+    path.write_bytes(b"servers: \xff\xfe")
+    with pytest.raises(ValueError, match=r"^robots.yaml: it is no text in UTF-8"):
+        read(path)
 
 
 def test_all_that_is_wrong_is_told_at_once(file):
