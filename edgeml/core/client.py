@@ -238,14 +238,18 @@ class Client:
     def _wait_until_ready(self, deadline: Deadline) -> None:
         pause, told = _IMPATIENCE, ""
         now: ServerState | None = None
+        error: EdgemlError | None = None
         while True:
-            error: EdgemlError | None = None
             try:
-                now = self.state(min(self.timeout, deadline.left))
+                now, error = self.state(min(self.timeout, deadline.left)), None
             except (Unreachable, Closed) as failure:
                 now, error = None, failure  # it failed to load, say; another may take its place
-            except DeadlineExceeded as failure:  # by the end it may have had no time to answer
-                error = None if now is not None and not deadline.left else failure
+            except DeadlineExceeded as failure:
+                # By the end it may have had no time to answer: then what was known says more.
+                if deadline.left or (now is None and error is None):
+                    error = failure
+                elif now is not None:
+                    error = None
             if now is not None and now.state == "ready":
                 return
             left = deadline.left

@@ -15,6 +15,7 @@ from edgeml import (
     ActionConfig,
     ActionServer,
     Closed,
+    DeadlineExceeded,
     EdgemlError,
     InferenceClient,
     InferenceServer,
@@ -26,6 +27,7 @@ from edgeml import (
     UnknownInterface,
     Unreachable,
 )
+from edgeml.core.client import Client
 from edgeml.data import QueuedDataStore
 from edgeml.services.batching import Batching
 from pairs import free_port, know_of_the_end, no_thread_left, process, started, took, wait_until
@@ -186,7 +188,7 @@ def test_a_load_that_fails_stops_the_server_and_those_who_wait_are_told(transpor
         raise OSError("no such file: weights.bin")
 
     with no_thread_left(), started(server), ThreadPoolExecutor(1) as pool:
-        made = pool.submit(client_of, server, transport, wait_for_server=0.5)
+        made = pool.submit(client_of, server, transport, wait_for_server=2.0)
         wait_until(lambda: server.clients())
         go_on.set()
         with pytest.raises((Unreachable, Closed)):
@@ -194,6 +196,22 @@ def test_a_load_that_fails_stops_the_server_and_those_who_wait_are_told(transpor
         wait_until(lambda: server.state().state == "stopped")
         assert "weights.bin" in server.state().detail
     assert "weights.bin" in caplog.text
+
+
+@pytest.mark.parametrize("known", [NotReady, Unreachable])
+def test_who_waits_in_vain_is_told_what_was_known_where_the_last_answer_had_no_time(
+    known, monkeypatch
+):
+    def state(client, timeout):
+        if not timeout:
+            raise DeadlineExceeded("no answer within 0 s")
+        if known is Unreachable:
+            raise Unreachable("it has gone")
+        return ServerState("loading")
+
+    monkeypatch.setattr(Client, "state", state)
+    with started(new_server("inproc")) as server, pytest.raises(known):
+        client_of(server, "inproc", wait_for_server=0.2)
 
 
 def test_a_load_that_fails_is_what_start_raises(transport):
