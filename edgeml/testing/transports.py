@@ -402,15 +402,20 @@ class TransportTests(SafetyTests, LivenessTests, DeadlineTests):
 
     def test_a_late_reply_is_never_taken_for_the_next_ones(self, net: Net, parked: Parked) -> None:
         requester = net.connect(net.serve(parked))
+        arrived = 0
         for index in range(20):
             with pytest.raises(DeadlineExceeded):
                 requester.call(Message(b"late"), 0.01)
             next_one = net.start(requester.call, Message(b"%d" % index), PATIENCE)
-            late, last = parked.take(), parked.take()
-            assert (late[0].header, last[0].header) == (b"late", b"%d" % index)
-            late[1](make_message(b"too late", 300 * KB))
-            last[1](Message(b"%d" % index))
+            message, reply = parked.take()
+            if message.header == b"late":  # it may have been given up before it was sent
+                arrived += 1
+                reply(make_message(b"too late", 300 * KB))
+                message, reply = parked.take()
+            assert message.header == b"%d" % index
+            reply(Message(b"%d" % index))
             assert next_one.result(PATIENCE).header == b"%d" % index
+        assert arrived
 
     @pytest.mark.parametrize("timeout", [0.001, 0.05, 0.3])
     def test_a_deadline_is_kept(self, net: Net, parked: Parked, timeout: float) -> None:

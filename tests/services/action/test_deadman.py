@@ -63,8 +63,18 @@ def device_of(transport, safe, act=lambda key, payload: payload, timeout=0.1, **
     return ActionServer(config, lambda keys: {"joints": 1.0}, act, **settings)
 
 
+class Patient(ActionClient):
+    """A client whose actions may take their time on the way, as on a busy machine."""
+
+    def act(self, *what, **how):
+        return super().act(*what, **{"valid": 30.0, **how})
+
+    def act_async(self, *what, **how):
+        return super().act_async(*what, **{"valid": 30.0, **how})
+
+
 def client_of(server, transport, **settings) -> ActionClient:
-    return ActionClient("127.0.0.1", server.port, config=config_of(transport), **settings)
+    return Patient("127.0.0.1", server.port, config=config_of(transport), **settings)
 
 
 def halts_of(server) -> list[Executed]:
