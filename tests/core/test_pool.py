@@ -17,6 +17,7 @@ from edgeml.core.client import Client
 from edgeml.core.errors import Interrupted
 from edgeml.core.resolver import Asker, Place, listed
 from edgeml.core.server import Server
+from edgeml.core.session import SessionKeeper
 from edgeml.core.state import ServerState
 from edgeml.core.url import Url
 from pairs import free_port, took, wait_until
@@ -436,7 +437,9 @@ def test_what_was_refused_as_a_server_stopped_goes_elsewhere_and_what_was_interr
             client.call("stopped", None, timeout=0.3)
 
 
-def test_a_server_that_stops_is_left_as_it_says_so_before_its_connections_end():
+def test_a_server_that_stops_is_left_as_it_says_so_before_its_connections_end(monkeypatch):
+    # Nobody asks for a sign of life, which would tell as well, but later.
+    monkeypatch.setattr(SessionKeeper, "_watch", lambda _, session: session.over.wait(PATIENCE))
     with servers(2) as made, closing(client_of(*made)) as client:
         session = next(
             m.keeper.current
