@@ -7,9 +7,11 @@ stands for a GPU), four against one. Who asks is one client with several calls u
 clients of which each waits for its answer before it asks again. `times` is the throughput of four
 as a multiple of one's, both of the same round.
 
-*What it costs*: a function that takes nothing, called by a client of one server (*direct*), and by
-clients of one and of four in a list, in turns of a few calls each, in one process. `ratio` is the
-median of each as a multiple of the direct client's.
+*What it costs*: a function that takes nothing, called by a client of one server (*direct*), by one
+of that server in a list, by four clients of a server each, one of them chosen for each call (*4
+direct*), and by one of the four in a list; in turns of a few calls each, in one process. `ratio` is
+the median of each list as a multiple of the direct clients' of as many servers: processes that
+are called less often take longer to wake, which is no list's doing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -91,22 +94,27 @@ def measure_latency(pipe: Connection, urls: Sequence[str], size: int, seconds: f
     import edgeml
 
     payload = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-    kinds = {"direct": urls[0], "list of 1": [urls[0]], f"list of {len(urls)}": list(urls)}
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    one, each, several = urls[0], f"{len(urls)} direct", f"list of {len(urls)}"
+    rng = random.Random(0)
     with contextlib.ExitStack() as stack:
-        clients = {
-            kind: stack.enter_context(edgeml.InferenceClient(url=url, timeout=30))
-            for kind, url in kinds.items()
-        }
-        for client in clients.values():
+
+        def connect(url: str | list[str]) -> edgeml.InferenceClient:
+            client = stack.enter_context(edgeml.InferenceClient(url=url, timeout=30))
             for _ in range(200):
                 client.call("echo", payload)
+            return client
+
+        direct = [connect(url) for url in urls]
+        clients = {"direct": direct[:1], "list of 1": [connect([one])]}
+        clients |= {each: direct, several: [connect(list(urls))]}
+        times: dict[str, list[float]] = {kind: [] for kind in clients}
         end = time.monotonic() + seconds
         order = list(clients)
         while time.monotonic() < end:
             for kind in order:
-                call, took = clients[kind].call, times[kind]
+                took = times[kind]
                 for _ in range(_TURN):
+                    call = rng.choice(clients[kind]).call
                     began = time.perf_counter()
                     call("echo", payload)
                     took.append(time.perf_counter() - began)
@@ -177,7 +185,8 @@ def _latency(given: argparse.Namespace, transport: str, urls: Sequence[str]) -> 
             finally:
                 child.close()
             for kind, seconds in medians_of.items():
-                row = {"p50_us": seconds * 1e6, "ratio": seconds / medians_of["direct"]}
+                alike = "direct" if kind in ("direct", "list of 1") else f"{len(urls)} direct"
+                row = {"p50_us": seconds * 1e6, "ratio": seconds / medians_of[alike]}
                 rounds.setdefault(kind, []).append(row)
         for kind, rows in rounds.items():
             row = results[f"{transport} {size} {kind}"] = medians(rows)

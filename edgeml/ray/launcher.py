@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from edgeml.core.errors import Unreachable
+from edgeml.core.errors import Unreachable, text_of
 from edgeml.extras import load_ray
 from edgeml.ray.files import Plan
 
@@ -68,4 +68,6 @@ def _told(plan: Plan) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:  # click's, subprocess's, the provider's own
         where = plan.cluster if not isinstance(plan.cluster, dict) else plan.path
-        raise Unreachable(f"Ray's cluster launcher failed with {where}: {error}") from error
+        raise Unreachable(
+            f"Ray's cluster launcher failed with {where}: {text_of(error)}"
+        ) from error

@@ -260,7 +260,7 @@ def connected(address: str, folder: Path | None = None) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # who is told what is this program's affair
     env = {"working_dir": str(folder)} if folder is not None else None
     try:
-        cluster.probe(address)
+        cluster.probe(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
         ray.init(
             address=address,
             namespace=cluster.NAMESPACE,

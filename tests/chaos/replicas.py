@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import tempfile
@@ -180,8 +181,11 @@ class Run(Stage):
         victim = self.rng.choice(there)
         self._killed.add(victim.pid)
         made = {path.name for path in self.directory.glob("replica.*")}
+        handle = os.pidfd_open(victim.pid)
         since = time.monotonic()
-        os.kill(victim.pid, signal.SIGKILL)
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        select.select([handle], [], [], _SETTLES)  # until it is no more
+        os.close(handle)
         self.history.tell("kill", pid=victim.pid, url=victim.url, since=since, alone=alone)
         deadline = since + _LONGEST_TO_COME
         while alone and time.monotonic() < deadline:
