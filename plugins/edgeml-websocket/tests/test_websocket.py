@@ -33,4 +33,5 @@ def test_who_asks_for_pongs_and_reads_none_is_cut_off():
         with pytest.raises(ConnectionError):
             peer.sendall(pings)
         assert good.call(Message(b"x"), 20).header == b"x"
-        assert endpoint.counts == {"Overloaded": 1}
+        # Others may come by, looking for who had this port before.
+        assert endpoint.counts["Overloaded"] == 1
