@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from edgeml.core.deadline import Deadline
 from edgeml.core.errors import Unreachable, text_of
 from edgeml.extras import load_ray
 
@@ -36,36 +38,39 @@ NAMESPACE = "edgeml"
 CONTROLLER = "controller"
 """The name of the one that keeps all deployments."""
 
-_ANSWER = 5.0  # seconds that Ray's head may take to let one connect
+_ANSWER = 30.0  # seconds that a Ray that runs may take to let this program join
 
 # Kept by Ray's control store (GCS), which keeps the actors' names and what they are made of, too:
 # so this outlives every process but that one, and is lost together with the actors.
 _PREFIX = "edgeml:"
 
 
-def connect(start: bool = False) -> Any:
+def connect(timeout: float = _ANSWER, start: bool = False) -> Any:
     """Return the module `ray`, connected.
 
-    An initialised Ray is taken as it is; else the one that ``RAY_ADDRESS`` names, or that runs on
-    this machine.
+    An initialised Ray is taken as it is; else, as Ray does it, the one that ``RAY_ADDRESS`` names,
+    or that ``ray start`` has begun on this machine.
 
     Args:
+        timeout: seconds that it may take to join one that runs.
         start: whether to start one for this program where there is none. It ends with the program,
             and all that is deployed there with it.
 
     Raises:
         ImportError: Ray is not installed.
-        Unreachable: there is none.
+        Unreachable: there is none, or it doesn't answer.
     """
     ray = load_ray()
     if ray.is_initialized():
         return ray
     try:
-        probe(os.environ.get("RAY_ADDRESS", ""))
-        if start:
+        address = import_module("ray._private.services").canonicalize_bootstrap_address(None)
+        if address is None and start:
             ray.init(namespace=NAMESPACE, include_dashboard=False)
+        elif address is None:
+            raise OSError("none runs on this machine")
         else:
-            ray.init(address="auto", namespace=NAMESPACE)
+            _join(ray, address, timeout)
     except OSError as error:
         raise Unreachable(
             f"no Ray is reached from here ({text_of(error)}): call ray.init(), or run `ray start "
@@ -75,11 +80,45 @@ def connect(start: bool = False) -> Any:
     return ray
 
 
-def probe(address: str) -> None:
-    """Raise an OSError where nobody listens: Ray tries for minutes, and then ends the program."""
+_joining = threading.Lock()
+
+
+def _join(ray: Any, address: str, timeout: float) -> None:
+    """Connect to a Ray that runs, or raise an OSError in time.
+
+    Ray itself tries for minutes. So a thread does it that is left behind; if that still comes to an
+    end, all the better.
+    """
+    deadline = Deadline(timeout)
+    probe(address, timeout)
+    late = f"{address} gives no answer within {timeout:g} s"
+    if not _joining.acquire(timeout=deadline.left):
+        raise TimeoutError(late)
+    failed: list[BaseException] = []
+
+    def init() -> None:
+        try:
+            if not ray.is_initialized():
+                ray.init(address=address, namespace=NAMESPACE)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            _joining.release()
+
+    thread = threading.Thread(target=init, name="edgeml joins Ray", daemon=True)
+    thread.start()
+    thread.join(deadline.left)
+    if thread.is_alive():
+        raise TimeoutError(late)
+    if failed:
+        raise ConnectionError(text_of(failed[0])) from failed[0]
+
+
+def probe(address: str, timeout: float = _ANSWER) -> None:
+    """Raise an OSError where nobody listens, as Ray itself tries for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout).close()
 
 
 def node_id() -> str:

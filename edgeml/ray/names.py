@@ -243,7 +243,8 @@ class _Watch:
         deadline = Deadline(self._asker.timeout)
         try:
             if self._names is None:
-                cluster.connect()  # only now: where a program leaves Ray, it is not to come back
+                # Only now: who has left Ray is not to be brought back by a thread.
+                cluster.connect(deadline.left)
             answer = self._ask(deadline.left)
             if "places" not in answer:
                 known = ", ".join(_texts(answer.get("names"))) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -325,6 +326,25 @@ def test_a_ray_that_is_not_there_is_unreachable_at_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
         assert run_fresh(program)[0].splitlines() == ["True"] * 3
+
+
+def test_a_ray_that_does_not_answer_is_unreachable_in_time():
+    program = """
+        import time
+        from edgeml import InferenceClient, Unreachable
+
+        for _ in range(2):
+            began = time.monotonic()
+            try:
+                InferenceClient(url="ray://policy", timeout=1.0)
+            except Unreachable as error:
+                print("gives no answer within" in str(error), time.monotonic() - began < 10)
+        """
+    with socket.socket() as silent, pytest.MonkeyPatch.context() as patch:
+        silent.bind(("0.0.0.0", 0))  # for Ray knows a machine by another name
+        silent.listen()
+        patch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
+        assert run_fresh(program)[0].splitlines() == ["True True"] * 2
 
 
 def test_without_ray_what_needs_it_says_which_extra():
