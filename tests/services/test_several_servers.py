@@ -62,17 +62,17 @@ class Caller:
         self.answers = 0
         self.errors: list[Exception] = []
         self.slowest = 0.0
-        self._client = client
+        self._asked = client
         self._ask = self._ask_async if asynchronous else self._ask_blocking
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _ask_blocking(self, value: int) -> None:
-        assert self._client.call("work", value, timeout=PATIENCE) == value
+        assert self._asked.call("work", value, timeout=PATIENCE) == value
 
     def _ask_async(self, value: int) -> None:
-        asked = [self._client.call_async("work", value + i, timeout=PATIENCE) for i in range(3)]
+        asked = [self._asked.call_async("work", value + i, timeout=PATIENCE) for i in range(3)]
         for i, future in enumerate(asked):
             self._take(future, value + i)
 
