@@ -23,7 +23,8 @@ NEW_WITHIN = 10.0  # seconds
 _SLACK = 0.25  # seconds by which a call may end late
 _NOTICED = 0.5  # seconds in which a client knows that a replica was killed
 _UNDER_WAY = "may have been carried out"
-_GONE = 1.0  # seconds; who is kept waiting for as long may be taken to be gone
+_SILENCE = 2.5  # seconds after which a client takes a replica to be gone
+_GONE = 1.0  # seconds; who is kept waiting for as long of them may be taken to be gone
 _TOLD = 5  # of each kind
 
 
@@ -125,13 +126,12 @@ class _Checker:
         return None
 
     def _kept_waiting(self, asked: Event, end: Event) -> bool:
+        """Whether the machine kept the client or a replica waiting for long, all in all."""
+        since = asked["t"] - _SILENCE
         return end["error"] == "Unreachable" and any(
-            each["seconds"] >= _GONE
+            sum(e["seconds"] for e in waits if e["t"] >= since and e["since"] <= end["t"]) >= _GONE
             for (who, life), waits in self._waited.items()
-            for each in waits
-            if (who == "replica" or (who, life) == (asked["who"], asked["life"]))
-            and each["t"] >= asked["t"] - _GONE
-            and each["since"] <= end["t"]
+            if who == "replica" or (who, life) == (asked["who"], asked["life"])
         )
 
     def _longest_wait(self, asked: Event, end: Event) -> float:

@@ -138,9 +138,9 @@ def test_no_call_fails_where_none_was_killed(history):
 
 def test_who_was_kept_waiting_by_the_machine_may_be_taken_to_be_gone(history):
     history.fail(1.0, text="no heartbeat; it had been asked, so this may have been carried out")
-    history.tell("waited", 1.4, "replica", 2, since=0.5, seconds=0.9)
+    history.tell("waited", 1.4, "replica", 2, since=0.9, seconds=0.5)
     assert history.found() == ["failed"]
-    history.tell("waited", 1.4, "replica", 2, since=0.3, seconds=1.1)
+    history.tell("waited", 0.8, "replica", 2, since=0.2, seconds=0.6)
     seen = Counter()
     assert history.found(seen=seen) == []
     assert seen["calls failed, the machine's doing"] == 1
