@@ -1,4 +1,4 @@
-"""`edgeml up` of files that start a Ray of this machine's own."""
+"""`edgeml up` of files that start a Ray of their own: on this machine, and by Ray's launcher."""
 
 import os
 import re
@@ -34,6 +34,28 @@ servers:
     num_cpus: 1
 """
 HERE = "machine: {num_cpus: 4, object_store_memory: 200MB}\n"
+LAUNCHED = """
+cluster:
+  cluster_name: test
+  max_workers: 0
+  provider: {type: external, module: one_machine.OneMachine, home: HOME}
+  auth: {ssh_user: me}
+  available_node_types: {head: {node_config: {}, resources: {CPU: 4}, max_workers: 0}}
+  head_node_type: head
+  file_mounts: {}
+  cluster_synced_files: []
+  initialization_commands: []
+  setup_commands: []
+  head_setup_commands: []
+  worker_setup_commands: []
+  worker_start_ray_commands: []
+  head_start_ray_commands:
+    - nohup python -m ray.scripts.scripts start --head --block --port=PORT --num-cpus=4
+      --include-dashboard=false --object-store-memory=200000000 --disable-usage-stats
+      --dashboard-agent-listen-port=0 --metrics-export-port=0 > ~/ray.log 2>&1 & echo $! > ~/ray.pid
+    - for i in $(seq 1800); do [ -s $RAY_TMPDIR/ray/ray_current_cluster ] && break; sleep 0.1; done
+    - tail -n 5 ~/ray.log
+"""
 
 
 @pytest.fixture
@@ -122,3 +144,29 @@ def test_a_ray_that_was_killed_is_none_and_its_remains_are_in_nobodys_way(edgeml
     assert "policy: started, 2 servers" in edgeml_("up", "robots.yaml")
     edgeml_("down", "robots.yaml")
     assert not [*short.glob("edgeml*")]
+
+
+def test_machines_are_started_by_rays_launcher_and_given_back(edgeml_, short, tmp_path):
+    home, port = short / "home", free_port() // 2  # below Ray's workers'
+    home.mkdir()
+    (home / "address").write_text(f"127.0.0.1:{port}")
+    launched = LAUNCHED.replace("HOME", str(home)).replace("PORT", str(port))
+    file = tmp_path / "robots.yaml"
+    file.write_text(FILE.replace("GAIN", "2") + launched)
+    try:
+        edgeml_("up", "robots.yaml")
+        result, folder = ask(edgeml_.names)
+        assert result == 42
+        assert folder != str(tmp_path)  # a copy, as on any node
+        started = (home / "ray.pid").read_text()
+        file.write_text(FILE.replace("GAIN", "3") + launched)
+        edgeml_("up", "robots.yaml")
+        assert ask(edgeml_.names)[0] == 63
+        assert (home / "ray.pid").read_text() == started  # it goes on
+        edgeml_("status", "robots.yaml")
+        edgeml_("down", "robots.yaml")
+        assert not (home / "tags.json").exists()
+        wait_until(lambda: not processes_of(short))
+    finally:
+        for pid in processes_of(short):
+            os.kill(int(pid), 9)
