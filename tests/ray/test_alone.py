@@ -91,16 +91,17 @@ cluster.shutdown()
 """
 
 
-def await_line(program: Process, line: str) -> None:
-    """Read on until it prints this, as Ray has a lot to say when a node dies."""
-    while program.line() != line:
+def await_line(program: Process, begins: str) -> str:
+    """Return the next line that begins like this; Ray has a lot to say when a node dies."""
+    while not (line := program.line()).startswith(begins):
         pass
+    return line
 
 
 @pytest.mark.timeout(300)
 def test_servers_of_a_node_that_dies_are_started_on_another(home):
     with process(NODES) as program:
-        with InferenceClient(url=program.line(), timeout=60) as client:
+        with InferenceClient(url=await_line(program, "ray://"), timeout=60) as client:
             assert client.call("who", None)
             program.popen.stdin.write("\n")
             program.popen.stdin.flush()
