@@ -556,9 +556,11 @@ class SessionKeeper:
                         _log.warning("%s: %s", came, error)
                     pause = _PATIENCE
                 elif not isinstance(error, EdgemlError):  # no file descriptor is left, say
-                    _log.exception("the connection to the server failed, and is tried again")
+                    why = self.failure = Unreachable(f"the connection failed: {error}")
+                    if told != (told := str(error)):
+                        _log.exception("the connection to the server failed, and is tried again")
                     if self.current is not None:
-                        self.current.lose(Unreachable(f"the connection failed: {error}"))
+                        self.current.lose(why)
                 with self._changed:
                     if not self.closed:
                         self._changed.wait(pause)

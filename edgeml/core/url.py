@@ -64,6 +64,8 @@ class Url:
     @classmethod
     def parse(cls, text: str) -> Url:
         """Read ``scheme://host:port/path``; raise ValueError that says what is wrong with it."""
+        if not text.isprintable():  # a line feed, say, which Python would leave away
+            raise ValueError(f"{text!r} has characters in it that can't be seen; take them out")
         try:
             parts = urlsplit(text)
             port = parts.port

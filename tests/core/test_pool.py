@@ -249,6 +249,23 @@ def test_an_address_that_is_none_is_left_out_and_told(caplog):
     assert "no port" in caplog.text
 
 
+def test_an_address_that_a_transport_cannot_use_says_why_at_once_and_once(caplog):
+    wrong = Place(f"zmq://127.0.0.1:{free_port()}/path")
+    with took(at_most=5.0), pytest.raises(Unreachable, match="has the path '/path', and zmq is"):
+        Client("inference", listed([wrong]), timeout=PATIENCE)
+    caplog.clear()
+    with servers(1) as made:
+        with closing(Client("inference", listed([wrong, made[0].place]))) as client:
+            assert client.call("who", None) == 0
+            (keeper,) = [m.keeper for m in client.sessions._members.values() if m.place == wrong]
+            wait_until(lambda: keeper.failure is not None)
+            for _ in range(3):
+                keeper.failure = None
+                keeper.hurry()
+                wait_until(lambda: keeper.failure is not None)
+        assert caplog.text.count("the connection to the server failed") == 1
+
+
 def test_calls_and_subscriptions_may_have_servers_of_their_own():
     with servers(2) as made:
         places = [Place(made[0].url, topics=False), Place(made[1].url, calls=False)]
