@@ -79,6 +79,7 @@ def edgeml_(short, tmp_path):
         "RAY_TMPDIR": str(short),
         "TMPDIR": str(short),
         "RAY_AUTH_MODE": "token",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
 
