@@ -47,7 +47,7 @@ def up(path: Path, address: str | None, prune: bool, timeout: float) -> int:
             edgeml.ray.start(plan.names, plan.credentials)
         there = edgeml.ray.status()
         named = {entry.name for entry in plan.entries}
-        for name in there.keys() - named:
+        for name in sorted(there.keys() - named):
             if prune:
                 edgeml.ray.delete(name)
                 _say(f"{name}: deleted, as {path.name} doesn't name it")

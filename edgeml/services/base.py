@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -143,15 +143,16 @@ def find_servers(
         raise ValueError(f"url {url!r} says where and how, but {extra[0]!r} was given as well")
     if isinstance(url, str):
         return partial(load_resolver(url.partition("://")[0]).watch, Url.parse(url))
-    if not url or not all(isinstance(each, str) for each in url):
+    given = list(url) if isinstance(url, Iterable) else []
+    if not given or not all(isinstance(each, str) for each in given):
         raise ValueError(
             f"url must be a text such as 'zmq://host:port', or a list of several, not {url!r}"
         )
-    if found := [each for each in url if _names_resolver(each)]:
+    if found := [each for each in given if _names_resolver(each)]:
         raise ValueError(
             f"{found[0]!r} in a list: a resolver tells of all servers, so give it alone"
         )
-    ways = [find_server(each, default_port=default_port) for each in url]
+    ways = [find_server(each, default_port=default_port) for each in given]
     return listed([Place(",".join(map(str, each))) for each in ways])
 
 

@@ -364,6 +364,8 @@ def test_a_urls_scheme_may_be_a_resolvers(listing):
     [
         ({"url": []}, "a list of several"),
         ({"url": ["zmq://a:1", 7]}, "a list of several"),
+        ({"url": 7}, "a list of several"),
+        ({"url": (each for each in ())}, "a list of several"),
         ({"url": ["zmq://a:1", "nonsense"]}, "nonsense"),
         ({"url": ["zmq://a:1", "zmq://b"]}, "no port"),
         ({"url": ["zmq://a:1"], "host": "b"}, "'b' was given as well"),
@@ -385,6 +387,13 @@ def test_each_of_a_list_may_have_several_ways():
         with InferenceClient(url=[ways]) as client:
             assert client.call("double", 4) == 8
             assert list(client.stats()["servers"]) == [ways]
+
+
+def test_what_gives_addresses_once_is_a_list_as_well():
+    with started(InferenceServer(0, transport="inproc")) as server:
+        urls = (each for each in [server.url])
+        with InferenceClient(url=urls) as client:
+            assert list(client.stats()["servers"]) == [server.url]
 
 
 def test_one_server_has_no_statistics_of_several():
