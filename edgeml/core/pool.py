@@ -249,13 +249,16 @@ class Pool:
 
     def _find_servers(self, deadline: Deadline, insist: bool) -> None:
         """Have the resolver tell of the servers from now on."""
+        told = ""
         while True:
             try:
                 stop = self._watch(self._take, self._asker)
                 break
-            except (Unreachable, UnknownInterface):  # of which the latter may be deployed yet
+            except (Unreachable, UnknownInterface) as error:  # of which the latter may be yet
                 if not insist or not deadline.left or self.closed:
                     raise
+                if told != (told := str(error)):
+                    _log.warning("waiting for servers: %s", told)
             with self._changed:
                 self._changed.wait_for(lambda: self.closed, min(_PAUSE, deadline.left))
         with self._changed:
@@ -693,7 +696,7 @@ class Pool:
                 return session
             self._raise_if_refused()
             if not deadline.left:
-                raise self.explain_none(timeout)
+                raise self._explain_none(timeout, "publishes", lambda place: place.topics)
             self._wait(min(_LOOK, deadline.left), seen)
 
     def _find_source(self) -> Session | None:
@@ -734,10 +737,19 @@ class Pool:
 
     def explain_none(self, timeout: float) -> EdgemlError:
         """See `SessionKeeper.explain_none`."""
+        return self._explain_none(timeout, "takes calls", lambda place: place.calls)
+
+    def _explain_none(
+        self, timeout: float, does: str, wanted: Callable[[Place], bool]
+    ) -> EdgemlError:
         with self._changed:
-            members = list(self._members.values())
-        if not members:
+            listed = list(self._members.values())
+        if not listed:
             return Unreachable("there is no server: none is listed at present")
+        members = [member for member in listed if wanted(member.place)]
+        if not members:
+            urls = ", ".join(member.place.url for member in listed)
+            return Unreachable(f"no server that is listed at present {does}: {urls}")
         told = "; ".join(member.explain() for member in members)
         kinds = {type(member.keeper.failure) for member in members}
         kind: type[EdgemlError] = Unreachable

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -217,3 +219,24 @@ class Payload:
         # What is installed here goes first, and a folder that another node lacks does no harm.
         sys.path += [each for each in self.path if each not in sys.path]
         return unpickle(self.function)
+
+    def options(
+        self, num_cpus: float, num_gpus: float, resources: Mapping[str, float] | None
+    ) -> dict[str, Any]:
+        """Return what Ray is asked for each actor that is to call the function.
+
+        Raises:
+            ValueError: there can be no such amounts.
+        """
+        amounts = {"num_cpus": num_cpus, "num_gpus": num_gpus, **(resources or {})}
+        for name, amount in amounts.items():
+            if not 0 <= amount < math.inf:
+                raise ValueError(f"{name} is a number from 0 on, not {amount}")
+        if num_gpus > 1 and num_gpus != int(num_gpus):
+            raise ValueError(f"num_gpus is a part of one, or whole ones, not {num_gpus}")
+        options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        if resources:
+            options["resources"] = dict(resources)
+        if self.runtime_env:
+            options["runtime_env"] = self.runtime_env
+        return options

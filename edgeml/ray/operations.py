@@ -104,11 +104,7 @@ def deploy(
         raise ValueError(f"replicas must be at least 1, not {replicas}")
     cluster.connect(start=True)
     payload = cluster.Payload.make(factory)
-    options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    if resources:
-        options["resources"] = dict(resources)
-    if payload.runtime_env:
-        options["runtime_env"] = payload.runtime_env
+    options = payload.options(num_cpus, num_gpus, resources)
     spec = ServersSpec(
         name,
         note,

@@ -95,11 +95,7 @@ def deploy_trainer(
         raise ValueError(f"checkpoint_every must be positive, not {checkpoint_every}")
     cluster.connect(start=True)
     payload = cluster.Payload.make(factory)
-    options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    if resources:
-        options["resources"] = dict(resources)
-    if payload.runtime_env:
-        options["runtime_env"] = payload.runtime_env
+    options = payload.options(num_cpus, num_gpus, resources)
     saving = None
     if checkpoint_dir is not None:
         saving = Saving(os.path.abspath(os.fspath(checkpoint_dir)), float(checkpoint_every), shards)

@@ -294,6 +294,18 @@ def test_a_subscription_waits_for_a_server_that_has_it():
             wait_until(lambda: got == [1])
 
 
+def test_where_no_server_is_for_what_is_wanted_that_is_told():
+    with servers(1) as made:
+        known = Listing()
+        known.places = [Place(made[0].url, topics=False)]
+        with closing(Client("inference", known.watch, timeout=0.5)) as client:
+            with pytest.raises(Unreachable, match=f"no server .* publishes: {made[0].url}"):
+                client.subscribe("news", print)
+            known.tells[0]([Place(made[0].url, calls=False)])
+            with pytest.raises(Unreachable, match=f"no server .* takes calls: {made[0].url}"):
+                client.call("who", None)
+
+
 # Sessions ---------------------------------------------------------------------------------
 
 
@@ -569,7 +581,7 @@ def test_who_waits_for_a_server_waits_for_the_first_of_several():
     made[0].close()
 
 
-def test_a_resolver_that_cannot_be_asked_is_asked_again_by_who_waits():
+def test_a_resolver_that_cannot_be_asked_is_asked_again_by_who_waits(caplog):
     with servers(1) as made:
         asked: list[Asker] = []
 
@@ -586,6 +598,7 @@ def test_a_resolver_that_cannot_be_asked_is_asked_again_by_who_waits():
         with closing(Client("inference", watch, client_id="me", wait=PATIENCE)) as client:
             assert client.call("who", None) == 0
         assert [each.client_id for each in asked] == ["me", "me"]
+        assert "waiting for servers: the name service is away" in caplog.text
         assert asked[0].service == "inference"
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgeml import InferenceClient, InferenceServer, NotReady
+from edgeml import DeadlineExceeded, InferenceClient, InferenceServer, NotReady
 from edgeml.ray import cluster
 from edgeml.ray.replica import Replica, advertised, factory_key, starts_key
 from pairs import started, wait_until
@@ -149,6 +149,17 @@ def test_a_process_that_dies_as_it_starts_is_given_up_after_three_times(run, sto
     assert "died each of 3 times" in replica.describe().failure.text
 
 
+def is_refused(client: InferenceClient) -> bool:
+    """Whether the server takes no more calls; one that may have been under way it still takes."""
+    try:
+        client.call("echo", 1, timeout=0.1)
+    except NotReady:
+        return True
+    except DeadlineExceeded:
+        return False
+    raise AssertionError("it was answered")
+
+
 def test_one_that_leaves_waits_for_its_clients_and_then_answers_what_it_has(run):
     gate, entered = threading.Event(), threading.Event()
 
@@ -164,9 +175,7 @@ def test_one_that_leaves_waits_for_its_clients_and_then_answers_what_it_has(run)
         replica.leave()
         replica.leave()
         assert replica.describe().state == "leaving"
-        wait_until(lambda: client.state().state == "draining")
-        with pytest.raises(NotReady):
-            client.call("echo", 1)
+        wait_until(lambda: is_refused(client))
         assert replica.describe().state == "leaving"
         gate.set()
         assert answer.result(20) == "done"
@@ -182,3 +191,17 @@ def test_a_server_of_all_addresses_is_reached_at_its_nodes():
         shm, zmq = advertised(server).split(",")
         assert shm.startswith("shm://127.0.0.1:")
         assert zmq.startswith(f"zmq://{ELSEWHERE}:")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"num_gpus": 1.5}, "num_gpus is a part of one, or whole ones, not 1.5"),
+        ({"num_cpus": -1}, "num_cpus is a number from 0 on, not -1"),
+        ({"resources": {"arm": float("nan")}}, "arm is a number from 0 on, not nan"),
+    ],
+)
+def test_what_ray_could_never_give_is_refused_at_once(given, told):
+    asked = {"num_cpus": 1, "num_gpus": 0, "resources": None, **given}
+    with pytest.raises(ValueError, match=told):
+        cluster.Payload(b"").options(**asked)
