@@ -207,7 +207,6 @@ def limited(soft, hard):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*fork")  # where JAX is loaded, by another test
 def test_doctor_says_how_to_have_more_open_files():
     done = limited(256, 512)
     assert "256 (soft limit), and raise that to 512 (hard limit)" in done.stdout

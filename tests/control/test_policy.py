@@ -652,7 +652,6 @@ def test_dropped_it_is_stopped_and_that_is_told() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-@pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_child_is_told_that_it_has_no_thread() -> None:
     with ChunkedPolicy(lambda observation: ramp(0), rate=RATE) as policy:
         wait_until(lambda: policy.step(0.0) is not None)

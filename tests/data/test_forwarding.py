@@ -325,7 +325,6 @@ class TestCatchingUp:
                 assert len(log) == 2 * n
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
-    @pytest.mark.filterwarnings("ignore:.*fork")
     def test_a_forked_child_goes_on_without_the_log(self, log: LoggedDataStore) -> None:
         store: DataStoreBase = make_replay()
         store.forward_to(log)

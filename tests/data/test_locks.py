@@ -14,10 +14,7 @@ from edgeml.data import Mixture, QueuedDataStore, RateLimiter, ReplayBuffer, loc
 from edgeml.data.locks import make_lock, sort_locks
 from test_replay import episode, wait_for
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks"),
-    pytest.mark.filterwarnings("ignore:.*fork"),
-]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
 
 
 def run_in_child(work: Callable[[], object]) -> None:

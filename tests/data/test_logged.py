@@ -562,7 +562,6 @@ def read_told(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
-@pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_child_leaves_the_files_to_its_parent(tmp_path: Path) -> None:
     log = LoggedDataStore(tmp_path, 100)
     log.insert(flat(1))

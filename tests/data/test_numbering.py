@@ -71,7 +71,6 @@ def test_a_store_whose_ids_begin_anew_has_another_numbering():
     assert not store.numbering.lineage
 
 
-@pytest.mark.filterwarnings("ignore:.*fork")  # of libraries that other tests have imported
 def test_a_forked_childs_store_branches_off_its_parents():
     store = filled(5)
     reading, writing = os.pipe()

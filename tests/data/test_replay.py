@@ -785,7 +785,6 @@ class TestPrefetch:
             next(batches)
         assert list(batches) == []
 
-    @pytest.mark.filterwarnings("ignore:.*fork")
     def test_a_forked_child_is_told_to_make_its_own(self) -> None:
         store = ReplayBuffer(8)
         store.batch_insert(episode(8))

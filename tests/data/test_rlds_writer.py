@@ -442,7 +442,6 @@ class TestForks:
         os.waitpid(pid, 0)
         raise AssertionError("the child hangs")
 
-    @pytest.mark.filterwarnings("ignore:.*fork")
     def test_a_child_leaves_all_to_its_parent(self, tmp_path, gate):
         log = RLDSLogger(tmp_path)
         log.log_reset(frame(0))
@@ -473,7 +472,6 @@ class TestForks:
         log.close()
         assert read(tmp_path) == [[0, 1, 2]]
 
-    @pytest.mark.filterwarnings("ignore:.*fork")
     @pytest.mark.parametrize("how", ["closed", "killed"])
     def test_a_child_does_not_hold_the_directory(self, tmp_path, how):
         program = """

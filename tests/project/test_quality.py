@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,9 @@ def test_tests_ask_servers_and_clients_for_what_is_public():
         if inside.search(line) and path not in (Path(__file__), ROOT / "tests" / "pairs.py")
     ]
     assert not found, "\n".join(found)
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Where they have, pytest imports one of them and leaves the other out."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
