@@ -101,7 +101,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     alone = [path for path in named if path.is_dir() and path.resolve() != RAY]
     if config.option.markexpr == "slow" or (named and not alone):
         return 0
-    return min(2 * (os.cpu_count() or 1), 8)  # half of the time they wait
+    return min(3 * (os.cpu_count() or 1), 8)  # more than half of the time they wait
 
 
 @pytest.hookimpl(wrapper=True)
