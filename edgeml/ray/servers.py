@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edgeml.core.errors import text_of
 from edgeml.core.resolver import Place
 from edgeml.extras import load_ray
 from edgeml.ray import cluster
@@ -21,12 +20,12 @@ from edgeml.ray.deployment import (
     Deployment,
     Failure,
     Host,
-    ReplicaStatus,
     Spec,
     State,
     Status,
 )
-from edgeml.ray.replica import Description, Replica, factory_key, starts_key
+from edgeml.ray.members import Member, ask_all
+from edgeml.ray.replica import Replica, factory_key, starts_key
 from edgeml.ray.scaling import Scaling
 
 __all__ = ["Servers", "ServersSpec"]
@@ -73,46 +72,6 @@ class ServersSpec(Spec):
         return self if self.until else replace(self, until=time.time() + self.timeout)
 
 
-@dataclass(eq=False)
-class _Member:
-    """A replica, as the controller knows it."""
-
-    id: str
-    version: int
-    actor: Any
-    asked: Any = None  # the answer that is due
-    told: Description | None = None
-    lost: bool = False  # it is being started anew
-    gone: bool = False  # it will not be
-    leaving: float = 0.0  # since when
-
-    @property
-    def ready(self) -> bool:
-        return (
-            self.told is not None
-            and self.told.state == "ready"
-            and not (self.lost or self.gone or self.leaving)
-        )
-
-    @property
-    def failure(self) -> Failure | None:
-        if self.gone:
-            return Failure("RuntimeError", "Ray has ended its actor")
-        if self.lost or self.told is None or self.told.state != "failed":
-            return None
-        return self.told.failure
-
-    @property
-    def at(self) -> str:
-        if self.gone:
-            return "failed"
-        if self.leaving:
-            return "leaving"
-        if self.lost:
-            return "lost"
-        return "starting" if self.told is None else self.told.state
-
-
 class Servers(Deployment):
     """Equal servers in Ray's actors, behind one name."""
 
@@ -121,7 +80,7 @@ class Servers(Deployment):
         self._host = host
         self._lock = threading.RLock()  # of the spec and the members
         self._spec = spec
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._listed: list[Place] = []
         self._scaling: Scaling | None = None
         self._pause = _FIRST_PAUSE
@@ -137,7 +96,7 @@ class Servers(Deployment):
         if deployment == self._spec.name and version.isdecimal():
             actor = cluster.find_actor(name)
             if actor is not None:
-                self._members.append(_Member(mine, int(version), actor))
+                self._members.append(Member(mine, name, actor, int(version)))
 
     # What the controller asks -------------------------------------------------------------
 
@@ -192,7 +151,7 @@ class Servers(Deployment):
                 wanted=spec.replicas,
                 ready=ready,
                 version=version,
-                replicas=tuple(_tell(member) for member in members),
+                replicas=tuple(member.tell() for member in members),
                 autoscale=spec.autoscale,
                 failure=spec.failure,
                 note=spec.note,
@@ -216,7 +175,7 @@ class Servers(Deployment):
         """See `Deployment.end`."""
         with self._lock:
             for member in self._members:
-                self._begin_leaving(member)
+                member.begin_leaving()
             self._list()
         until = time.monotonic() + _GOING
         while self._members and time.monotonic() < until:
@@ -228,7 +187,7 @@ class Servers(Deployment):
         for key in cluster.keys(f"factory/{self._spec.name}/"):
             cluster.drop(key)
 
-    def _in_order(self) -> list[_Member]:
+    def _in_order(self) -> list[Member]:
         """All of them, in an order that another controller would find them in too."""
         return sorted(self._members, key=lambda member: (member.version, member.id))
 
@@ -238,30 +197,7 @@ class Servers(Deployment):
 
     def _poll(self, timeout: float = _ANSWER) -> None:
         """Ask each replica what it is at."""
-        for member in self._members:
-            if member.asked is None and not member.gone:
-                member.asked = member.actor.describe.remote()
-        asked = {member.asked: member for member in self._members if member.asked is not None}
-        if not asked:
-            return
-        done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=timeout)
-        errors = self._ray.exceptions
-        with self._lock:
-            for each in done:
-                member = asked[each]
-                member.asked = None
-                try:
-                    member.told = self._ray.get(each)
-                    member.lost = False
-                    if member.told.state in ("leaving", "left") and not member.leaving:
-                        member.leaving = time.monotonic()  # told by the controller before this
-                except errors.ActorUnavailableError:
-                    member.lost = True
-                except errors.ActorDiedError:
-                    member.gone = True
-                except errors.RayError as error:
-                    member.lost = True
-                    _log.warning("%s#%s: %s", self._spec.name, member.id, text_of(error))
+        ask_all(self._members, timeout, self._lock)
 
     def _is_failed(self) -> bool:
         return not self._spec.settled and self._spec.failure is not None
@@ -321,7 +257,7 @@ class Servers(Deployment):
         for member in list(self._members):
             if member.version == spec.version and not member.leaving:
                 if member.ready:
-                    self._begin_leaving(member)
+                    member.begin_leaving()
                 else:
                     self._remove(member)
         cluster.drop(factory_key(spec.name, spec.version))
@@ -356,14 +292,14 @@ class Servers(Deployment):
         # The last to come are the first to go, and before them those that answer nobody yet.
         new.sort(key=lambda m: m.ready, reverse=True)
         for member in new[spec.replicas :]:
-            self._begin_leaving(member)
+            member.begin_leaving()
         ready = sum(m.ready for m in new[: spec.replicas])
         # Each new one that is ready takes the place of an old one, which makes room for the next.
         there = spec.replicas if spec.before is None else spec.before.replicas
         stay_on = 0 if spec.settled or ready == spec.replicas else max(0, there - ready)
         old.sort(key=lambda m: m.ready, reverse=True)
         for member in old[stay_on:]:
-            self._begin_leaving(member)
+            member.begin_leaving()
         if ready == spec.replicas:
             self._pause = _FIRST_PAUSE
             if not spec.settled:
@@ -375,10 +311,11 @@ class Servers(Deployment):
     def _start(self) -> None:
         spec = self._spec
         mine = f"{spec.version}.{secrets.token_hex(3)}"
+        name = f"{spec.name}#{mine}"
         actor = (
             self._ray.remote(Replica)
             .options(
-                name=f"{spec.name}#{mine}",
+                name=name,
                 namespace=cluster.NAMESPACE,
                 lifetime="detached",
                 max_restarts=-1,
@@ -387,7 +324,7 @@ class Servers(Deployment):
             )
             .remote(spec.name, spec.version, mine)
         )
-        self._members.append(_Member(mine, spec.version, actor))
+        self._members.append(Member(mine, name, actor, spec.version))
 
     def _list(self) -> None:
         """Tell clients of those that are ready, if these are others than before."""
@@ -395,10 +332,6 @@ class Servers(Deployment):
         if listed != self._listed:
             self._listed = listed
             self._host.changed()
-
-    def _begin_leaving(self, member: _Member) -> None:
-        if not member.leaving:
-            member.leaving = time.monotonic()
 
     def _dismiss(self) -> None:
         """See those off that leave; they are off the list by now."""
@@ -413,34 +346,14 @@ class Servers(Deployment):
             if time.monotonic() > member.leaving + _GOING:
                 self._remove(member)
 
-    def _remove(self, member: _Member) -> None:
+    def _remove(self, member: Member) -> None:
         if member in self._members:
             self._members.remove(member)
             self._kill(member)
 
-    def _kill(self, member: _Member) -> None:
-        try:
-            self._ray.kill(member.actor, no_restart=True)
-        except self._ray.exceptions.RayError as error:
-            _log.info("%s#%s: %s", self._spec.name, member.id, text_of(error))
+    def _kill(self, member: Member) -> None:
+        member.kill()
         cluster.drop(starts_key(self._spec.name, member.id))
-
-
-def _tell(member: _Member) -> ReplicaStatus:
-    told = member.told
-    if told is None or member.lost:
-        return ReplicaStatus(member.id, state=member.at, version=member.version)
-    return ReplicaStatus(
-        id=member.id,
-        url=told.url,
-        state=member.at,
-        detail=str(told.failure) if told.failure is not None else told.detail,
-        node=told.node,
-        pid=told.pid,
-        version=member.version,
-        waiting=told.waiting,
-        running=told.running,
-    )
 
 
 def _plain(resources: Mapping[str, float]) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from edgeml.core.errors import text_of
 from edgeml.core.resolver import Place
 from edgeml.core.url import Url, is_loopback
 from edgeml.extras import load_ray
@@ -25,11 +24,11 @@ from edgeml.ray.deployment import (
     Deployment,
     Failure,
     Host,
-    ReplicaStatus,
     Spec,
     State,
     Status,
 )
+from edgeml.ray.members import Member, ask_all
 from edgeml.ray.relay import Board, Relay, board_name
 from edgeml.ray.replica import Description
 from edgeml.ray.shards import Saving, Shard, ShardDescription
@@ -75,50 +74,6 @@ class TrainerSpec(Spec):
         return Trainer(self, host)
 
 
-@dataclass(eq=False)
-class _Member:
-    """An actor, as the controller knows it."""
-
-    id: str
-    actor: Any
-    number: int = -1  # of a shard
-    node: str = ""  # of a relay, Ray's id of it
-    asked: Any = None  # the answer that is due
-    told: Description | None = None
-    lost: bool = False  # it is being started anew
-    gone: bool = False  # it will not be
-
-    @property
-    def ready(self) -> bool:
-        return self.told is not None and self.told.state == "ready" and not self.lost
-
-    @property
-    def failure(self) -> Failure | None:
-        if self.gone:
-            return Failure("", "Ray has ended its actor")
-        if self.lost or self.told is None or self.told.state != "failed":
-            return None
-        return self.told.failure
-
-    def tell(self, version: int) -> ReplicaStatus:
-        told = self.told
-        if told is None:
-            return ReplicaStatus(self.id, state="failed" if self.gone else "starting")
-        state = "failed" if self.gone else "lost" if self.lost else told.state
-        url = told.url if self.ready else ""
-        return ReplicaStatus(
-            self.id,
-            url,
-            state,
-            told.detail,
-            told.node,
-            told.pid,
-            version,
-            waiting=told.waiting,
-            running=told.running,
-        )
-
-
 class Trainer(Deployment):
     """Shards and relays in Ray's actors, behind one name."""
 
@@ -127,8 +82,8 @@ class Trainer(Deployment):
         self._host = host
         self._lock = threading.RLock()
         self._spec = spec
-        self._shards: dict[int, _Member] = {}
-        self._relays: dict[str, _Member] = {}  # by node
+        self._shards: dict[int, Member] = {}
+        self._relays: dict[str, Member] = {}  # by node
         # Of what failed, by its id: how long it is left alone the next time, and until when.
         self._pauses: dict[str, float] = {}
         self._due: dict[str, float] = {}
@@ -148,9 +103,12 @@ class Trainer(Deployment):
         if actor is None:
             return
         if kind == "shard":
-            self._shards[int(which)] = _Member(mine, actor, int(which))
+            self._shards[int(which)] = self._member(mine, actor, number=int(which))
         else:
-            self._relays[which] = _Member(mine, actor, node=which)
+            self._relays[which] = self._member(mine, actor, node=which)
+
+    def _member(self, mine: str, actor: Any, **which: Any) -> Member:
+        return Member(mine, f"{self._spec.name}/{mine}", actor, self._spec.version, **which)
 
     # What the controller asks -------------------------------------------------------------
 
@@ -195,18 +153,18 @@ class Trainer(Deployment):
                 found += self._list(ask, self._relays.get(node), calls=False)
             return found
 
-    def _list(self, ask: Ask, member: _Member | None, calls: bool) -> list[Place]:
+    def _list(self, ask: Ask, member: Member | None, calls: bool) -> list[Place]:
         if member is None or not member.ready or member.told is None:
             return []
         url = _reached(member.told, self._node_of(member), ask)
         return [Place(url, calls=calls, topics=not calls)] if url else []
 
-    def _node_of(self, member: _Member) -> str:
+    def _node_of(self, member: Member) -> str:
         if isinstance(member.told, ShardDescription):
             return member.told.node_id
         return member.node
 
-    def _find_node(self, ask: Ask, shard: _Member | None) -> str:
+    def _find_node(self, ask: Ask, shard: Member | None) -> str:
         """Return the node from which a client gets weights: its own, or else its shard's."""
         if ask.node in self._nodes:
             return ask.node
@@ -231,7 +189,7 @@ class Trainer(Deployment):
                 wanted=spec.shards,
                 ready=sum(member.ready for member in self._shards.values()),
                 version=spec.version,
-                replicas=tuple(member.tell(spec.version) for member in members),
+                replicas=tuple(member.tell() for member in members),
                 failure=spec.failure,
                 note=spec.note,
             )
@@ -250,7 +208,7 @@ class Trainer(Deployment):
             self._nodes = nodes
             self._wanted &= nodes.keys()
             for node in self._relays.keys() - nodes.keys():
-                self._kill(self._relays.pop(node))
+                self._relays.pop(node).kill()
             if self._spec.failure is None:
                 self._look_for_failures()
             if self._spec.failure is not None:
@@ -274,12 +232,12 @@ class Trainer(Deployment):
                 for number, member in list(self._shards.items()):
                     told = member.told
                     if member.gone or (told is not None and told.state in ("left", "failed")):
-                        self._kill(self._shards.pop(number))
+                        self._shards.pop(number).kill()
                     elif told is not None and not member.lost and number not in asked:
                         asked.add(number)
                         member.actor.leave.remote()
         for member in self._members():
-            self._kill(member)
+            member.kill()
         self._shards, self._relays = {}, {}
         board = cluster.find_actor(board_name(self._spec.name))
         if board is not None:
@@ -291,7 +249,7 @@ class Trainer(Deployment):
         self._spec = spec
         self._host.keep(spec)
 
-    def _members(self) -> list[_Member]:
+    def _members(self) -> list[Member]:
         return [*self._shards.values(), *self._relays.values()]
 
     def _are_ready(self) -> bool:
@@ -299,30 +257,7 @@ class Trainer(Deployment):
 
     def _poll(self, timeout: float = _ANSWER) -> None:
         """Ask each actor what it is at."""
-        for member in self._members():
-            if member.asked is None and not member.gone:
-                member.asked = member.actor.describe.remote()
-        asked = {m.asked: m for m in self._members() if m.asked is not None}
-        if not asked:
-            return
-        done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=timeout)
-        errors = self._ray.exceptions
-        with self._lock:
-            for each in done:
-                member = asked[each]
-                member.asked = None
-                try:
-                    member.told = self._ray.get(each)
-                    member.lost = False
-                except errors.ActorUnavailableError:
-                    if not member.lost:
-                        _log.info("%s/%s is lost", self._spec.name, member.id)
-                    member.lost = True
-                except errors.ActorDiedError:
-                    member.gone = True
-                except errors.RayError as error:
-                    member.lost = True
-                    _log.warning("%s/%s: %s", self._spec.name, member.id, text_of(error))
+        ask_all(self._members(), timeout, self._lock)
 
     def _look_for_failures(self) -> None:
         spec = self._spec
@@ -341,13 +276,13 @@ class Trainer(Deployment):
             self._due[member.id] = time.monotonic() + pause
             text = "%s/%s failed, and is started anew in %.0f s: %s"
             _log.warning(text, spec.name, member.id, pause, failure)
-            self._kill(member)
+            member.kill()
             if member.number >= 0:
                 del self._shards[member.number]
             else:
                 del self._relays[member.node]
         if not spec.settled and time.time() > spec.until:
-            late = [f"{m.id} is {m.tell(0).state}" for m in self._shards.values() if not m.ready]
+            late = [f"{m.id} is {m.at}" for m in self._shards.values() if not m.ready]
             options = ", ".join(f"{k}={v}" for k, v in spec.options.items() if k != "runtime_env")
             self._give_up(
                 Failure(
@@ -362,7 +297,7 @@ class Trainer(Deployment):
         _log.error("%s failed: %s", self._spec.name, failure)
         self._keep(replace(self._spec, failure=failure))
         for member in self._members():
-            self._kill(member)
+            member.kill()
         self._shards, self._relays = {}, {}
 
     def _start_missing(self) -> None:
@@ -376,7 +311,7 @@ class Trainer(Deployment):
                     *(Shard, mine, {**spec.options, "max_concurrency": 4}),
                     *(spec.name, spec.version, number, spec.saving),
                 )
-                self._shards[number] = _Member(mine, actor, number)
+                self._shards[number] = self._member(mine, actor, number=number)
         for node in self._wanted - self._relays.keys():
             mine = f"relay-{node}"
             config, host = self._find_config()
@@ -388,7 +323,7 @@ class Trainer(Deployment):
             actor = self._start(
                 *(Relay, mine, options), *(spec.name, config, host, spec.credentials)
             )
-            self._relays[node] = _Member(mine, actor, node=node)
+            self._relays[node] = self._member(mine, actor, node=node)
 
     def _start(self, kind: type, mine: str, options: Mapping[str, Any], *arguments: Any) -> Any:
         return (
@@ -417,12 +352,6 @@ class Trainer(Deployment):
                 within = all(each.path or is_loopback(each.host) for each in urls)
                 return told.config, "127.0.0.1" if within else "0.0.0.0"
         return None, ""
-
-    def _kill(self, member: _Member) -> None:
-        try:
-            self._ray.kill(member.actor, no_restart=True)
-        except self._ray.exceptions.RayError as error:
-            _log.info("%s/%s: %s", self._spec.name, member.id, text_of(error))
 
 
 def _reached(told: Description, node: str, ask: Ask) -> str:

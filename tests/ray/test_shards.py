@@ -23,7 +23,8 @@ from edgeml import (
 from edgeml.core.resolver import Place
 from edgeml.data import Mixture, QueuedDataStore, ReplayBuffer
 from edgeml.ray.deployment import Ask, Host
-from edgeml.ray.sharding import Trainer, TrainerSpec, _Member
+from edgeml.ray.members import Member
+from edgeml.ray.sharding import Trainer, TrainerSpec
 from edgeml.ray.shards import ShardDescription
 from edgeml.services.trainer.sharded import shard_of
 from pairs import wait_until
@@ -205,10 +206,10 @@ def trainer(ray) -> Trainer:
     for number in range(2):
         url = f"shm://127.0.0.1:{number},zmq://10.0.0.1:{number}"
         told = told_of(url, "n1", "10.0.0.1")
-        made._shards[number] = _Member(f"shard-{number}", None, number, told=told)
+        made._shards[number] = Member(f"shard-{number}", "", None, number=number, told=told)
     for node, address in made._nodes.items():
         told = told_of(f"shm://127.0.0.1:9,zmq://{address}:9", node, address)
-        made._relays[node] = _Member(f"relay-{node}", None, node=node, told=told)
+        made._relays[node] = Member(f"relay-{node}", "", None, node=node, told=told)
     return made
 
 
