@@ -24,7 +24,6 @@ else:
     import tomli as tomllib
 
 from pairs import ROOT, TRANSPORTS, threads
-from zygote import Zygote
 
 # How long an example takes, or making it, tells of the machine.
 settings.register_profile("edgeml", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,7 +32,6 @@ settings.load_profile("edgeml")
 RAY = ROOT / "tests" / "ray"
 
 _added = pytest.StashKey[tuple[Path, list[str], str | None]]()
-_zygote = Zygote()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,7 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_added] = site, added, os.environ.get("PYTHONPATH")
     sys.path += added
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *added]))
-    _zygote.install()
 
 
 def _describe(project: dict[str, Any], site: Path) -> None:
@@ -71,7 +68,6 @@ def _describe(project: dict[str, Any], site: Path) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    _zygote.close()
     site, added, path = config.stash[_added]
     sys.path[:] = [each for each in sys.path if each not in added]
     if path is None:
@@ -101,7 +97,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     alone = [path for path in named if path.is_dir() and path.resolve() != RAY]
     if config.option.markexpr == "slow" or (named and not alone):
         return 0
-    return min(3 * (os.cpu_count() or 1), 8)  # more than half of the time they wait
+    return min(2 * (os.cpu_count() or 1), 8)  # half of the time they wait
 
 
 @pytest.hookimpl(wrapper=True)
@@ -126,7 +122,7 @@ _PATIENCE = 10.0  # seconds that what a test has ended may take to be gone
 def _children() -> dict[int, str]:
     """Processes that this one started and has not waited for; empty where /proc is missing."""
     found = {}
-    for pid in _pids() - {_zygote.pid}:
+    for pid in _pids():
         entry = Path(f"/proc/{pid}")
         try:
             name, _, rest = (entry / "stat").read_text().rpartition(")")

@@ -36,7 +36,6 @@ from edgeml.core.message import Message, Owned
 from edgeml.core.plugins import load_codec
 from edgeml.testing import CodecTests
 from edgeml.testing.codecs import assert_same
-from zygote import FRESH
 
 codec = MsgpackCodec()
 
@@ -78,7 +77,7 @@ def test_importing_them_loads_nothing_heavy() -> None:
         "assert c.CloudpickleCodec().decode(Message(pickle.dumps(1))) == 1\n"
         "assert not {'cloudpickle', 'ml_dtypes', 'jax', 'torch'} & set(sys.modules)"
     )
-    subprocess.run([*FRESH, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
 
 
 # msgpack: types

@@ -38,7 +38,6 @@ from edgeml.data.rlds.tfrecord import (
     read_records,
 )
 from edgeml.data.rlds.values import read
-from zygote import FRESH
 
 # A record of an example with lists "b" [b"x", b""], "f" [1.5, -2.0] and "i" [0, -1, 300, 2**62],
 # as TensorFlow 2.21 writes it.
@@ -1235,5 +1234,7 @@ def test_nothing_heavy_is_imported():
         "import sys, edgeml.data.rlds\n"
         "print({'PIL', 'google_crc32c', 'jax', 'gymnasium', 'tensorflow'} & sys.modules.keys())"
     )
-    result = subprocess.run([*FRESH, "-c", code], capture_output=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, check=True
+    )
     assert result.stdout == b"set()\n"

@@ -43,7 +43,6 @@ from edgeml.data.trajectory_store import (
     make_default_trajectory_buffer,
 )
 from edgeml.testing import StoreTests
-from zygote import FRESH
 
 SHAPES = [
     DataShape("o/v", (2,)),
@@ -898,7 +897,7 @@ class TestBuffer:
             "import sys, edgeml.data.trajectory, edgeml.data.samplers; "
             "assert not {'jax', 'gymnasium'} & sys.modules.keys()"
         )
-        subprocess.run([*FRESH, "-c", program], check=True, timeout=60)
+        subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)
 
 
 def np_sample(store: TrajectoryBuffer) -> Any:
