@@ -31,6 +31,7 @@ import numpy as np
 from common import Child, Row, Table, interleaved, medians, parser, save
 from edgeml import ShardedLearner, TrainerClient, TrainerConfig, TrainerServer
 from edgeml.data import QueuedDataStore, ReplayBuffer
+from upload import make_items
 
 ACTORS, BATCH, AHEAD = 8, 256, 4
 CASES = {"state, 168 B": 500, "image, 49 KB": 32}
@@ -39,23 +40,6 @@ WEIGHTS = 100 << 20
 SUBSCRIBERS = 8
 
 CONFIG = TrainerConfig(0, None)
-
-
-def make_items(case: str) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    items: list[dict[str, Any]] = []
-    for _ in range(CASES[case]):
-        item: dict[str, Any] = {
-            "observations": rng.random(17, np.float32),
-            "actions": rng.random(6, np.float32),
-            "next_observations": rng.random(17, np.float32),
-            "rewards": np.float32(0),
-            "masks": np.float32(1),
-        }
-        if case.startswith("image"):
-            item["image"] = rng.integers(0, 256, (128, 128, 3), np.uint8)
-        items.append(item)
-    return items
 
 
 # Inserts and samples --------------------------------------------------------------------------
@@ -77,7 +61,7 @@ def serve(pipe: Connection, case: str, transport: str, capacity: int) -> None:
 
 def act(pipe: Connection, case: str, url: str) -> None:
     """Run as a child: an actor, which inserts from a begin to an end, and tells how many items."""
-    items = make_items(case)
+    items = make_items(case)[: CASES[case]]
     store = QueuedDataStore(4 * len(items))
     with TrainerClient("robot", None, CONFIG, store, url=url) as client:
         client.update()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from edgeml.core.errors import text_of
 from edgeml.core.resolver import Place
 
 __all__ = [
@@ -92,6 +94,11 @@ class Failure:
     type_name: str
     text: str
     traceback: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Keep an error that is being handled: Ray takes what a constructor raises to be final."""
+        return cls(type(error).__qualname__, text_of(error), traceback.format_exc())
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text}" if self.type_name else self.text

@@ -14,9 +14,15 @@ from edgeml.extras import load_ray
 from edgeml.ray.deployment import Failure, ReplicaStatus
 from edgeml.ray.replica import Description
 
-__all__ = ["Member", "ask_all"]
+__all__ = ["FIRST_ANSWER", "FIRST_PAUSE", "GOING", "LONGEST_PAUSE", "Member", "ask_all"]
 
 _log = logging.getLogger(__name__)
+
+_ANSWER = 0.5  # seconds that a step waits for its actors' answers; late ones count next time
+FIRST_ANSWER = 5.0  # as long, where it is not known at all what they are at
+GOING = 60.0  # seconds after which one that leaves is ended all the same
+FIRST_PAUSE = 1.0  # seconds before one that failed is started anew; doubled each time
+LONGEST_PAUSE = 30.0
 
 
 @dataclass(eq=False)
@@ -109,13 +115,15 @@ class Member:
             _log.info("%s: %s", self.name, text_of(error))
 
 
-def ask_all(members: Iterable[Member], timeout: float, lock: AbstractContextManager[Any]) -> None:
+def ask_all(
+    members: Iterable[Member], lock: AbstractContextManager[Any], timeout: float = _ANSWER
+) -> None:
     """Ask each actor what it is at; an answer that is late is taken the next time.
 
     Args:
         members: are asked.
-        timeout: seconds to wait for answers.
         lock: is held as they take in what they are told.
+        timeout: seconds to wait for answers.
     """
     ray = load_ray()
     for member in (members := list(members)):

@@ -16,7 +16,6 @@ import os
 import secrets
 import threading
 import time
-import traceback
 from typing import Any
 
 from edgeml.core.deadline import Deadline
@@ -133,8 +132,7 @@ class Relay:
             self._server = made
         except Exception as error:
             _log.exception("%s: no relay", name)
-            text = traceback.format_exc()
-            self._failure = Failure(type(error).__qualname__, text_of(error), text)
+            self._failure = Failure.of(error)
             return
         threading.Thread(target=self._follow, name="edgeml relay", daemon=True).start()
 

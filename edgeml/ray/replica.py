@@ -7,16 +7,15 @@ import os
 import socket
 import threading
 import time
-import traceback
 from dataclasses import dataclass
+from typing import Any
 
-from edgeml.core.errors import text_of
 from edgeml.core.url import Url
 from edgeml.ray import cluster
 from edgeml.ray.deployment import Failure
 from edgeml.services.base import ServiceServer
 
-__all__ = ["Description", "Replica", "advertised", "factory_key", "starts_key"]
+__all__ = ["Description", "Replica", "advertised", "call_factory", "factory_key", "starts_key"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +57,18 @@ def factory_key(name: str, version: int) -> str:
     return f"factory/{name}/{version}"
 
 
+def call_factory(name: str, version: int) -> Any:
+    """Return what a deployment's factory makes; it raises what that raises.
+
+    Raises:
+        LookupError: this version is no longer deployed.
+    """
+    payload = cluster.get(factory_key(name, version))
+    if payload is None:
+        raise LookupError(f"version {version} of {name!r} is no longer deployed")
+    return cluster.unpickle(payload).load()()
+
+
 def starts_key(name: str, id: str) -> str:
     """Return the key under which a replica counts how often it was started, until it was."""
     return f"starts/{name}/{id}"
@@ -96,10 +107,7 @@ class Replica:
             if deaths >= _MOST_DEATHS:
                 raise RuntimeError(f"its process died each of {deaths} times that it was started")
             cluster.put(begun, str(deaths + 1).encode())
-            payload = cluster.get(factory_key(name, version))
-            if payload is None:
-                raise LookupError(f"version {version} of {name!r} is no longer deployed")
-            made = cluster.unpickle(payload).load()()
+            made = call_factory(name, version)
             if not isinstance(made, ServiceServer):
                 raise TypeError(
                     "the factory has to return a server that isn't started, such as "
@@ -110,8 +118,7 @@ class Replica:
             cluster.drop(begun)
         except Exception as error:
             _log.exception("%s: the factory failed", name)
-            text = traceback.format_exc()
-            self._failure = Failure(type(error).__qualname__, text_of(error), text)
+            self._failure = Failure.of(error)
 
     def describe(self) -> Description:
         """Tell what it is at."""

@@ -24,19 +24,20 @@ from edgeml.ray.deployment import (
     State,
     Status,
 )
-from edgeml.ray.members import Member, ask_all
+from edgeml.ray.members import (
+    FIRST_ANSWER,
+    FIRST_PAUSE,
+    GOING,
+    LONGEST_PAUSE,
+    Member,
+    ask_all,
+)
 from edgeml.ray.replica import Replica, factory_key, starts_key
 from edgeml.ray.scaling import Scaling
 
 __all__ = ["Servers", "ServersSpec"]
 
 _log = logging.getLogger(__name__)
-
-_ANSWER = 0.5  # seconds that a step waits for its replicas' answers; late ones count next time
-_FIRST_ANSWER = 5.0  # as long, where it is not known at all what they are at
-_GOING = 60.0  # seconds after which one that leaves is ended all the same
-_FIRST_PAUSE = 1.0  # seconds before one that failed is started anew; doubled each time
-_LONGEST_PAUSE = 30.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,13 @@ class Servers(Deployment):
         self._members: list[Member] = []
         self._listed: list[Place] = []
         self._scaling: Scaling | None = None
-        self._pause = _FIRST_PAUSE
+        self._pause = FIRST_PAUSE
         self._again = 0.0  # when one may be started in place of one that failed
         for name in cluster.list_actors():
             self._adopt(name)
-        self._poll(_FIRST_ANSWER)  # so that clients are told of no less than there is
+        ask_all(
+            self._members, self._lock, FIRST_ANSWER
+        )  # so that clients are told of no less than there is
         self._list()
 
     def _adopt(self, name: str) -> None:
@@ -161,7 +164,7 @@ class Servers(Deployment):
 
     def step(self) -> None:
         """See `Deployment.step`."""
-        self._poll()
+        ask_all(self._members, self._lock)
         with self._lock:
             if not self._is_failed():
                 self._look_for_failures()
@@ -177,9 +180,9 @@ class Servers(Deployment):
             for member in self._members:
                 member.begin_leaving()
             self._list()
-        until = time.monotonic() + _GOING
+        until = time.monotonic() + GOING
         while self._members and time.monotonic() < until:
-            self._poll()
+            ask_all(self._members, self._lock)
             with self._lock:
                 self._dismiss()
         for member in self._members:
@@ -194,10 +197,6 @@ class Servers(Deployment):
     def _keep(self, spec: ServersSpec) -> None:
         self._spec = spec
         self._host.keep(spec)
-
-    def _poll(self, timeout: float = _ANSWER) -> None:
-        """Ask each replica what it is at."""
-        ask_all(self._members, timeout, self._lock)
 
     def _is_failed(self) -> bool:
         return not self._spec.settled and self._spec.failure is not None
@@ -220,7 +219,7 @@ class Servers(Deployment):
             )
             self._remove(member)
             self._again = time.monotonic() + self._pause
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
         if not spec.settled and time.time() > spec.until:
             self._give_up(Failure("", self._explain_late()))
 
@@ -301,7 +300,7 @@ class Servers(Deployment):
         for member in old[stay_on:]:
             member.begin_leaving()
         if ready == spec.replicas:
-            self._pause = _FIRST_PAUSE
+            self._pause = FIRST_PAUSE
             if not spec.settled:
                 self._keep(replace(spec, settled=True, before=None))
                 for key in cluster.keys(f"factory/{spec.name}/"):
@@ -343,7 +342,7 @@ class Servers(Deployment):
                 self._remove(member)  # nobody is there, or nobody any more
             elif told.state != "leaving":
                 member.actor.leave.remote()
-            if time.monotonic() > member.leaving + _GOING:
+            if time.monotonic() > member.leaving + GOING:
                 self._remove(member)
 
     def _remove(self, member: Member) -> None:

@@ -28,7 +28,14 @@ from edgeml.ray.deployment import (
     State,
     Status,
 )
-from edgeml.ray.members import Member, ask_all
+from edgeml.ray.members import (
+    FIRST_ANSWER,
+    FIRST_PAUSE,
+    GOING,
+    LONGEST_PAUSE,
+    Member,
+    ask_all,
+)
 from edgeml.ray.relay import Board, Relay, board_name
 from edgeml.ray.replica import Description
 from edgeml.ray.shards import Saving, Shard, ShardDescription
@@ -38,12 +45,6 @@ from edgeml.services.trainer.sharded import shard_of
 __all__ = ["Trainer", "TrainerSpec"]
 
 _log = logging.getLogger(__name__)
-
-_ANSWER = 0.5  # seconds that a step waits for its actors' answers; late ones count next time
-_FIRST_ANSWER = 5.0  # as long, where it is not known at all what they are at
-_GOING = 60.0  # seconds after which one that leaves is ended all the same
-_FIRST_PAUSE = 1.0  # seconds before one that failed is started anew; doubled each time
-_LONGEST_PAUSE = 30.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class Trainer(Deployment):
         self._listed: object = None
         for each in cluster.list_actors():
             self._adopt(each)
-        self._poll(_FIRST_ANSWER)  # so that clients are told of no less than there is
+        ask_all(
+            self._members(), self._lock, FIRST_ANSWER
+        )  # so that clients are told of no less than there is
 
     def _adopt(self, actor_name: str) -> None:
         name, _, mine = actor_name.partition("/")
@@ -203,7 +206,7 @@ class Trainer(Deployment):
             for each in self._ray.nodes()
             if each["Alive"]
         }
-        self._poll()
+        ask_all(self._members(), self._lock)
         with self._lock:
             self._nodes = nodes
             self._wanted &= nodes.keys()
@@ -224,10 +227,10 @@ class Trainer(Deployment):
 
     def end(self) -> None:
         """See `Deployment.end`."""
-        until = time.monotonic() + _GOING
+        until = time.monotonic() + GOING
         asked: set[int] = set()
         while self._shards and time.monotonic() < until:
-            self._poll()
+            ask_all(self._members(), self._lock)
             with self._lock:
                 for number, member in list(self._shards.items()):
                     told = member.told
@@ -255,10 +258,6 @@ class Trainer(Deployment):
     def _are_ready(self) -> bool:
         return sum(member.ready for member in self._shards.values()) == self._spec.shards
 
-    def _poll(self, timeout: float = _ANSWER) -> None:
-        """Ask each actor what it is at."""
-        ask_all(self._members(), timeout, self._lock)
-
     def _look_for_failures(self) -> None:
         spec = self._spec
         for member in self._members():
@@ -271,8 +270,8 @@ class Trainer(Deployment):
                 self._give_up(failure)
                 return
             # It was ready once, so it may be again: when the disk has room, the folder is there.
-            pause = self._pauses.get(member.id, _FIRST_PAUSE)
-            self._pauses[member.id] = min(2 * pause, _LONGEST_PAUSE)
+            pause = self._pauses.get(member.id, FIRST_PAUSE)
+            self._pauses[member.id] = min(2 * pause, LONGEST_PAUSE)
             self._due[member.id] = time.monotonic() + pause
             text = "%s/%s failed, and is started anew in %.0f s: %s"
             _log.warning(text, spec.name, member.id, pause, failure)

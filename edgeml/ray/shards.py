@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from edgeml.core.errors import text_of
 from edgeml.ray import cluster
 from edgeml.ray.deployment import Failure
-from edgeml.ray.replica import Description, advertised, factory_key
+from edgeml.ray.replica import Description, advertised, call_factory
 from edgeml.services import TrainerConfig, TrainerServer
 
 if TYPE_CHECKING:
@@ -107,10 +106,7 @@ class Shard:
         self._left = False
         # Ray takes what a constructor raises to be final, and keeps its text to itself.
         try:
-            payload = cluster.get(factory_key(name, version))
-            if payload is None:
-                raise LookupError(f"version {version} of {name!r} is no longer deployed")
-            made = cluster.unpickle(payload).load()()
+            made = call_factory(name, version)
             if not isinstance(made, TrainerServer):
                 raise TypeError(
                     "the factory has to return a TrainerServer that isn't started, and it returned "
@@ -123,8 +119,7 @@ class Shard:
             self._server = made
         except Exception as error:
             _log.exception("%s failed", self._name)
-            text = traceback.format_exc()
-            self._failure = Failure(type(error).__qualname__, text_of(error), text)
+            self._failure = Failure.of(error)
             return
         if saving is not None:
             threading.Thread(target=self._save_on, name="edgeml saves", daemon=True).start()

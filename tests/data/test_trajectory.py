@@ -897,7 +897,7 @@ class TestBuffer:
             "import sys, edgeml.data.trajectory, edgeml.data.samplers; "
             "assert not {'jax', 'gymnasium'} & sys.modules.keys()"
         )
-        subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def np_sample(store: TrajectoryBuffer) -> Any:

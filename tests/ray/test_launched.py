@@ -13,18 +13,10 @@ import pytest
 
 from edgeml import InferenceClient
 from pairs import ROOT, free_port, wait_until
+from test_up import POLICIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-POLICIES = """
-import os
-from edgeml import InferenceServer
-
-def make_server(gain=1):
-    server = InferenceServer(0)
-    server.register_interface("policy", lambda x: (gain * x, os.getcwd()))
-    return server
-"""
 FILE = """
 servers:
   policy:
